@@ -1,0 +1,1 @@
+"""The `dengine` command line."""

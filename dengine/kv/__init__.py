@@ -1,0 +1,1 @@
+"""Pure and deterministic: commands and the state machine that applies them."""

@@ -1,0 +1,1 @@
+"""The edge around the core: the cycle, the streams between peers, joining and promotion."""

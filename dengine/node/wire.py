@@ -1,0 +1,89 @@
+"""What travels on a peer stream: one msgpack-encoded frame per WebSocket message.
+
+The first frame each way is a `Hello` (or a `Refused`, after which the stream is closed); Raft
+messages, forwarded requests and pings follow. Nothing is ever unpickled, and a frame larger than
+`MAX_FRAME_BYTES` closes the stream.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from dengine.raft.messages import Message
+from dengine.raft.types import MemberId
+
+PROTOCOL_VERSION = 1
+COMMAND_VERSION = 1  # newest kv batch format this build can apply
+MAX_FRAME_BYTES = 8 * 1024 * 1024
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Who speaks. `cluster_id` is "" while the sender has neither founded nor joined a cluster.
+
+    `expects` is the member the dialler wants to reach (None from the acceptor): an unfounded node
+    that is expected by an existing cluster learns from it that its directory was wiped.
+    `dialled` is the address the dialler used, which tells the acceptor where it can be reached.
+    `founders` is what the sender knows of a static list: (node_id, incarnation, address).
+    `list_digest` names the static list of a founder ("" for joiners and members).
+    """
+
+    protocol_version: int
+    command_version: int
+    cluster_id: str
+    member: MemberId
+    boot: int
+    address: str
+    timeout_ms_min: int
+    last_index: int
+    expects: int | None = None
+    dialled: str = ""
+    list_digest: str = ""
+    founders: tuple[tuple[int, int, str], ...] = ()
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Why the stream is not wanted. "removed" and "wiped" concern the receiver's own identity."""
+
+    reason: Literal["foreign_cluster", "removed", "wiped", "protocol", "duplicate", "not_me"]
+    message: str
+
+
+class RaftFrame(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    messages: tuple[Message, ...]
+
+
+class ForwardRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A request on its way to the leader; answered by a `ForwardReply` with the same id."""
+
+    id: int
+    op: str
+    body: bytes
+    timeout_ms: int
+
+
+class ForwardReply(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    id: int
+    ok: bool
+    body: bytes
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Keeps an idle stream provably alive; any frame counts as a sign of life."""
+
+
+Frame = Hello | Refused | RaftFrame | ForwardRequest | ForwardReply | Ping
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Frame)
+
+
+def encode(frame: Frame) -> bytes:
+    """One frame as bytes; the caller keeps its size under `MAX_FRAME_BYTES`."""
+    return _encoder.encode(frame)
+
+
+def decode(data: bytes) -> Frame:
+    """Inverse of `encode`; raises `msgspec.MsgspecError` on anything that is not a frame."""
+    return _decoder.decode(data)

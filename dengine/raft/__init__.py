@@ -1,0 +1,1 @@
+"""The pure protocol core. `raft.py` holds every transition; the rest are leaves."""
