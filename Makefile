@@ -1,0 +1,52 @@
+# `make` alone lists the targets. `make run` and `make test` do all the set-up they need.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.PHONY: help install run walkthrough test lint fix bench clean test-packages bench-packages
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: walkthrough ## Set up and run the walkthrough: one node grows to three and survives a kill
+
+walkthrough: $(STAMP) ## The same by its lasting name
+	@$(PYTHON) examples/single-node-expansion/walkthrough.py
+
+install: $(STAMP) ## Make .venv with dengine and everything that development needs
+
+# Rebuilt when the dependencies change; the source itself is installed in place. The stamp is
+# the last step, so an interrupted installation is simply done again.
+$(STAMP): pyproject.toml
+	@scripts/system-packages.sh python3-venv
+	python3 -m venv --clear $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[node,dev]'
+	@touch $@
+
+lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy --strict dengine
+
+fix: $(STAMP) ## Let ruff repair and format what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test: lint test-packages ## Install what the tests need and run them all
+	$(PYTHON) -m pytest tests -q
+
+test-packages:
+	@scripts/system-packages.sh iproute2 nftables strace wrk
+
+bench: $(STAMP) bench-packages ## Compare with a bare aiohttp server and with etcd; prints and saves a table
+	$(PYTHON) bench/run.py
+
+bench-packages:
+	@scripts/system-packages.sh wrk
+
+clean: ## Remove the virtual environment, caches and build results
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
