@@ -18,7 +18,7 @@ class _Header(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
 
 
 class PreVoteRequest(_Header, frozen=True, array_like=True, tag=True):
-    """"Would you vote for me in `term`?" `term` is the next one; nobody's term changes (9.6)."""
+    """ "Would you vote for me in `term`?" `term` is the next one; nobody's term changes (9.6)."""
 
     last_index: int
     last_term: int
@@ -63,7 +63,10 @@ class AppendResponse(_Header, frozen=True, array_like=True, tag=True):
 
 
 class HeartbeatRequest(_Header, frozen=True, array_like=True, tag=True):
-    """`round` grows with every broadcast of this leader in this term; acks echo it (6.4)."""
+    """`round` grows with every broadcast of this leader in this term; acks echo it (6.4).
+
+    Round 0 only spreads the commit index and wants no answer.
+    """
 
     round: int
     commit_index: int
@@ -74,7 +77,6 @@ class HeartbeatResponse(_Header, frozen=True, array_like=True, tag=True):
 
     round: int
     timeout_ms_min: int
-    last_index: int
 
 
 class ReadIndexRequest(_Header, frozen=True, array_like=True, tag=True):
@@ -83,8 +85,11 @@ class ReadIndexRequest(_Header, frozen=True, array_like=True, tag=True):
 
 
 class ReadIndexResponse(_Header, frozen=True, array_like=True, tag=True):
+    """`index` None: the leader could not confirm. `commit_index` saves waiting for a heartbeat."""
+
     nonce: ReadNonce
     index: int | None
+    commit_index: int
 
 
 class TimeoutNow(_Header, frozen=True, array_like=True, tag=True):

@@ -26,7 +26,7 @@ class MemberId(NamedTuple):
         return f"{self.id}/{self.incarnation:016x}"
 
 
-class LogId(NamedTuple):
+class LogId(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Position of an entry. An index alone does not name an entry; index and term do."""
 
     index: int
@@ -70,7 +70,7 @@ class ReadNonce(NamedTuple):
     counter: int
 
 
-class ReadState(NamedTuple):
+class ReadState(msgspec.Struct, frozen=True, gc=False):
     """The reads filed under `nonce` may be served once `index` is applied; None: they failed."""
 
     nonce: ReadNonce

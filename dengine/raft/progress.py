@@ -1,0 +1,106 @@
+"""The leader's view of one follower.
+
+    PROBE ------ acknowledged ------> REPLICATE
+      ^   <----- refused, cut off -----   |
+      |                                   |
+      +------ needs purged entries -> SNAPSHOT
+
+PROBE sends one message per answer until it is known where the logs agree; REPLICATE sends ahead
+of the answers, bounded by `INFLIGHT_MAX`; SNAPSHOT sends nothing until the snapshot is there.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+
+INFLIGHT_MAX = 16  # unanswered AppendRequests per follower, each at most APPEND_BYTES_MAX
+APPEND_BYTES_MAX = 1024 * 1024
+
+
+class ProgressState(enum.Enum):
+    PROBE = "probe"
+    REPLICATE = "replicate"
+    SNAPSHOT = "snapshot"
+
+
+class Progress:
+    """Invariant: 0 <= match_index < next_index."""
+
+    __slots__ = (
+        "acked_round",
+        "acked_sent_ms",
+        "commit_sent",
+        "heard_ms",
+        "inflight",
+        "match_index",
+        "next_index",
+        "probe_sent",
+        "state",
+        "timeout_ms_min",
+    )
+
+    def __init__(self, next_index: int, now_ms: int) -> None:
+        self.state = ProgressState.PROBE
+        self.match_index = 0
+        self.next_index = next_index
+        self.probe_sent = False
+        self.inflight: deque[int] = deque()  # last index of each unanswered AppendRequest
+        self.commit_sent = 0  # commit index the follower has been told
+        self.heard_ms = now_ms  # when it last answered anything (CheckQuorum)
+        self.acked_round = 0  # newest heartbeat round it answered (read index)
+        self.acked_sent_ms = 0  # when THAT heartbeat was sent (lease)
+        self.timeout_ms_min = 0  # as it last announced; 0: never answered a heartbeat
+
+    @property
+    def paused(self) -> bool:
+        match self.state:
+            case ProgressState.PROBE:
+                return self.probe_sent
+            case ProgressState.REPLICATE:
+                return len(self.inflight) >= INFLIGHT_MAX
+            case ProgressState.SNAPSHOT:
+                return True
+
+    def sent(self, last_index: int) -> None:
+        """An AppendRequest that ends with `last_index` has left."""
+        if self.state is ProgressState.REPLICATE:
+            self.next_index = last_index + 1
+            self.inflight.append(last_index)
+        else:
+            self.probe_sent = True
+
+    def acknowledged(self, index: int) -> bool:
+        """The follower has everything up to `index` durably. True when that is news."""
+        while self.inflight and self.inflight[0] <= index:
+            self.inflight.popleft()
+        news = index > self.match_index
+        self.match_index = max(self.match_index, index)
+        self.next_index = max(self.next_index, index + 1)
+        self.probe_sent = False
+        if self.state is not ProgressState.REPLICATE and index >= self.match_index:
+            self.state = ProgressState.REPLICATE
+            self.next_index = self.match_index + 1
+        return news
+
+    def refused(self, prev_index: int, retry_at: int) -> bool:
+        """The follower has no entry like the one at `prev_index`. False when that is stale."""
+        if self.state is ProgressState.REPLICATE:
+            if prev_index <= self.match_index:
+                return False
+        elif prev_index != self.next_index - 1:
+            return False
+        self.probe(max(self.match_index + 1, min(retry_at, prev_index)))
+        return True
+
+    def probe(self, next_index: int) -> None:
+        """Forget what is in flight and feel for the point of agreement again."""
+        self.state = ProgressState.PROBE
+        self.next_index = next_index
+        self.probe_sent = False
+        self.inflight.clear()
+
+    def await_snapshot(self) -> None:
+        """Its next entry was purged: only a snapshot helps."""
+        self.state = ProgressState.SNAPSHOT
+        self.inflight.clear()

@@ -1,0 +1,917 @@
+"""Raft: every state transition of the protocol lives in this file.
+
+`Raft` is a synchronous object with a single owner. Time and randomness come in from outside, so
+the same inputs always give the same outputs. The owner's loop is:
+
+    raft.tick(now_ms); raft.step(message) ...; raft.propose(data)
+    ready = raft.ready()
+    send ready.messages
+    write ready.hard_state and ready.entries in one durable transaction     (may take its time:
+    apply ready.committed_entries, then raft.applied_to(index)               go on meanwhile)
+    when the write is durable: raft.advance(ready), then send ready.messages_after_sync
+
+Section numbers refer to Ongaro's thesis "Consensus: Bridging Theory and Practice" (3.x, 4.x, 6.x,
+9.x, 10.x) and to the Raft paper (5.x).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from dengine.errors import (
+    ClusterUnavailable,
+    Conflict,
+    InvariantBroken,
+    LeaderChanged,
+    NotLeader,
+)
+from dengine.raft.log import RaftLog
+from dengine.raft.membership import (
+    Change,
+    LeaveJoint,
+    Membership,
+    apply_change,
+    decode_membership,
+)
+from dengine.raft.messages import (
+    AppendRequest,
+    AppendResponse,
+    HeartbeatRequest,
+    HeartbeatResponse,
+    Message,
+    PreVoteRequest,
+    PreVoteResponse,
+    ReadIndexRequest,
+    ReadIndexResponse,
+    TimeoutNow,
+    VoteRequest,
+    VoteResponse,
+)
+from dengine.raft.progress import APPEND_BYTES_MAX, Progress, ProgressState
+from dengine.raft.quorum import VoteResult, joint_value, joint_vote, majority_vote
+from dengine.raft.read_index import PendingRead, ReadRounds
+from dengine.raft.storage import LogReader
+from dengine.raft.types import (
+    Entry,
+    EntryKind,
+    HardState,
+    LogId,
+    MemberId,
+    ReadNonce,
+    ReadState,
+    Role,
+)
+
+RETRY_MS_MIN, RETRY_MS_MAX = 100, 300  # pause before an election that failed is tried again
+ASKED_READS_MAX = 10_000  # reads that wait for the leader's answer
+
+
+@dataclass(frozen=True, slots=True)
+class RaftConfig:
+    """This node's own timing; members may differ in it.
+
+    `timeout_ms_min` is also the time for which a voter refuses to depose a leader it hears (4.2.3)
+    and without a quorum's answers after which a leader steps down (6.2).
+    """
+
+    me: MemberId
+    timeout_ms_min: int = 1000
+    timeout_ms_max: int = 2000
+    heartbeat_ms: int = 100
+    lease_ms: int = 500
+
+
+class Transition(NamedTuple):
+    """A change of role, for the people who watch. `term` is the term it happened in."""
+
+    old: Role
+    new: Role
+    term: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What the owner must do now; the fields spell the durability order."""
+
+    number: int  # of the write; 0 when there is nothing to write
+    messages: Sequence[Message]  # may leave at once
+    hard_state: HardState | None  # with `entries`: one durable transaction
+    entries: Sequence[Entry]  # replace everything in the log from entries[0].index on
+    messages_after_sync: Sequence[Message]  # only after that transaction
+    committed_entries: Sequence[Entry]  # apply in order, then applied_to(the last one's index)
+    read_states: Sequence[ReadState]  # serve these once applied
+    transitions: Sequence[Transition]
+
+
+@dataclass(slots=True)
+class _Write:
+    number: int
+    started_ms: int
+
+
+@dataclass(slots=True)
+class _Outbox:
+    messages: list[Message] = field(default_factory=list)
+    after_sync: list[Message] = field(default_factory=list)
+    read_states: list[ReadState] = field(default_factory=list)
+    transitions: list[Transition] = field(default_factory=list)
+
+
+class Raft:
+    """One member of the cluster.
+
+    Args:
+        config: identity and timing.
+        storage: reads of the durable log.
+        hard_state: as last written.
+        memberships: (index, membership) of every CONFIG entry in the log, ascending.
+        applied_index: of the state machine.
+        rng: for election timeouts.
+        now_ms: the clock's reading; every later `tick` brings a newer one.
+    """
+
+    def __init__(
+        self,
+        config: RaftConfig,
+        storage: LogReader,
+        hard_state: HardState,
+        memberships: Sequence[tuple[int, Membership]],
+        applied_index: int,
+        rng: random.Random,
+        now_ms: int,
+    ) -> None:
+        self.config = config
+        self.me = config.me
+        self.log = RaftLog(storage, hard_state.commit_index, applied_index)
+        self.term = hard_state.term
+        self.voted_for = hard_state.voted_for
+        self.role = Role.FOLLOWER
+        self.leader: MemberId | None = None
+        self.progress: dict[MemberId, Progress] = {}  # filled only while leader
+        self.saw_lost_entries = False  # the leader counts on entries that this log does not have
+
+        self._rng = rng
+        self._now_ms = now_ms
+        self._started_ms = now_ms
+        self._durable = hard_state
+        self._memberships: list[tuple[int, Membership]] = [(0, Membership()), *memberships]
+        self._forget_old_memberships()
+        self._out = _Outbox()
+        self._write: _Write | None = None
+        self._write_count = 0
+
+        self._leader_contact_ms: int | None = None
+        self._pre_votes: dict[MemberId, bool] = {}
+        self._votes: dict[MemberId, bool] = {}
+        self._asked_reads: set[ReadNonce] = set()
+
+        self._noop_index = 0
+        self._rounds = ReadRounds()
+        self._periodic_round = 0
+        self._heartbeat_due_ms = now_ms
+        self._transfer: tuple[MemberId, int] | None = None  # (target, deadline)
+        self._lease_given_up = False
+        self._election_due_ms = 0
+        self._reset_election_timer()
+        if self.membership.is_sole_voter(self.me):
+            self._election_due_ms = now_ms  # nobody else could lead: no reason to wait
+
+    # --- what others may read -------------------------------------------------------------
+
+    @property
+    def membership(self) -> Membership:
+        """The membership in force: the newest in the log, committed or not (4.1)."""
+        return self._memberships[-1][1]
+
+    @property
+    def membership_index(self) -> int:
+        return self._memberships[-1][0]
+
+    @property
+    def committed_membership(self) -> Membership:
+        return self._memberships[0][1]
+
+    @property
+    def hard_state(self) -> HardState:
+        return HardState(self.term, self.voted_for, self.log.commit_index)
+
+    @property
+    def is_leader(self) -> bool:
+        return self.role is Role.LEADER
+
+    @property
+    def may_propose(self) -> bool:
+        """Leading, and not about to hand over."""
+        return self.role is Role.LEADER and self._transfer is None
+
+    @property
+    def committed_in_term(self) -> bool:
+        """Has this leader committed an entry of its own term (5.4.2, 6.4)?"""
+        return self.role is Role.LEADER and self.log.commit_index >= self._noop_index
+
+    @property
+    def writing(self) -> bool:
+        return self._write is not None
+
+    def heard_within(self, member: MemberId, ms: int) -> bool:
+        """Leader only: has `member` answered anything during the last `ms`?"""
+        if member == self.me:
+            return True
+        progress = self.progress.get(member)
+        return progress is not None and self._now_ms - progress.heard_ms <= ms
+
+    # --- inputs -----------------------------------------------------------------------------
+
+    def tick(self, now_ms: int) -> None:
+        """Time has passed; `now_ms` never goes back. Call it before `step` and `propose`."""
+        if now_ms < self._now_ms:
+            raise InvariantBroken(f"the clock went back from {self._now_ms} to {now_ms} ms")
+        self._now_ms = now_ms
+        if self.role is Role.LEADER:
+            self._tick_leader()
+        elif now_ms >= self._election_due_ms:
+            self._election_timeout()
+
+    def step(self, m: Message) -> None:
+        """Take in one message from another member."""
+        if m.to != self.me:
+            return  # meant for an earlier incarnation of this directory
+        if m.term > self.term:
+            match m:
+                case PreVoteRequest() | PreVoteResponse(granted=True):
+                    pass  # speak about a term that nobody has entered yet (9.6)
+                case VoteRequest(transfer=False) if self._is_sticky():
+                    return  # 4.2.3: whoever hears a leader does not let others depose it
+                case _:
+                    self._become_follower(m.term, "a higher term was seen")
+        elif m.term < self.term:
+            self._answer_stale(m)
+            return
+        self._dispatch(m)
+
+    def propose(self, data: bytes) -> LogId:
+        """Append a batch of commands to the log. The outcome shows when the entry is applied.
+
+        Raises:
+            NotLeader, LeaderChanged: nothing was appended.
+        """
+        self._require_leader()
+        return self._append(EntryKind.NORMAL, data)
+
+    def propose_membership(self, change: Change) -> LogId | None:
+        """Append a changed membership; None when `change` would change nothing.
+
+        Raises:
+            NotLeader, LeaderChanged, ClusterUnavailable: not now; nothing was appended.
+            Conflict, JoinError: refused, the message says why.
+        """
+        self._require_leader()
+        if not self.committed_in_term:  # Ongaro's 2015 erratum to 4.1
+            raise ClusterUnavailable("the new leader has not committed an entry of its term yet")
+        if self.membership_index > self.log.commit_index:
+            raise Conflict("another membership change is not committed yet; try again in a moment")
+        new = apply_change(self.membership, change)
+        if new == self.membership:
+            return None
+        if new.voters != self.membership.voters:
+            self._require_live_quorum(new)
+        return self._append(EntryKind.CONFIG, new.encode())
+
+    def transfer_leadership(self, to: MemberId) -> None:
+        """Hand over to `to` (3.10); given up after one election timeout.
+
+        Raises:
+            NotLeader, LeaderChanged: not leading, or a transfer is under way.
+            Conflict: `to` is not a live voter.
+        """
+        self._require_leader()
+        if to == self.me:
+            return
+        if to not in self.membership.voters:
+            raise Conflict(f"node {to.id} is not a voter: it cannot lead")
+        if not self.heard_within(to, self.config.timeout_ms_min):
+            raise Conflict(f"node {to.id} has not answered lately: it cannot take over")
+        self._transfer = (to, self._now_ms + self.config.timeout_ms_min)
+        self._hand_over_if_caught_up(to)
+
+    def read_index(self, nonce: ReadNonce, *, lease: bool = False) -> None:
+        """Ask for the index that reads filed under `nonce` must wait for (6.4).
+
+        The answer is a `ReadState` in a later `ready()`; its index is None when there is no leader
+        or leadership changed. With `lease` a leader that holds one answers alone.
+        """
+        if self.role is Role.LEADER:
+            self._file_read(PendingRead(self.me, nonce), lease)
+        elif self.leader is None or len(self._asked_reads) >= ASKED_READS_MAX:
+            self._out.read_states.append(ReadState(nonce, None))
+        else:
+            self._asked_reads.add(nonce)
+            self._send(ReadIndexRequest(self.me, self.leader, self.term, nonce, lease))
+
+    def report_unreachable(self, member: MemberId) -> None:
+        """The stream to `member` broke: what was in flight may be lost, so feel the way again."""
+        progress = self.progress.get(member)
+        if progress is not None and progress.state is ProgressState.REPLICATE:
+            progress.probe(progress.match_index + 1)
+
+    def step_down(self, reason: str) -> None:
+        """Stop leading without a higher term having been seen."""
+        if self.role is Role.LEADER:
+            self._become_follower(self.term, reason)
+
+    # --- outputs ----------------------------------------------------------------------------
+
+    def ready(self) -> Ready:
+        """What is to be done now. Apply `committed_entries` before the next call.
+
+        While a write is under way (handed out and not yet advanced) no other is handed out, and
+        messages that need durability wait with it.
+        """
+        if self.role is Role.LEADER:
+            self._start_read_round()
+            self._replicate()
+        number = 0
+        hard_state: HardState | None = None
+        entries: Sequence[Entry] = ()
+        after_sync: Sequence[Message] = ()
+        if self._write is None:
+            entries = self.log.unstable()
+            if entries or not self._term_and_vote_durable():
+                hard_state = self.hard_state
+                self._write_count += 1
+                number = self._write_count
+                self._write = _Write(number, self._now_ms)
+                after_sync, self._out.after_sync = self._out.after_sync, []
+            else:  # everything that these answers promise is durable already
+                self._out.messages += self._out.after_sync
+                self._out.after_sync = []
+        out, self._out = self._out, _Outbox(after_sync=self._out.after_sync)
+        return Ready(
+            number=number,
+            messages=out.messages,
+            hard_state=hard_state,
+            entries=entries,
+            messages_after_sync=after_sync,
+            committed_entries=self.log.to_apply(),
+            read_states=out.read_states,
+            transitions=out.transitions,
+        )
+
+    def advance(self, ready: Ready) -> None:
+        """The write that `ready` asked for is durable."""
+        if self._write is None or ready.number != self._write.number or ready.hard_state is None:
+            raise InvariantBroken(f"write {ready.number} is not the one that is under way")
+        self._write = None
+        self._durable = ready.hard_state
+        if ready.entries:
+            self.log.stable_to(ready.entries[-1].log_id)
+        if self.role is Role.LEADER:
+            # 10.2.1: a leader writes in parallel, but counts itself only now
+            self.progress[self.me].acknowledged(self.log.stable_index)
+            self._advance_commit()
+        elif self._stands_for_election() and self._term_and_vote_durable():
+            self._record_vote(self.me, granted=True)
+
+    def applied_to(self, index: int) -> None:
+        """The state machine has applied everything up to `index`."""
+        self.log.applied_to(index)
+
+    # --- elections (3.4, 4.2.3, 9.6) ----------------------------------------------------------
+
+    def _election_timeout(self) -> None:
+        self._reset_election_timer()
+        if self.me not in self.membership.all_voters:
+            return  # learners and the removed never campaign
+        if self._write is not None and (self._write_overdue() or self.role is Role.CANDIDATE):
+            # Our own vote could not become durable: asking others would only raise terms.
+            self._retry_election()
+            return
+        self._pre_campaign()
+
+    def _pre_campaign(self) -> None:
+        """Ask whether an election could be won before disturbing anybody's term (9.6)."""
+        self._set_role(Role.CANDIDATE, "no leader was heard")
+        self.leader = None
+        self._fail_asked_reads()
+        self._pre_votes = {self.me: True}
+        last = self.log.last_id
+        for voter in sorted(self.membership.all_voters - {self.me}):
+            self._send(PreVoteRequest(self.me, voter, self.term + 1, last.index, last.term))
+        self._retry_election()
+        self._count_pre_votes()
+
+    def _count_pre_votes(self) -> None:
+        membership = self.membership
+        result = joint_vote(membership.voters, membership.outgoing, self._pre_votes)
+        if result is VoteResult.WON:
+            self._campaign(transfer=False)
+        elif result is VoteResult.LOST:
+            self._pre_votes = {}
+
+    def _campaign(self, *, transfer: bool) -> None:
+        """Stand for election in the next term. Requests leave once term and own vote are durable:
+        a candidate that crashed and came back must not collect votes for a log it has lost.
+        """
+        self._enter_term(self.term + 1)
+        self.voted_for = self.me
+        self._pre_votes, self._votes = {}, {}
+        last = self.log.last_id
+        for voter in sorted(self.membership.all_voters - {self.me}):
+            self._out.after_sync.append(
+                VoteRequest(self.me, voter, self.term, last.index, last.term, transfer)
+            )
+        self._retry_election()
+
+    def _stands_for_election(self) -> bool:
+        """Candidate of this very term; an older candidacy's late votes never count."""
+        return self.role is Role.CANDIDATE and self.voted_for == self.me
+
+    def _record_vote(self, voter: MemberId, *, granted: bool) -> None:
+        self._votes.setdefault(voter, granted)
+        membership = self.membership
+        result = joint_vote(membership.voters, membership.outgoing, self._votes)
+        if result is VoteResult.WON:
+            self._become_leader()
+        elif result is VoteResult.LOST:
+            self._retry_election()
+
+    def _on_pre_vote_request(self, m: PreVoteRequest) -> None:
+        granted = (
+            m.term > self.term
+            and not self._is_sticky()
+            and self.log.is_up_to_date(LogId(m.last_index, m.last_term))
+        )
+        self._send(PreVoteResponse(self.me, m.sender, m.term if granted else self.term, granted))
+
+    def _on_pre_vote_response(self, m: PreVoteResponse) -> None:
+        if self.role is not Role.CANDIDATE or not self._pre_votes:
+            return
+        if m.granted and m.term != self.term + 1:
+            return  # answers a question asked in an earlier term
+        self._pre_votes.setdefault(m.sender, m.granted)
+        self._count_pre_votes()
+
+    def _on_vote_request(self, m: VoteRequest) -> None:
+        """5.2, 5.4.1. Learners answer too: their own view of the membership may be old."""
+        can_vote = self.voted_for in (None, m.sender) and self.leader is None
+        granted = (
+            can_vote
+            and (m.transfer or not self._is_sticky())
+            and self.log.is_up_to_date(LogId(m.last_index, m.last_term))
+        )
+        if granted:
+            self.voted_for = m.sender
+            self._reset_election_timer()
+        self._out.after_sync.append(VoteResponse(self.me, m.sender, self.term, granted))
+
+    def _on_vote_response(self, m: VoteResponse) -> None:
+        if self._stands_for_election():
+            self._record_vote(m.sender, granted=m.granted)
+
+    def _on_timeout_now(self, m: TimeoutNow) -> None:
+        if self.role is not Role.LEADER and self.me in self.membership.all_voters:
+            self._set_role(Role.CANDIDATE, f"node {m.sender.id} hands over leadership")
+            self.leader = None
+            self._fail_asked_reads()
+            self._campaign(transfer=True)
+
+    def _is_sticky(self) -> bool:
+        """Would a vote now depose a leader that is alive, or break a promise made before a start?
+
+        4.2.3, and the lease rests on it (6.4.1): for `timeout_ms_min` after hearing a leader, or
+        after a start that made us forget whom we heard, no vote and no pre-vote is granted.
+        """
+        if self.role is Role.LEADER:
+            return True
+        since = self._leader_contact_ms
+        if since is None:
+            if self.membership.is_sole_voter(self.me):
+                return False
+            since = self._started_ms
+        return self._now_ms - since < self.config.timeout_ms_min
+
+    # --- changes of role ---------------------------------------------------------------------
+
+    def _enter_term(self, term: int) -> None:
+        if term <= self.term:
+            raise InvariantBroken(f"term {self.term} cannot be followed by {term}")
+        self.term = term
+        self.voted_for = None
+        self._out.after_sync.clear()  # answers in an older term concern nobody any more
+
+    def _become_follower(self, term: int, reason: str) -> None:
+        if self.role is Role.LEADER:
+            self._stop_leading()
+        if term > self.term:
+            self._enter_term(term)
+        self._set_role(Role.FOLLOWER, reason)
+        self.leader = None
+        self._pre_votes, self._votes = {}, {}
+        self._fail_asked_reads()
+        self._reset_election_timer()
+
+    def _stop_leading(self) -> None:
+        for read in self._rounds.drain():
+            self._answer_read(read, None)
+        self.progress = {}
+        self._transfer = None
+
+    def _become_leader(self) -> None:
+        self._set_role(Role.LEADER, "elected")
+        self.leader = self.me
+        self._votes = {}
+        self._rounds = ReadRounds()
+        self._transfer = None
+        self._lease_given_up = False
+        self.progress = {}
+        self._sync_progress(self.log.last_index + 1)
+        self.progress[self.me].acknowledged(self.log.stable_index)
+        self._noop_index = self._append(EntryKind.NOOP, b"").index
+        self._broadcast_heartbeat()
+
+    def _follow(self, leader: MemberId) -> None:
+        """`leader` spoke in our term, so it is the leader of this term (5.2)."""
+        if self.role is Role.LEADER:
+            raise InvariantBroken(f"node {leader.id} also leads in term {self.term}")
+        if self.role is Role.CANDIDATE:
+            self._become_follower(self.term, f"node {leader.id} leads")
+        if self.leader != leader:
+            self._fail_asked_reads()
+            self.leader = leader
+        self._leader_contact_ms = self._now_ms
+        self._reset_election_timer()
+
+    def _set_role(self, role: Role, reason: str) -> None:
+        if role is not self.role:
+            self._out.transitions.append(Transition(self.role, role, self.term, reason))
+            self.role = role
+
+    # --- leading: time ------------------------------------------------------------------------
+
+    def _tick_leader(self) -> None:
+        timeout_ms = self.config.timeout_ms_min
+        membership = self.membership
+        heard = {m: p.heard_ms for m, p in self.progress.items()}
+        heard[self.me] = self._now_ms
+        quorum_heard_ms = joint_value(membership.voters, membership.outgoing, heard)
+        if self._now_ms - quorum_heard_ms > timeout_ms:  # CheckQuorum (6.2)
+            self.step_down(f"no majority answered for {timeout_ms} ms")
+            return
+        if self._write_overdue():  # heartbeats would go on while nothing can be committed here
+            self.step_down(f"the disk has not finished a log write for {timeout_ms // 2} ms")
+            return
+        if self._transfer is not None and self._now_ms >= self._transfer[1]:
+            self._transfer = None  # 3.10: the target did not take over; lead on
+        if self._now_ms >= self._heartbeat_due_ms:
+            self._broadcast_heartbeat()
+        for member, progress in self.progress.items():
+            commit = min(progress.match_index, self.log.commit_index)
+            if member != self.me and progress.commit_sent < commit:
+                progress.commit_sent = commit
+                self._send(HeartbeatRequest(self.me, member, self.term, 0, commit))
+
+    def _write_overdue(self) -> bool:
+        return (
+            self._write is not None
+            and self._now_ms - self._write.started_ms > self.config.timeout_ms_min // 2
+        )
+
+    def _broadcast_heartbeat(self) -> None:
+        self._periodic_round = self._open_round(list(self.progress))
+        self._heartbeat_due_ms = self._now_ms + self.config.heartbeat_ms
+
+    def _open_round(self, members: Sequence[MemberId]) -> int:
+        commit = self.log.commit_index
+        number = self._rounds.start(commit if self.committed_in_term else None, self._now_ms)
+        for member in members:
+            if member == self.me:
+                continue
+            progress = self.progress[member]
+            progress.commit_sent = min(progress.match_index, commit)
+            self._send(HeartbeatRequest(self.me, member, self.term, number, progress.commit_sent))
+        self.progress[self.me].acked_round = number
+        self._confirm_rounds()
+        return number
+
+    # --- leading: replication (5.3) -----------------------------------------------------------
+
+    def _append(self, kind: EntryKind, data: bytes) -> LogId:
+        entry = Entry(self.log.last_index + 1, self.term, kind, data)
+        self.log.append(entry)
+        if kind is EntryKind.CONFIG:
+            self._adopt_membership(entry)
+        return entry.log_id
+
+    def _replicate(self) -> None:
+        for member, progress in self.progress.items():
+            if member == self.me:
+                continue
+            while not progress.paused and progress.next_index <= self.log.last_index:
+                self._send_append(member, progress)
+
+    def _send_append(self, member: MemberId, progress: Progress, *, empty: bool = False) -> None:
+        prev_index = progress.next_index - 1
+        prev_term = self.log.term(prev_index)
+        if prev_term is None or progress.next_index < self.log.first_index:
+            progress.await_snapshot()
+            return
+        entries: Sequence[Entry] = ()
+        if not empty:
+            entries = self.log.entries(
+                progress.next_index, self.log.last_index + 1, APPEND_BYTES_MAX
+            )
+            progress.sent(entries[-1].index)
+        commit = self.log.commit_index
+        progress.commit_sent = max(progress.commit_sent, min(commit, prev_index + len(entries)))
+        self._send(
+            AppendRequest(self.me, member, self.term, prev_index, prev_term, tuple(entries), commit)
+        )
+
+    def _on_append_response(self, m: AppendResponse) -> None:
+        progress = self.progress.get(m.sender)
+        if self.role is not Role.LEADER or progress is None:
+            return
+        progress.heard_ms = self._now_ms
+        if m.granted:
+            if not self.log.matches(LogId(m.index, m.index_term)):
+                return  # speaks about an entry that was replaced since (append ABA)
+            if progress.acknowledged(m.index):
+                self._advance_commit()
+                if self._transfer is not None:
+                    self._hand_over_if_caught_up(self._transfer[0])
+        else:
+            agreed = self.log.last_not_above(m.hint_index, m.hint_term)
+            progress.refused(m.index, agreed.index + 1)
+
+    def _advance_commit(self) -> None:
+        """5.4.2: only an entry of the current term is committed by counting; what came before it
+        is committed with it. Learners are in nobody's quorum.
+        """
+        matches = {m: p.match_index for m, p in self.progress.items()}
+        membership = self.membership
+        index = joint_value(membership.voters, membership.outgoing, matches)
+        if index <= self.log.commit_index or self.log.term(index) != self.term:
+            return
+        self._commit_to(index)
+        if self.membership_index > index:
+            return
+        if membership.joint:  # whoever leads finishes a joint state it finds (4.3)
+            self._append(EntryKind.CONFIG, apply_change(membership, LeaveJoint()).encode())
+        elif self.me not in membership.voters:
+            self._leave(membership)
+
+    def _leave(self, membership: Membership) -> None:
+        """4.2.2: a leader that is no longer a voter steps down once that is committed."""
+        heirs = [v for v in membership.voters if v in self.progress]
+        if heirs:
+            heir = max(heirs, key=lambda v: (self.progress[v].match_index, -v.id))
+            commit = min(self.progress[heir].match_index, self.log.commit_index)
+            self._send(HeartbeatRequest(self.me, heir, self.term, 0, commit))
+            self._send(TimeoutNow(self.me, heir, self.term))
+        self.step_down("it is no longer a voter")
+
+    def _hand_over_if_caught_up(self, to: MemberId) -> None:
+        progress = self.progress.get(to)
+        if progress is not None and progress.match_index == self.log.last_index:
+            self._lease_given_up = True  # 6.4.1: the target may win before our lease ends
+            self._send(TimeoutNow(self.me, to, self.term))
+
+    def _require_leader(self) -> None:
+        if self.role is not Role.LEADER:
+            raise NotLeader("this node does not lead")
+        if self._transfer is not None:
+            raise LeaderChanged("leadership is being handed over; try again in a moment")
+
+    def _require_live_quorum(self, new: Membership) -> None:
+        votes = {v: self.heard_within(v, self.config.timeout_ms_min) for v in new.voters}
+        if majority_vote(new.voters, votes) is not VoteResult.WON:
+            silent = ", ".join(str(v.id) for v, alive in sorted(votes.items()) if not alive)
+            raise Conflict(
+                f"refused: of the {len(new.voters)} voters this would leave, {silent} did not "
+                "answer lately, so the cluster could not commit anything any more"
+            )
+
+    # --- leading: heartbeats and reads (6.4) ----------------------------------------------------
+
+    def _on_heartbeat_response(self, m: HeartbeatResponse) -> None:
+        progress = self.progress.get(m.sender)
+        if self.role is not Role.LEADER or progress is None:
+            return
+        progress.heard_ms = self._now_ms
+        progress.timeout_ms_min = m.timeout_ms_min
+        if m.round > progress.acked_round:
+            progress.acked_round = m.round
+            progress.acked_sent_ms = max(progress.acked_sent_ms, self._rounds.sent_ms(m.round))
+            self._confirm_rounds()
+        if m.round == self._periodic_round and progress.match_index < self.log.last_index:
+            progress.probe_sent = False
+            if progress.inflight:  # was something lost? an empty append finds out
+                self._send_append(m.sender, progress, empty=True)
+
+    def _file_read(self, read: PendingRead, lease: bool) -> None:
+        if lease and self.committed_in_term and self._holds_lease():
+            self._answer_read(read, self.log.commit_index)
+        else:
+            self._rounds.arrived.append(read)
+
+    def _start_read_round(self) -> None:
+        """One round at a time: reads that arrive meanwhile share the next."""
+        rounds = self._rounds
+        if rounds.arrived and not rounds.outstanding and self.committed_in_term:
+            voters = self.membership.all_voters
+            self._open_round([m for m in self.progress if m in voters])
+
+    def _confirm_rounds(self) -> None:
+        acked = {m: p.acked_round for m, p in self.progress.items()}
+        membership = self.membership
+        confirmed = joint_value(membership.voters, membership.outgoing, acked)
+        for read, index in self._rounds.confirm(confirmed):
+            self._answer_read(read, index)
+
+    def _answer_read(self, read: PendingRead, index: int | None) -> None:
+        if read.requester == self.me:
+            self._out.read_states.append(ReadState(read.nonce, index))
+            return
+        progress = self.progress.get(read.requester)
+        known = min(progress.match_index, self.log.commit_index) if progress else 0
+        self._send(ReadIndexResponse(self.me, read.requester, self.term, read.nonce, index, known))
+
+    def _holds_lease(self) -> bool:
+        """6.4.1: a quorum answered heartbeats SENT so recently that none of its members can have
+        voted for anybody else yet.
+        """
+        if self._lease_given_up:
+            return False
+        timeouts = [
+            p.timeout_ms_min
+            for m, p in self.progress.items()
+            if p.timeout_ms_min and m in self.membership.all_voters
+        ]
+        window_ms = min(self.config.lease_ms, min(timeouts, default=2**31) // 2)
+        sent = {m: p.acked_sent_ms for m, p in self.progress.items()}
+        sent[self.me] = self._now_ms
+        since_ms = joint_value(self.membership.voters, self.membership.outgoing, sent)
+        return since_ms > 0 and self._now_ms - since_ms < window_ms
+
+    # --- following --------------------------------------------------------------------------------
+
+    def _on_append_request(self, m: AppendRequest) -> None:
+        self._follow(m.sender)
+        prev, entries = LogId(m.prev_index, m.prev_term), m.entries
+        commit = self.log.commit_index
+        if m.prev_index < commit:  # late or repeated: what is committed matches by definition
+            prev = LogId(commit, self.log.term(commit) or 0)
+            entries = tuple(e for e in entries if e.index > commit)
+        elif not self.log.matches(prev):
+            hint = self.log.last_not_above(m.prev_index, m.prev_term)
+            self._out.messages.append(
+                AppendResponse(
+                    self.me, m.sender, self.term, False, m.prev_index, 0, hint.index, hint.term
+                )
+            )
+            return
+        truncated = self.log.merge(entries)
+        if truncated is not None:
+            self._drop_memberships(truncated)
+        for entry in entries:
+            if entry.kind is EntryKind.CONFIG and entry.index > self.membership_index:
+                self._adopt_membership(entry)
+        last = entries[-1].log_id if entries else prev
+        self._commit_to(min(m.commit_index, last.index))
+        self._acknowledge(m.sender, last)
+
+    def _acknowledge(self, leader: MemberId, last: LogId) -> None:
+        response = AppendResponse(
+            self.me, leader, self.term, True, last.index, last.term, last.index, last.term
+        )
+        if last.index <= self.log.stable_index and self._term_and_vote_durable():
+            self._send(response)
+        else:
+            self._out.after_sync.append(response)
+
+    def _on_heartbeat_request(self, m: HeartbeatRequest) -> None:
+        self._follow(m.sender)
+        self._learn_commit(m.commit_index)
+        if m.round == 0:
+            return
+        response = HeartbeatResponse(
+            self.me, m.sender, self.term, m.round, self.config.timeout_ms_min
+        )
+        if self._term_and_vote_durable():
+            self._send(response)  # says nothing about the log, so it need not wait for the disk
+        else:
+            self._out.after_sync.append(response)
+
+    def _learn_commit(self, index: int) -> None:
+        """The leader names a commit index that it knows we have acknowledged."""
+        if index > self.log.last_index:
+            self.saw_lost_entries = True  # acknowledged and gone: this directory is an old copy
+        else:
+            self._commit_to(index)
+
+    def _on_read_index_request(self, m: ReadIndexRequest) -> None:
+        if self.role is Role.LEADER:
+            self._file_read(PendingRead(m.sender, m.nonce), m.lease)
+        else:
+            self._send(ReadIndexResponse(self.me, m.sender, self.term, m.nonce, None, 0))
+
+    def _on_read_index_response(self, m: ReadIndexResponse) -> None:
+        if m.nonce in self._asked_reads:
+            self._asked_reads.remove(m.nonce)
+            self._learn_commit(m.commit_index)
+            self._out.read_states.append(ReadState(m.nonce, m.index))
+
+    def _answer_stale(self, m: Message) -> None:
+        """A message from an older term. Its sender must learn of ours where it could get stuck:
+        a leader that nobody follows any more, a pre-candidate that lags (9.6).
+        """
+        match m:
+            case AppendRequest() | HeartbeatRequest():
+                self._out.after_sync.append(
+                    AppendResponse(self.me, m.sender, self.term, False, 0, 0, 0, 0)
+                )
+            case PreVoteRequest():
+                self._send(PreVoteResponse(self.me, m.sender, self.term, False))
+
+    # --- membership (4.1, 4.3) -----------------------------------------------------------------
+
+    def _adopt_membership(self, entry: Entry) -> None:
+        """In force from now on, committed or not (4.1)."""
+        self._memberships.append((entry.index, decode_membership(entry.data)))
+        if self.role is Role.LEADER:
+            self._sync_progress(entry.index)
+
+    def _drop_memberships(self, index: int) -> None:
+        """Entries from `index` on were truncated: fall back to the membership before (4.1)."""
+        self._memberships = [(i, m) for i, m in self._memberships if i < index]
+
+    def _forget_old_memberships(self) -> None:
+        """Keep the committed one and whatever is newer."""
+        while len(self._memberships) > 1 and self._memberships[1][0] <= self.log.commit_index:
+            del self._memberships[0]
+
+    def _sync_progress(self, next_index: int) -> None:
+        """One Progress per member, new ones starting at `next_index`.
+
+        Those of members that stay survive, activity included: a fresh one would look silent, and
+        CheckQuorum would depose the leader.
+        """
+        wanted = {m.id for m in self.membership.members} | {self.me}
+        for member in [m for m in self.progress if m not in wanted]:
+            del self.progress[member]
+        for member in sorted(wanted - set(self.progress)):
+            self.progress[member] = Progress(next_index, self._now_ms)
+
+    def _commit_to(self, index: int) -> None:
+        if index > self.log.commit_index:
+            self.log.commit_to(index)
+            self._forget_old_memberships()
+
+    # --- small things ---------------------------------------------------------------------------
+
+    def _dispatch(self, m: Message) -> None:
+        match m:
+            case AppendResponse():
+                self._on_append_response(m)
+            case AppendRequest():
+                self._on_append_request(m)
+            case HeartbeatResponse():
+                self._on_heartbeat_response(m)
+            case HeartbeatRequest():
+                self._on_heartbeat_request(m)
+            case ReadIndexRequest():
+                self._on_read_index_request(m)
+            case ReadIndexResponse():
+                self._on_read_index_response(m)
+            case VoteRequest():
+                self._on_vote_request(m)
+            case VoteResponse():
+                self._on_vote_response(m)
+            case PreVoteRequest():
+                self._on_pre_vote_request(m)
+            case PreVoteResponse():
+                self._on_pre_vote_response(m)
+            case TimeoutNow():
+                self._on_timeout_now(m)
+
+    def _send(self, message: Message) -> None:
+        self._out.messages.append(message)
+
+    def _term_and_vote_durable(self) -> bool:
+        return (self._durable.term, self._durable.voted_for) == (self.term, self.voted_for)
+
+    def _fail_asked_reads(self) -> None:
+        for nonce in self._asked_reads:
+            self._out.read_states.append(ReadState(nonce, None))
+        self._asked_reads.clear()
+
+    def _reset_election_timer(self) -> None:
+        timeout_ms = self._rng.randint(self.config.timeout_ms_min, self.config.timeout_ms_max)
+        self._election_due_ms = self._now_ms + timeout_ms
+
+    def _retry_election(self) -> None:
+        self._election_due_ms = self._now_ms + self._rng.randint(RETRY_MS_MIN, RETRY_MS_MAX)
