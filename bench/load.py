@@ -1,0 +1,82 @@
+"""One round of load: wrk against the leader of a system, CPU and memory of its nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from processes import BenchError
+from systems import Load, System
+
+SCRIPT = Path(__file__).with_name("requests.lua")
+KEYS = 10_000
+PRELOAD_CONNECTIONS = 64
+PRELOAD_MAX_S = 120
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of wrk saw. `failed` counts non-2xx answers, socket errors and timeouts."""
+
+    ops_per_s: float
+    p50_ms: float
+    p99_ms: float
+    max_ms: float
+    requests: int
+    failed: int
+    cpu_percent: list[float]  # of one core; the leader first
+    rss_mib: list[float]  # the leader first
+
+
+def run_round(system: System, load: Load, connections: int, seconds: int) -> Round:
+    """Send `load` over `connections` connections for `seconds`; `BenchError` when wrk breaks."""
+    leader = system.leader()
+    nodes = [leader, *(node for node in system.nodes if node is not leader)]
+    before = [node.process.cpu_s() for node in nodes]
+    seen = _wrk(f"http://{leader.address}", system.wrk_arguments(load), connections, seconds)
+    duration_s = seen["duration_us"] / 1e6
+    used = [node.process.cpu_s() - b for node, b in zip(nodes, before, strict=True)]
+    failed = seen["status_errors"] + seen["socket_errors"] + seen["timeouts"]
+    return Round(
+        ops_per_s=(seen["requests"] - seen["status_errors"]) / duration_s,
+        p50_ms=seen["p50_us"] / 1000,
+        p99_ms=seen["p99_us"] / 1000,
+        max_ms=seen["max_us"] / 1000,
+        requests=seen["requests"],
+        failed=failed,
+        cpu_percent=[100 * cpu_s / duration_s for cpu_s in used],
+        rss_mib=[node.process.rss_mib() for node in nodes],
+    )
+
+
+def _wrk(url: str, arguments: list[str], connections: int, seconds: int) -> dict[str, int]:
+    # One thread: its counter walks all keys, and the second core stays with the servers.
+    options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s"]
+    argv = ["wrk", *options, "-s", str(SCRIPT), url, "--", *arguments, str(KEYS)]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds + 60)
+    except subprocess.TimeoutExpired as error:
+        raise BenchError(f"{' '.join(argv)}: still running after {error.timeout:g} s") from error
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            seen: dict[str, int] = json.loads(line)
+            return seen
+    raise BenchError(f"{' '.join(argv)}: no result, exit {done.returncode}:\n{done.stderr}")
+
+
+def preload(system: System) -> None:
+    """Write every key once, so that the reads of the rounds find it; also the warm-up."""
+    seconds = 2
+    while seconds <= PRELOAD_MAX_S:
+        loaded = run_round(system, Load.PUT, PRELOAD_CONNECTIONS, seconds)
+        # The requests that were cut off at the end are not counted, hence the margin.
+        if loaded.failed == 0 and loaded.requests >= KEYS + PRELOAD_CONNECTIONS:
+            return
+        seconds *= 2
+    raise BenchError(
+        f"{system.name}: could not write {KEYS} keys without an error in {PRELOAD_MAX_S} s "
+        f"({loaded.requests} written, {loaded.failed} failed); "
+        f"its logs are in {system.nodes[0].log_path.parent}"
+    )
