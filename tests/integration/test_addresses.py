@@ -1,0 +1,118 @@
+"""The guide's production addresses: three machines, played by three network namespaces."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import GUIDE_CONFIGS, Cluster, ServeProcess, Writer, wait_for
+
+HOSTS = {1: "192.168.1.10", 2: "192.168.1.11", 3: "192.168.1.12"}
+CLIENT = "192.168.1.100"
+CLONE_NEWNET = 0x40000000
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"
+)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@contextlib.contextmanager
+def machines() -> Iterator[dict[int, str]]:
+    """One namespace per node, joined by a bridge in a namespace of its own where the client
+    lives: nothing of it can meet the addresses of the machine that runs the test."""
+    prefix = f"dengine-{os.getpid()}"
+    switch = f"{prefix}-switch"
+    names = {node_id: f"{prefix}-{node_id}" for node_id in HOSTS}
+    try:
+        ip("netns", "add", switch)
+        ip("-n", switch, "link", "add", "bridge0", "type", "bridge")
+        ip("-n", switch, "addr", "add", f"{CLIENT}/24", "dev", "bridge0")
+        ip("-n", switch, "link", "set", "bridge0", "up")
+        for node_id, name in names.items():
+            port = f"port{node_id}"
+            ip("netns", "add", name)
+            ip("-n", switch, "link", "add", port, "type", "veth", "peer", "eth0", "netns", name)
+            ip("-n", switch, "link", "set", port, "master", "bridge0", "up")
+            ip("-n", name, "addr", "add", f"{HOSTS[node_id]}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield {0: switch, **names}
+    finally:
+        for name in (switch, *names.values()):
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """Sockets that this thread and its new threads open belong to the namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    there = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    try:
+        if libc.setns(there, CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
+        yield
+    finally:
+        libc.setns(home, CLONE_NEWNET)
+        os.close(home)
+        os.close(there)
+
+
+def production_text(node_id: int) -> str:
+    """Node 1 keeps the file of step 1; 2 and 3 are written as the guide's production part says."""
+    text = (GUIDE_CONFIGS / f"n{node_id}.toml").read_text(encoding="utf-8")
+    if node_id == 1:
+        return text
+    for other, host in HOSTS.items():
+        text = text.replace(f"0.0.0.0:908{other}", f"{host}:908{other}")
+    return text
+
+
+def node_on(cluster: Cluster, node_id: int, namespace: str) -> ServeProcess:
+    node = cluster.node(node_id, production_text(node_id), 9080 + node_id)
+    node.host = HOSTS[node_id]
+    node.prefix = ("ip", "netns", "exec", namespace)
+    return node
+
+
+def test_production_addresses_with_node_1_on_its_wildcard(cluster: Cluster) -> None:
+    """Node 1 was started with 0.0.0.0 and is never restarted; the others reach it at 192.168.1.10
+    and the cluster learns that address. Growth fails no write, the leader's loss is survived, and
+    node 1 comes back with n1.toml."""
+    with machines() as namespaces, inside(namespaces[0]):
+        nodes = {node_id: node_on(cluster, node_id, namespaces[node_id]) for node_id in HOSTS}
+        wait_for(nodes[1].start().ready, "node 1 to be ready")
+        writers = [Writer(nodes[1], "w1").start()]
+        for node_id in (2, 3):
+            wait_for(nodes[node_id].start().ready, f"node {node_id} to be ready")
+            writers.append(Writer(nodes[node_id], f"w{node_id}").start())
+        cluster.wait_voters(1, 2, 3)
+
+        def addresses() -> dict[int, str]:
+            return {m["id"]: m["address"] for m in nodes[2].cluster()["members"]}
+
+        right = {node_id: f"{host}:908{node_id}" for node_id, host in HOSTS.items()}
+        wait_for(lambda: addresses() == right, f"the committed addresses to be {right}")
+        for writer in writers:
+            writer.wait_more(20)
+            assert writer.stop().failures == []
+
+        nodes[1].kill()
+        cluster.wait_leader()
+        assert nodes[3].put("without node 1", "yes").ok
+        wait_for(nodes[1].start().ready, "node 1 to be back")
+        assert nodes[1].get("without node 1").body == b"yes"
+        cluster.wait_voters(1, 2, 3)
+        cluster.assert_everywhere(*writers)
+        for node in nodes.values():
+            node.kill()

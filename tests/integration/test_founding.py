@@ -1,0 +1,62 @@
+"""Three voters founded together from one static list."""
+
+from __future__ import annotations
+
+from tests.cluster import (
+    ROOT,
+    Cluster,
+    Writer,
+    config_text,
+    free_port,
+    static_cluster,
+    voters,
+    wait_for,
+)
+
+
+def test_three_nodes_found_one_cluster_from_one_list(cluster: Cluster) -> None:
+    """The files of examples/three-nodes-standalone make one cluster of three voters."""
+    ports = {node_id: free_port() for node_id in (1, 2, 3)}
+    for node_id, own in ports.items():
+        file = ROOT / "examples" / "three-nodes-standalone" / "config" / f"n{node_id}.toml"
+        text = file.read_text(encoding="utf-8")
+        for other, port in ports.items():
+            text = text.replace(f":908{other}", f":{port}")
+        cluster.node(node_id, text, own).start()
+    view = cluster.wait_voters(1, 2, 3)
+    assert view["fault_tolerance"] == 1
+    assert len({node.status()["cluster_id"] for node in cluster.running()}) == 1
+    assert cluster.wait_leader().put("key", "value").ok
+    cluster.wait_applied()
+    assert all(node.get("key", "eventual").body == b"value" for node in cluster.running())
+
+
+def test_two_of_three_founders_wait_for_the_third(cluster: Cluster) -> None:
+    """No cluster is founded, and nothing acknowledged, before all listed nodes agree."""
+    ports = {node_id: free_port() for node_id in (1, 2, 3)}
+    for node_id in (1, 2):
+        cluster.node(node_id, config_text(node_id, ports, 0, 2), ports[node_id]).start()
+    first = cluster.nodes[1]
+    wait_for(lambda: first.request("GET", "/livez").ok, "node 1 to live")
+    tempted = Writer(first, "tempted").start()
+    wait_for(lambda: tempted.failures, "a write to be refused")
+    cluster.node(3, config_text(3, ports, 0, 2), ports[3])
+    assert not first.ready()
+    assert tempted.acknowledged == {}
+    cluster.nodes[3].start()
+    cluster.wait_voters(1, 2, 3)
+    tempted.wait_more(10)
+    tempted.stop()
+    cluster.assert_everywhere(tempted)
+
+
+def test_a_founder_wiped_later_is_told_to_join(cluster: Cluster) -> None:
+    """A listed node with an empty directory beside the cluster it once founded founds nothing."""
+    static_cluster(cluster, 1, 2, 3)
+    wiped = cluster.nodes[3]
+    wiped.kill()
+    for path in sorted(wiped.directory.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert wiped.start().wait_exit() == 76
+    assert "role = 3" in wiped.tail()
+    assert voters(cluster.nodes[1].cluster()) == {1, 2, 3}

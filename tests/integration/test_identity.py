@@ -1,0 +1,161 @@
+"""Who is who: wiped, copied and removed nodes harm nobody, and say what to do."""
+
+from __future__ import annotations
+
+import shutil
+
+from tests.cluster import (
+    Cluster,
+    Writer,
+    config_text,
+    free_port,
+    guide_files,
+    static_cluster,
+    voters,
+    wait_for,
+)
+
+IDENTITY = 76  # the exit code for "this directory may not take part"
+
+
+def incarnation(view: dict[str, object], node_id: int) -> object:
+    members = view["members"]
+    assert isinstance(members, list)
+    return next(m["incarnation"] for m in members if m["id"] == node_id)
+
+
+def test_a_wiped_follower_is_filled_again_by_itself(cluster: Cluster) -> None:
+    """With an empty directory and its usual file, a node comes back as a new incarnation: learner
+    first, then voter, with all the data, while clients write."""
+    nodes = guide_files(cluster)
+    for node in nodes.values():
+        node.start()
+    before = cluster.wait_voters(1, 2, 3)
+    writers = [Writer(nodes[i], f"w{i}").start() for i in (1, 2)]
+    for writer in writers:
+        writer.wait_more(50)
+    nodes[3].kill()
+    shutil.rmtree(nodes[3].directory)
+    nodes[3].start()
+
+    def back() -> bool:
+        view = nodes[1].cluster()
+        same = [m["incarnation"] for m in view["members"] if m["id"] == 3]
+        whole = voters(view) == {1, 2, 3} and not view["joint"]
+        return whole and len(same) == 1 and same[0] != incarnation(before, 3)
+
+    wait_for(back, "node 3 to vote again", 30)
+    for writer in writers:
+        assert writer.stop().failures == []
+    cluster.assert_everywhere(*writers)
+
+
+def test_a_wiped_founder_does_not_found_a_second_cluster(cluster: Cluster) -> None:
+    """Node 1 with an empty directory and n1.toml, beside the living cluster of 2 and 3: it stops
+    with code 76 and a sentence that says what to do, and acknowledges not a single write."""
+    nodes = guide_files(cluster)
+    for node in nodes.values():
+        node.start()
+    cluster.wait_voters(1, 2, 3)
+    assert nodes[1].put("kept", "yes").ok
+    nodes[1].kill()
+    shutil.rmtree(nodes[1].directory)
+    cluster.wait_leader()
+    living = Writer(nodes[2], "living").start()
+    living.wait_more(20)
+
+    nodes[1].start()
+    tempted = Writer(nodes[1], "tempted").start()
+    assert nodes[1].wait_exit() == IDENTITY
+    assert tempted.stop().acknowledged == {}
+    assert "role = 3" in nodes[1].tail()
+    assert living.stop().failures == []
+    assert nodes[2].get("kept").body == b"yes"
+    assert voters(nodes[2].cluster()) == {1, 2, 3}
+
+
+def test_a_copied_configuration_file_does_not_evict_the_living_node(cluster: Cluster) -> None:
+    """A second machine started with node 2's file and an empty directory stays outside: node 2
+    keeps its place and no write fails."""
+    nodes = guide_files(cluster)
+    for node in nodes.values():
+        node.start()
+    before = cluster.wait_voters(1, 2, 3)
+    writers = [Writer(node, f"w{i}").start() for i, node in nodes.items()]
+    port = free_port()
+    ports = {1: nodes[1].port, 2: port, 3: nodes[3].port}
+    copy = cluster.node(2, config_text(2, ports, 3, 0), port, name="copy").start()
+    wait_for(
+        lambda: not copy.running or "409" in copy.output() or "refused" in copy.output(),
+        "the copy to be turned away",
+    )
+    for writer in writers:
+        writer.wait_more(100)
+        assert writer.stop().failures == []
+    after = cluster.wait_voters(1, 2, 3)
+    assert incarnation(after, 2) == incarnation(before, 2)
+    cluster.assert_everywhere(*writers)
+
+
+def test_a_copied_data_directory_does_not_disturb_the_living_node(cluster: Cluster) -> None:
+    """A copy of node 2's whole directory, started elsewhere while node 2 lives: node 2 keeps its
+    place, no write fails, and the copy answers no linearizable read with anything but the truth."""
+    nodes = guide_files(cluster)
+    for node in nodes.values():
+        node.start()
+    cluster.wait_voters(1, 2, 3)
+    assert nodes[1].put("register", "before").ok
+    assert nodes[2].stop() == 0
+    port = free_port()
+    ports = {1: nodes[1].port, 2: port, 3: nodes[3].port}
+    copy = cluster.node(2, config_text(2, ports, 3, 0), port, name="copy")
+    shutil.copytree(nodes[2].directory, copy.directory)
+    nodes[2].start()
+    before = cluster.wait_voters(1, 2, 3)
+    wait_for(nodes[2].ready, "node 2 to be back")
+    assert nodes[1].put("register", "after").ok
+    writers = [Writer(node, f"w{i}").start() for i, node in nodes.items()]
+    copy.start()
+    tempted = Writer(copy, "tempted").start()
+    for writer in writers:
+        writer.wait_more(300)
+        assert writer.stop().failures == []
+    tempted.stop()
+    if copy.running:
+        reply = copy.get("register")
+        assert not reply.ok or reply.body == b"after"
+        copy.kill()
+    after = cluster.wait_voters(1, 2, 3)
+    assert incarnation(after, 2) == incarnation(before, 2)
+    assert nodes[2].running
+    cluster.assert_everywhere(*writers, tempted)
+
+
+def test_a_removed_node_stops_and_never_comes_back(cluster: Cluster) -> None:
+    """The removed node is told, exits 76, and refuses to start again; its id stays used up even
+    with an empty directory, while the rest goes on without it."""
+    static_cluster(cluster, 1, 2, 3)
+    removed = cluster.nodes[3]
+    assert cluster.nodes[1].call("DELETE", "/v1/cluster/members/3").ok
+    assert removed.wait_exit() == IDENTITY
+    cluster.wait_voters(1, 2)
+    assert cluster.nodes[1].put("key", "value").ok
+    assert removed.start().wait_exit() == IDENTITY
+    assert "removed" in removed.tail()
+
+    shutil.rmtree(removed.directory)
+    ports = {i: node.port for i, node in cluster.nodes.items()}
+    removed.config.write_text(config_text(3, ports, 3, 0), encoding="utf-8")
+    removed.start()
+    wait_for(lambda: "never reused" in removed.output(), "node 3 to be told that its id is used up")
+    assert voters(cluster.nodes[1].cluster()) == {1, 2}
+
+
+def test_the_last_voter_cannot_be_removed(cluster: Cluster) -> None:
+    """409 with a sentence; the node stays what it was."""
+    node = guide_files(cluster)[1].start()
+    wait_for(node.ready, "node 1 to be ready")
+    reply = node.call("DELETE", "/v1/cluster/members/1")
+    assert reply.status == 409
+    assert "last voter" in reply.json()["message"]
+    assert node.put("key", "value").ok
