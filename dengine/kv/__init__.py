@@ -1,1 +1,1 @@
-"""Pure and deterministic: commands and the state machine that applies them."""
+"""The key-value state machine: pure and deterministic; it knows nothing of Raft or of disks."""
