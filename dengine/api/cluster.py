@@ -1,0 +1,308 @@
+"""The cluster: who is in it, and changing that. `/v1/cluster*` and the peers' entrance."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import msgspec
+import orjson
+from aiohttp import web
+
+from dengine.api import params
+from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
+from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
+from dengine.api.routes import Body, Parameter, Route
+from dengine.config import parse_address
+from dengine.errors import InvalidRequest, WatchOverflow
+
+if TYPE_CHECKING:
+    from dengine.config import Config
+    from dengine.node.node import Node
+
+COMMENT_INTERVAL_S = 15.0  # keeps proxies and clients sure that an idle stream is alive
+
+NodeId = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+StatusName = Literal["promotable", "read_only", "active"]
+Zone = Annotated[str, msgspec.Meta(max_length=64)]
+Address = Annotated[str, msgspec.Meta(max_length=261)]
+
+
+class Join(msgspec.Struct, forbid_unknown_fields=True):
+    id: NodeId
+    incarnation: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{1,16}$")]
+    address: Address
+    zone: Zone = ""
+    status: StatusName = "promotable"
+
+
+class MemberUpdate(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    address: Address | None = None
+    zone: Zone | None = None
+    status: StatusName | None = None
+
+
+class Promote(msgspec.Struct, forbid_unknown_fields=True):
+    ids: Annotated[list[NodeId], msgspec.Meta(min_length=1, max_length=64)]
+
+
+class Leader(msgspec.Struct, forbid_unknown_fields=True):
+    id: NodeId
+
+
+class SettingsUpdate(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    promotion: Literal["immediate", "odd"] | None = None
+    history_revisions: Count | None = None
+    history_bytes: Count | None = None
+    idempotency_window_s: Count | None = None
+
+
+class ClusterCalls:
+    """The handlers of `/v1/cluster*` and `/v1/peer` on one node.
+
+    Args:
+        closing: resolved when the server stops, which ends event streams.
+    """
+
+    def __init__(
+        self, node: Node, config: Config, bodies: BodyReader, closing: asyncio.Future[None]
+    ) -> None:
+        self._node = node
+        self._bodies = bodies
+        self._closing = closing
+        self._max_watchers = config.limits.watchers
+        self._watchers = 0
+        self._loop = asyncio.get_running_loop()
+
+    async def show(self, request: Request) -> Response:
+        return json_response(await self._node.cluster_view(self._deadline(request)))
+
+    async def join(self, request: Request) -> Response:
+        body = await self._body(request, Join)
+        _check_address(body.address)
+        view = await self._node.join(
+            msgspec.to_builtins(body), request.remote, self._deadline(request)
+        )
+        return json_response(view)
+
+    async def update_member(self, request: Request) -> Response:
+        node_id = _node_id(request.tail)
+        body = await self._body(request, MemberUpdate)
+        if body.address is not None:
+            _check_address(body.address)
+        change = _some(msgspec.to_builtins(body))
+        return json_response(
+            await self._node.update_member(node_id, change, self._deadline(request))
+        )
+
+    async def remove_member(self, request: Request) -> Response:
+        node_id = _node_id(request.tail)
+        return json_response(await self._node.remove_member(node_id, self._deadline(request)))
+
+    async def promote(self, request: Request) -> Response:
+        body = await self._body(request, Promote)
+        if len(set(body.ids)) != len(body.ids):
+            raise InvalidRequest("ids names a node twice")
+        return json_response(await self._node.promote(body.ids, self._deadline(request)))
+
+    async def transfer_leader(self, request: Request) -> Response:
+        body = await self._body(request, Leader)
+        return json_response(await self._node.transfer_leader(body.id, self._deadline(request)))
+
+    async def change_settings(self, request: Request) -> Response:
+        change = _some(msgspec.to_builtins(await self._body(request, SettingsUpdate)))
+        return json_response(await self._node.change_settings(change, self._deadline(request)))
+
+    async def watch(self, request: Request) -> Response:
+        """Event stream of the membership: now, then after every committed change."""
+        if self._watchers >= self._max_watchers:
+            raise WatchOverflow(f"{self._max_watchers} watchers are connected already")
+        stream = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        )
+        self._watchers += 1
+        try:
+            await _send(stream, stream.prepare(request.as_aiohttp()))
+            await self._forward_events(stream, self._node.membership_events())
+            await _send(stream, stream.write_eof())
+        finally:
+            self._watchers -= 1
+        return cast(Response, stream)
+
+    async def _forward_events(
+        self, stream: web.StreamResponse, events: AsyncIterator[dict[str, Any]]
+    ) -> None:
+        following: asyncio.Future[dict[str, Any]] | None = None
+        try:
+            while not self._closing.done():
+                if following is None:
+                    following = asyncio.ensure_future(anext(events))
+                ends: set[asyncio.Future[Any]] = {following, self._closing}
+                await asyncio.wait(
+                    ends, timeout=COMMENT_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                text = b":\n\n"
+                if following.done():
+                    text = b"event: membership\ndata: %b\n\n" % orjson.dumps(following.result())
+                    following = None
+                await _send(stream, stream.write(text))
+        except StopAsyncIteration:
+            pass  # the node is stopping
+        finally:
+            if following is not None:
+                following.cancel()
+
+    async def peer(self, request: Request) -> Response:
+        """Hand the connection over to the peers, which speak WebSocket on it from here on."""
+        if not request.message.upgrade:
+            raise InvalidRequest("this is the nodes' own entrance: it needs a WebSocket upgrade")
+        aiohttp_request = request.as_aiohttp()
+        try:
+            response = await self._node.peers.accept(aiohttp_request)
+        except web.HTTPException as error:
+            raise InvalidRequest(f"not a WebSocket handshake: {error.text}") from None
+        if not response.prepared:
+            await response.prepare(aiohttp_request)
+            await response.write_eof()
+        return cast(Response, response)
+
+    async def _body(self, request: Request, shape: type[params.T]) -> params.T:
+        return decode_json(await self._bodies.read(request, MAX_JSON_BYTES), request, shape)
+
+    def _deadline(self, request: Request) -> float:
+        return self._loop.time() + params.timeout_s(request)
+
+
+async def _send(stream: web.StreamResponse, write: Any) -> None:
+    """Await one write of a stream; a client that takes nothing for WRITE_STALL_S is dropped."""
+    try:
+        async with asyncio.timeout(WRITE_STALL_S):
+            await write
+    except TimeoutError:
+        raise ConnectionResetError("the client stopped reading its stream") from None
+
+
+def _node_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:11]) < 2**32:
+        raise InvalidRequest("a node id is an integer from 1 to 4294967295")
+    return int(text)
+
+
+def _check_address(address: str) -> None:
+    try:
+        parse_address(address)
+    except ValueError as error:
+        raise InvalidRequest(f"address {error}") from None
+
+
+def _some(change: dict[str, Any]) -> dict[str, Any]:
+    """`change`, unless it is empty."""
+    if not change:
+        raise InvalidRequest("the body changes nothing: name at least one field")
+    return change
+
+
+_ID = Parameter("id", "node id", 2, True, "path")
+_VIEW = Body(
+    "the cluster as its leader sees it",
+    {
+        "cluster_id": "6f1c7f0a9d3e4b52",
+        "leader": {"id": 1, "address": "127.0.0.1:9081"},
+        "term": 2,
+        "commit_index": 12,
+        "applied_index": 12,
+        "revision": 7,
+        "settings": {"promotion": "immediate"},
+        "members": [
+            {
+                "id": 1,
+                "address": "127.0.0.1:9081",
+                "zone": "",
+                "role": "leader",
+                "status": "active",
+                "incarnation": "1f3a5c7e9b2d4f60",
+                "match": 12,
+                "lag": 0,
+                "ready": True,
+                "reason": None,
+            }
+        ],
+        "joint": False,
+        "fault_tolerance": 0,
+        "advice": "1 voter tolerates no failure: join 2 more nodes",
+    },
+)
+_DONE = Body("done")
+_STREAM = Body(
+    "server-sent events",
+    'event: membership\ndata: {"members":[]}\n\n',
+    "text/event-stream",
+)
+_CHANGE_ERRORS = (409, 411, 413, 415, 503, 504)
+
+
+def routes(calls: ClusterCalls) -> list[Route]:
+    """The calls of DESIGN 8 on the cluster."""
+    return [
+        Route(
+            "GET", "/v1/cluster", calls.show, "Show the cluster", {200: _VIEW}, errors=(503, 504)
+        ),
+        Route(
+            "GET",
+            "/v1/cluster/watch",
+            calls.watch,
+            "Follow the membership",
+            {200: _STREAM},
+            errors=(429, 503),
+            streams=True,
+        ),
+        *_changes(calls),
+        Route(
+            "GET",
+            "/v1/peer",
+            calls.peer,
+            "Peer stream (WebSocket, between nodes only)",
+            {101: Body("switching protocols")},
+            streams=True,
+        ),
+    ]
+
+
+def _changes(calls: ClusterCalls) -> list[Route]:
+    member = "/v1/cluster/members/{id}"
+    join = {
+        "id": 2,
+        "incarnation": "1f3a5c7e9b2d4f60",
+        "address": "127.0.0.1:9082",
+        "zone": "az-b",
+        "status": "promotable",
+    }
+    table = [
+        ("POST", "/v1/cluster/members", calls.join, "Join as a learner", join),
+        ("PUT", member, calls.update_member, "Change a member", {"address": "127.0.0.1:9092"}),
+        ("DELETE", member, calls.remove_member, "Remove a member for good", None),
+        ("POST", "/v1/cluster/promote", calls.promote, "Promote learners", {"ids": [2, 3]}),
+        ("POST", "/v1/cluster/leader", calls.transfer_leader, "Transfer leadership", {"id": 2}),
+        (
+            "PUT",
+            "/v1/cluster/settings",
+            calls.change_settings,
+            "Change replicated settings",
+            {"promotion": "odd"},
+        ),
+    ]
+    return [
+        Route(
+            method,
+            path,
+            handler,
+            summary,
+            {200: _DONE},
+            (_ID,) if path is member else (),
+            None if example is None else Body("JSON object", example),
+            _CHANGE_ERRORS,
+        )
+        for method, path, handler, summary, example in table
+    ]

@@ -1,0 +1,82 @@
+"""For load balancers, supervisors and people: is this node alive, ready, the leader?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import generate_latest
+
+from dengine.api import params
+from dengine.api.protocol import Request, Response, json_response
+from dengine.api.routes import Body, Parameter, Route
+from dengine.errors import ClusterUnavailable, NotLeader
+
+if TYPE_CHECKING:
+    from dengine.node.node import Node
+
+MAX_LAG = 2**63 - 1
+_OK: dict[str, Any] = {"status": "ok"}
+
+
+class HealthCalls:
+    """The handlers of the health endpoints; none of them waits for anything."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def livez(self, request: Request) -> Response:
+        """The event loop turns: that is all this says."""
+        return json_response(_OK)
+
+    async def readyz(self, request: Request) -> Response:
+        readiness = self._node.readiness()
+        verbose = params.flag(request.params, "verbose")
+        details = {"checks": readiness.checks} if verbose else {}
+        if readiness.ready:
+            return json_response(_OK | details)
+        raise ClusterUnavailable(
+            "not ready: " + ("; ".join(readiness.reasons) or "still starting"),
+            reasons=readiness.reasons,
+            **details,
+        )
+
+    async def leader(self, request: Request) -> Response:
+        if self._node.is_leader:
+            return json_response(_OK)
+        raise NotLeader("this node is not the leader")
+
+    async def replica(self, request: Request) -> Response:
+        """200 on a node that follows a leader, with `lag` only when no further behind it."""
+        allowed = params.integer(request.params, "lag", MAX_LAG, 0, MAX_LAG)
+        if self._node.is_leader:
+            raise ClusterUnavailable("this node is the leader, not a replica")
+        lag = self._node.lag
+        if self._node.leader is None or lag is None:
+            raise ClusterUnavailable("this node knows no leader to follow")
+        if lag > allowed:
+            raise ClusterUnavailable(f"this node is {lag} entries behind, more than {allowed}")
+        return json_response(_OK | {"lag": lag})
+
+    async def metrics(self, request: Request) -> Response:
+        text = generate_latest(self._node.metrics)
+        return Response(200, text, b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n")
+
+    async def status(self, request: Request) -> Response:
+        return json_response(self._node.local_status())
+
+
+def routes(calls: HealthCalls) -> list[Route]:
+    """The health calls of DESIGN 8."""
+    ok = Body("yes", _OK)
+    verbose = Parameter("verbose", "name every check", True)
+    lag = Parameter("lag", "most entries it may be behind", 100)
+    status = {"node_id": 1, "role": "leader", "term": 2, "commit_index": 12, "last_applied": 12}
+    metrics = Body("Prometheus text", "dengine_term 2.0\n", "text/plain")
+    return [
+        Route("GET", "/livez", calls.livez, "Is the process alive?", {200: ok}),
+        Route("GET", "/readyz", calls.readyz, "Can it serve?", {200: ok}, (verbose,), None, (503,)),
+        Route("GET", "/leader", calls.leader, "Is it the leader?", {200: ok}, errors=(503,)),
+        Route("GET", "/replica", calls.replica, "A replica?", {200: ok}, (lag,), None, (503,)),
+        Route("GET", "/metrics", calls.metrics, "Metrics", {200: metrics}),
+        Route("GET", "/v1/status", calls.status, "This node", {200: Body("its state", status)}),
+    ]

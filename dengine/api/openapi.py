@@ -1,0 +1,108 @@
+"""The OpenAPI 3.1 document, generated from the route table so that it cannot drift from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Any
+
+from dengine import __version__
+from dengine.api.routes import Body, Parameter, Route
+
+COMMON_ERRORS = (400, 404, 405, 414, 431)
+
+_ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error", "code", "message", "retryable", "outcome"],
+    "properties": {
+        "error": {"type": "string", "example": "invalid_request"},
+        "code": {"type": "integer", "example": 4003},
+        "message": {"type": "string", "example": "the key is empty: a key has 1 to 511 bytes"},
+        "retryable": {"type": "boolean"},
+        "outcome": {
+            "enum": ["none", "unknown"],
+            "description": "none: it did not and will not happen; unknown: it may have happened",
+        },
+        "leader": {
+            "type": "object",
+            "properties": {"id": {"type": "integer"}, "address": {"type": "string"}},
+        },
+    },
+}
+
+
+def document(routes: Iterable[Route]) -> dict[str, Any]:
+    """The whole document for `routes`, ready for JSON."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        operations = paths.setdefault(route.path, {})
+        operations[route.method.lower()] = _operation(route)
+        if route.method == "GET" and not route.streams:
+            operations["head"] = _operation(route, "Head")
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "dengine",
+            "version": __version__,
+            "description": "A Raft-replicated key-value engine. Any node takes any request.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": paths,
+        "components": {"schemas": {"Error": _ERROR_SCHEMA}},
+    }
+
+
+def _operation(route: Route, prefix: str = "") -> dict[str, Any]:
+    name = "".join(part.capitalize() for part in route.summary.replace("?", "").split())
+    where = "" if "{" in route.path else "At" + route.path.title().replace("/", "")
+    operation: dict[str, Any] = {
+        "operationId": f"{prefix}{route.method.capitalize() if not prefix else ''}{name}{where}",
+        "summary": route.summary,
+        "parameters": [*map(_parameter, route.parameters), _TIMEOUT],
+        "responses": {
+            **{str(status): _reply(body) for status, body in route.replies.items()},
+            **{str(status): _error(status) for status in (*COMMON_ERRORS, *route.errors)},
+        },
+    }
+    if route.body is not None:
+        operation["requestBody"] = {"required": True, "content": _content(route.body)}
+    return operation
+
+
+def _parameter(parameter: Parameter) -> dict[str, Any]:
+    kinds = {bool: "boolean", int: "integer", str: "string"}
+    return {
+        "name": parameter.name,
+        "in": parameter.place,
+        "required": parameter.required,
+        "description": parameter.text,
+        "schema": {"type": kinds[type(parameter.example)]},
+        "example": parameter.example,
+    }
+
+
+_TIMEOUT = _parameter(
+    Parameter("Dengine-Timeout-Ms", "100 to 60000, default 5000", 5000, place="header")
+)
+
+
+def _content(body: Body) -> dict[str, Any]:
+    kind = "object" if isinstance(body.example, dict) else "string"
+    return {body.media_type: {"schema": {"type": kind}, "example": body.example}}
+
+
+def _reply(body: Body) -> dict[str, Any]:
+    reply: dict[str, Any] = {"description": body.text}
+    if body.example is not None:
+        reply["content"] = _content(body)
+    if body.headers:
+        reply["headers"] = {name: {"schema": {"type": "string"}} for name in body.headers}
+    return reply
+
+
+def _error(status: int) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/Error"}
+    return {
+        "description": HTTPStatus(status).phrase,
+        "content": {"application/json": {"schema": schema}},
+    }

@@ -1,0 +1,392 @@
+"""One client connection: aiohttp's HTTP/1.1 parser and keep-alive loop, with our limits around it.
+
+aiohttp's `web.Server` parses and schedules; what it would do next costs more than a whole PUT (a
+full `web.Request` and `web.Response` are half of its time). So a request here is five slots over
+the parsed message, and a response is bytes that were put together once.
+
+Every limit of DESIGN 11 that a slow or oversized *sender* can hit is enforced in this file; all
+refusals are the JSON of DESIGN 8.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from email.utils import formatdate
+from typing import TYPE_CHECKING, Any, cast
+
+import orjson
+from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMethod, LineTooLong
+
+from dengine.errors import (
+    DengineError,
+    HeadersTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    RateLimited,
+    UriTooLong,
+)
+
+if TYPE_CHECKING:
+    from aiohttp.abc import AbstractStreamWriter
+    from aiohttp.http_parser import RawRequestMessage
+    from aiohttp.streams import StreamReader
+
+log = logging.getLogger("dengine.api")
+
+MAX_URI_BYTES = 8192
+MAX_HEADER_BYTES = 8191  # one less, so that a LineTooLong tells which of the two was too long
+MAX_HEADER_FIELDS = 64
+HEADER_TIMEOUT_S = 5.0
+IDLE_TIMEOUT_S = 75.0
+LINGER_S = 2.0  # how long the rest of a refused request is read, so that the refusal arrives
+WRITE_STALL_S = 30.0
+MAX_CONNECTIONS = 16_384
+ALL_METHODS = "GET, HEAD, PUT, POST, DELETE, OPTIONS"
+
+_REASONS = {
+    200: b"OK",
+    204: b"No Content",
+    304: b"Not Modified",
+    400: b"Bad Request",
+    401: b"Unauthorized",
+    403: b"Forbidden",
+    404: b"Not Found",
+    405: b"Method Not Allowed",
+    409: b"Conflict",
+    410: b"Gone",
+    411: b"Length Required",
+    412: b"Precondition Failed",
+    413: b"Content Too Large",
+    414: b"URI Too Long",
+    415: b"Unsupported Media Type",
+    422: b"Unprocessable Content",
+    429: b"Too Many Requests",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+    507: b"Insufficient Storage",
+}
+_STATUS_LINES = {code: b"HTTP/1.1 %d %s\r\n" % (code, text) for code, text in _REASONS.items()}
+
+_date_second = 0
+_date_line = b""
+
+
+def _date() -> bytes:
+    """The Date header, made once per second."""
+    global _date_second, _date_line
+    now = int(time.time())
+    if now != _date_second:
+        _date_second = now
+        _date_line = b"Date: %s\r\n" % formatdate(now, usegmt=True).encode()
+    return _date_line
+
+
+class Request:
+    """A parsed request: what a handler needs and aiohttp's loop touches, and nothing else.
+
+    The route table fills in `tail`, the raw rest of the path behind a route's prefix, and
+    `params`, the decoded query, before a handler is called.
+    """
+
+    __slots__ = ("_task", "message", "params", "payload", "protocol", "tail", "writer")
+
+    tail: str
+    params: dict[str, bytes]
+
+    def __init__(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: Connection,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> None:
+        self.message = message
+        self.payload = payload
+        self.protocol = protocol
+        self.writer = writer
+        self._task = task
+
+    @property
+    def remote(self) -> str | None:
+        """The host this request came from, None when the connection is gone."""
+        peer = self.protocol.peername
+        return str(peer[0]) if isinstance(peer, tuple) else None
+
+    def as_aiohttp(self) -> web.BaseRequest:
+        """The same request as aiohttp knows it, for WebSockets and event streams."""
+        return web.BaseRequest(
+            self.message,
+            self.payload,
+            self.protocol,
+            self.writer,
+            self._task,
+            asyncio.get_running_loop(),
+        )
+
+    def _finish(self) -> None:
+        """aiohttp calls this when the handler is done; there is nothing to release."""
+
+    def _cancel(self, error: BaseException) -> None:
+        """aiohttp calls this when the connection is lost: whoever reads the body wakes up."""
+        self.payload.set_exception(error)
+
+
+class Response:
+    """A complete response: status line, headers and body in as few copies as possible.
+
+    Args:
+        headers: further header lines, each ended by CRLF, in bytes.
+        close: end the connection after this response.
+    """
+
+    __slots__ = ("body", "close", "headers", "keep_alive", "status")
+
+    def __init__(
+        self, status: int, body: bytes = b"", headers: bytes = b"", *, close: bool = False
+    ) -> None:
+        self.status = status
+        self.body = body
+        self.headers = headers
+        self.close = close
+        self.keep_alive = True
+
+    async def prepare(self, request: Request) -> None:
+        """Write everything to the transport (aiohttp's hook; called once).
+
+        Raises:
+            ConnectionResetError: the client has gone; aiohttp's loop ends the connection.
+        """
+        protocol = request.protocol
+        transport = protocol.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client closed the connection")
+        # A body nobody will read ends the connection: a client must not take it for reusable.
+        hang_up = self.close or not request.payload.is_eof()
+        last = hang_up or protocol.ending or request.message.should_close
+        transport.write(self._encode(request, last))
+        if hang_up:
+            protocol.hang_up()
+        elif protocol.writing_paused:
+            await _drain(protocol, request.writer)
+
+    async def write_eof(self) -> None:
+        """aiohttp's second hook; `prepare` has written all there is."""
+
+    def _encode(self, request: Request, last: bool) -> bytes:
+        message, body, status = request.message, self.body, self.status
+        connection = b""
+        if last:
+            self.keep_alive = False
+            connection = b"Connection: close\r\n"
+        elif message.version.minor == 0:
+            connection = b"Connection: keep-alive\r\n"
+        # RFC 9110 8.6: neither of these two carries a Content-Length.
+        length = b"" if status in (204, 304) else b"Content-Length: %d\r\n" % len(body)
+        if message.method == "HEAD":
+            body = b""
+        return b"%b%b%b%b%b\r\n%b" % (
+            _STATUS_LINES[status],
+            _date(),
+            length,
+            connection,
+            self.headers,
+            body,
+        )
+
+
+async def _drain(protocol: Connection, writer: AbstractStreamWriter) -> None:
+    """Wait until a slow reader took its response, at most WRITE_STALL_S."""
+    try:
+        async with asyncio.timeout(WRITE_STALL_S):
+            await writer.drain()
+    except TimeoutError:
+        protocol.abort()
+        raise ConnectionResetError("the client stopped reading its response") from None
+
+
+_JSON = b"Content-Type: application/json\r\n"
+
+
+def json_response(body: Any, status: int = 200, headers: bytes = b"") -> Response:
+    """`body` (anything orjson encodes) as a JSON response."""
+    return Response(status, orjson.dumps(body), _JSON + headers)
+
+
+def error_response(error: DengineError, *, close: bool = False, headers: bytes = b"") -> Response:
+    """The JSON of DESIGN 8 for `error`, with Retry-After where a later attempt makes sense."""
+    if error.status in (429, 503):
+        headers += b"Retry-After: 1\r\n"
+    return Response(error.status, orjson.dumps(error.to_dict()), _JSON + headers, close=close)
+
+
+class Server(web.Server):
+    """aiohttp's server with `Connection` as the protocol of every accepted socket."""
+
+    def __call__(self) -> Connection:
+        return Connection(self, loop=self._loop)
+
+    @property
+    def full(self) -> bool:
+        return len(self._connections) >= MAX_CONNECTIONS
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's protocol plus a deadline for headers, a total header size and JSON errors."""
+
+    __slots__ = ("_header_timer", "_last_payload", "_requests_seen", "oversized")
+
+    def __init__(self, manager: web.Server, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(
+            manager,
+            loop=loop,
+            keepalive_timeout=IDLE_TIMEOUT_S,
+            # None is what switches the access log off, though aiohttp's annotation forbids it.
+            access_log=cast(logging.Logger, None),
+            logger=log,
+            max_line_size=MAX_URI_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            max_headers=MAX_HEADER_FIELDS,
+            lingering_time=0,  # `hang_up` does it better
+            auto_decompress=False,
+        )
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._last_payload: StreamReader | None = None
+        self._requests_seen = 0
+        self.oversized = False  # a header larger than allowed as a whole has come in
+
+    @property
+    def busy(self) -> bool:
+        """True while a request is being answered or waits for its turn."""
+        return self._request_in_progress or bool(self._messages)
+
+    @property
+    def ending(self) -> bool:
+        """True when the connection closes after the response under way."""
+        return self._close or self._force_close
+
+    @property
+    def _between(self) -> bool:
+        """True when no body is under way."""
+        return self._last_payload is None or self._last_payload.is_eof()
+
+    @property
+    def upgraded(self) -> bool:
+        """True once this connection carries a WebSocket."""
+        return self._payload_parser is not None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not (isinstance(self._manager, Server) and self._manager.full):
+            super().connection_made(transport)
+            return
+        self.transport = cast(asyncio.Transport, transport)
+        self._refuse(
+            RateLimited(f"{MAX_CONNECTIONS} connections are open: close some, or try later")
+        )
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._payload_parser is not None:
+            return
+        if self._request_count != self._requests_seen:
+            self._requests_seen = self._request_count
+            if self._messages:
+                self._last_payload = self._messages[-1][1]
+                if len(data) > MAX_HEADER_BYTES or self._header_timer is not None:
+                    self._measure_headers()
+            self._disarm()
+        elif data and self._header_timer is None and not self._force_close and self._between:
+            self._arm()  # bytes that complete no header and belong to no body: half a header
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What aiohttp's loop asks for when the parser gave up, as JSON and without a traceback.
+
+        Raises:
+            ConnectionError: the client has gone and there is nobody to answer.
+        """
+        if isinstance(exc, ConnectionError):
+            raise exc
+        error = _parser_error(exc)
+        allow = b"Allow: %b\r\n" % ALL_METHODS.encode() if error.status == 405 else b""
+        return cast(web.StreamResponse, error_response(error, close=True, headers=allow))
+
+    def hang_up(self) -> None:
+        """End the connection so that what was written still arrives.
+
+        Closing while input is unread would reset the connection and could cost the client its
+        response. So: half-close, ignore what still comes (`_force_close` makes aiohttp do that),
+        and close for good LINGER_S later unless the client does so first.
+        """
+        self._force_close = True
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            transport.write_eof()
+            self._resume_transport_reading()  # a half-read body may have paused it
+            self._loop.call_later(LINGER_S, transport.abort)
+
+    def abort(self) -> None:
+        """Drop the connection without waiting for what is still buffered."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _arm(self) -> None:
+        self._header_timer = self._loop.call_later(HEADER_TIMEOUT_S, self._header_is_late)
+
+    def _disarm(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _header_is_late(self) -> None:
+        self._header_timer = None
+        if self.busy:  # an earlier, pipelined request still owes its answer
+            self._arm()
+            return
+        seconds = f"{HEADER_TIMEOUT_S:g}"
+        self._refuse(InvalidRequest(f"the request header was not complete after {seconds} s"))
+
+    def _measure_headers(self) -> None:
+        """aiohttp bounds each field; DESIGN 11 bounds their sum."""
+        for message, _ in self._messages:
+            fields = getattr(message, "raw_headers", ())  # a parser error has none
+            if sum(len(name) + len(value) + 4 for name, value in fields) > MAX_HEADER_BYTES:
+                self.oversized = True
+
+    def _refuse(self, error: DengineError) -> None:
+        """Answer outside of any request, and hang up."""
+        if self.transport is not None:
+            body = orjson.dumps(error.to_dict())
+            head = b"%bContent-Length: %d\r\nConnection: close\r\n\r\n" % (_JSON, len(body))
+            self.transport.write(_STATUS_LINES[error.status] + _date() + head + body)
+            self.hang_up()
+
+
+def _parser_error(error: BaseException | None) -> DengineError:
+    """What the parser complained about, in the words of DESIGN 8."""
+    text = getattr(error, "message", "") or "the request could not be parsed"
+    if isinstance(error, LineTooLong):
+        if error.args[1] == MAX_URI_BYTES:
+            return UriTooLong(f"the request target is longer than {MAX_URI_BYTES} bytes")
+        return HeadersTooLarge(f"a header field is larger than {MAX_HEADER_BYTES} bytes")
+    if text == "Too many headers received":
+        return HeadersTooLarge(f"the header has more than {MAX_HEADER_FIELDS} fields")
+    if "HTTPS traffic" in text:
+        return InvalidRequest("this port speaks plain HTTP, and a TLS handshake came in")
+    if isinstance(error, BadHttpMethod) and " HTTP/1." in text:
+        return MethodNotAllowed(f"this method does not exist here; use one of {ALL_METHODS}")
+    return InvalidRequest(f"not a valid HTTP/1.1 request: {text.splitlines()[0].rstrip(':')}")

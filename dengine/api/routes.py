@@ -1,0 +1,135 @@
+"""The route table: one entry per call, from which routing, query checking and OpenAPI all come.
+
+A route that is missing here does not exist, and one that is here is documented: the OpenAPI
+document is generated from the same entries (openapi.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from dengine.api.params import parse_query
+from dengine.api.protocol import ALL_METHODS, Request, Response
+from dengine.errors import InvalidRequest, MethodNotAllowed, NotFound
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A query parameter or header; `example` also tells its type."""
+
+    name: str
+    text: str
+    example: str | int | bool
+    required: bool = False
+    place: str = "query"
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What a call takes or answers. `example` is a JSON value, or text for other media types."""
+
+    text: str
+    example: Any = None
+    media_type: str = "application/json"
+    headers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One call. `path` may end in one `{name}`, which stands for the whole raw rest of the path.
+
+    `errors` are the statuses it answers beside those that every call can (see openapi.py).
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    replies: dict[int, Body]
+    parameters: tuple[Parameter, ...] = ()
+    body: Body | None = None
+    errors: tuple[int, ...] = ()
+    streams: bool = False  # a stream or WebSocket: no HEAD, no request histogram
+
+    @property
+    def query(self) -> frozenset[str]:
+        return frozenset(p.name for p in self.parameters if p.place == "query")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A route made ready for dispatch."""
+
+    handler: Handler
+    name: str  # label of the request histogram
+    query: frozenset[str]
+    streams: bool
+
+
+Calls = dict[str, Call]
+
+
+class RouteTable:
+    """Finds the call for a method and a raw target, without decoding anything but the query."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self.routes = tuple(routes)
+        self._exact: dict[str, Calls] = {}
+        self._prefixes: dict[str, Calls] = {}
+        for route in self.routes:
+            prefix, has_tail, _ = route.path.partition("{")
+            calls = (self._prefixes if has_tail else self._exact).setdefault(prefix, {})
+            call = Call(route.handler, f"{route.method} {route.path}", route.query, route.streams)
+            calls[route.method] = call
+            if route.method == "GET" and not route.streams:
+                calls["HEAD"] = call
+        self._keys = self._prefixes["/v1/kv/"]
+
+    def resolve(self, request: Request) -> Call:
+        """The call for `request`, whose `path`, `tail` and `params` are filled in.
+
+        Raises:
+            NotFound: nothing is served under this path.
+            MethodNotAllowed: something is, but not with this method; `allow` names those.
+            InvalidRequest: the target or its query is malformed.
+        """
+        target, _, query = request.message.path.partition("?")
+        if target.startswith("/v1/kv/"):  # the hot path
+            calls, request.tail = self._keys, target[7:]
+        else:
+            calls, request.tail = self._find(target, request)
+        call = calls.get(request.message.method)
+        if call is None:
+            raise MethodNotAllowed(
+                f"{request.message.method} is not possible here; use one of {allow(calls)}",
+                allow=allow(calls),
+            )
+        if "#" in request.message.path:
+            raise InvalidRequest("a request target has no fragment: write a literal # as %23")
+        request.params = parse_query(query, call.query) if query else {}
+        return call
+
+    def allowed(self, request: Request) -> str:
+        """The Allow header for the path of `request`; raises NotFound when there is none."""
+        target = request.message.path.partition("?")[0]
+        return ALL_METHODS if target == "*" else allow(self._find(target, request)[0])
+
+    def _find(self, target: str, request: Request) -> tuple[Calls, str]:
+        if not target.startswith("/") and request.message.method != "CONNECT":
+            # The absolute form, http://host/path, is what proxies send.
+            target = "/" + target.partition("://")[2].partition("/")[2]
+        calls = self._exact.get(target)
+        if calls is not None:
+            return calls, ""
+        for prefix, calls in self._prefixes.items():
+            if target.startswith(prefix):
+                return calls, target[len(prefix) :]
+        raise NotFound("nothing is served under this path; GET /v1/openapi.json lists what is")
+
+
+def allow(calls: Calls) -> str:
+    return ", ".join([*calls, "OPTIONS"])

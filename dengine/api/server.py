@@ -1,0 +1,187 @@
+"""The HTTP server of a node: one port for clients and peers, one function per request.
+
+`HttpServer._handle` is the whole life of a request: find the call, run it, turn any error into
+the JSON of DESIGN 8, note the time. It runs in the task that aiohttp makes for it and arms no
+timer of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import traceback
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, cast
+
+import orjson
+
+from dengine.api import cluster, health, kv, openapi
+from dengine.api.params import IDEMPOTENCY_KEY, BodyReader
+from dengine.api.protocol import (
+    MAX_HEADER_BYTES,
+    Connection,
+    Request,
+    Response,
+    Server,
+    error_response,
+)
+from dengine.api.routes import Body, Call, Route, RouteTable
+from dengine.config import parse_address
+from dengine.errors import (
+    DengineError,
+    HeadersTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    TryAgain,
+)
+
+if TYPE_CHECKING:
+    from dengine.config import Config
+    from dengine.node.node import Node
+
+log = logging.getLogger("dengine.api")
+
+BACKLOG = 1024
+
+
+class HttpServer:
+    """Serves one node's HTTP on `config.cluster.listen_address`.
+
+    Make it, `start()` and `stop()` it on the event loop that runs the node.
+    """
+
+    def __init__(self, node: Node, config: Config) -> None:
+        self._node = node
+        self._config = config
+        self._slow_s = config.log.slow_request_ms / 1000
+        self._web: Server | None = None
+        self._listener: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Bind the port and serve.
+
+        Raises:
+            TryAgain: the port is taken or the address is not one of this machine.
+        """
+        loop = asyncio.get_running_loop()
+        self._closing: asyncio.Future[None] = loop.create_future()
+        self._table = RouteTable(self._routes())
+        address = self._config.cluster.listen_address
+        host, port = parse_address(address)
+        # Both casts: aiohttp's annotations name its own request and response classes, its code
+        # only uses what ours have (see protocol.py).
+        self._web = Server(cast(Any, self._handle), request_factory=cast(Any, Request))
+        try:
+            self._listener = await loop.create_server(
+                self._web, host, port, backlog=BACKLOG, reuse_address=True
+            )
+        except (OSError, socket.gaierror) as error:
+            raise TryAgain(
+                f"cannot listen on {address}: {error.strerror or error}; "
+                "stop what uses that port, or change cluster.listen_address"
+            ) from None
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop accepting, and let requests under way end; after `grace_s` they are cut off.
+
+        Peer streams stay: they belong to the node, which needs them to hand leadership over.
+        """
+        if self._listener is None or self._web is None:
+            return
+        self._listener.close()
+        self._closing.set_result(None)
+        clients = [cast(Connection, c) for c in self._web.connections]
+        busy = [c for c in clients if c.busy and not c.upgraded]
+        for connection in clients:
+            if not connection.busy:
+                connection.force_close()
+        await asyncio.gather(*(connection.shutdown(grace_s) for connection in busy))
+
+    def _routes(self) -> list[Route]:
+        bodies = BodyReader(self._config.limits.pending_bytes)
+        routes = [
+            *kv.routes(kv.KvCalls(self._node, self._config, bodies)),
+            *cluster.routes(cluster.ClusterCalls(self._node, self._config, bodies, self._closing)),
+            *health.routes(health.HealthCalls(self._node)),
+        ]
+        description = Body("OpenAPI 3.1", {"openapi": "3.1.0"})
+        itself = Route(
+            "GET", "/v1/openapi.json", self._openapi, "This document", {200: description}
+        )
+        routes.append(itself)
+        self._document = orjson.dumps(openapi.document(routes))
+        return routes
+
+    async def _openapi(self, request: Request) -> Response:
+        return Response(200, self._document, b"Content-Type: application/json\r\n")
+
+    async def _handle(self, request: Request) -> Response:
+        """One request from parsed header to complete response; never raises but ConnectionError."""
+        started = perf_counter()
+        call: Call | None = None
+        try:
+            if request.message.method == "OPTIONS":
+                return self._options(request)
+            call = self._table.resolve(request)
+            self._check_headers(request)
+            response = await call.handler(request)
+        except DengineError as error:
+            response = self._refusal(error)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            response = _bug(error)
+        if call is not None and not call.streams:
+            self._observe(call, request, response, perf_counter() - started)
+        return response
+
+    def _check_headers(self, request: Request) -> None:
+        message = request.message
+        if request.protocol.oversized:
+            raise HeadersTooLarge(f"the header is larger than {MAX_HEADER_BYTES} bytes")
+        if message.method in ("GET", "HEAD"):
+            return
+        if IDEMPOTENCY_KEY in message.headers:
+            raise InvalidRequest(
+                "header Idempotency-Key is not supported yet: without it, repeat a write "
+                "only when its outcome is none"
+            )
+
+    def _options(self, request: Request) -> Response:
+        try:
+            allow = self._table.allowed(request)
+        except DengineError as error:
+            return error_response(error)
+        return Response(204, b"", b"Allow: %b\r\n" % allow.encode())
+
+    def _refusal(self, error: DengineError) -> Response:
+        if error.leader is None and self._node.leader is not None:
+            node_id, address = self._node.leader
+            error.leader = {"id": node_id, "address": address}
+        headers = b""
+        if isinstance(error, MethodNotAllowed):
+            headers = b"Allow: %b\r\n" % error.details["allow"].encode()
+        # A connection with an oversized header stays refused, so it ends.
+        return error_response(error, close=isinstance(error, HeadersTooLarge), headers=headers)
+
+    def _observe(self, call: Call, request: Request, response: Response, seconds: float) -> None:
+        self._node.metrics_observe_request(call.name, seconds)
+        if seconds >= self._slow_s:
+            target = ascii(request.message.path[:200])[1:-1]
+            log.warning(
+                "slow request: %s %s took %.0f ms and ended as %d",
+                request.message.method,
+                target,
+                seconds * 1000,
+                response.status,
+            )
+
+
+def _bug(error: Exception) -> Response:
+    """A mistake of ours: one line that says where, and a 500 whose outcome is unknown."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    log.error(
+        "unexpected %s in %s, line %s: %s", type(error).__name__, place.name, place.lineno, error
+    )
+    return error_response(DengineError("unexpected error in this node", outcome="unknown"))
