@@ -1,0 +1,264 @@
+"""The client commands: each takes its parsed arguments and a `Remote`, prints, returns exit code.
+
+People get tables and sentences on stdout, programs get JSON from `--json`, and a value goes out as
+the bytes that were stored. Failures are `DengineError`s, which `main` turns into one sentence.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dengine.cli.remote import Remote, key_target, target
+from dengine.errors import DengineError, KeyNotFound
+
+SHOWN_VALUE_CHARACTERS = 60
+
+
+def get(args: Namespace, remote: Remote) -> int:
+    """Write the value's bytes to stdout; `--json` adds key and revision."""
+    key = os.fsencode(args.key)
+    try:
+        reply = remote.call("GET", key_target(key, consistency=args.consistency))
+    except KeyNotFound:
+        raise KeyNotFound(f"there is no key {_printable(key)!r}") from None
+    if args.json:
+        revision = int(reply.headers.get("ETag", "0").strip('"'))
+        named = {**_json_bytes("key", key), **_json_bytes("value", reply.body)}
+        _print_json({**named, "mod_revision": revision})
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(reply.body)
+        sys.stdout.buffer.flush()
+    return 0
+
+
+def put(args: Namespace, remote: Remote) -> int:
+    """Store VALUE, standard input (VALUE is "-") or a file."""
+    if args.file is not None:
+        value = args.file.read_bytes()
+    elif args.value == "-":
+        value = sys.stdin.buffer.read()
+    else:
+        value = os.fsencode(args.value)
+    reply = remote.call("PUT", key_target(os.fsencode(args.key)), value, _conditions(args)).json()
+    print(f"revision {reply['revision']} ({'created' if reply['created'] else 'replaced'})")
+    return 0
+
+
+def delete(args: Namespace, remote: Remote) -> int:
+    """Delete one key, or with `--prefix` or `--start/--end` a range of them."""
+    if args.key is not None:
+        where, headers = key_target(os.fsencode(args.key)), _conditions(args)
+    else:
+        where = target("/v1/kv", **_selection(args), all="true" if args.all else None)
+        headers = {}
+    reply = remote.call("DELETE", where, headers=headers).json()
+    count = reply["deleted"]
+    print(f"revision {reply['revision']} ({count} {'key' if count == 1 else 'keys'} deleted)")
+    return 0
+
+
+def list_keys(args: Namespace, remote: Remote) -> int:
+    """Print the keys of a range in order, page after page."""
+    if args.count:
+        where = target("/v1/kv", **_selection(args), count_only="true")
+        reply = remote.call("GET", where).json()
+        if args.json:
+            _print_json(reply)
+        else:
+            print(reply["count"])
+        return 0
+    items: list[dict[str, Any]] = []
+    page: dict[str, Any] = {}
+    for page in _pages(args, remote):
+        items.extend(page["items"])
+    if args.json:
+        _print_json({**page, "items": items, "count": len(items)})
+    elif args.keys_only:
+        for item in items:
+            print(_printable(_item_bytes(item, "key")))
+    else:
+        rows = [
+            (
+                _printable(_item_bytes(item, "key")),
+                item["mod_revision"],
+                item["version"],
+                _shortened(_printable(_item_bytes(item, "value"))),
+            )
+            for item in items
+        ]
+        _print_table(("KEY", "REVISION", "VERSION", "VALUE"), rows)
+    return 0
+
+
+def _pages(args: Namespace, remote: Remote) -> Iterator[dict[str, Any]]:
+    """The pages of a listing, until its end or until `--limit` items came."""
+    after, left = None, args.limit
+    while True:
+        where = target(
+            "/v1/kv",
+            **_selection(args),
+            after=after,
+            limit=None if left is None else min(left, 1000),
+            keys_only="true" if args.keys_only else None,
+            consistency=args.consistency,
+        )
+        page = remote.call("GET", where).json()
+        yield page
+        after = page["next"]
+        left = None if left is None else left - len(page["items"])
+        if after is None or left == 0:
+            return
+
+
+def status(args: Namespace, remote: Remote) -> int:
+    """One line per endpoint; fails only when none of them answers."""
+    answers: list[dict[str, Any]] = []
+    for endpoint in remote.endpoints:
+        try:
+            answers.append(
+                {"endpoint": endpoint, **remote.only(endpoint).json("GET", "/v1/status")}
+            )
+        except DengineError as error:
+            answers.append({"endpoint": endpoint, "problem": error.message})
+    if args.json:
+        _print_json(answers)
+    else:
+        columns = ("role", "term", "leader", "commit_index", "last_applied", "revision")
+        rows = [
+            (
+                answer["endpoint"],
+                answer.get("node_id"),
+                *(_cell(answer.get(name)) for name in columns),
+                answer.get("problem", ""),
+            )
+            for answer in answers
+        ]
+        heads = ("ENDPOINT", "NODE", "ROLE", "TERM", "LEADER", "COMMIT", "APPLIED", "REVISION", "")
+        _print_table(heads, rows)
+    return 0 if any("problem" not in answer for answer in answers) else 1
+
+
+def members(args: Namespace, remote: Remote) -> int:
+    """The membership as the leader sees it, and what it can survive."""
+    cluster = remote.json("GET", "/v1/cluster")
+    if args.json:
+        _print_json(cluster)
+        return 0
+    columns = ("id", "address", "zone", "role", "status", "match", "lag", "ready", "reason")
+    rows = [[_cell(member.get(name)) for name in columns] for member in cluster["members"]]
+    _print_table([name.upper() for name in columns], rows)
+    print()
+    names = ("cluster_id", "leader", "term", "revision", "joint", "fault_tolerance", "advice")
+    for name in names:
+        if cluster.get(name) not in (None, ""):
+            print(f"{name.replace('_', ' '):16} {_cell(cluster[name])}")
+    return 0
+
+
+def settings(args: Namespace, remote: Remote) -> int:
+    """Show the replicated settings, or change those given as NAME=VALUE."""
+    if args.changes:
+        body = {name: int(v) if v.isdecimal() else v for name, v in args.changes}
+        remote.json("PUT", "/v1/cluster/settings", body)
+    current = remote.json("GET", "/v1/cluster")["settings"]
+    if args.json:
+        _print_json(current)
+    else:
+        _print_table(("SETTING", "VALUE"), list(current.items()))
+    return 0
+
+
+def promote(args: Namespace, remote: Remote) -> int:
+    remote.json("POST", "/v1/cluster/promote", {"ids": args.ids})
+    print(f"promoted {', '.join(str(node_id) for node_id in args.ids)}")
+    return 0
+
+
+def remove(args: Namespace, remote: Remote) -> int:
+    remote.json("DELETE", f"/v1/cluster/members/{args.id}")
+    print(f"removed node {args.id}: this id is never used again")
+    return 0
+
+
+def move(args: Namespace, remote: Remote) -> int:
+    remote.json("PUT", f"/v1/cluster/members/{args.id}", {"address": args.address})
+    print(f"node {args.id} is now dialled at {args.address}")
+    return 0
+
+
+def transfer_leader(args: Namespace, remote: Remote) -> int:
+    remote.json("POST", "/v1/cluster/leader", {"id": args.id})
+    print(f"node {args.id} leads")
+    return 0
+
+
+def _conditions(args: Namespace) -> dict[str, str]:
+    headers = {}
+    if args.if_match is not None:
+        headers["If-Match"] = "*" if args.if_match == "*" else f'"{args.if_match}"'
+    if getattr(args, "if_none_match", False):
+        headers["If-None-Match"] = "*"
+    return headers
+
+
+def _selection(args: Namespace) -> dict[str, bytes]:
+    """The query fields that choose a range of keys."""
+    names = ("prefix", "start", "end")
+    return {name: os.fsencode(v) for name in names if (v := getattr(args, name)) is not None}
+
+
+def _item_bytes(item: dict[str, Any], name: str) -> bytes:
+    """A key or value of a JSON answer: a string, or base64 where it is no UTF-8."""
+    if f"{name}_base64" in item:
+        return base64.b64decode(item[f"{name}_base64"])
+    return str(item.get(name, "")).encode()
+
+
+def _json_bytes(name: str, data: bytes) -> dict[str, str]:
+    try:
+        return {name: data.decode()}
+    except UnicodeDecodeError:
+        return {f"{name}_base64": base64.b64encode(data).decode()}
+
+
+def _printable(data: bytes) -> str:
+    """What a terminal may safely show of any bytes."""
+    text = data.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_VALUE_CHARACTERS else text[: SHOWN_VALUE_CHARACTERS - 1] + "…"
+
+
+def _cell(value: object) -> str:
+    """A JSON value in a table; the leader may come as {"id", "address"}."""
+    if isinstance(value, dict):
+        return str(value.get("id", "-"))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None or value == "" else str(value)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns as wide as their widest cell, numbers to the right."""
+    cells = [[_cell(value) if value != "" else "" for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    numeric = [all(row[n].isdigit() or row[n] == "-" for row in cells) for n in range(len(heads))]
+    for row in ([*heads], *cells):
+        parts = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        print("  ".join(parts).rstrip())

@@ -1,0 +1,295 @@
+"""The parser of `dengine`, and how every command ends: the exit codes of DESIGN section 7."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dengine import __version__
+from dengine.cli import commands
+from dengine.cli.remote import Remote, resolve_endpoints
+from dengine.errors import ConfigError, DengineError, FatalError
+from dengine.log import use_utf8
+
+REQUEST_FAILED = 1
+USAGE = 2
+INTERRUPTED = 130  # as a shell reports Ctrl-C
+
+ABOUT = """\
+A Raft-replicated key-value engine: start one node, grow to three while clients write.
+
+  dengine serve --config config/n1.toml     run a node
+  dengine put greeting hello                write, through any node
+  dengine get greeting                      read it back
+  dengine members                           who belongs to the cluster, and who leads
+"""
+ENDPOINTS = """\
+Endpoints: --endpoint (repeats), else DENGINE_ENDPOINTS, else the file in CONFIG_PATH, else
+/etc/dengine/dengine.toml, else 127.0.0.1:9081; tried in order, and any node serves any request.
+Exit codes: 0 done, 1 the request failed, 2 usage, 78 configuration.
+"""
+SERVE_EPILOG = """\
+examples:
+  dengine serve --config config/n1.toml
+  CONFIG_PATH=config/n1.toml DENGINE__LOG__LEVEL=debug dengine serve
+
+SIGTERM or Ctrl-C hands leadership over, drains, syncs and exits 0. Other exit codes: 65 damaged
+data (a person is needed), 70 a broken invariant, 74 the disk failed (a restart recovers), 75 try
+again (port taken), 76 this directory may not take part, 78 configuration.
+"""
+CONSISTENCY = ("linearizable", "lease", "eventual")
+
+Add = Callable[..., argparse.ArgumentParser]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (None: the process's own) and return its exit code."""
+    use_utf8()
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        if not hasattr(args, "endpoint"):
+            return int(args.run(args))
+        try:
+            endpoints = resolve_endpoints(args.endpoint, os.environ)
+        except ValueError as error:
+            return _fail(str(error), USAGE)
+        return int(args.run(args, Remote(endpoints, args.timeout)))
+    except FatalError as error:
+        return _fail(error.message, error.exit_code)
+    except DengineError as error:
+        return _fail(f"{error.message} ({error.name}, outcome {error.outcome})", REQUEST_FAILED)
+    except ModuleNotFoundError as error:
+        message = (
+            f"{error.name} is not installed: pip install 'dengine[node]' has what a node needs"
+        )
+        return _fail(message, ConfigError.exit_code)
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does; Python must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return REQUEST_FAILED
+    except OSError as error:
+        return _fail(f"{error.filename or 'input'}: {error.strerror}", REQUEST_FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"dengine: {message}", file=sys.stderr)
+    return exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    """All commands; each sets `run` to the function that executes it."""
+    parser = argparse.ArgumentParser(
+        prog="dengine", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"dengine {__version__}")
+    subcommands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    client = argparse.ArgumentParser(add_help=False)
+    client.add_argument(
+        "--endpoint", action="append", default=[], metavar="HOST:PORT", help="a node; repeats"
+    )
+    client.add_argument(
+        "--timeout", type=_seconds, default=5.0, metavar="S", help="seconds in all (default 5)"
+    )
+
+    def add(name: str, about: str, epilog: str, *, parent: bool = True) -> argparse.ArgumentParser:
+        return subcommands.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=f"examples:\n{epilog}\n{ENDPOINTS}" if parent else epilog,
+            parents=[client] if parent else [],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    _add_node_commands(functools.partial(add, parent=False))
+    _add_key_commands(add)
+    _add_cluster_commands(add)
+    _add_bench(add)
+    return parser
+
+
+def _add_node_commands(add: Add) -> None:
+    serve = add("serve", "run a node in the foreground", SERVE_EPILOG)
+    serve.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file (default: CONFIG_PATH)"
+    )
+    serve.set_defaults(run=_serve)
+    check = add(
+        "check-config",
+        "say whether a configuration file is right; touches nothing",
+        "examples:\n  dengine check-config config/n1.toml\n",
+    )
+    check.add_argument("config", type=Path, nargs="?", metavar="FILE")
+    check.set_defaults(run=_check_config)
+
+
+def _add_key_commands(add: Add) -> None:
+    get = add("get", "write the value of a key to standard output", "  dengine get greeting\n")
+    get.add_argument("key")
+    get.add_argument("--consistency", choices=CONSISTENCY, help="default: the node's")
+    get.add_argument("--json", action="store_true", help="with key and revision, as JSON")
+    get.set_defaults(run=commands.get)
+
+    put = add(
+        "put",
+        "store a value under a key",
+        "  dengine put greeting hello\n"
+        "  tar c notes | dengine put backup -\n"
+        "  dengine put logo --file logo.png\n"
+        "  dengine put leader-of-jobs me --if-none-match    only if nobody else did\n",
+    )
+    put.add_argument("key")
+    value = put.add_mutually_exclusive_group(required=True)
+    value.add_argument("value", nargs="?", help='"-" reads standard input')
+    value.add_argument("--file", type=Path, help="read the value from this file")
+    put.add_argument("--if-match", metavar="REV", help='only if the key is at this revision ("*")')
+    put.add_argument("--if-none-match", action="store_true", help="only if there is no such key")
+    put.set_defaults(run=commands.put)
+
+    delete = add(
+        "delete",
+        "delete a key, or a range of keys",
+        "  dengine delete greeting\n  dengine delete --prefix session/\n",
+    )
+    chosen = delete.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("key", nargs="?")
+    chosen.add_argument("--prefix", help="delete every key that begins with this")
+    chosen.add_argument("--start", help="delete every key from here (up to before --end)")
+    delete.add_argument("--end", help="first key that stays")
+    delete.add_argument("--all", action="store_true", help="allow the empty prefix")
+    delete.add_argument("--if-match", metavar="REV", help="only if the key is at this revision")
+    delete.set_defaults(run=commands.delete)
+
+    listing = add(
+        "list",
+        "list keys in order",
+        "  dengine list service/\n  dengine list --start a --end n --keys-only\n",
+    )
+    listing.add_argument("prefix", nargs="?", help="only keys that begin with this")
+    listing.add_argument("--start", help="first key")
+    listing.add_argument("--end", help="first key after the last")
+    listing.add_argument("--limit", type=_positive, metavar="N", help="at most this many")
+    listing.add_argument("--keys-only", action="store_true")
+    listing.add_argument("--count", action="store_true", help="only how many")
+    listing.add_argument("--consistency", choices=CONSISTENCY, help="default: the node's")
+    listing.add_argument("--json", action="store_true")
+    listing.set_defaults(run=commands.list_keys)
+
+
+def _add_cluster_commands(add: Add) -> None:
+    status = add(
+        "status",
+        "one line for each endpoint: role, term, leader, progress",
+        "  dengine status --endpoint 10.0.0.1:9081 --endpoint 10.0.0.2:9081\n",
+    )
+    status.set_defaults(run=commands.status)
+    members = add(
+        "members", "the membership, and what it can survive", "  dengine members --json\n"
+    )
+    members.set_defaults(run=commands.members)
+    settings = add(
+        "settings",
+        "show or change the replicated settings",
+        "  dengine settings\n  dengine settings promotion=odd\n",
+    )
+    settings.add_argument("changes", nargs="*", type=_change, metavar="NAME=VALUE")
+    settings.set_defaults(run=commands.settings)
+    for reading in (status, members, settings):
+        reading.add_argument("--json", action="store_true", help="for programs")
+
+    promote = add("promote", "make learners voters, in one change", "  dengine promote 2 3\n")
+    promote.add_argument("ids", type=_positive, nargs="+", metavar="ID")
+    promote.set_defaults(run=commands.promote)
+    remove = add("remove", "remove a node for good; its id never returns", "  dengine remove 3\n")
+    remove.add_argument("id", type=_positive, metavar="ID")
+    remove.set_defaults(run=commands.remove)
+    move = add("move", "give a node a new address", "  dengine move 2 192.168.1.21:9081\n")
+    move.add_argument("id", type=_positive, metavar="ID")
+    move.add_argument("address", metavar="ADDRESS")
+    move.set_defaults(run=commands.move)
+    transfer = add("transfer-leader", "let another voter lead", "  dengine transfer-leader 2\n")
+    transfer.add_argument("id", type=_positive, metavar="ID")
+    transfer.set_defaults(run=commands.transfer_leader)
+
+
+def _add_bench(add: Add) -> None:
+    bench = add(
+        "bench",
+        "measure a running cluster: requests per second, p50, p99",
+        "  dengine bench put --connections 64 --seconds 10\n"
+        "  dengine bench get --consistency lease --json\n"
+        "It writes keys under a prefix of its own and deletes them afterwards.\n",
+    )
+    bench.add_argument("operation", choices=("put", "get"))
+    bench.add_argument("--connections", type=_positive, default=64, metavar="N")
+    bench.add_argument("--seconds", type=_seconds, default=10.0, metavar="S")
+    bench.add_argument("--value-bytes", type=_positive, default=256, metavar="N")
+    bench.add_argument("--keys", type=_bench_keys, default=1000, metavar="N")
+    bench.add_argument("--consistency", choices=CONSISTENCY, help="of get")
+    bench.add_argument("--json", action="store_true")
+    bench.set_defaults(run=_bench)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _bench_keys(text: str) -> int:
+    """At most what one range delete takes away again."""
+    if (number := _positive(text)) > 10_000:
+        raise argparse.ArgumentTypeError("at most 10000 keys")
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 86400")
+    return seconds
+
+
+def _change(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+# What follows needs more than the installed client alone, so it is imported when it is called.
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from dengine.cli.serve import serve
+
+    return serve(args.config)
+
+
+def _check_config(args: argparse.Namespace) -> int:
+    from dengine import config
+
+    loaded = config.load(args.config, os.environ)
+    if loaded.own_entry.role is config.InitialRole.LEARNER:
+        plan = "joins a cluster"
+    else:
+        plan = f"founds a cluster of {len(loaded.cluster.initial_cluster)}"
+    print(f"{loaded.source}: ok (node {loaded.cluster.node_id} {plan})")
+    return 0
+
+
+def _bench(args: argparse.Namespace, remote: Remote) -> int:
+    from dengine.cli.bench import bench
+
+    return bench(args, remote)

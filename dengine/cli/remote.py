@@ -1,0 +1,206 @@
+"""One HTTP request to whichever node answers, for the client commands.
+
+Standard library only, and honest about writes: a request is sent again, to the next endpoint, only
+when it is a reading one or when it certainly did nothing. Redirects are not followed.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from dengine.errors import ClusterUnavailable, DengineError, RequestTimeout, from_dict
+
+DEFAULT_ENDPOINT = "127.0.0.1:9081"
+SYSTEM_CONFIG = Path("/etc/dengine/dengine.toml")
+READING = ("GET", "HEAD")
+REPLY_MARGIN_S = 1.0  # the node's own 504 says more than our timeout, so let it arrive first
+
+
+def resolve_endpoints(named: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The "host:port" list to try, in order.
+
+    `named` (`--endpoint`), else `DENGINE_ENDPOINTS` (separated by commas or blanks), else the
+    configuration file of this host (its own address, then the other members), else 127.0.0.1:9081.
+
+    Raises:
+        ValueError: one of them is not an address.
+        ConfigError: the configuration file is there and wrong.
+    """
+    given = list(named) or environ.get("DENGINE_ENDPOINTS", "").replace(",", " ").split()
+    if given:
+        return [_endpoint(text) for text in given]
+    path = Path(environ["CONFIG_PATH"]) if environ.get("CONFIG_PATH") else SYSTEM_CONFIG
+    if not environ.get("CONFIG_PATH") and not path.exists():
+        return [DEFAULT_ENDPOINT]
+    return _configured_endpoints(path, environ)
+
+
+def _configured_endpoints(path: Path, environ: Mapping[str, str]) -> list[str]:
+    from dengine import config  # only here: the installed client alone has no msgspec
+
+    loaded = config.read(path, environ)
+    own = loaded.cluster.advertise_address or loaded.own_entry.address
+    others = [m.address for m in loaded.cluster.initial_cluster if m.id != loaded.cluster.node_id]
+    reachable = [
+        f"127.0.0.1:{config.parse_address(address)[1]}" if config.is_wildcard(address) else address
+        for address in (own, *others)
+    ]
+    return list(dict.fromkeys(reachable))
+
+
+def _endpoint(text: str) -> str:
+    """ "host:port" of "host:port" or "http://host:port/"; the default port is 9081."""
+    url = urlsplit(text if "//" in text else f"//{text}", scheme="http")
+    try:
+        host, port = url.hostname, url.port or 9081
+    except ValueError:
+        host, port = None, 0
+    if url.scheme != "http" or not host or url.path not in ("", "/") or url.query or url.username:
+        raise ValueError(f"{text!r} is not an endpoint: write it like 192.168.1.10:9081")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def key_target(key: bytes, **query: str | None) -> str:
+    """The request target of a single key; every byte of it survives the way."""
+    fields = {name: value for name, value in query.items() if value is not None}
+    if key in (b".", b".."):  # a proxy on the way would take these as steps in a path
+        fields["key_base64"] = base64.b64encode(key).decode()
+        return target("/v1/kv", **fields)
+    return target(f"/v1/kv/{quote(key, safe='')}", **fields)
+
+
+def target(path: str, **query: str | bytes | int | None) -> str:
+    """`path` with the query fields that are not None; bytes are percent-encoded as they are."""
+    fields = [
+        f"{name}={quote(value if isinstance(value, bytes) else str(value), safe='')}"
+        for name, value in query.items()
+        if value is not None
+    ]
+    return f"{path}?{'&'.join(fields)}" if fields else path
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    endpoint: str
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Remote:
+    """The cluster as one addressable thing.
+
+    Args:
+        endpoints: "host:port", tried in this order.
+        timeout_s: for one `call`, every endpoint included.
+    """
+
+    def __init__(self, endpoints: Sequence[str], timeout_s: float) -> None:
+        self.endpoints = tuple(endpoints)
+        self._timeout_s = timeout_s
+
+    def only(self, endpoint: str) -> Remote:
+        """The same with a single endpoint."""
+        return Remote((endpoint,), self._timeout_s)
+
+    def call(
+        self,
+        method: str,
+        target: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """Send one request and return its 2xx answer.
+
+        Raises:
+            ClusterUnavailable: no endpoint could be reached; nothing happened.
+            RequestTimeout: a write was sent and no answer came; its outcome is unknown.
+            DengineError: the cluster's own refusal, as the class that the node raised.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        problems: list[str] = []
+        refusal: DengineError | None = None
+        for position, endpoint in enumerate(self.endpoints):
+            left = max(deadline - time.monotonic(), 0.1)
+            share = left / (len(self.endpoints) - position)
+            connection = http.client.HTTPConnection(endpoint, timeout=share)
+            try:
+                connection.connect()
+            except OSError as error:
+                problems.append(f"{endpoint}: {_reason(error)}")
+                continue
+            wait = share if method in READING else left
+            try:
+                return _exchange(connection, endpoint, method, target, body, headers, wait)
+            except (OSError, http.client.HTTPException) as error:
+                problems.append(f"{endpoint}: {_reason(error)}")
+                if method not in READING:
+                    raise RequestTimeout(
+                        f"no answer came back ({problems[-1]}): the write may or may not have "
+                        "happened, so read before you write again"
+                    ) from None
+            except DengineError as error:
+                if not (error.retryable and error.outcome == "none"):
+                    raise
+                problems.append(f"{endpoint}: {error.message}")
+                refusal = error
+            finally:
+                connection.close()
+        raise refusal or ClusterUnavailable(f"no endpoint answered: {'; '.join(problems)}")
+
+    def json(self, method: str, target: str, body: object = None) -> Any:
+        """`call` with a JSON body (None: no body), and the JSON of the answer."""
+        if body is None:
+            return self.call(method, target).json()
+        data = json.dumps(body).encode()
+        return self.call(method, target, data, {"Content-Type": "application/json"}).json()
+
+
+def _exchange(
+    connection: http.client.HTTPConnection,
+    endpoint: str,
+    method: str,
+    target: str,
+    body: bytes | None,
+    headers: Mapping[str, str] | None,
+    wait_s: float,
+) -> Reply:
+    assert connection.sock is not None
+    connection.sock.settimeout(wait_s + REPLY_MARGIN_S)
+    timeout_ms = min(max(int(wait_s * 1000), 100), 60_000)
+    connection.request(
+        method, target, body, {**(headers or {}), "Dengine-Timeout-Ms": str(timeout_ms)}
+    )
+    response = connection.getresponse()
+    data = response.read()
+    if 200 <= response.status < 300:
+        return Reply(endpoint, response.headers, data)
+    try:
+        described = json.loads(data)
+        raise from_dict(described) if isinstance(described, dict) else ValueError
+    except ValueError:
+        raise DengineError(
+            f"{endpoint} answered {response.status} {response.reason}: is that a dengine node?",
+            outcome="none" if response.status < 500 else "unknown",
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """A few words for a failed connection."""
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, ConnectionRefusedError):
+        return "refused"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
