@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import queue
 import sys
 import threading
 import time
 from io import TextIOWrapper
 
+STDOUT = 1
 MAX_WAITING_LINES = 10_000
 CLOSE_TIMEOUT_S = 1.0
 
@@ -48,7 +50,6 @@ class StdoutLog(logging.Handler):
         self._writer = threading.Thread(target=self._write, name="log", daemon=True)
 
     def __enter__(self) -> StdoutLog:
-        use_utf8()
         root = logging.getLogger()
         root.setLevel(self._level)
         root.addHandler(self)
@@ -96,12 +97,19 @@ class StdoutLog(logging.Handler):
 
     def _write(self) -> None:
         """The thread: a reader that went away leaves the node without a voice, and running."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             while (line := self._lines.get()) is not None:
-                print(line)
+                _print(line)
                 if self._dropped:
                     dropped, self._dropped = self._dropped, 0
-                    print(self._line(_warning(f"{dropped} log lines dropped: stdout was stuck")))
+                    _print(self._line(_warning(f"{dropped} log lines dropped: stdout was stuck")))
+
+
+def _print(line: str) -> None:
+    """Straight to the file descriptor: a stuck write must not hold a lock that exit needs."""
+    data = f"{line}\n".encode(errors="backslashreplace")
+    while data:
+        data = data[os.write(STDOUT, data) :]
 
 
 def _warning(message: str) -> logging.LogRecord:

@@ -1,0 +1,146 @@
+"""The house rules that no linter knows: which package may import which, purity, and size."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dengine"
+
+# Who may import whom (DESIGN section 2); importing oneself is always allowed. The names are those
+# of the packages and modules directly below dengine/.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "log": set(),
+    "raft": {"errors"},
+    "kv": {"errors"},
+    "config": {"errors", "raft"},
+    "storage": {"errors", "raft", "kv"},
+    "node": {"errors", "raft", "kv", "storage", "config", "log"},
+    "api": {"errors", "raft", "kv", "storage", "node", "config", "log"},
+    "client": {"errors"},
+    "cli": {"errors", "raft", "kv", "storage", "node", "api", "client", "config", "log"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+PURE = ("raft", "kv")
+# Same inputs, same outputs: nothing that knows the time, the machine, chance or the outside.
+IMPURE_MODULES = {
+    "aiohttp", "asyncio", "concurrent", "datetime", "io", "lmdb", "logging", "multiprocessing",
+    "os", "pathlib", "psutil", "secrets", "select", "signal", "socket", "subprocess", "sys",
+    "tempfile", "threading", "time", "uuid", "uvloop",
+}  # fmt: skip
+ASYNC_LAYERS = {"node", "api", "cli", "client", "engine"}
+ONLY_IMPORTER = {"lmdb": "storage", "uvloop": "cli"}
+MAX_FILE_LINES = 500
+LONG_FILES = {"raft/raft.py"}  # every transition of the protocol in one place, on purpose
+MAX_FUNCTION_LINES = 70
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every imported module as (dotted name, line), also those inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide the arrows"
+            if node.module == "dengine":  # `from dengine import config` names a module
+                yield from ((f"dengine.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                yield str(node.module), node.lineno
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+@pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def path(request: pytest.FixtureRequest) -> Path:
+    file: Path = request.param
+    return file
+
+
+def test_imports_point_one_way(path: Path) -> None:
+    """A package uses what lies below it and nothing else, so each can be read without the rest."""
+    here = layer(path)
+    assert here in ARROWS, f"dengine/{here} is new: add it, and what it may import, to ARROWS"
+    for name, line in imports(parsed(path)):
+        if name == "dengine" or not name.startswith("dengine."):
+            continue
+        there = name.split(".")[1]
+        if there == "__version__":
+            continue
+        assert there == here or there in ARROWS[here], (
+            f"{path}:{line}: {here} must not import {there}"
+        )
+
+
+def test_raft_and_kv_are_pure(path: Path) -> None:
+    """Replaying the same inputs gives the same outputs: no clock, no chance, no outside world."""
+    if layer(path) not in PURE:
+        return
+    tree = parsed(path)
+    for name, line in imports(tree):
+        assert name.split(".")[0] not in IMPURE_MODULES, f"{path}:{line}: imports {name}"
+    for node in ast.walk(tree):
+        # random.Random is handed in by the owner, who seeds it; the global functions are not.
+        if isinstance(node, ast.ImportFrom) and node.module == "random":
+            assert [alias.name for alias in node.names] == ["Random"], f"{path}:{node.lineno}"
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "random"
+        ):
+            assert node.attr == "Random", f"{path}:{node.lineno}: random.{node.attr} is global"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("open", "print", "input", "exec", "eval", "__import__"), (
+                f"{path}:{node.lineno}: {node.func.id}() reaches outside"
+            )
+
+
+def test_async_stays_at_the_edge(path: Path) -> None:
+    """Only the layers that do input and output know about the event loop."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.AsyncFor | ast.AsyncWith):
+            assert layer(path) in ASYNC_LAYERS, f"{path}:{node.lineno}: async in {layer(path)}"
+
+
+def test_one_importer_each(path: Path) -> None:
+    """LMDB is behind storage, and only the command line picks an event loop."""
+    for name, line in imports(parsed(path)):
+        owner = ONLY_IMPORTER.get(name.split(".")[0])
+        assert owner in (None, layer(path)), f"{path}:{line}: only {owner} imports {name}"
+
+
+def test_nothing_is_unpickled(path: Path) -> None:
+    """Bytes from another machine or from disk must never become code."""
+    for name, line in imports(parsed(path)):
+        assert name not in ("pickle", "marshal", "shelve", "dill"), f"{path}:{line}: {name}"
+
+
+def test_files_and_functions_stay_small(path: Path) -> None:
+    """A file has an end, and a function fits on a screen."""
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    if str(path.relative_to(PACKAGE)) not in LONG_FILES:
+        assert lines < MAX_FILE_LINES, f"{path} has {lines} lines: split it by responsibility"
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, (
+                f"{path}:{node.lineno}: {node.name} has {length} lines"
+            )
+
+
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    """The first lines of a file tell a newcomer why it exists."""
+    assert ast.get_docstring(parsed(path)), f"{path} has no docstring"
