@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install run walkthrough test lint fix bench clean test-packages bench-packages
+.PHONY: help install run walkthrough test lint fix bench clean test-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,11 +41,8 @@ test: lint test-packages ## Install what the tests need and run them all
 test-packages:
 	@scripts/system-packages.sh iproute2 nftables strace wrk
 
-bench: $(STAMP) bench-packages ## Compare with a bare aiohttp server and with etcd; prints and saves a table
+bench: $(STAMP) ## Compare with a bare aiohttp server and with etcd; prints and saves a table
 	$(PYTHON) bench/run.py
-
-bench-packages:
-	@scripts/system-packages.sh wrk
 
 clean: ## Remove the virtual environment, caches and build results
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
