@@ -182,13 +182,14 @@ def _voters(node: Node) -> int:
 
 
 def repeat_failover(
-    clusters: Sequence[Cluster], rounds: int, report: Callable[[str], None]
-) -> dict[str, list[float]]:
-    """`rounds` failovers of each cluster, alternating; gaps in seconds by cluster name."""
-    gaps: dict[str, list[float]] = {cluster.name: [] for cluster in clusters}
+    clusters: Sequence[Cluster],
+    rounds: int,
+    gaps_s: dict[str, list[float]],
+    report: Callable[[str], None],
+) -> None:
+    """`rounds` failovers of each cluster, in turn; fills `gaps_s` by cluster name as it goes."""
     for number in range(1, rounds + 1):
         for cluster in clusters:
             gap_s = failover_gap_s(cluster)
-            gaps[cluster.name].append(gap_s)
+            gaps_s.setdefault(cluster.name, []).append(gap_s)
             report(f"failover {number}/{rounds} {cluster.name}: {gap_s:.2f} s")
-    return gaps

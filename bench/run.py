@@ -10,8 +10,8 @@ import argparse
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -145,14 +145,27 @@ def run_all(options: Options, directory: Path, results: Results) -> None:
                 clusters.append(cluster)
                 systems.append(cluster)
         if "load" in options.parts:
-            run_loads(systems, options, results)
+            with noted(results):
+                run_loads(systems, options, results)
         if options.py_spy:
-            profile(clusters)
+            with noted(results):
+                profile(clusters)
         if "failover" in options.parts:
-            results.failover_s = repeat_failover(clusters, options.failovers, say)
+            with noted(results):
+                repeat_failover(clusters, options.failovers, results.failover_s, say)
     # Alone on the machine: it has three more nodes of its own.
     if "growth" in options.parts and "dengine" in options.only:
         results.growth = grow_under_load(directory)
+
+
+@contextmanager
+def noted(results: Results) -> Iterator[None]:
+    """Write down what broke in the block and go on: the other parts still tell something."""
+    try:
+        yield
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        results.broken.append(str(error))
 
 
 def profile(clusters: Sequence[Cluster]) -> None:
@@ -185,11 +198,10 @@ def main() -> int:
             "rounds": f"{options.rounds} of {options.seconds} s, {KEYS} keys, values of 256 bytes"
         }
         results = Results(describe(directory), shown)
-        run_all(options, directory, results)
+        with noted(results):
+            run_all(options, directory, results)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
-        if results is not None:
-            results.broken.append(str(error))
     finally:
         if directory is not None:
             if options.keep:
