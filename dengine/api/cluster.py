@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dengine.config import Config
     from dengine.node.node import Node
 
+_CANCELLED = b'event: cancelled\ndata: {"reason":"too slow, or the node is stopping"}\n\n'
 COMMENT_INTERVAL_S = 15.0  # keeps proxies and clients sure that an idle stream is alive
 
 NodeId = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
@@ -36,6 +37,7 @@ class Join(msgspec.Struct, forbid_unknown_fields=True):
     address: Address
     zone: Zone = ""
     status: StatusName = "promotable"
+    command_version: Count = 1
 
 
 class MemberUpdate(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -125,34 +127,37 @@ class ClusterCalls:
         self._watchers += 1
         try:
             await _send(stream, stream.prepare(request.as_aiohttp()))
-            await self._forward_events(stream, self._node.membership_events())
+            await self._forward_events(request, stream, self._node.membership_events())
             await _send(stream, stream.write_eof())
         finally:
             self._watchers -= 1
         return cast(Response, stream)
 
     async def _forward_events(
-        self, stream: web.StreamResponse, events: AsyncIterator[dict[str, Any]]
+        self,
+        request: Request,
+        stream: web.StreamResponse,
+        events: AsyncIterator[dict[str, Any]],
     ) -> None:
-        following: asyncio.Future[dict[str, Any]] | None = None
+        """Write events until the client leaves, the node stops or the watcher is too slow."""
+        request.lost = lost = self._loop.create_future()
+        following = asyncio.ensure_future(anext(events))
+        ends: set[asyncio.Future[None]] = {lost, self._closing}
         try:
-            while not self._closing.done():
-                if following is None:
-                    following = asyncio.ensure_future(anext(events))
-                ends: set[asyncio.Future[Any]] = {following, self._closing}
+            while not (lost.done() or self._closing.done()):
+                waiting: set[asyncio.Future[Any]] = {following, *ends}
                 await asyncio.wait(
-                    ends, timeout=COMMENT_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED
+                    waiting, timeout=COMMENT_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED
                 )
                 text = b":\n\n"
                 if following.done():
                     text = b"event: membership\ndata: %b\n\n" % orjson.dumps(following.result())
-                    following = None
+                    following = asyncio.ensure_future(anext(events))
                 await _send(stream, stream.write(text))
         except StopAsyncIteration:
-            pass  # the node is stopping
+            await _send(stream, stream.write(_CANCELLED))
         finally:
-            if following is not None:
-                following.cancel()
+            following.cancel()
 
     async def peer(self, request: Request) -> Response:
         """Hand the connection over to the peers, which speak WebSocket on it from here on."""

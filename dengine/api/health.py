@@ -31,7 +31,7 @@ class HealthCalls:
     async def readyz(self, request: Request) -> Response:
         readiness = self._node.readiness()
         verbose = params.flag(request.params, "verbose")
-        details = {"checks": readiness.checks} if verbose else {}
+        details: dict[str, Any] = {"checks": readiness.checks} if verbose else {}
         if readiness.ready:
             return json_response(_OK | details)
         raise ClusterUnavailable(

@@ -16,6 +16,7 @@ from dengine.errors import (
     KeyNotFound,
     PreconditionFailed,
     ProposeFailed,
+    RequestTimeout,
     TooLarge,
 )
 from dengine.kv.commands import (
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
     from dengine.node.node import Node
 
 CONSISTENCY_LEVELS = ("linearizable", "lease", "eventual")
-PAGE_STEP = 16  # rows per read: bounds what one page can hold in memory beyond PAGE_BYTES
-PAGE_BYTES = 4 * 1024 * 1024
 
-_JSON = b"Content-Type: application/json\r\n"
 _VALUE_HEADERS = (
     b'Content-Type: application/octet-stream\r\nETag: "%d"\r\n'
     b"Dengine-Revision: %d\r\nX-Content-Type-Options: nosniff\r\n"
@@ -185,32 +183,25 @@ class KvCalls:
         return key
 
     def _page(self, start: bytes, end: bytes | None, limit: int, keys_only: bool) -> dict[str, Any]:
-        """One page of at most `limit` rows and about PAGE_BYTES, all from one revision.
-
-        Nothing is applied between the steps because this never awaits.
-        """
-        state = self._node.state
-        rows: list[dict[str, Any]] = []
-        size, position = 0, start
-        while True:
-            step = min(limit - len(rows), limit if keys_only else PAGE_STEP)
-            page = state.page(position, end, step, keys_only)
-            for key, record in page.items:
-                rows.append(_row(key, record, keys_only))
-                size += len(key) + len(record.value)
-            if page.next is None or len(rows) >= limit or size >= PAGE_BYTES:
-                break
-            position = page.next
+        """One page; it may hold fewer rows than `limit` (the store bounds its size in bytes)."""
+        page = self._node.state.page(start, end, limit, keys_only)
+        rows = [_row(key, record, keys_only) for key, record in page.items]
         token = None if page.next is None else base64.urlsafe_b64encode(page.next).decode()
         return {"revision": page.revision, "items": rows, "count": len(rows), "next": token}
 
     async def _count(self, request: Request, start: bytes, end: bytes | None) -> Response:
+        deadline = self._loop.time() + params.timeout_s(request)
         await self._read_barrier(request)
         state = self._node.state
         revision, total = state.revision, 0
-        for counted in state.count(start, end):
+        for counted in state.count(start, end):  # all of it as of `revision`
             total = counted
             await asyncio.sleep(0)  # other requests get their turn every 1000 rows
+            if self._loop.time() > deadline:
+                raise RequestTimeout(
+                    f"counted {total} keys in time and there are more: count in smaller ranges",
+                    outcome="none",
+                )
         return json_response({"revision": revision, "items": [], "count": total, "next": None})
 
 

@@ -93,7 +93,7 @@ class Request:
     `params`, the decoded query, before a handler is called.
     """
 
-    __slots__ = ("_task", "message", "params", "payload", "protocol", "tail", "writer")
+    __slots__ = ("_task", "lost", "message", "params", "payload", "protocol", "tail", "writer")
 
     tail: str
     params: dict[str, bytes]
@@ -111,6 +111,8 @@ class Request:
         self.protocol = protocol
         self.writer = writer
         self._task = task
+        # A handler that streams may put a future here, which ends when the client leaves.
+        self.lost: asyncio.Future[None] | None = None
 
     @property
     def remote(self) -> str | None:
@@ -135,6 +137,8 @@ class Request:
     def _cancel(self, error: BaseException) -> None:
         """aiohttp calls this when the connection is lost: whoever reads the body wakes up."""
         self.payload.set_exception(error)
+        if self.lost is not None and not self.lost.done():
+            self.lost.set_result(None)
 
 
 class Response:
