@@ -1,1 +1,1 @@
-"""What is on disk. The only importer of lmdb."""
+"""What is on disk: the data directory, the log and the state. The only importer of lmdb."""

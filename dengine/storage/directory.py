@@ -1,0 +1,331 @@
+"""The data directory of one node: `<root>/<node_id>/`, owned by one process at a time.
+
+    LOCK            flock of the process that uses the directory
+    identity.json   who this node is; written last when the directory is made
+    log/            LogStore
+    state-N/        StateStore; CURRENT names the one in use
+    RUN, CLEAN      whether the state, which is not synced per commit, can be trusted
+
+The state is what the disk says only if the kernel that holds its unwritten pages still runs (RUN
+carries its boot id) or if everything was synced before the last stop (CLEAN). Otherwise the state
+is discarded and built again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from dengine.errors import DataCorruption, IdentityError, StorageIO, TryAgain
+from dengine.storage.environment import DATA_FILE, sync_directory
+from dengine.storage.log_store import LogStore
+
+FORMAT = 1
+BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Who a data directory is. Everything but `cluster_id` and `removed` is for good."""
+
+    format: int
+    node_id: int
+    incarnation: int  # 63 random bits, never 0; a hexadecimal string in the file
+    cluster_id: str = ""  # "" until it belongs to a cluster
+    address: str = ""
+    removed: str | None = None  # why the cluster removed this incarnation
+
+
+class _IdentityFile(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON in identity.json; 63-bit numbers are strings since many readers round them."""
+
+    format: int
+    node_id: int
+    incarnation: str
+    cluster_id: str
+    address: str
+    removed: str | None
+
+
+class DataDirectory:
+    """Use `DataDirectory.open`.
+
+    Attributes:
+        path: `<root>/<node_id>`.
+        identity: who this directory is.
+        boot: 63 random bits, never 0; another number each time the directory is opened.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self.boot = _random_63_bits()
+        self.identity = Identity(FORMAT, 0, 0)
+        self._lock = lock
+
+    @classmethod
+    def open(cls, root: Path, node_id: int) -> DataDirectory:
+        """Lock the directory of `node_id`; make it, and a new identity, where there is none.
+
+        Raises:
+            TryAgain: another process uses it.
+            IdentityError: it belongs to another node id or was made by a newer dengine.
+            DataCorruption: part of it is damaged or missing.
+            StorageIO: the disk refused.
+        """
+        path = root / str(node_id)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, exist_ok=True)
+            sync_directory(root)
+            directory = cls(path, _lock(path))
+            try:
+                directory._load(node_id)
+            except BaseException:
+                directory.close()
+                raise
+        except OSError as error:
+            raise StorageIO(f"cannot use the data directory {path}: {error.strerror}") from error
+        return directory
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "log"
+
+    def set_cluster_id(self, cluster_id: str) -> None:
+        """Note durably which cluster this node belongs to. Raises IdentityError, StorageIO."""
+        known = self.identity.cluster_id
+        if known and known != cluster_id:
+            raise IdentityError(
+                f"{self.path} belongs to cluster {known}, not to {cluster_id}: "
+                "use another db_root_dir"
+            )
+        if known != cluster_id:
+            self._write_identity(msgspec.structs.replace(self.identity, cluster_id=cluster_id))
+
+    def set_address(self, address: str) -> None:
+        """Note durably the address this node announces. Raises StorageIO."""
+        if self.identity.address != address:
+            self._write_identity(msgspec.structs.replace(self.identity, address=address))
+
+    def set_removed(self, reason: str) -> None:
+        """Note durably that the cluster removed this node, and why. Raises StorageIO."""
+        self._write_identity(msgspec.structs.replace(self.identity, removed=reason))
+
+    def reincarnate(self) -> None:
+        """Go on as another incarnation, durably: this one has broken what it acknowledged.
+
+        Log and state stay. They are a valid past of the cluster; only the promises made under the
+        old incarnation (votes, acknowledgements) cannot be counted any more. Raises StorageIO.
+        """
+        self._write_identity(
+            msgspec.structs.replace(self.identity, incarnation=_random_63_bits())
+        )
+
+    def state_path(self) -> Path:
+        """The `state-N` in use. Raises DataCorruption when CURRENT names none."""
+        current = self.path / "CURRENT"
+        try:
+            name = current.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            raise StorageIO(f"cannot read {current}: {error.strerror}") from error
+        if _state_number(name) is None:
+            raise DataCorruption(
+                f"{current} is damaged: it holds {name[:40]!r} and not the name of a state "
+                "directory; remove it, and the state is built again",
+                file=str(current),
+            )
+        return self.path / name
+
+    def trusted_state(self) -> bool:
+        """Is the state in `state_path()` sure to be what was applied? An empty one always is."""
+        if not (self.state_path() / DATA_FILE).exists():
+            return True
+        return (
+            self._mark("CLEAN") == self.state_path().name or self._mark("RUN") == self._run_mark()
+        )
+
+    def mark_running(self) -> None:
+        """Before the first commit to the state: from now on only this boot can trust it.
+
+        Call it after `discard_state`, if that is called.
+        Raises StorageIO.
+        """
+        try:
+            (self.path / "CLEAN").unlink(missing_ok=True)
+            self._write_file("RUN", self._run_mark())
+        except OSError as error:
+            raise StorageIO(f"cannot write {self.path / 'RUN'}: {error.strerror}") from error
+
+    def mark_clean(self) -> None:
+        """After the last commit: the state has been synced and closed. Raises StorageIO."""
+        try:
+            sync_directory(self.state_path())
+            self._write_file("CLEAN", self.state_path().name)
+        except OSError as error:
+            raise StorageIO(f"cannot write {self.path / 'CLEAN'}: {error.strerror}") from error
+
+    def discard_state(self) -> Path:
+        """Switch to a new, empty state directory and delete the old one, which must be closed.
+
+        Returns:
+            The new `state_path()`.
+
+        Raises:
+            StorageIO: the disk refused; old or new is in use, never half of one.
+        """
+        old = self.state_path()
+        name = f"state-{(_state_number(old.name) or 0) + 1}"
+        try:
+            self._switch_state(name)
+        except OSError as error:
+            raise StorageIO(f"cannot replace {old}: {error.strerror}") from error
+        return self.path / name
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _load(self, node_id: int) -> None:
+        file = self.path / "identity.json"
+        if not file.exists():
+            self._make_log(file)
+            self._write_identity(Identity(FORMAT, node_id, _random_63_bits()))
+        self.identity = _read_identity(file)
+        if self.identity.node_id != node_id:
+            raise IdentityError(
+                f"{self.path} holds the data of node {self.identity.node_id}, but node_id is "
+                f"{node_id}: correct node_id or db_root_dir"
+            )
+        log = self.log_path / DATA_FILE
+        if not log.exists() or not log.stat().st_size:
+            raise DataCorruption(
+                f"{log} is missing or empty although this node has an identity: its votes and "
+                f"entries are lost; remove {self.path}, and the node joins anew",
+                file=str(log),
+            )
+        if not (self.path / "CURRENT").exists():
+            self._switch_state("state-1")
+        self._delete_other_states(self.state_path())
+
+    def _make_log(self, identity_file: Path) -> None:
+        """The log comes before the identity: so an identity without a log means it was lost."""
+        log = LogStore(self.log_path)
+        used = log.last_index() > 0 or log.load()[0].voted_for is not None
+        log.close()
+        if used:
+            raise DataCorruption(
+                f"{identity_file} is missing although {self.log_path} is in use: restore it, or "
+                f"remove {self.path}, and the node joins anew",
+                file=str(identity_file),
+            )
+
+    def _write_identity(self, identity: Identity) -> None:
+        fields = msgspec.structs.asdict(identity)
+        fields["incarnation"] = f"{identity.incarnation:016x}"
+        text = msgspec.json.format(msgspec.json.encode(_IdentityFile(**fields)), indent=2)
+        try:
+            self._write_file("identity.json", text.decode() + "\n")
+        except OSError as error:
+            raise StorageIO(
+                f"cannot write {self.path / 'identity.json'}: {error.strerror}"
+            ) from error
+        self.identity = identity
+
+    def _switch_state(self, name: str) -> None:
+        new = self.path / name
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
+        sync_directory(new)
+        self._write_file("CURRENT", name)
+        self._delete_other_states(new)
+
+    def _delete_other_states(self, current: Path) -> None:
+        for path in self.path.glob("state-*"):
+            if path != current:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _mark(self, name: str) -> str | None:
+        try:
+            return (self.path / name).read_text(encoding="utf-8", errors="replace").strip()
+        except FileNotFoundError:
+            return None
+
+    def _run_mark(self) -> str:
+        """This boot, and which directory: a copy of a running one was copied page by page."""
+        try:
+            boot_id = BOOT_ID_FILE.read_text(encoding="ascii").strip()
+        except OSError:
+            boot_id = f"unknown-{self.boot}"  # matches no other process, so never trusted
+        stat = self.state_path().stat()
+        return f"{boot_id} {self.state_path().name} {stat.st_dev}:{stat.st_ino}"
+
+    def _write_file(self, name: str, text: str) -> None:
+        """Replace a small file as a whole and make it durable. Raises OSError."""
+        temporary = self.path / f"{name}.tmp"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(fd)
+        os.replace(temporary, self.path / name)
+        sync_directory(self.path)
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+        os.close(fd)
+        raise TryAgain(
+            f"the data directory {path} is in use by process {owner or 'unknown'}: "
+            "stop that one first, or use another db_root_dir"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    return fd
+
+
+def _read_identity(file: Path) -> Identity:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise StorageIO(f"cannot read {file}: {error.strerror}") from error
+    try:
+        found = msgspec.json.decode(data, type=_IdentityFile)
+        incarnation = int(found.incarnation, 16)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise DataCorruption(
+            f"{file} is damaged ({error}): restore it, or remove {file.parent}, and the node "
+            "joins anew",
+            file=str(file),
+        ) from error
+    if found.format != FORMAT:
+        raise IdentityError(
+            f"{file} has format {found.format}, this dengine reads format {FORMAT}: "
+            "start the version that wrote it"
+        )
+    return Identity(
+        found.format,
+        found.node_id,
+        incarnation,
+        found.cluster_id,
+        found.address,
+        found.removed,
+    )
+
+
+def _random_63_bits() -> int:
+    return secrets.randbelow(2**63 - 1) + 1
+
+
+def _state_number(name: str) -> int | None:
+    stem, _, number = name.partition("-")
+    return int(number) if stem == "state" and number.isascii() and number.isdigit() else None

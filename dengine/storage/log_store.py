@@ -1,0 +1,326 @@
+"""The durable log: entries and hard state in one LMDB environment, every commit on disk.
+
+    key                     record (each ends with a CRC-32 over key and record)
+    "a"                     head: hard state, end of the log, transaction id
+    "e" + index (u64, BE)   term (u64), kind (u8), data
+
+The head sorts before the entries, so that new ones are appended at the very end of the tree; that
+and their neighbourhood make a save dirty only two small leaves besides the data itself.
+
+Nothing here is ever torn: LMDB's commit is atomic. So a record that fails its CRC, a gap, or a
+head that does not belong to the newest transaction is damage, wherever it is, and a node must not
+vote with such a log. Everything is checked once, when the log is opened, and again on each read.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+from zlib import crc32
+
+import lmdb
+import msgspec
+
+from dengine.errors import DataCorruption, InvariantBroken, StorageIO
+from dengine.raft.membership import Membership, decode_membership
+from dengine.raft.types import Entry, EntryKind, HardState, LogId, MemberId
+from dengine.storage.environment import (
+    CRC_BYTES,
+    CRC_RESIDUE,
+    DATA_FILE,
+    open_environment,
+    pack_crc,
+    storage_error,
+)
+
+_HEAD_KEY: Final = b"a"
+# Format, transaction id, purged index and term, last index and term; then the hard state: term,
+# voted (0 or 1), id and incarnation of whom, commit index.
+_HEAD: Final = struct.Struct("<B Q QQ QQ Q BQQ Q")
+_HEAD_FORMAT: Final = 1
+_ENTRY_KEY: Final = struct.Struct(">cQ")
+_ENTRY: Final = struct.Struct("<QB")
+_KINDS: Final = tuple(EntryKind)
+
+
+class _Extent(NamedTuple):
+    """How far the log reaches and which term each part of it has.
+
+    Swapped as a whole at the end of a save, so the loop thread never sees half of one. Term
+    `terms[n]` begins at index `starts[n]`; the first pair is the position before the first entry.
+    """
+
+    last_index: int
+    starts: tuple[int, ...]
+    terms: tuple[int, ...]
+
+    def term(self, index: int) -> int:
+        return self.terms[bisect_right(self.starts, index) - 1]
+
+    def cut(self, last_index: int) -> _Extent:
+        """The same without everything after `last_index`."""
+        count = bisect_right(self.starts, last_index)
+        return _Extent(last_index, self.starts[:count], self.terms[:count])
+
+    def extend(self, entry: Entry) -> _Extent:
+        if entry.term == self.terms[-1]:
+            return _Extent(entry.index, self.starts, self.terms)
+        return _Extent(entry.index, (*self.starts, entry.index), (*self.terms, entry.term))
+
+
+class LogStore:
+    """Opens or creates the log in directory `path` and verifies all of it.
+
+    One thread may call `save` while another reads; reads never wait for a write and see only what
+    is durable.
+
+    Raises:
+        DataCorruption: damaged; `details` holds `file` and, for an entry, `index`.
+        StorageIO: the disk refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path / DATA_FILE
+        self._failed = False
+        self._hard_state = HardState()
+        self._configs: list[tuple[int, Membership]] = []
+        self._extent = _Extent(0, (0,), (0,))
+        self._environment = open_environment(path, durable=True)
+        try:
+            self._verify()
+        except lmdb.Error as error:
+            self._environment.close()
+            raise storage_error(error, path) from error
+        except BaseException:
+            self._environment.close()
+            raise
+
+    def load(self) -> tuple[HardState, list[tuple[int, Membership]]]:
+        """The hard state, and the index and content of every CONFIG entry, oldest first."""
+        return self._hard_state, list(self._configs)
+
+    def first_index(self) -> int:
+        """Index of the oldest entry kept."""
+        return self._extent.starts[0] + 1
+
+    def last_index(self) -> int:
+        """Index of the newest durable entry; `first_index() - 1` when there is none."""
+        return self._extent.last_index
+
+    def term(self, index: int) -> int:
+        """Term of the entry at `index`, from memory; also at `first_index() - 1`.
+
+        Raises:
+            InvariantBroken: there is no such entry.
+        """
+        extent = self._extent
+        if not extent.starts[0] <= index <= extent.last_index:
+            raise self._outside(index)
+        return extent.term(index)
+
+    def entries(self, low: int, high: int, max_bytes: int) -> Sequence[Entry]:
+        """Entries with `low <= index < high`, cut after `max_bytes` of data but never empty.
+
+        Raises:
+            DataCorruption: an entry is damaged or missing.
+            InvariantBroken: there is no entry `low`.
+        """
+        high = min(high, self._extent.last_index + 1)
+        if low >= high or low < self.first_index():
+            raise self._outside(low)
+        found: list[Entry] = []
+        size = 0
+        try:
+            with self._environment.begin() as txn:
+                for index in range(low, high):
+                    key = _ENTRY_KEY.pack(b"e", index)
+                    entry = self._decode(index, key, txn.get(key))
+                    size += len(entry.data)
+                    if size > max_bytes and found:
+                        break
+                    found.append(entry)
+        except lmdb.Error as error:
+            raise storage_error(error, self._path) from error
+        return found
+
+    def save(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
+        """Make both durable in one transaction; on return they are.
+
+        Args:
+            hard_state: None keeps the old one.
+            entries: contiguous; they replace everything from `entries[0].index` on.
+
+        Raises:
+            StorageIO: the disk refused; nothing was acknowledged and no later save is tried,
+                since the kernel may have dropped what it could not write.
+            InvariantBroken: the entries would leave a gap.
+        """
+        if hard_state is None and not entries:
+            return
+        if self._failed:
+            raise StorageIO(f"{self._file}: an earlier write failed; restart this node")
+        hard_state = hard_state or self._hard_state
+        extent = self._extent
+        configs = [(e.index, self._membership(e)) for e in entries if e.kind is EntryKind.CONFIG]
+        try:
+            with self._environment.begin(write=True) as txn:
+                if entries:
+                    extent = self._put_entries(txn, extent, entries)
+                self._put_head(txn, hard_state, extent)
+        except lmdb.Error as error:
+            self._failed = True
+            raise storage_error(error, self._path) from error
+        while entries and self._configs and self._configs[-1][0] >= entries[0].index:
+            self._configs.pop()
+        self._configs += configs
+        self._hard_state, self._extent = hard_state, extent
+
+    def close(self) -> None:
+        """Release the environment. Everything saved is durable already."""
+        self._environment.close()
+
+    def _put_entries(
+        self, txn: lmdb.Transaction[bytes], extent: _Extent, entries: Sequence[Entry]
+    ) -> _Extent:
+        first = entries[0].index
+        if not extent.starts[0] < first <= extent.last_index + 1:
+            raise self._outside(first)
+        for index in range(first, extent.last_index + 1):
+            txn.delete(_ENTRY_KEY.pack(b"e", index))
+        extent = extent.cut(first - 1)
+        for entry in entries:
+            if entry.index != extent.last_index + 1 or entry.term < extent.terms[-1]:
+                raise InvariantBroken(
+                    f"entry {entry.log_id} cannot follow "
+                    f"{LogId(extent.last_index, extent.terms[-1])}"
+                )
+            key = _ENTRY_KEY.pack(b"e", entry.index)
+            head = _ENTRY.pack(entry.term, entry.kind)
+            crc = crc32(entry.data, crc32(head, crc32(key)))
+            txn.put(key, b"".join((head, entry.data, pack_crc(crc))), append=True)
+            extent = extent.extend(entry)
+        return extent
+
+    def _put_head(
+        self, txn: lmdb.Transaction[bytes], hard_state: HardState, extent: _Extent
+    ) -> None:
+        voted_for = hard_state.voted_for
+        head = _HEAD.pack(
+            _HEAD_FORMAT,
+            txn.id(),
+            extent.starts[0],
+            extent.terms[0],
+            extent.last_index,
+            extent.terms[-1],
+            hard_state.term,
+            voted_for is not None,
+            *(voted_for or (0, 0)),
+            hard_state.commit_index,
+        )
+        txn.put(_HEAD_KEY, head + pack_crc(crc32(head, crc32(_HEAD_KEY))))
+
+    def _verify(self) -> None:
+        """Read every record once. A new log gets its head, so that none ever lacks one."""
+        with self._environment.begin() as txn:
+            raw = txn.get(_HEAD_KEY)
+            if raw is None and txn.stat()["entries"]:
+                raise self._damaged("its head is missing")
+            if raw is not None:
+                last = self._read_head(raw)
+                self._read_entries(txn, last)
+        if raw is None:
+            with self._environment.begin(write=True) as txn:
+                self._put_head(txn, self._hard_state, self._extent)
+
+    def _read_head(self, raw: bytes) -> LogId:
+        if crc32(raw, crc32(_HEAD_KEY)) != CRC_RESIDUE or len(raw) != _HEAD.size + CRC_BYTES:
+            raise self._damaged("its head fails its CRC")
+        (
+            version,
+            transaction,
+            purged_index,
+            purged_term,
+            last_index,
+            last_term,
+            term,
+            voted,
+            voted_id,
+            voted_incarnation,
+            commit_index,
+        ) = _HEAD.unpack_from(raw)
+        if version != _HEAD_FORMAT:
+            raise DataCorruption(
+                f"{self._file} has format {version}, this dengine reads format {_HEAD_FORMAT}: "
+                "start the version that wrote it",
+                file=str(self._file),
+            )
+        if transaction != self._environment.info()["last_txnid"]:
+            raise self._damaged("its head is not that of the newest transaction")
+        voted_for = MemberId(voted_id, voted_incarnation) if voted else None
+        self._hard_state = HardState(term, voted_for, commit_index)
+        self._extent = _Extent(purged_index, (purged_index,), (purged_term,))
+        return LogId(last_index, last_term)
+
+    def _read_entries(self, txn: lmdb.Transaction[bytes], last: LogId) -> None:
+        extent = self._extent
+        cursor = txn.cursor()
+        cursor.set_key(_HEAD_KEY)
+        while cursor.next():
+            key, raw = cursor.item()
+            index = extent.last_index + 1
+            if index > last.index:
+                raise self._damaged(f"it goes on after its last entry {last.index}")
+            if key != _ENTRY_KEY.pack(b"e", index):
+                raise self._damaged_entry(index, "is missing")
+            entry = self._decode(index, key, raw)
+            if entry.term < extent.terms[-1]:
+                raise self._damaged_entry(index, "has a lower term than the one before it")
+            extent = extent.extend(entry)
+            if entry.kind is EntryKind.CONFIG:
+                self._configs.append((index, self._membership(entry)))
+        if extent.last_index != last.index:
+            raise self._damaged_entry(extent.last_index + 1, "is missing")
+        if extent.terms[-1] != last.term:
+            raise self._damaged_entry(last.index, f"has not the term {last.term} of the head")
+        self._extent = extent
+
+    def _decode(self, index: int, key: bytes, raw: bytes | None) -> Entry:
+        if raw is None:
+            raise self._damaged_entry(index, "is missing")
+        if crc32(raw, crc32(key)) != CRC_RESIDUE or len(raw) < _ENTRY.size + CRC_BYTES:
+            raise self._damaged_entry(index, "fails its CRC")
+        term, kind = _ENTRY.unpack_from(raw)
+        if kind >= len(_KINDS):
+            raise self._damaged_entry(index, f"is of the unknown kind {kind}")
+        return Entry(index, term, _KINDS[kind], raw[_ENTRY.size : -CRC_BYTES])
+
+    def _membership(self, entry: Entry) -> Membership:
+        try:
+            return decode_membership(entry.data)
+        except msgspec.MsgspecError as error:
+            raise InvariantBroken(
+                f"{self._file}: entry {entry.index} holds a membership that this dengine cannot "
+                f"read ({error}); start the version that wrote it"
+            ) from error
+
+    def _outside(self, index: int) -> InvariantBroken:
+        extent = self._extent
+        return InvariantBroken(
+            f"entry {index} is outside the log, which has "
+            f"{extent.starts[0] + 1} to {extent.last_index}"
+        )
+
+    def _damaged_entry(self, index: int, what: str) -> DataCorruption:
+        error = self._damaged(f"entry {index} {what}")
+        error.details["index"] = index
+        return error
+
+    def _damaged(self, what: str) -> DataCorruption:
+        return DataCorruption(
+            f"{self._file} is damaged: {what}; restore this node from the other members",
+            file=str(self._file),
+        )

@@ -1,0 +1,314 @@
+"""The applied state: every key, and how far the log has been applied, in one LMDB environment.
+
+    database  key            record (each ends with a CRC-32 over key and record)
+    keys      the user's     layout (u8), create_revision, mod_revision, version (u64 each), value
+    meta      b"applied"     index and term of the last entry applied, revision (u64 each)
+    meta      b"membership"  the last applied CONFIG entry's data
+
+Whatever an entry changes is committed in the same transaction as `applied`. Commits are not synced:
+after a power loss the whole directory is rebuilt (see directory.py), so nothing here has to be
+durable before a clean stop.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+from zlib import crc32
+
+import lmdb
+import msgspec
+
+from dengine.errors import DataCorruption, InvariantBroken
+from dengine.kv.commands import Result
+from dengine.kv.machine import KEY_BYTES_MAX, Record, apply_batch
+from dengine.raft.membership import Membership, decode_membership
+from dengine.raft.types import Entry, EntryKind, LogId
+from dengine.storage.environment import (
+    CRC_BYTES,
+    CRC_RESIDUE,
+    DATA_FILE,
+    open_environment,
+    pack_crc,
+    storage_error,
+)
+
+PAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # of records in one page, so that no page stalls the loop
+KEYS_PAGE_BYTES_MAX: Final = 64 * 1024 * 1024  # the same when values are only checked, not copied
+ROWS_PER_STEP: Final = 1000
+
+_RECORD: Final = struct.Struct("<BQQQ")
+_PLAIN: Final = 0  # the only layout so far; a TTL or a lease would make another
+_APPLIED: Final = struct.Struct("<QQQ")
+_APPLIED_KEY: Final = b"applied"
+_MEMBERSHIP_KEY: Final = b"membership"
+_DATABASES: Final = 16  # keys and meta; the others are for indexes to come
+
+_pack_record = _RECORD.pack
+_unpack_record = _RECORD.unpack_from
+
+
+class Page(NamedTuple):
+    """One page of a scan. `next` is the first key that is not in it, None at the end."""
+
+    items: list[tuple[bytes, Record]]
+    next: bytes | None
+    revision: int
+
+
+class StateStore:
+    """Opens or creates the state in directory `path`.
+
+    All methods belong to one thread, and none of them waits for a disk but `sync`.
+
+    Attributes:
+        applied: the last entry applied.
+        revision: the store's revision after it.
+        membership: that of the last applied CONFIG entry; None when there was none.
+
+    Raises:
+        DataCorruption: a record failed its CRC; the state can be rebuilt from the log.
+        StorageIO: the system refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.applied = LogId(0, 0)
+        self.revision = 0
+        self.membership: Membership | None = None
+        self._environment = open_environment(path, durable=False, databases=_DATABASES)
+        try:
+            self._keys = self._environment.open_db(b"keys")
+            self._meta = self._environment.open_db(b"meta")
+            self._read = self._environment.begin(self._keys)
+            self._load()
+        except lmdb.Error as error:
+            self._environment.close()
+            raise storage_error(error, path) from error
+        except BaseException:
+            self._environment.close()
+            raise
+
+    def apply(self, entries: Sequence[Entry]) -> list[list[Result]]:
+        """Apply committed entries, all in one transaction.
+
+        Args:
+            entries: contiguous, the first one right after `applied`.
+
+        Returns:
+            One list per entry: its commands' results, empty for NOOP and CONFIG.
+
+        Raises:
+            DataCorruption, StorageIO: nothing was applied.
+            InvariantBroken: the entries do not follow `applied`.
+        """
+        if not entries:
+            return []
+        applied, revision, membership = self.applied, self.revision, self.membership
+        outcome: list[list[Result]] = []
+        # An open read transaction would keep the pages that this one frees from being used again.
+        self._read.abort()
+        try:
+            with self._environment.begin(self._keys, write=True) as txn:
+                view = _View(txn, self._path)
+                for entry in entries:
+                    if entry.index != applied.index + 1 or entry.term < applied.term:
+                        raise InvariantBroken(
+                            f"entry {entry.log_id} cannot be applied right after {applied}"
+                        )
+                    results: list[Result] = []
+                    if entry.kind is EntryKind.NORMAL:
+                        revision, results = apply_batch(entry.data, view, revision)
+                    elif entry.kind is EntryKind.CONFIG:
+                        membership = self._decode_membership(entry.data)
+                        self._put_meta(txn, _MEMBERSHIP_KEY, entry.data)
+                    outcome.append(results)
+                    applied = entry.log_id
+                self._put_meta(
+                    txn, _APPLIED_KEY, _APPLIED.pack(applied.index, applied.term, revision)
+                )
+        except lmdb.Error as error:
+            raise storage_error(error, self._path) from error
+        finally:
+            self._read = self._environment.begin(self._keys)
+        self.applied, self.revision, self.membership = applied, revision, membership
+        return outcome
+
+    def get(self, key: bytes) -> Record | None:
+        """The record of `key` as of `applied`; None when there is none."""
+        try:
+            raw = self._read.get(key)
+        except lmdb.BadValsizeError:
+            return None  # no key is empty or that long
+        except lmdb.Error as error:
+            raise storage_error(error, self._path) from error
+        return None if raw is None else _decode_record(key, raw, self._path)
+
+    def page(self, start: bytes, end: bytes | None, limit: int, keys_only: bool) -> Page:
+        """Records with `start <= key < end` in order, all from one transaction.
+
+        Args:
+            start: b"" is the very first key.
+            end: None goes to the last key.
+            limit: rows, at least 1. A page also ends early at `PAGE_BYTES_MAX` bytes of records,
+                but never without a row.
+            keys_only: leave the values empty.
+        """
+        items: list[tuple[bytes, Record]] = []
+        budget = KEYS_PAGE_BYTES_MAX if keys_only else PAGE_BYTES_MAX
+        try:
+            with self._environment.begin(self._keys, buffers=True) as txn, txn.cursor() as cursor:
+                found = _seek(cursor, start)
+                while found:
+                    key = bytes(cursor.key())
+                    if end is not None and key >= end:
+                        break
+                    raw = cursor.value()
+                    budget -= len(raw)
+                    if len(items) >= limit or (budget < 0 and items):
+                        return Page(items, key, self.revision)
+                    items.append((key, _decode_record(key, raw, self._path, keys_only)))
+                    found = cursor.next()
+        except lmdb.Error as error:
+            raise storage_error(error, self._path) from error
+        return Page(items, None, self.revision)
+
+    def count(self, start: bytes, end: bytes | None) -> Iterator[int]:
+        """Count the keys with `start <= key < end`, with a pause after every 1000.
+
+        Yields:
+            Keys so far; the last number is the answer. It is that of the moment of the first
+            step: entries applied between two steps do not show. Close the generator when you stop
+            early: while it lives, LMDB cannot reuse pages.
+        """
+        if not start and end is None:
+            yield self._read.stat(self._keys)["entries"]
+            return
+        total = 0
+        try:
+            with self._environment.begin(self._keys) as txn, txn.cursor() as cursor:
+                for _ in _scan(cursor, start, end):
+                    total += 1
+                    if total % ROWS_PER_STEP == 0:
+                        yield total
+        except lmdb.Error as error:
+            raise storage_error(error, self._path) from error
+        yield total
+
+    def sync(self) -> None:
+        """Make everything applied so far durable. Waits for the disk. Raises StorageIO."""
+        try:
+            self._environment.sync(True)
+        except lmdb.Error as error:
+            raise storage_error(error, self._path) from error
+
+    def close(self) -> None:
+        """Release the environment, without syncing it."""
+        self._read.abort()
+        self._environment.close()
+
+    def _load(self) -> None:
+        applied = self._get_meta(_APPLIED_KEY)
+        if applied is not None:
+            index, term, self.revision = _APPLIED.unpack(applied)
+            self.applied = LogId(index, term)
+        elif self._read.stat(self._keys)["entries"]:
+            raise self._damaged(_APPLIED_KEY, "is missing")
+        membership = self._get_meta(_MEMBERSHIP_KEY)
+        if membership is not None:
+            self.membership = self._decode_membership(membership)
+
+    def _get_meta(self, key: bytes) -> bytes | None:
+        raw = self._read.get(key, db=self._meta)
+        if raw is None:
+            return None
+        if crc32(raw, crc32(key)) != CRC_RESIDUE:
+            raise self._damaged(key, "fails its CRC")
+        return raw[:-CRC_BYTES]
+
+    def _put_meta(self, txn: lmdb.Transaction[bytes], key: bytes, data: bytes) -> None:
+        txn.put(key, data + pack_crc(crc32(data, crc32(key))), db=self._meta)
+
+    def _decode_membership(self, data: bytes) -> Membership:
+        try:
+            return decode_membership(data)
+        except msgspec.MsgspecError as error:
+            raise InvariantBroken(
+                f"{self._path}: a membership that this dengine cannot read ({error}); "
+                "start the version that wrote it"
+            ) from error
+
+    def _damaged(self, key: bytes, what: str) -> DataCorruption:
+        return _damage(self._path, key, what)
+
+
+class _View:
+    """The state machine's view of one write transaction."""
+
+    __slots__ = ("_get", "_path", "_put", "_txn")
+
+    def __init__(self, txn: lmdb.Transaction[bytes], path: Path) -> None:
+        self._txn = txn
+        self._get = txn.get
+        self._put = txn.put
+        self._path = path
+
+    def get(self, key: bytes) -> Record | None:
+        raw = self._get(key)
+        return None if raw is None else _decode_record(key, raw, self._path)
+
+    def put(self, key: bytes, record: Record) -> None:
+        value = record.value
+        head = _pack_record(_PLAIN, record.create_revision, record.mod_revision, record.version)
+        crc = crc32(value, crc32(head, crc32(key)))
+        self._put(key, b"".join((head, value, pack_crc(crc))))
+
+    def delete(self, key: bytes) -> None:
+        self._txn.delete(key)
+
+    def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
+        with self._txn.cursor() as cursor:
+            yield from _scan(cursor, start, end)
+
+
+def _scan(cursor: lmdb.Cursor[bytes], start: bytes, end: bytes | None) -> Iterator[bytes]:
+    """Keys with `start <= key < end`, without their values."""
+    if _seek(cursor, start):
+        for key in cursor.iternext(keys=True, values=False):
+            if end is not None and key >= end:
+                return
+            yield key
+
+
+def _seek(cursor: lmdb.Cursor[bytes] | lmdb.Cursor[memoryview], start: bytes) -> bool:
+    """Go to the first key at or after `start`, which may be of any length."""
+    if not start:
+        return cursor.first()
+    head = start[:KEY_BYTES_MAX]
+    found = cursor.set_range(head)
+    if found and len(start) > KEY_BYTES_MAX and cursor.key() == head:
+        return cursor.next()  # `start` is longer than any key, so it comes after its own head
+    return found
+
+
+def _decode_record(
+    key: bytes, raw: bytes | memoryview, path: Path, keys_only: bool = False
+) -> Record:
+    if crc32(raw, crc32(key)) != CRC_RESIDUE:
+        raise _damage(path, key, "fails its CRC")
+    layout, create_revision, mod_revision, version = _unpack_record(raw)
+    if layout != _PLAIN:
+        raise _damage(path, key, f"has the unknown layout {layout}")
+    value = b"" if keys_only else bytes(raw[_RECORD.size : -CRC_BYTES])
+    return Record(create_revision, mod_revision, version, value)
+
+
+def _damage(path: Path, key: bytes, what: str) -> DataCorruption:
+    return DataCorruption(
+        f"{path / DATA_FILE} is damaged: the record of {key!r} {what}; "
+        "restart this node, which rebuilds its state",
+        file=str(path / DATA_FILE),
+        key=key.decode("utf-8", "backslashreplace"),
+    )
