@@ -25,8 +25,10 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
     `expects` is the member the dialler wants to reach (None from the acceptor): an unfounded node
     that is expected by an existing cluster learns from it that its directory was wiped.
     `dialled` is the address the dialler used, which tells the acceptor where it can be reached.
-    `founders` is what the sender knows of a static list: (node_id, incarnation, address).
-    `list_digest` names the static list of a founder ("" for joiners and members).
+    `list_digest` names the static list of a founder that waits ("" for everyone else).
+    `founders` are the members of the sender's cluster: a founder that finds itself among them is
+    one of them, and has not been wiped.
+    `address` is "" unless the sender was configured anew and wants the cluster to know.
     """
 
     protocol_version: int
@@ -40,13 +42,20 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
     expects: int | None = None
     dialled: str = ""
     list_digest: str = ""
-    founders: tuple[tuple[int, int, str], ...] = ()
+    founders: tuple[MemberId, ...] = ()
+    zone: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Why the stream is not wanted. "removed" and "wiped" concern the receiver's own identity."""
+    """Why the stream is not wanted.
 
-    reason: Literal["foreign_cluster", "removed", "wiped", "protocol", "duplicate", "not_me"]
+    "removed", "wiped", "rolled_back" and "duplicate" concern the receiver's own identity; "again"
+    asks for a fresh handshake.
+    """
+
+    reason: Literal[
+        "foreign_cluster", "removed", "wiped", "rolled_back", "protocol", "duplicate", "again"
+    ]
     message: str
 
 

@@ -1,0 +1,61 @@
+"""Where members can be dialled, and what to correct when a member announced a wildcard.
+
+A wildcard (0.0.0.0) is a fine address while all nodes share a machine, and is never dialled from
+another one: there the own file's entry for that id serves, else where the member was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dengine.config import Config, is_loopback, is_wildcard, parse_address
+
+
+def join_host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class AddressBook:
+    """What this node knows about addresses beyond the membership itself."""
+
+    def __init__(self, config: Config) -> None:
+        self._file = {m.id: m.address for m in config.cluster.initial_cluster}
+        self.own = config.cluster.advertise_address or config.own_entry.address
+        self._seen_hosts: dict[int, str] = {}
+        self._reached_at: str | None = None
+
+    def saw(self, node_id: int, host: str) -> None:
+        """A stream from `node_id` came from `host`."""
+        if host and not is_loopback(join_host_port(host, 1)):
+            self._seen_hosts[node_id] = host
+
+    def reached_at(self, address: str) -> None:
+        """Another node reached this one at `address`."""
+        if address and not is_wildcard(address) and not is_loopback(address):
+            self._reached_at = address
+
+    def dial(self, node_id: int, address: str) -> list[str]:
+        """Addresses to try for a member that announced `address`, best first."""
+        if not is_wildcard(address):
+            return [address]
+        better = self._better(node_id, address)
+        if better is not None:
+            return [better]
+        return [join_host_port("127.0.0.1", parse_address(address)[1])]
+
+    def bootstrap(self, own_id: int) -> Mapping[int, list[str]]:
+        """Whom the own file names, for a node that has no membership yet."""
+        return {i: self.dial(i, address) for i, address in self._file.items() if i != own_id}
+
+    def correction(self, node_id: int, address: str, *, is_self: bool) -> str | None:
+        """A real address for a member whose committed one is a wildcard, when one is known."""
+        if not is_wildcard(address):
+            return None
+        return self._reached_at if is_self else self._better(node_id, address)
+
+    def _better(self, node_id: int, address: str) -> str | None:
+        in_file = self._file.get(node_id)
+        if in_file is not None and not is_wildcard(in_file) and not is_loopback(in_file):
+            return in_file
+        host = self._seen_hosts.get(node_id)
+        return None if host is None else join_host_port(host, parse_address(address)[1])

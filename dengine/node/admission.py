@@ -1,0 +1,164 @@
+"""Who may talk to whom: what this node says of itself, and what it makes of a stranger's Hello."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from dengine.config import Config
+from dengine.errors import IdentityError
+from dengine.node.addresses import AddressBook
+from dengine.node.founding import Founding
+from dengine.node.wire import COMMAND_VERSION, PROTOCOL_VERSION, Hello, Refused
+from dengine.raft.membership import Member
+from dengine.raft.raft import Raft
+from dengine.raft.types import MemberId
+from dengine.storage.directory import DataDirectory
+
+
+class Admission:
+    """The handshake's judgement. Refuses foreign clusters and tombstones; an unknown sender of
+    this cluster is listened to, for the one that lags may be this node.
+
+    Args:
+        connected: the Hello of the stream that is open to a node id, if any.
+        found: called when an unfounded node learned something new.
+        fail: ends the process.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: DataDirectory,
+        raft: Raft,
+        book: AddressBook,
+        founding: Founding,
+        *,
+        connected: Callable[[int], Hello | None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._raft = raft
+        self._book = book
+        self._founding = founding
+        self._connected = connected
+        self._fail = fail
+        self.announcing = directory.identity.address not in ("", book.own)
+        self._announced: dict[MemberId, Hello] = {}
+
+    @property
+    def cluster_id(self) -> str:
+        return self._directory.identity.cluster_id
+
+    def hello(self, expects: int | None, dialled: str) -> Hello:
+        """What this node says of itself in one handshake."""
+        raft = self._raft
+        return Hello(
+            protocol_version=PROTOCOL_VERSION,
+            command_version=COMMAND_VERSION,
+            cluster_id=self.cluster_id,
+            member=raft.me,
+            boot=self._directory.boot,
+            address=self._book.own if self.announcing else "",
+            timeout_ms_min=self._config.election.timeout_ms_min,
+            last_index=raft.log.stable_index,
+            expects=expects,
+            dialled=dialled,
+            list_digest="" if self.cluster_id else self._founding.list_digest,
+            founders=tuple(m.id for m in raft.membership.members),
+            zone=self._config.cluster.zone,
+        )
+
+    def admit(self, theirs: Hello, host: str) -> Refused | None:
+        """Refuse `theirs`, or None."""
+        if theirs.protocol_version != PROTOCOL_VERSION:
+            return Refused(
+                "protocol",
+                f"node {self._raft.me.id} speaks peer protocol {PROTOCOL_VERSION}, not "
+                f"{theirs.protocol_version}: run the same release on both",
+            )
+        if not self.cluster_id:
+            return self._admit_unfounded(theirs)
+        if theirs.cluster_id != self.cluster_id:
+            return self._refuse_stranger(theirs)
+        return self._admit_member(theirs, host)
+
+    def _admit_unfounded(self, theirs: Hello) -> Refused | None:
+        try:
+            useless = self._founding.offer(theirs)
+        except IdentityError as error:
+            self._fail(error)
+            return Refused("foreign_cluster", error.message)
+        return None if useless is None else Refused("foreign_cluster", useless)
+
+    def _refuse_stranger(self, theirs: Hello) -> Refused | None:
+        raft = self._raft
+        if theirs.cluster_id:
+            return Refused(
+                "foreign_cluster",
+                f"node {raft.me.id} belongs to cluster {self.cluster_id}, not {theirs.cluster_id}",
+            )
+        if raft.membership.get(theirs.member) is not None:
+            return None  # a founder of ours that has not heard everybody yet
+        known = bool(raft.membership.find(theirs.member.id))
+        if known and theirs.list_digest:
+            return Refused(
+                "wiped",
+                f"node {theirs.member.id} is a member of cluster {self.cluster_id} already, but "
+                "this directory is empty: set role = 3 to join",
+            )
+        return Refused(
+            "foreign_cluster",
+            f"node {raft.me.id} belongs to cluster {self.cluster_id}: set role = 3 to join it",
+        )
+
+    def _admit_member(self, theirs: Hello, host: str) -> Refused | None:
+        raft = self._raft
+        committed = raft.committed_membership
+        who = theirs.member
+        if who in committed.tombstones or committed.was_removed(who.id):
+            return Refused("removed", f"node {who.id} was removed from cluster {self.cluster_id}")
+        if who == raft.me:
+            return Refused("duplicate", f"node {who.id} runs here already, from the same directory")
+        present = self._connected(who.id)
+        if present is not None and present.member == who and present.boot != theirs.boot:
+            return Refused(
+                "duplicate", f"node {who.id} is running already, from a copy of this directory"
+            )
+        progress = raft.progress.get(who)
+        if progress is not None and theirs.last_index < progress.match_index:
+            return Refused(
+                "rolled_back",
+                f"node {who.id} acknowledged entry {progress.match_index} and now ends at "
+                f"{theirs.last_index}: its directory is an old copy",
+            )
+        self._book.saw(who.id, host)
+        if theirs.expects is not None:
+            self._book.reached_at(theirs.dialled)
+        self._announced[who] = theirs
+        return None
+
+    def outdated(self, me: MemberId, members: tuple[Member, ...]) -> Member | None:
+        """A member as it should be, where what is committed differs from what it says of itself.
+
+        The leader commits one such correction at a time.
+        """
+        for member in members:
+            address, zone = member.address, member.zone
+            hello = self._announced.get(member.id)
+            if hello is not None and hello.address == member.address:
+                # Done with: a later move by an operator must not be undone by it.
+                hello = self._announced[member.id] = msgspec.structs.replace(hello, address="")
+            if hello is not None:
+                address, zone = hello.address or address, hello.zone or zone
+            elif member.id == me:
+                address = self._book.own if self.announcing else address
+                zone = self._config.cluster.zone or zone
+            address = (
+                self._book.correction(member.id.id, address, is_self=member.id == me) or address
+            )
+            if (address, zone) != (member.address, member.zone):
+                return Member(member.id, address, zone, member.status, member.command_version)
+        return None

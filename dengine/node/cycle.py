@@ -1,0 +1,234 @@
+"""The cycle: the one place that drives Raft.
+
+    inbox, proposals, reads, actions
+        -> tick, step, propose                      (Raft decides)
+        -> ready: send; write (thread); apply; answer
+        -> written: advance, send what waited for the disk
+        -> the next turn
+
+A turn is synchronous and runs on the event loop when something has arrived, a write is durable or
+a tick is due. While one write is under way the cycle goes on: it steps, ticks, confirms reads and
+applies; commands that arrive meanwhile share the next entry (group commit).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from dengine.errors import FatalError, InvariantBroken, NotLeader, TryAgain
+from dengine.kv.commands import encode_batch
+from dengine.node.log_writer import LogWriter
+from dengine.node.proposals import Proposals
+from dengine.node.reads import Reads
+from dengine.raft.membership import Membership, decode_membership
+from dengine.raft.messages import Message
+from dengine.raft.raft import Raft, Ready, Transition
+from dengine.raft.types import EntryKind, MemberId
+from dengine.storage.log_store import LogStore
+from dengine.storage.state_store import StateStore
+
+T = TypeVar("T")
+
+INBOX_MAX = 20_000  # messages; beyond it they are dropped, as a network may do
+
+
+class Owner(Protocol):
+    """What the cycle tells the node around it."""
+
+    def send(self, to: MemberId, messages: list[Message]) -> bool: ...
+    def role_changed(self, transition: Transition) -> None: ...
+    def leader_changed(self) -> None: ...
+    def membership_committed(self, index: int, old: Membership, new: Membership) -> None: ...
+    def ticked(self, now_ms: int) -> None: ...
+    def wrote(self, seconds: float, entries: int) -> None: ...
+    def rolled_back(self) -> None: ...
+
+
+def boottime_ms() -> int:
+    """CLOCK_BOOTTIME: never goes back, and goes on while the machine is suspended."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
+class Cycle:
+    """Owns Raft, the log writer and the application of committed entries.
+
+    `failed` ends with the error that must end the process: no part of the core dies silently.
+    """
+
+    def __init__(
+        self,
+        raft: Raft,
+        log: LogStore,
+        state: StateStore,
+        owner: Owner,
+        *,
+        proposals: Proposals,
+        reads: Reads,
+    ) -> None:
+        self.raft = raft
+        self.proposals = proposals
+        self.reads = reads
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._state = state
+        self._owner = owner
+        self._writer = LogWriter(log, self._loop, self._written)
+        self._inbox: deque[Message] = deque()
+        self._actions: deque[Callable[[], None]] = deque()
+        self._turn_due: asyncio.Handle | None = None
+        self._tick_due: asyncio.Handle | None = None
+        self._tick_s = min(25, raft.config.heartbeat_ms / 4) / 1000
+        self._leader: MemberId | None = None
+        self._running = False
+
+    def start(self) -> None:
+        self._running = True
+        self._tick()
+
+    def stop(self, timeout_s: float) -> bool:
+        """No further turns. False when the disk did not finish its last write in time."""
+        self._running = False
+        for handle in (self._turn_due, self._tick_due):
+            if handle is not None:
+                handle.cancel()
+        return self._writer.stop(timeout_s)
+
+    # --- what goes in -----------------------------------------------------------------------
+
+    def receive(self, messages: Sequence[Message]) -> None:
+        if len(self._inbox) < INBOX_MAX:
+            self._inbox.extend(messages)
+            self.wake()
+
+    def wake(self) -> None:
+        """There is work: take a turn in the next iteration of the loop."""
+        if self._turn_due is None and self._running:
+            self._turn_due = self._loop.call_soon(self._turn)
+
+    async def act(self, action: Callable[[Raft], T]) -> T:
+        """Run `action` on Raft inside a turn and return, or raise, what it does."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def run() -> None:
+            if future.done():
+                return
+            try:
+                future.set_result(action(self.raft))
+            except FatalError:
+                raise
+            except Exception as error:
+                future.set_exception(error)
+
+        self._actions.append(run)
+        self.wake()
+        return await future
+
+    # --- the turn -----------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        self._turn_due = None
+        try:
+            self._take_in()
+            self._carry_out(self.raft.ready())
+        except Exception as error:
+            self.fail(error)
+
+    def _take_in(self) -> None:
+        raft = self.raft
+        raft.tick(boottime_ms())
+        for _ in range(len(self._inbox)):
+            raft.step(self._inbox.popleft())
+        while self._actions:
+            self._actions.popleft()()
+        if self.proposals.queued:
+            if raft.role != "leader":
+                self.proposals.refuse_queued(NotLeader("this node does not lead any more"))
+            elif raft.may_propose and not raft.writing:
+                batch = self.proposals.take_batch()
+                log_id = raft.propose(encode_batch([waiting.command for waiting in batch]))
+                self.proposals.appended(log_id, batch)
+        for nonce, lease in self.reads.take(self._loop.time()):
+            raft.read_index(nonce, lease=lease)
+
+    def _carry_out(self, ready: Ready) -> None:
+        self._send(ready.messages)
+        if ready.number:
+            self._writer.submit(ready)
+        if ready.committed_entries:
+            self._apply(ready)
+        for read_state in ready.read_states:
+            self.reads.answered(read_state, self.raft.log.applied_index)
+        for transition in ready.transitions:
+            self._owner.role_changed(transition)
+        if self.raft.leader != self._leader:
+            self._leader = self.raft.leader
+            self._owner.leader_changed()
+        if self.raft.saw_lost_entries:
+            self._owner.rolled_back()
+
+    def _apply(self, ready: Ready) -> None:
+        entries = ready.committed_entries
+        membership = self._state.membership or Membership()
+        for entry, results in zip(entries, self._state.apply(entries), strict=True):
+            self.proposals.applied(entry, results)
+        last = entries[-1].index
+        self.raft.applied_to(last)
+        self.reads.applied(last)
+        for entry in entries:
+            if entry.kind is EntryKind.CONFIG:
+                old, membership = membership, decode_membership(entry.data)
+                self._owner.membership_committed(entry.index, old, membership)
+        self.wake()  # there may be more: what is applied in one turn is bounded
+
+    def _written(self, ready: Ready, error: BaseException | None, seconds: float) -> None:
+        """The log writer is done with `ready` (called on the loop)."""
+        if not self._running and error is None:
+            return
+        try:
+            if error is not None:
+                raise error
+            self._owner.wrote(seconds, len(ready.entries))
+            self.raft.advance(ready)
+            self._send(ready.messages_after_sync)
+        except BaseException as caught:
+            self.fail(caught)
+            return
+        if self._turn_due is not None:
+            self._turn_due.cancel()
+        self._turn()
+
+    def _send(self, messages: Sequence[Message]) -> None:
+        by_member: dict[MemberId, list[Message]] = {}
+        for message in messages:
+            by_member.setdefault(message.to, []).append(message)
+        for member, batch in by_member.items():
+            if not self._owner.send(member, batch):
+                self.raft.report_unreachable(member)
+
+    def _tick(self) -> None:
+        self._tick_due = self._loop.call_later(self._tick_s, self._tick)
+        try:
+            self._owner.ticked(boottime_ms())
+        except Exception as error:
+            self.fail(error)
+        self.wake()
+
+    def fail(self, error: BaseException) -> None:
+        """Something of the core broke: stop turning, and let the process end with `error`."""
+        self._running = False
+        if self._tick_due is not None:
+            self._tick_due.cancel()
+        if not isinstance(error, FatalError):
+            wrapped: FatalError
+            if isinstance(error, AssertionError):
+                wrapped = InvariantBroken(f"a broken assertion: {error}")
+            else:
+                wrapped = TryAgain(f"the cycle died of {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        if not self.failed.done():
+            self.failed.set_exception(error)

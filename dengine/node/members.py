@@ -1,0 +1,391 @@
+"""Membership as people and newcomers see it: joining, promoting, removing, moving, and the view.
+
+Everything here runs on the leader; `Node` brings requests here, forwarded if need be. What Raft
+allows is decided in raft/membership.py and raft/raft.py; what is wise is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from dengine.config import Config, is_loopback, is_wildcard, parse_address
+from dengine.errors import (
+    Conflict,
+    DengineError,
+    InvalidRequest,
+    JoinError,
+    NotFound,
+    ProposeFailed,
+    RequestTimeout,
+)
+from dengine.node.addresses import join_host_port
+from dengine.node.cycle import Cycle, boottime_ms
+from dengine.node.promotion import Promotion, PromotionRules
+from dengine.node.wire import COMMAND_VERSION
+from dengine.raft.membership import (
+    AddLearner,
+    Change,
+    Member,
+    Membership,
+    Promote,
+    Remove,
+    Settings,
+    Status,
+    UpdateMember,
+    UpdateSettings,
+)
+from dengine.raft.raft import Raft
+from dengine.raft.types import LogId, MemberId
+
+log = logging.getLogger("dengine.members")
+
+RETRY_S = 0.02  # while another change is being committed
+
+Correct = Callable[[MemberId, tuple[Member, ...]], Member | None]
+
+
+class Members:
+    """The leader's dealings with the membership.
+
+    Args:
+        correct: names a member whose committed address or zone is out of date, if any.
+    """
+
+    def __init__(self, config: Config, cycle: Cycle, correct: Correct) -> None:
+        self._config = config
+        self._cycle = cycle
+        self._correct = correct
+        self._loop = asyncio.get_running_loop()
+        self._promotion = self._fresh_promotion()
+        self._correct_due_ms = 0
+
+    def _fresh_promotion(self) -> Promotion:
+        election, membership = self._config.election, self._config.membership
+        return Promotion(
+            PromotionRules(
+                catchup_entries=membership.catchup_entries,
+                stable_ms=membership.stable_ms,
+                heartbeat_ms=election.heartbeat_ms,
+                timeout_ms_min=election.timeout_ms_min,
+            )
+        )
+
+    # --- the leader's own initiative ----------------------------------------------------------
+
+    def leadership_began(self) -> None:
+        """What an earlier leadership observed says nothing about now."""
+        self._promotion = self._fresh_promotion()
+
+    def ticked(self, now_ms: int) -> None:
+        """On each tick of the leader: promote who is ready, correct what is out of date."""
+        raft = self._cycle.raft
+        if not raft.committed_in_term:
+            return
+        self._promotion.observe(raft, now_ms)
+        if not raft.may_propose or _change_under_way(raft):
+            return
+        ready = self._promotion.choose(raft.membership, now_ms)
+        if ready:
+            log.info("promoting to voter: %s", ", ".join(str(m.id) for m in ready))
+            self._try(Promote(ready))
+        elif now_ms >= self._correct_due_ms:
+            self._correct_due_ms = now_ms + 500
+            corrected = self._correct(raft.me, raft.membership.members)
+            if corrected is not None:
+                log.info("member %d is at %s now", corrected.id.id, corrected.address)
+                self._try(UpdateMember(corrected))
+
+    def _try(self, change: Change) -> None:
+        """Propose on own initiative; what is refused now is tried again on a later tick."""
+        try:
+            self._cycle.raft.propose_membership(change)
+        except DengineError as error:
+            log.info("not now: %s", error.message)
+
+    # --- requests --------------------------------------------------------------------------------
+
+    async def handle(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """Carry out one request on this leader.
+
+        Args:
+            op: "join", "remove", "update", "promote", "transfer", "settings" or "view".
+            args: its arguments, validated in shape by the API.
+        """
+        match op:
+            case "join":
+                return await self._join(args, deadline)
+            case "remove":
+                return await self._remove(args["id"], deadline)
+            case "update":
+                return await self._update(args, deadline)
+            case "promote":
+                return await self._promote(args["ids"], deadline)
+            case "transfer":
+                return await self._transfer(args["id"], deadline)
+            case "settings":
+                return await self._settings(args, deadline)
+            case "view":
+                return self.view()
+        raise InvalidRequest(f"no such operation: {op}")
+
+    async def _join(self, args: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """Idempotent: a member that asks again is told that it is one."""
+        member_id = MemberId(args["id"], int(args["incarnation"], 16))
+        address = _reachable(args["address"], args.get("observed_host"))
+        status = Status[args.get("status", "promotable").upper()]
+        member = Member(
+            member_id, address, args.get("zone", ""), status, args.get("command_version", 1)
+        )
+        raft = self._cycle.raft
+        if member.command_version < COMMAND_VERSION:
+            raise JoinError(
+                f"node {member_id.id} understands commands up to version "
+                f"{member.command_version}, the cluster uses {COMMAND_VERSION}: upgrade it first"
+            )
+        if raft.membership.get(member_id) is None:
+            self._require_silent_twin(raft, member_id)
+            await self.change(AddLearner(member), deadline)
+        membership = raft.committed_membership
+        return {
+            "cluster_id": membership.cluster_id,
+            "leader": self._leader(raft),
+            "members": [{"id": m.id.id, "address": m.address} for m in membership.members],
+        }
+
+    def _require_silent_twin(self, raft: Raft, newcomer: MemberId) -> None:
+        """A copied file or directory must not evict a living node of the same id."""
+        silence_ms = 2 * self._config.election.timeout_ms_max
+        for twin in raft.membership.find(newcomer.id):
+            if raft.heard_within(twin.id, silence_ms):
+                raise JoinError(
+                    f"node {newcomer.id} is alive at {twin.address} with another data directory: "
+                    "give the newcomer an id of its own, or stop the other one and wait "
+                    f"{silence_ms / 1000:g} s"
+                )
+
+    async def _remove(self, node_id: int, deadline: float) -> dict[str, Any]:
+        membership = self._cycle.raft.membership
+        if not membership.find(node_id):
+            if membership.was_removed(node_id):
+                return {"id": node_id, "removed": True}
+            raise NotFound(f"node {node_id} is not a member of this cluster")
+        await self.change(Remove(node_id), deadline)
+        return {"id": node_id, "removed": True}
+
+    async def _update(self, args: dict[str, Any], deadline: float) -> dict[str, Any]:
+        known = self._cycle.raft.membership.find(args["id"])
+        if not known:
+            raise NotFound(f"node {args['id']} is not a member of this cluster")
+        member = known[-1]
+        status = Status[args["status"].upper()] if "status" in args else member.status
+        updated = msgspec.structs.replace(
+            member,
+            address=args.get("address", member.address),
+            zone=args.get("zone", member.zone),
+            status=status,
+        )
+        await self.change(UpdateMember(updated), deadline)
+        return {
+            "id": member.id.id,
+            "address": updated.address,
+            "zone": updated.zone,
+            "status": updated.status.name.lower(),
+        }
+
+    async def _promote(self, ids: list[int], deadline: float) -> dict[str, Any]:
+        """Promote at an operator's word: several at once, and also what `odd` would hold back."""
+        raft, now_ms = self._cycle.raft, boottime_ms()
+        learners = {m.id: m for m in raft.membership.learners}
+        voters = {v.id for v in raft.membership.voters}
+        wanted: list[MemberId] = []
+        for node_id in ids:
+            learner = learners.get(node_id)
+            if learner is None:
+                if node_id in voters:
+                    continue
+                raise NotFound(f"node {node_id} is not a member of this cluster")
+            if not self._promotion.is_ready(learner, now_ms):
+                reason = self._promotion.reason(raft.membership, learner, now_ms)
+                raise Conflict(f"node {node_id} is not ready to vote: {reason}")
+            wanted.append(learner)
+        if wanted:
+            await self.change(Promote(tuple(wanted)), deadline)
+            while raft.membership.joint:  # the change is done when the joint state is left
+                self._require_time(deadline)
+                await asyncio.sleep(RETRY_S)
+        return {
+            "promoted": [m.id for m in wanted],
+            "voters": sorted(v.id for v in raft.membership.voters),
+        }
+
+    async def _transfer(self, node_id: int, deadline: float) -> dict[str, Any]:
+        raft = self._cycle.raft
+        target = next((v for v in raft.membership.voters if v.id == node_id), None)
+        if target is None:
+            if not raft.membership.find(node_id):
+                raise NotFound(f"node {node_id} is not a member of this cluster")
+            raise Conflict(f"node {node_id} is a learner: promote it before it can lead")
+        await self._cycle.act(lambda r: r.transfer_leadership(target))
+        while raft.leader != target:
+            self._require_time(deadline)
+            if raft.may_propose:
+                raise ProposeFailed(
+                    f"node {node_id} did not take over within one election timeout; "
+                    f"node {raft.me.id} leads on"
+                )
+            await asyncio.sleep(RETRY_S)
+        return {"leader": node_id}
+
+    async def _settings(self, args: dict[str, Any], deadline: float) -> dict[str, Any]:
+        settings = msgspec.convert(
+            {**msgspec.structs.asdict(self._cycle.raft.membership.settings), **args}, Settings
+        )
+        await self.change(UpdateSettings(settings), deadline)
+        return {"settings": msgspec.structs.asdict(settings)}
+
+    async def change(self, change: Change, deadline: float) -> None:
+        """Propose `change`, behind any other that is under way, and wait until it is applied.
+
+        Raises:
+            Conflict, JoinError: refused.
+            NotLeader, LeaderChanged: leadership is gone.
+            RequestTimeout: not committed in time; the outcome is unknown.
+        """
+
+        def propose(raft: Raft) -> LogId | bool | None:
+            if raft.may_propose and _change_under_way(raft):
+                return False
+            log_id = raft.propose_membership(change)
+            if log_id is not None:
+                self._cycle.proposals.watch(log_id, applied, deadline)
+            return log_id
+
+        applied: asyncio.Future[None] = self._loop.create_future()
+        while (proposed := await self._cycle.act(propose)) is False:
+            self._require_time(deadline, "none")
+            await asyncio.sleep(RETRY_S)
+        if proposed is not None:
+            await applied
+
+    def _require_time(self, deadline: float, outcome: Any = "unknown") -> None:
+        if self._loop.time() >= deadline:
+            raise RequestTimeout(
+                "the membership change was not finished in time; see GET /v1/cluster",
+                outcome=outcome,
+            )
+
+    # --- the view --------------------------------------------------------------------------------
+
+    def view(self) -> dict[str, Any]:
+        """GET /v1/cluster without what only the API knows. What it announces is committed."""
+        raft, now_ms = self._cycle.raft, boottime_ms()
+        membership = raft.committed_membership
+        return {
+            "cluster_id": membership.cluster_id,
+            "leader": self._leader(raft),
+            "term": raft.term,
+            "commit_index": raft.log.commit_index,
+            "applied_index": raft.log.applied_index,
+            "settings": msgspec.structs.asdict(membership.settings),
+            "members": [self._member(raft, membership, m, now_ms) for m in membership.members],
+            "joint": membership.joint,
+            "fault_tolerance": self._fault_tolerance(raft, membership),
+            "advice": _advice(membership),
+        }
+
+    def _leader(self, raft: Raft) -> dict[str, Any] | None:
+        if raft.leader is None:
+            return None
+        member = raft.membership.get(raft.leader)
+        return {"id": raft.leader.id, "address": member.address if member else ""}
+
+    def _member(
+        self, raft: Raft, membership: Membership, member: Member, now_ms: int
+    ) -> dict[str, Any]:
+        progress = raft.progress.get(member.id)
+        is_learner = member.id in membership.learners
+        match = progress.match_index if progress is not None else None
+        return {
+            "id": member.id.id,
+            "address": member.address,
+            "zone": member.zone,
+            "role": _role(raft, membership, member.id),
+            "status": member.status.name.lower(),
+            "incarnation": f"{member.id.incarnation:016x}",
+            "match": match,
+            "lag": None if match is None else max(0, raft.log.commit_index - match),
+            "ready": raft.is_leader and self._promotion.is_ready(member.id, now_ms)
+            if is_learner
+            else self._alive(raft, member.id),
+            "reason": self._reason(raft, membership, member.id, now_ms),
+        }
+
+    def _alive(self, raft: Raft, member: MemberId) -> bool | None:
+        """Has the member answered lately? Only the leader knows."""
+        if not raft.is_leader:
+            return None
+        return raft.heard_within(member, self._config.election.timeout_ms_min)
+
+    def _reason(
+        self, raft: Raft, membership: Membership, member: MemberId, now_ms: int
+    ) -> str | None:
+        if not raft.is_leader:
+            return None
+        if member in membership.learners:
+            return self._promotion.reason(membership, member, now_ms)
+        if self._alive(raft, member):
+            return None
+        newer = any(m.id == member.id and m != member for m in membership.learners)
+        if newer:
+            return "its data directory was wiped; its new self takes over once it has caught up"
+        silent_ms = now_ms - raft.progress[member].heard_ms if member in raft.progress else None
+        return f"it has not answered for {silent_ms} ms"
+
+    def _fault_tolerance(self, raft: Raft, membership: Membership) -> int:
+        """How many more voters may fail before nothing can be committed any more."""
+        tolerance = []
+        for half in (membership.voters, membership.outgoing or membership.voters):
+            alive = [v for v in half if self._alive(raft, v) is not False]
+            tolerance.append(max(0, len(alive) - (len(half) // 2 + 1)))
+        return min(tolerance)
+
+
+def _role(raft: Raft, membership: Membership, member: MemberId) -> str:
+    if member == raft.leader:
+        return "leader"
+    if member in membership.learners:
+        return "learner"
+    return "candidate" if member == raft.me and raft.role == "candidate" else "follower"
+
+
+def _change_under_way(raft: Raft) -> bool:
+    return (
+        not raft.committed_in_term
+        or raft.membership.joint
+        or raft.membership_index > raft.log.commit_index
+    )
+
+
+def _advice(membership: Membership) -> str:
+    voters, learners = len(membership.voters), len(membership.learners)
+    if voters == 1:
+        return "one voter tolerates no failure: join two more nodes" if learners < 2 else ""
+    if voters % 2 == 0:
+        return (
+            f"{voters} voters tolerate no more failures than {voters - 1}: "
+            "join one more node, or remove one"
+        )
+    return ""
+
+
+def _reachable(address: str, observed_host: str | None) -> str:
+    """Replace a wildcard by where the request came from, when that was another machine."""
+    if observed_host is None or not is_wildcard(address):
+        return address
+    seen = join_host_port(observed_host, parse_address(address)[1])
+    return address if is_loopback(seen) else seen

@@ -1,0 +1,510 @@
+"""One node: the data directory, the cycle, the streams to its peers, and what the API calls.
+
+The life of a node: `open` (lock and load) -> the server binds the port -> `run` (found or join a
+cluster, then serve) -> `stop` (hand leadership over, drain, sync).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import orjson
+
+from dengine import __version__
+from dengine.config import Config
+from dengine.errors import (
+    ClusterUnavailable,
+    DengineError,
+    DiskFull,
+    IdentityError,
+    LeaderChanged,
+    NotLeader,
+)
+from dengine.kv.commands import Command, Result, decode_result, encode_command
+from dengine.node import announcing
+from dengine.node.addresses import AddressBook
+from dengine.node.cycle import Cycle, boottime_ms
+from dengine.node.entrance import Entrance
+from dengine.node.exchange import Exchange
+from dengine.node.founding import Founding
+from dengine.node.members import Members
+from dengine.node.metrics import NodeMetrics
+from dengine.node.proposals import Proposals
+from dengine.node.reads import Reads
+from dengine.node.watchers import MembershipWatchers
+from dengine.node.wire import Refused
+from dengine.raft.membership import Membership
+from dengine.raft.messages import Message
+from dengine.raft.raft import Raft, RaftConfig, Transition
+from dengine.raft.types import MemberId
+from dengine.storage.directory import DataDirectory
+from dengine.storage.log_store import LogStore
+from dengine.storage.state_store import StateStore
+
+T = TypeVar("T")
+log = logging.getLogger("dengine.node")
+
+RETRY_S = 0.02  # before a request that certainly did not happen is tried again
+SWEEP_MS = 100
+DISK_CHECK_MS = 1000
+REPORT_MS = 10_000
+DUPLICATE_MS = 10_000  # so long may a stale stream of our own hide a restart
+HANDOVER_S = 3.0
+DISK_STOP_S = 10.0
+FAREWELL_S = 0.5  # lets the last answers leave before a removed node ends
+FRAME_ENTRIES_BYTES = 4 * 1024 * 1024  # of entries per frame; a single larger one travels alone
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    ready: bool
+    reasons: list[str]
+    checks: dict[str, bool]
+
+
+class Node:
+    """A member of a cluster, or about to become one.
+
+    Args:
+        config: validated configuration.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._started = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._stopped: asyncio.Future[None] = self._loop.create_future()
+        self._disk_full = False
+        self._sweep_due_ms = self._disk_due_ms = 0
+        self._report_due_ms = boottime_ms() + REPORT_MS
+        self._leader_waiters: set[asyncio.Future[None]] = set()
+        self._watchers = MembershipWatchers()
+
+    # --- life ---------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Lock the data directory and load what is in it. Nothing is served or sent yet.
+
+        Raises:
+            FatalError: locked by another process, removed from its cluster, damaged, ...
+        """
+        cluster = self.config.cluster
+        self._directory = DataDirectory.open(cluster.db_root_dir, cluster.node_id)
+        identity = self._directory.identity
+        if identity.removed:
+            raise IdentityError(
+                f"node {identity.node_id} was removed from cluster {identity.cluster_id} "
+                f"({identity.removed}): {self._directory.path} cannot be used again; start a new "
+                "node with a new node_id and an empty directory"
+            )
+        if not self._directory.trusted_state():
+            log.info("the state was not closed cleanly: rebuilding it from the log")
+            self._directory.discard_state()
+        self._directory.mark_running()
+        self._log_store = LogStore(self._directory.log_path)
+        self.state = StateStore(self._directory.state_path())
+        self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
+        self._announce_above = self.raft.log.commit_index
+        if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
+            self._directory.set_cluster_id(self.raft.membership.cluster_id)
+        self._build()
+
+    def _load_raft(self, me: MemberId) -> Raft:
+        election = self.config.election
+        hard_state, memberships = self._log_store.load()
+        return Raft(
+            RaftConfig(
+                me=me,
+                timeout_ms_min=election.timeout_ms_min,
+                timeout_ms_max=election.timeout_ms_max,
+                heartbeat_ms=election.heartbeat_ms,
+                lease_ms=self.config.read.lease_ms,
+            ),
+            self._log_store,
+            hard_state,
+            memberships,
+            self.state.applied.index,
+            random.Random(os.urandom(16)),
+            boottime_ms(),
+        )
+
+    def _build(self) -> None:
+        """Put the parts together: streams -> cycle -> state, and what answers beside them."""
+        config, limits, raft = self.config, self.config.limits, self.raft
+        self._proposals = Proposals(limits.pending_writes, limits.pending_bytes)
+        self._reads = Reads(raft.me, self._directory.boot)
+        self._cycle = Cycle(
+            raft, self._log_store, self.state, self, proposals=self._proposals, reads=self._reads
+        )
+        self._book = AddressBook(config)
+        self._founding = Founding(config, raft.me)
+        self._exchange = Exchange(
+            config, self._directory, self._cycle, self._book, self._founding, self
+        )
+        self.peers = self._exchange.peers
+        self._members = Members(config, self._cycle, self._exchange.admission.outdated)
+        self._entrance = Entrance(
+            config,
+            self._directory,
+            self._cycle,
+            self._founding,
+            self._book,
+            peer_errors=self._exchange.errors,
+            belongs=self._exchange.set_targets,
+        )
+        self._metrics = NodeMetrics(self.local_status, raft)
+        self.metrics = self._metrics.registry
+        self.metrics_observe_request = self._metrics.observe_request
+
+    async def run(self) -> None:
+        """Found or join a cluster, then serve until `stop`.
+
+        Raises:
+            FatalError: the process must end with its exit code.
+        """
+        self._cycle.start()
+        self._exchange.set_targets()
+        entering = self._loop.create_task(self._entrance.enter(), name="enter the cluster")
+        ends: set[asyncio.Future[Any]] = {
+            self._cycle.failed,
+            self.peers.failed,
+            self._stopped,
+            entering,
+        }
+        try:
+            while not self._stopped.done():
+                done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                for ended in done:
+                    ended.result()
+        except BaseException:
+            await self._close(clean=False)
+            raise
+        finally:
+            entering.cancel()
+
+    async def stop(self) -> None:
+        """Hand leadership over, end the cycle, and leave a state that the next start trusts."""
+        if self.raft.is_leader and len(self.raft.membership.voters) > 1:
+            await self._hand_over()
+        await self._close(clean=True)
+
+    async def _hand_over(self) -> None:
+        raft = self.raft
+        others = [v for v in raft.membership.voters if v != raft.me and v in raft.progress]
+        heir = max(others, key=lambda v: (raft.progress[v].match_index, -v.id))
+        deadline = self._loop.time() + HANDOVER_S
+        try:
+            await self._members.handle("transfer", {"id": heir.id}, deadline)
+        except DengineError as error:
+            log.warning("leadership was not handed over: %s", error.message)
+
+    async def _close(self, *, clean: bool) -> None:
+        if self._stopped.done():
+            return
+        self._stopped.set_result(None)
+        self._watchers.close()
+        written = self._cycle.stop(DISK_STOP_S)
+        await self._exchange.close()
+        if written and clean:
+            self.state.sync()
+        self.state.close()
+        if written:
+            self._log_store.close()
+            if clean:
+                self._directory.mark_clean()
+        self._directory.close()
+
+    # --- requests -----------------------------------------------------------------------------
+
+    async def write(self, command: Command, deadline: float) -> Result:
+        """Commit `command` through the leader, wherever that is, and return its result.
+
+        Args:
+            deadline: on the event loop's clock.
+
+        Raises:
+            DengineError: `outcome` says whether it may still happen.
+        """
+        data = encode_command(command)
+        self._metrics.proposals.inc()
+        try:
+            if self.raft.may_propose:  # the common case, without a detour
+                return await self.write_here(data, deadline)
+        except (NotLeader, LeaderChanged) as error:
+            if error.outcome != "none":
+                raise
+
+        async def forward(leader: MemberId) -> Result:
+            return decode_result(
+                await self._exchange.forwarding.ask(leader, "write", data, deadline)
+            )
+
+        return await self._at_leader(lambda: self.write_here(data, deadline), forward, deadline)
+
+    def write_here(self, data: bytes, deadline: float) -> asyncio.Future[Result]:
+        """Queue an encoded command on this node, which leads or is about to be refused."""
+        if self._disk_full:
+            raise DiskFull(
+                f"less than {self.config.limits.reserve_bytes} bytes are free under "
+                f"{self._directory.path} (limits.reserve_bytes): free some space"
+            )
+        future: asyncio.Future[Result] = self._loop.create_future()
+        self._proposals.add(data, future, deadline)
+        self._cycle.wake()
+        return future
+
+    async def read_barrier(self, consistency: str, deadline: float) -> None:
+        """Return once a local read of `state` is as fresh as `consistency` asks for.
+
+        Args:
+            consistency: "linearizable", "lease" or "eventual".
+        """
+        if consistency == "eventual" and self.raft.log.applied_index:
+            return
+        while True:
+            if self.raft.leader is not None:
+                future: asyncio.Future[None] = self._loop.create_future()
+                self._reads.add(future, deadline, lease=consistency == "lease")
+                self._cycle.wake()
+                try:
+                    return await future
+                except LeaderChanged:
+                    await self._pause(deadline)
+            await self._leader_known(deadline)
+
+    async def _at_leader(
+        self,
+        here: Callable[[], Awaitable[T]],
+        forward: Callable[[MemberId], Awaitable[T]],
+        deadline: float,
+    ) -> T:
+        """Have the leader do it, and try again only what certainly did not happen."""
+        while True:
+            leader = await self._leader_known(deadline)
+            try:
+                if leader == self.raft.me:
+                    return await here()
+                return await forward(leader)
+            except (NotLeader, LeaderChanged, ClusterUnavailable) as error:
+                if error.outcome != "none":
+                    raise
+            await self._pause(deadline)
+
+    async def _leader_known(self, deadline: float) -> MemberId:
+        while self.raft.leader is None:
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._leader_waiters.add(waiter)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await waiter
+            except TimeoutError:
+                raise ClusterUnavailable(self._no_leader()) from None
+            finally:
+                self._leader_waiters.discard(waiter)
+        return self.raft.leader
+
+    async def _pause(self, deadline: float) -> None:
+        """Let leadership settle; ends the request when its time is up."""
+        if self._loop.time() + RETRY_S >= deadline:
+            raise ClusterUnavailable(self._no_leader())
+        await asyncio.sleep(RETRY_S)
+
+    def lead_here(
+        self, op: str, args: dict[str, Any], deadline: float
+    ) -> Awaitable[dict[str, Any]]:
+        """Carry out a membership operation on this node, which leads."""
+        return self._members.handle(op, args, deadline)
+
+    async def _lead(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """Have the leader carry out a membership operation."""
+
+        async def forward(leader: MemberId) -> dict[str, Any]:
+            answer = await self._exchange.forwarding.ask(leader, op, orjson.dumps(args), deadline)
+            decoded: dict[str, Any] = orjson.loads(answer)
+            return decoded
+
+        return await self._at_leader(lambda: self.lead_here(op, args, deadline), forward, deadline)
+
+    async def cluster_view(self, deadline: float) -> dict[str, Any]:
+        """GET /v1/cluster: as the leader sees it, or as this node does while there is none."""
+        try:
+            if self.raft.leader is None:
+                raise ClusterUnavailable(self._no_leader())
+            view = await self._lead("view", {}, deadline)
+        except ClusterUnavailable:
+            view = self._members.view()
+        return {**view, "revision": self.state.revision}
+
+    async def join(
+        self, body: dict[str, Any], observed_host: str | None, deadline: float
+    ) -> dict[str, Any]:
+        return await self._lead("join", {**body, "observed_host": observed_host}, deadline)
+
+    async def remove_member(self, node_id: int, deadline: float) -> dict[str, Any]:
+        return await self._lead("remove", {"id": node_id}, deadline)
+
+    async def update_member(
+        self, node_id: int, body: dict[str, Any], deadline: float
+    ) -> dict[str, Any]:
+        return await self._lead("update", {**body, "id": node_id}, deadline)
+
+    async def promote(self, ids: list[int], deadline: float) -> dict[str, Any]:
+        return await self._lead("promote", {"ids": ids}, deadline)
+
+    async def transfer_leader(self, node_id: int, deadline: float) -> dict[str, Any]:
+        return await self._lead("transfer", {"id": node_id}, deadline)
+
+    async def change_settings(self, body: dict[str, Any], deadline: float) -> dict[str, Any]:
+        return await self._lead("settings", body, deadline)
+
+    def membership_events(self) -> AsyncIterator[dict[str, Any]]:
+        """The membership now, then after every committed change."""
+        return self._watchers.follow(self._members.view())
+
+    # --- what others see ----------------------------------------------------------------------
+
+    @property
+    def is_leader(self) -> bool:
+        return self.raft.is_leader
+
+    @property
+    def leader(self) -> tuple[int, str] | None:
+        """Id and announced address of the leader as far as known."""
+        leader = self.raft.leader
+        if leader is None:
+            return None
+        member = self.raft.membership.get(leader)
+        return leader.id, member.address if member is not None else ""
+
+    @property
+    def lag(self) -> int | None:
+        """Entries known to be committed and not applied here; None while no leader is heard."""
+        if self.raft.leader is None:
+            return None
+        return self.raft.log.commit_index - self.raft.log.applied_index
+
+    def readiness(self) -> Readiness:
+        """Can this node answer reads and writes now?"""
+        checks = {
+            "member": self.raft.committed_membership.get(self.raft.me) is not None,
+            "leader": self.raft.leader is not None
+            and (not self.raft.is_leader or self.raft.committed_in_term),
+            "running": not self._stopped.done(),
+        }
+        reasons = []
+        if not checks["member"]:
+            reasons.append("not a member of a cluster yet")
+        elif not checks["leader"]:
+            reasons.append(self._no_leader())
+        if not checks["running"]:
+            reasons.append("stopping")
+        return Readiness(not reasons, reasons, checks)
+
+    def local_status(self) -> dict[str, Any]:
+        """GET /v1/status: this node alone, without asking anybody."""
+        raft, membership = self.raft, self.raft.committed_membership
+        is_learner = raft.me not in membership.all_voters
+        leader = self.leader
+        return {
+            "node_id": raft.me.id,
+            "incarnation": f"{raft.me.incarnation:016x}",
+            "cluster_id": self._directory.identity.cluster_id,
+            "version": __version__,
+            "role": "learner" if is_learner else str(raft.role),
+            "term": raft.term,
+            "leader": None if leader is None else {"id": leader[0], "address": leader[1]},
+            "commit_index": raft.log.commit_index,
+            "last_applied": raft.log.applied_index,
+            "last_index": raft.log.last_index,
+            "revision": self.state.revision,
+            "voters": [v.id for v in membership.voters],
+            "learners": [m.id for m in membership.learners],
+            "pending_writes": self._proposals.count,
+            "uptime_s": round(time.monotonic() - self._started, 3),
+        }
+
+    def _no_leader(self) -> str:
+        """Why nothing can be answered: which voters are missing, and why each."""
+        membership = self.raft.membership
+        if not membership.voters:
+            return "this node does not belong to a cluster yet"
+        others = sorted({v.id for v in membership.all_voters} - {self.raft.me.id})
+        missing = self._exchange.errors(others)
+        if not missing:
+            return "no leader is elected yet; try again in a moment"
+        return f"no leader; {missing}"
+
+    # --- what the cycle reports ---------------------------------------------------------------
+
+    def send(self, to: MemberId, messages: list[Message]) -> bool:
+        return self._exchange.send(to, messages)
+
+    def role_changed(self, transition: Transition) -> None:
+        announcing.role_changed(self.raft.me, transition)
+        if self.raft.is_leader:
+            self._members.leadership_began()
+
+    def leader_changed(self) -> None:
+        if self.raft.leader is not None:
+            self._report_due_ms = boottime_ms() + REPORT_MS
+            for waiter in self._leader_waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def membership_committed(self, index: int, old: Membership, new: Membership) -> None:
+        me = self.raft.me
+        self._exchange.set_targets()
+        if index > self._announce_above:
+            announcing.membership_committed(me, old, new, self.raft.term)
+        self._watchers.publish({**self._members.view(), "revision": self.state.revision})
+        own = new.get(me)
+        if own is not None and own.address == self._book.own:
+            self._directory.set_address(own.address)
+            self._exchange.admission.announcing = False
+        buried = set(new.tombstones) - set(old.tombstones)
+        for member in buried - {me}:
+            if new.was_removed(member.id):
+                message = f"node {member.id} was removed from cluster {new.cluster_id}"
+                self.peers.disconnect(member.id, Refused("removed", message))
+        if me in buried:
+            message = f"node {me.id} was removed from cluster {new.cluster_id}"
+            self._directory.set_removed(message)
+            error = IdentityError(f"{message}; it will not start again")
+            self._loop.call_later(FAREWELL_S, self._cycle.fail, error)
+
+    def ticked(self, now_ms: int) -> None:
+        """A few times per heartbeat: the leader's duties, deadlines, the disk, the report."""
+        if self.raft.is_leader:
+            self._members.ticked(now_ms)
+        if now_ms < self._sweep_due_ms:
+            return
+        self._sweep_due_ms = now_ms + SWEEP_MS
+        now = self._loop.time()
+        self._proposals.expire(now)
+        self._reads.expire(now)
+        self._exchange.forwarding.expire(now)
+        if now_ms >= self._disk_due_ms:
+            self._disk_due_ms = now_ms + DISK_CHECK_MS
+            free = os.statvfs(self._directory.path)
+            reserve = self.config.limits.reserve_bytes
+            self._disk_full = free.f_bavail * free.f_frsize < reserve
+        if now_ms >= self._report_due_ms:
+            self._report_due_ms = now_ms + REPORT_MS
+            if self.raft.leader is None and self.raft.membership.voters:
+                log.warning("%s", self._no_leader())
+
+    def wrote(self, seconds: float, entries: int) -> None:
+        self._metrics.log_write_seconds.observe(seconds)
+        self._metrics.entries_written.inc(entries)
+
+    def rolled_back(self) -> None:
+        raise self._exchange.quarantine(
+            "the leader counts on entries that this log does not have: it is an old copy"
+        )
