@@ -1,0 +1,179 @@
+"""`dengine serve` and the client commands together: one real node, started as a person would."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import ROOT, Cluster, ServeProcess, free_port, node_environment, wait_for
+
+CONFIG = """\
+[cluster]
+node_id = 1
+listen_address = "127.0.0.1:{port}"
+initial_cluster = [ {{ id = 1, address = "127.0.0.1:{port}", role = 2, status = 2 }} ]
+db_root_dir = "./db"
+founding_wait_ms = 100
+"""
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[ServeProcess]:
+    """A single node that is configured and not started yet."""
+    port = free_port()
+    with Cluster(tmp_path) as cluster:
+        yield cluster.node(1, CONFIG.format(port=port), port)
+
+
+def dengine(node: ServeProcess, *args: str | bytes, stdin: bytes = b"") -> bytes:
+    """The stdout of a client command that succeeded without a word on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dengine", *args],
+        input=stdin,
+        cwd=node.cwd,
+        env={**node_environment(), "DENGINE_ENDPOINTS": f"127.0.0.1:{node.port}"},
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b""), args
+    return done.stdout
+
+
+def refused_start(node: ServeProcess, **environ: str) -> tuple[int, str]:
+    """Exit code and stderr of a node that does not come up."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dengine", "serve", "--config", str(node.config)],
+        cwd=node.cwd,
+        env={**node_environment(), **environ},
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    return done.returncode, done.stderr.decode()
+
+
+def test_from_start_to_sigterm(node: ServeProcess) -> None:
+    """The announced lines come verbatim and in order, SIGTERM ends it with 0, data stays."""
+    node.start()
+    wait_for(node.ready, "the node to be ready")
+    assert dengine(node, "put", "k", "v") == b"revision 1 (created)\n"
+    assert node.stop() == 0
+    announced = [line for line in node.lines() if line.startswith("[Node 1]")]
+    assert announced == [
+        "[Node 1] Follower → Candidate (term 1)",
+        "[Node 1] Candidate → Leader (term 2)",
+    ]
+    node.start()
+    wait_for(node.ready, "the node to be ready again")
+    assert dengine(node, "get", "k") == b"v"
+
+
+def test_ctrl_c_is_a_clean_stop(node: ServeProcess) -> None:
+    """SIGINT, also while the node is still finding out who it is."""
+    node.start()
+    wait_for(lambda: "listens on" in node.output(), "the port to be bound")
+    node.signal(signal.SIGINT)
+    assert node.wait_exit() == 0
+    assert "Traceback" not in node.output()
+
+
+def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
+    """What the small server of test_cli.py pretends is what a node does."""
+    node.start()
+    wait_for(node.ready, "the node to be ready")
+    value = bytes(range(256))
+    for key in (b"a/1", b"..", b"\xff", "ключ".encode()):
+        assert b"created" in dengine(node, "put", key, "-", stdin=value)
+        assert dengine(node, "get", key) == value
+    assert json.loads(dengine(node, "get", "a/1", "--json"))["mod_revision"] == 1
+    assert dengine(node, "list", "--count") == b"4\n"
+    assert dengine(node, "list", "a/", "--keys-only") == b"a/1\n"
+    assert [i.get("key") for i in json.loads(dengine(node, "list", "--json"))["items"]] == [
+        "..",
+        "a/1",
+        "ключ",
+        None,
+    ]
+    assert dengine(node, "delete", "a/1") == b"revision 5 (1 key deleted)\n"
+    assert dengine(node, "delete", "--prefix", "", "--all") == b"revision 6 (3 keys deleted)\n"
+
+    assert json.loads(dengine(node, "status", "--json"))[0]["role"] == "leader"
+    assert re.search(r"127\.0\.0\.1:\d+ +1  leader", dengine(node, "status").decode())
+    assert json.loads(dengine(node, "members", "--json"))["members"][0]["role"] == "leader"
+    assert b"fault tolerance  0" in dengine(node, "members")
+    assert b"promotion" in dengine(node, "settings", "promotion=odd")
+    assert json.loads(dengine(node, "settings", "--json"))["promotion"] == "odd"
+    for operation in ("put", "get"):
+        result = json.loads(dengine(node, "bench", operation, "--seconds", "0.3", "--json"))
+        assert result["ops_per_s"] > 0
+    assert dengine(node, "list", "--count") == b"0\n", "bench leaves nothing behind"
+
+
+def test_a_taken_port(node: ServeProcess) -> None:
+    """Exit code 75 (try again), a sentence that names the address, and nothing written."""
+    with socket.create_server(("127.0.0.1", node.port)):
+        code, error = refused_start(node)
+    assert code == 75
+    assert error.count("\n") == 1
+    assert f"127.0.0.1:{node.port}" in error
+    assert not node.directory.parent.exists()
+
+
+def test_a_mistake_in_the_configuration(node: ServeProcess) -> None:
+    """Exit code 78, one sentence on stderr, and nothing written."""
+    code, error = refused_start(node, DENGINE__READ__LEASE_MS="900")
+    assert code == 78
+    assert error.count("\n") == 1
+    assert f"{node.config}: read.lease_ms (900)" in error
+    assert not node.directory.parent.exists()
+
+
+def test_two_processes_never_share_a_directory(node: ServeProcess) -> None:
+    """A second node on the same directory ends with 75 and leaves the first alone."""
+    node.start()
+    wait_for(node.ready, "the node to be ready")
+    code, error = refused_start(node, DENGINE__CLUSTER__LISTEN_ADDRESS=f"127.0.0.1:{free_port()}")
+    assert code == 75
+    assert error.count("\n") == 1
+    assert node.put("k", "v").ok
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_an_open_port_is_warned_about_once(node: ServeProcess, host: str) -> None:
+    """Nobody runs without authentication on a network unaware of it."""
+    text = node.config.read_text().replace("127.0.0.1", host)
+    node.config.write_text(text)
+    node.start()
+    wait_for(node.ready, "the node to be ready")
+    assert node.output().count("WARNING: ") == (1 if host == "0.0.0.0" else 0)
+
+
+def test_the_service_manager_is_told(node: ServeProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Type=notify`: READY=1 once the port is bound and the state loaded, STOPPING=1 at the end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(15)
+        manager.bind(str(node.cwd / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(node.cwd / "notify"))
+        node.start()
+        assert manager.recv(100) == b"READY=1"
+        assert node.stop() == 0
+        assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_make_help_and_ci_agree() -> None:
+    """`make` alone teaches; continuous integration runs exactly `make test`."""
+    shown = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, timeout=30, check=True)
+    for target in ("run", "test", "lint", "fix", "bench", "clean"):
+        assert f"{target} " in shown.stdout.decode()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
