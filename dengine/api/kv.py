@@ -264,7 +264,9 @@ def refusal(result: Result) -> Exception:
     return ProposeFailed(f"unexpected result {type(result).__name__}", outcome="unknown")
 
 
-_KEY = Parameter("key", "1 to 511 bytes, percent-decoded once", "config/color", True, "path")
+_KEY = Parameter(
+    "key", "1 to 511 bytes (longer: 413), percent-decoded once", "config/color", True, "path"
+)
 _KEY_BASE64 = Parameter("key_base64", "the key in base64: addresses any key at all", "Y29uZmln")
 _CONSISTENCY = Parameter("consistency", "linearizable, lease or eventual", "linearizable")
 _IF_MATCH = Parameter("If-Match", "revisions that may be current, or *", '"7"', place="header")

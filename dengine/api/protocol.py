@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, cast
@@ -44,6 +45,7 @@ IDLE_TIMEOUT_S = 75.0
 LINGER_S = 2.0  # how long the rest of a refused request is read, so that the refusal arrives
 WRITE_STALL_S = 30.0
 MAX_CONNECTIONS = 16_384
+SPARE_FILES = 128  # descriptors kept for the disk and for peers when the limit is lower
 ALL_METHODS = "GET, HEAD, PUT, POST, DELETE, OPTIONS"
 
 _REASONS = {
@@ -232,12 +234,19 @@ def error_response(error: DengineError, *, close: bool = False, headers: bytes =
 class Server(web.Server):
     """aiohttp's server with `Connection` as the protocol of every accepted socket."""
 
+    def __init__(self, handler: Any) -> None:
+        # aiohttp's annotations name its own request and response, hence Any; its loop uses of
+        # them only what `Request` and `Response` above have.
+        super().__init__(handler, request_factory=cast(Any, Request))
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.max_connections = max(1, min(MAX_CONNECTIONS, files - SPARE_FILES))
+
     def __call__(self) -> Connection:
         return Connection(self, loop=self._loop)
 
     @property
     def full(self) -> bool:
-        return len(self._connections) >= MAX_CONNECTIONS
+        return len(self._connections) >= self.max_connections
 
 
 class Connection(web.RequestHandler):
@@ -285,12 +294,13 @@ class Connection(web.RequestHandler):
         return self._payload_parser is not None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not (isinstance(self._manager, Server) and self._manager.full):
+        server = cast(Server, self._manager)
+        if not server.full:
             super().connection_made(transport)
             return
         self.transport = cast(asyncio.Transport, transport)
         self._refuse(
-            RateLimited(f"{MAX_CONNECTIONS} connections are open: close some, or try later")
+            RateLimited(f"{server.max_connections} connections are open: close some or try later")
         )
 
     def connection_lost(self, exc: BaseException | None) -> None:

@@ -12,7 +12,7 @@ import logging
 import socket
 import traceback
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import orjson
 
@@ -69,9 +69,7 @@ class HttpServer:
         self._table = RouteTable(self._routes())
         address = self._config.cluster.listen_address
         host, port = parse_address(address)
-        # Both casts: aiohttp's annotations name its own request and response classes, its code
-        # only uses what ours have (see protocol.py).
-        self._web = Server(cast(Any, self._handle), request_factory=cast(Any, Request))
+        self._web = Server(self._handle)
         try:
             self._listener = await loop.create_server(
                 self._web, host, port, backlog=BACKLOG, reuse_address=True
