@@ -47,6 +47,7 @@ class Admission:
         self._fail = fail
         self.announcing = directory.identity.address not in ("", book.own)
         self._announced: dict[MemberId, Hello] = {}
+        self._boots: dict[MemberId, int] = {}
 
     @property
     def cluster_id(self) -> str:
@@ -127,13 +128,16 @@ class Admission:
             return Refused(
                 "duplicate", f"node {who.id} is running already, from a copy of this directory"
             )
+        # Within one boot a Hello may be older than an acknowledgement on the stream it replaces.
+        restarted = self._boots.get(who) != theirs.boot
         progress = raft.progress.get(who)
-        if progress is not None and theirs.last_index < progress.match_index:
+        if restarted and progress is not None and theirs.last_index < progress.match_index:
             return Refused(
                 "rolled_back",
                 f"node {who.id} acknowledged entry {progress.match_index} and now ends at "
                 f"{theirs.last_index}: its directory is an old copy",
             )
+        self._boots[who] = theirs.boot
         self._book.saw(who.id, host)
         if theirs.expects is not None:
             self._book.reached_at(theirs.dialled)

@@ -115,7 +115,8 @@ class Exchange:
         waits_outside = self._founding.is_joiner and not self._directory.identity.cluster_id
         if not membership.members and not waits_outside:
             targets = dict(self._book.bootstrap(me.id))
-        for member in membership.members:
+        # Of a wiped voter and its new self, a learner, the new one is there to be dialled.
+        for member in sorted(membership.members, key=lambda m: m.id in membership.learners):
             if member.id.id != me.id:
                 targets[member.id.id] = self._book.dial(member.id.id, member.address)
         self.peers.set_targets(targets)

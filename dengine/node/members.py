@@ -178,10 +178,11 @@ class Members:
         return {"id": node_id, "removed": True}
 
     async def _update(self, args: dict[str, Any], deadline: float) -> dict[str, Any]:
-        known = self._cycle.raft.membership.find(args["id"])
+        membership = self._cycle.raft.membership
+        known = membership.find(args["id"])
         if not known:
             raise NotFound(f"node {args['id']} is not a member of this cluster")
-        member = known[-1]
+        member = max(known, key=lambda m: m.id in membership.learners)  # the newest incarnation
         status = Status[args["status"].upper()] if "status" in args else member.status
         updated = msgspec.structs.replace(
             member,
@@ -238,6 +239,8 @@ class Members:
                     f"node {node_id} did not take over within one election timeout; "
                     f"node {raft.me.id} leads on"
                 )
+            if not raft.is_leader and raft.leader is not None:
+                raise ProposeFailed(f"node {raft.leader.id} was elected instead of {node_id}")
             await asyncio.sleep(RETRY_S)
         return {"leader": node_id}
 
@@ -275,7 +278,7 @@ class Members:
     def _require_time(self, deadline: float, outcome: Any = "unknown") -> None:
         if self._loop.time() >= deadline:
             raise RequestTimeout(
-                "the membership change was not finished in time; see GET /v1/cluster",
+                "the change was not finished in time; see GET /v1/cluster",
                 outcome=outcome,
             )
 

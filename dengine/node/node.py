@@ -339,7 +339,7 @@ class Node:
                 raise ClusterUnavailable(self._no_leader())
             view = await self._lead("view", {}, deadline)
         except ClusterUnavailable:
-            view = self._members.view()
+            return self._view_here()
         return {**view, "revision": self.state.revision}
 
     async def join(
@@ -366,7 +366,10 @@ class Node:
 
     def membership_events(self) -> AsyncIterator[dict[str, Any]]:
         """The membership now, then after every committed change."""
-        return self._watchers.follow(self._members.view())
+        return self._watchers.follow(self._view_here())
+
+    def _view_here(self) -> dict[str, Any]:
+        return {**self._members.view(), "revision": self.state.revision}
 
     # --- what others see ----------------------------------------------------------------------
 
@@ -463,7 +466,7 @@ class Node:
         self._exchange.set_targets()
         if index > self._announce_above:
             announcing.membership_committed(me, old, new, self.raft.term)
-        self._watchers.publish({**self._members.view(), "revision": self.state.revision})
+        self._watchers.publish(self._view_here())
         own = new.get(me)
         if own is not None and own.address == self._book.own:
             self._directory.set_address(own.address)

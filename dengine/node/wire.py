@@ -85,7 +85,7 @@ class Ping(msgspec.Struct, frozen=True, tag=True, array_like=True):
 Frame = Hello | Refused | RaftFrame | ForwardRequest | ForwardReply | Ping
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Frame)
+_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 
 def encode(frame: Frame) -> bytes:

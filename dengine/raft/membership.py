@@ -169,7 +169,8 @@ def _add_learner(old: Membership, member: Member) -> Membership:
     if member.id in old.tombstones or old.was_removed(member.id.id):
         raise JoinError(
             f"node {member.id.id} was removed from this cluster and ids are never reused: "
-            "clear its directory and give it a new node_id"
+            "clear its directory and give it a new node_id",
+            removed=True,
         )
     taken = next(
         (m for m in old.members if m.address == member.address and m.id.id != member.id.id), None

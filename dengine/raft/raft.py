@@ -226,6 +226,18 @@ class Raft:
 
     # --- inputs -----------------------------------------------------------------------------
 
+    def bootstrap(self, membership: Membership) -> None:
+        """Found a cluster: `membership` is entry 1 of term 1, equal and committed on every founder.
+
+        No vote can be asked for or given before it is durable: both wait for the same write.
+        """
+        if self.log.last_index or self.term != 1 or self.role is not Role.FOLLOWER:
+            raise InvariantBroken("only an empty log can be founded")
+        self._append(EntryKind.CONFIG, membership.encode())
+        self._commit_to(1)
+        if membership.is_sole_voter(self.me):
+            self._election_due_ms = self._now_ms
+
     def tick(self, now_ms: int) -> None:
         """Time has passed; `now_ms` never goes back. Call it before `step` and `propose`."""
         if now_ms < self._now_ms:
