@@ -271,7 +271,10 @@ def test_endpoints_come_from_the_configuration_file(serving: Serving, tmp_path: 
     done = dengine("get", "k", CONFIG_PATH=str(config))
     assert done.returncode == 78
     assert done.stderr.startswith(f"dengine: {config}: unknown key 'node_id'".encode())
-    assert dengine("get", "k", DENGINE_ENDPOINTS="ftp://x:1").returncode == 2
+    for wrong in ("ftp://x:1", "a b:1", "x:99999", "x:1/path", "http://"):
+        done = dengine("get", "k", "--endpoint", wrong)
+        assert done.returncode == 2
+        assert b"is not an endpoint: write it like" in done.stderr
 
 
 def test_nobody_there(serving: Serving) -> None:
@@ -393,6 +396,10 @@ def test_bench_counts_what_fails(serving: Serving) -> None:
     done = dengine("bench", "put", "--seconds", "0.2", "--endpoint", server.endpoint)
     assert done.returncode == 1
     assert b"x HTTP 507" in done.stdout
+    done = dengine("bench", "get", "--seconds", "0.2", "--endpoint", server.endpoint)
+    assert done.returncode == 1
+    assert done.stderr.count(b"\n") == 1
+    assert b"did not store the keys to get" in done.stderr
 
 
 # --- The program itself

@@ -155,7 +155,7 @@ def test_an_open_port_is_warned_about_once(node: ServeProcess, host: str) -> Non
     node.config.write_text(text)
     node.start()
     wait_for(node.ready, "the node to be ready")
-    assert node.output().count("WARNING: ") == (1 if host == "0.0.0.0" else 0)
+    assert node.output().count("is open to everyone") == (1 if host == "0.0.0.0" else 0)
 
 
 def test_the_service_manager_is_told(node: ServeProcess, monkeypatch: pytest.MonkeyPatch) -> None:

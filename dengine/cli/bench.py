@@ -69,19 +69,22 @@ def _url(endpoint: str, path: str) -> URL:
 
 
 async def _fill(endpoint: str, keys: list[str], value_bytes: int) -> None:
-    """Store every key once, 64 at a time."""
+    """Store every key once, 64 at a time; raises ClusterUnavailable when that fails."""
     waiting = iter(keys)
 
     async def worker() -> None:
         for key in waiting:
             url = _url(endpoint, f"/v1/kv/{key}")
-            async with session.put(url, data=os.urandom(value_bytes)) as reply:
-                if reply.status != 200:
-                    raise ClusterUnavailable(f"{endpoint} refused a key: {await reply.text()}")
+            try:
+                async with session.put(url, data=os.urandom(value_bytes)) as reply:
+                    problem = "" if reply.status == 200 else await reply.text()
+            except (aiohttp.ClientError, TimeoutError) as error:
+                problem = f"{type(error).__name__} {error}"
+            if problem:
+                raise ClusterUnavailable(f"{endpoint} did not store the keys to get: {problem}")
 
-    async with _session(64) as session, asyncio.TaskGroup() as group:
-        for _ in range(64):
-            group.create_task(worker())
+    async with _session(64) as session:
+        await asyncio.gather(*(worker() for _ in range(64)))
 
 
 async def _load(args: Namespace, endpoints: list[str], keys: list[str]) -> _Tally:

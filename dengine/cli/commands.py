@@ -255,7 +255,8 @@ def _print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     """Columns as wide as their widest cell, numbers to the right."""
     cells = [[_cell(value) if value != "" else "" for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    numeric = [all(row[n].isdigit() or row[n] == "-" for row in cells) for n in range(len(heads))]
+    columns = [[row[n] for row in cells if row[n] != "-"] for n in range(len(heads))]
+    numeric = [bool(column) and all(map(str.isdigit, column)) for column in columns]
     for row in ([*heads], *cells):
         parts = [
             text.rjust(width) if right else text.ljust(width)

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return REQUEST_FAILED
     except OSError as error:
-        return _fail(f"{error.filename or 'input'}: {error.strerror}", REQUEST_FAILED)
+        return _fail(f"{error.filename or 'input'}: {error.strerror or error}", REQUEST_FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -150,7 +150,12 @@ def _add_key_commands(add: Add) -> None:
     value = put.add_mutually_exclusive_group(required=True)
     value.add_argument("value", nargs="?", help='"-" reads standard input')
     value.add_argument("--file", type=Path, help="read the value from this file")
-    put.add_argument("--if-match", metavar="REV", help='only if the key is at this revision ("*")')
+    put.add_argument(
+        "--if-match",
+        type=_revision,
+        metavar="REV",
+        help='only if the key is at this revision ("*")',
+    )
     put.add_argument("--if-none-match", action="store_true", help="only if there is no such key")
     put.set_defaults(run=commands.put)
 
@@ -165,7 +170,12 @@ def _add_key_commands(add: Add) -> None:
     chosen.add_argument("--start", help="delete every key from here (up to before --end)")
     delete.add_argument("--end", help="first key that stays")
     delete.add_argument("--all", action="store_true", help="allow the empty prefix")
-    delete.add_argument("--if-match", metavar="REV", help="only if the key is at this revision")
+    delete.add_argument(
+        "--if-match",
+        type=_revision,
+        metavar="REV",
+        help='only if the key is at this revision ("*")',
+    )
     delete.set_defaults(run=commands.delete)
 
     listing = add(
@@ -242,6 +252,10 @@ def _positive(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _revision(text: str) -> str:
+    return text if text == "*" else str(_positive(text))
 
 
 def _bench_keys(text: str) -> int:

@@ -58,6 +58,8 @@ def _configured_endpoints(path: Path, environ: Mapping[str, str]) -> list[str]:
 
 def _endpoint(text: str) -> str:
     """ "host:port" of "host:port" or "http://host:port/"; the default port is 9081."""
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"{text!r} is not an endpoint: write it like 192.168.1.10:9081")
     url = urlsplit(text if "//" in text else f"//{text}", scheme="http")
     try:
         host, port = url.hostname, url.port or 9081

@@ -103,7 +103,7 @@ def _greet(config: Config) -> None:
     log.info("dengine %s listens on %s", __version__, cluster.listen_address)
     if not is_loopback(cluster.listen_address):
         log.warning(
-            "WARNING: %s is open to everyone who can reach it: nothing checks who reads, writes "
+            "%s is open to everyone who can reach it: nothing checks who reads, writes "
             "or joins, so keep this port inside a trusted network",
             cluster.listen_address,
         )
