@@ -213,13 +213,18 @@ _ID = Parameter("id", "node id", 2, True, "path")
 _VIEW = Body(
     "the cluster as its leader sees it",
     {
-        "cluster_id": "6f1c7f0a9d3e4b52",
+        "cluster_id": "6c789e114b3c0c52701eaefa5361b817",
         "leader": {"id": 1, "address": "127.0.0.1:9081"},
         "term": 2,
         "commit_index": 12,
         "applied_index": 12,
         "revision": 7,
-        "settings": {"promotion": "immediate"},
+        "settings": {
+            "promotion": "immediate",
+            "history_revisions": 100_000,
+            "history_bytes": 268_435_456,
+            "idempotency_window_s": 600,
+        },
         "members": [
             {
                 "id": 1,
@@ -236,7 +241,7 @@ _VIEW = Body(
         ],
         "joint": False,
         "fault_tolerance": 0,
-        "advice": "1 voter tolerates no failure: join 2 more nodes",
+        "advice": "one voter tolerates no failure: join two more nodes",
     },
 )
 _DONE = Body("done")

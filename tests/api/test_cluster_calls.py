@@ -119,21 +119,23 @@ def test_a_bad_body_or_id_is_refused(client: Wire, method: str, path: str, body:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body"),
+    ("method", "path", "body", "status", "name"),
     [
-        ("POST", "/v1/cluster/promote", {"ids": [7]}),
-        ("POST", "/v1/cluster/leader", {"id": 7}),
-        ("DELETE", "/v1/cluster/members/1", None),
-        ("PUT", "/v1/cluster/members/7", {"zone": "a"}),
-        ("PUT", "/v1/cluster/members/1", {"status": "read_only"}),
+        ("DELETE", "/v1/cluster/members/1", None, 409, "conflict"),
+        ("PUT", "/v1/cluster/members/1", {"status": "read_only"}, 409, "conflict"),
+        ("PUT", "/v1/cluster/members/7", {"zone": "a"}, 404, "not_found"),
+        ("POST", "/v1/cluster/promote", {"ids": [7]}, 404, "not_found"),
+        ("POST", "/v1/cluster/leader", {"id": 7}, 404, "not_found"),
     ],
 )
-def test_what_cannot_be_is_a_409_that_says_why(
-    client: Wire, method: str, path: str, body: object
+def test_what_cannot_be_is_refused_with_the_reason(
+    client: Wire, method: str, path: str, body: object, status: int, name: str
 ) -> None:
-    """No stranger is promoted, leads or changes; the last voter stays."""
+    """The last voter stays one, and a stranger is named as one."""
     answer = client.request(method, path) if body is None else client.json(method, path, body)
-    assert_error(answer, 409, "conflict")
+    error = assert_error(answer, status, name)
+    assert f"node {7 if status == 404 else 1}" in error["message"]
+    assert len(client.request("GET", "/v1/cluster").json()["members"]) == 1
 
 
 def test_json_must_say_that_it_is_json(client: Wire) -> None:
