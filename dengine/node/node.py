@@ -10,14 +10,11 @@ import asyncio
 import logging
 import os
 import random
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
 
-from dengine import __version__
 from dengine.config import Config
 from dengine.errors import (
     ClusterUnavailable,
@@ -38,6 +35,7 @@ from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
+from dengine.node.status import Readiness, Status
 from dengine.node.watchers import MembershipWatchers
 from dengine.node.wire import Refused
 from dengine.raft.membership import Membership
@@ -58,15 +56,8 @@ REPORT_MS = 10_000
 DUPLICATE_MS = 10_000  # so long may a stale stream of our own hide a restart
 HANDOVER_S = 3.0
 DISK_STOP_S = 10.0
-FAREWELL_S = 0.5  # lets the last answers leave before a removed node ends
+FAREWELL_S = 0.5  # lets the last answers leave before a removed node is cut off
 FRAME_ENTRIES_BYTES = 4 * 1024 * 1024  # of entries per frame; a single larger one travels alone
-
-
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    ready: bool
-    reasons: list[str]
-    checks: dict[str, bool]
 
 
 class Node:
@@ -78,7 +69,6 @@ class Node:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._started = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._disk_full = False
@@ -159,7 +149,8 @@ class Node:
             peer_errors=self._exchange.errors,
             belongs=self._exchange.set_targets,
         )
-        self._metrics = NodeMetrics(self.local_status, raft)
+        self._status = Status(raft, self.state, self._proposals, self._exchange.errors)
+        self._metrics = NodeMetrics(self._status.local, raft)
         self.metrics = self._metrics.registry
         self.metrics_observe_request = self._metrics.observe_request
 
@@ -305,7 +296,7 @@ class Node:
                 async with asyncio.timeout_at(deadline):
                     await waiter
             except TimeoutError:
-                raise ClusterUnavailable(self._no_leader()) from None
+                raise ClusterUnavailable(self._status.no_leader()) from None
             finally:
                 self._leader_waiters.discard(waiter)
         return self.raft.leader
@@ -313,7 +304,7 @@ class Node:
     async def _pause(self, deadline: float) -> None:
         """Let leadership settle; ends the request when its time is up."""
         if self._loop.time() + RETRY_S >= deadline:
-            raise ClusterUnavailable(self._no_leader())
+            raise ClusterUnavailable(self._status.no_leader())
         await asyncio.sleep(RETRY_S)
 
     def lead_here(
@@ -336,7 +327,7 @@ class Node:
         """GET /v1/cluster: as the leader sees it, or as this node does while there is none."""
         try:
             if self.raft.leader is None:
-                raise ClusterUnavailable(self._no_leader())
+                raise ClusterUnavailable(self._status.no_leader())
             view = await self._lead("view", {}, deadline)
         except ClusterUnavailable:
             return self._view_here()
@@ -380,69 +371,20 @@ class Node:
     @property
     def leader(self) -> tuple[int, str] | None:
         """Id and announced address of the leader as far as known."""
-        leader = self.raft.leader
-        if leader is None:
-            return None
-        member = self.raft.membership.get(leader)
-        return leader.id, member.address if member is not None else ""
+        return self._status.leader
 
     @property
     def lag(self) -> int | None:
         """Entries known to be committed and not applied here; None while no leader is heard."""
-        if self.raft.leader is None:
-            return None
-        return self.raft.log.commit_index - self.raft.log.applied_index
+        return self._status.lag
 
     def readiness(self) -> Readiness:
         """Can this node answer reads and writes now?"""
-        checks = {
-            "member": self.raft.committed_membership.get(self.raft.me) is not None,
-            "leader": self.raft.leader is not None
-            and (not self.raft.is_leader or self.raft.committed_in_term),
-            "running": not self._stopped.done(),
-        }
-        reasons = []
-        if not checks["member"]:
-            reasons.append("not a member of a cluster yet")
-        elif not checks["leader"]:
-            reasons.append(self._no_leader())
-        if not checks["running"]:
-            reasons.append("stopping")
-        return Readiness(not reasons, reasons, checks)
+        return self._status.readiness(running=not self._stopped.done())
 
     def local_status(self) -> dict[str, Any]:
         """GET /v1/status: this node alone, without asking anybody."""
-        raft, membership = self.raft, self.raft.committed_membership
-        is_learner = raft.me not in membership.all_voters
-        leader = self.leader
-        return {
-            "node_id": raft.me.id,
-            "incarnation": f"{raft.me.incarnation:016x}",
-            "cluster_id": self._directory.identity.cluster_id,
-            "version": __version__,
-            "role": "learner" if is_learner else str(raft.role),
-            "term": raft.term,
-            "leader": None if leader is None else {"id": leader[0], "address": leader[1]},
-            "commit_index": raft.log.commit_index,
-            "last_applied": raft.log.applied_index,
-            "last_index": raft.log.last_index,
-            "revision": self.state.revision,
-            "voters": [v.id for v in membership.voters],
-            "learners": [m.id for m in membership.learners],
-            "pending_writes": self._proposals.count,
-            "uptime_s": round(time.monotonic() - self._started, 3),
-        }
-
-    def _no_leader(self) -> str:
-        """Why nothing can be answered: which voters are missing, and why each."""
-        membership = self.raft.membership
-        if not membership.voters:
-            return "this node does not belong to a cluster yet"
-        others = sorted({v.id for v in membership.all_voters} - {self.raft.me.id})
-        missing = self._exchange.errors(others)
-        if not missing:
-            return "no leader is elected yet; try again in a moment"
-        return f"no leader; {missing}"
+        return self._status.local()
 
     # --- what the cycle reports ---------------------------------------------------------------
 
@@ -474,8 +416,10 @@ class Node:
         buried = set(new.tombstones) - set(old.tombstones)
         for member in buried - {me}:
             if new.was_removed(member.id):
+                # A moment later, so that an answer that it forwards still arrives.
                 message = f"node {member.id} was removed from cluster {new.cluster_id}"
-                self.peers.disconnect(member.id, Refused("removed", message))
+                farewell = Refused("removed", message)
+                self._loop.call_later(FAREWELL_S, self.peers.disconnect, member.id, farewell)
         if me in buried:
             message = f"node {me.id} was removed from cluster {new.cluster_id}"
             self._directory.set_removed(message)
@@ -501,7 +445,7 @@ class Node:
         if now_ms >= self._report_due_ms:
             self._report_due_ms = now_ms + REPORT_MS
             if self.raft.leader is None and self.raft.membership.voters:
-                log.warning("%s", self._no_leader())
+                log.warning("%s", self._status.no_leader())
 
     def wrote(self, seconds: float, entries: int) -> None:
         self._metrics.log_write_seconds.observe(seconds)
