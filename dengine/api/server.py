@@ -88,6 +88,7 @@ class HttpServer:
         if self._listener is None or self._web is None:
             return
         self._listener.close()
+        self._listener = None  # a second stop has nothing left to do
         self._closing.set_result(None)
         clients = [cast(Connection, c) for c in self._web.connections]
         busy = [c for c in clients if c.busy and not c.upgraded]
