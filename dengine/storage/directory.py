@@ -7,8 +7,8 @@
     RUN, CLEAN      whether the state, which is not synced per commit, can be trusted
 
 The state is what the disk says only if the kernel that holds its unwritten pages still runs (RUN
-carries its boot id) or if everything was synced before the last stop (CLEAN). Otherwise the state
-is discarded and built again.
+carries its boot id) or if everything was synced before the last stop (CLEAN), and if no damage was
+found in it (DAMAGED, inside it). Otherwise the state is discarded and built again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import msgspec
 from dengine.errors import DataCorruption, IdentityError, StorageIO, TryAgain
 from dengine.storage.environment import DATA_FILE, sync_directory
 from dengine.storage.log_store import LogStore
+from dengine.storage.state_store import DAMAGED_MARK
 
 FORMAT = 1
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
@@ -121,9 +122,7 @@ class DataDirectory:
         Log and state stay. They are a valid past of the cluster; only the promises made under the
         old incarnation (votes, acknowledgements) cannot be counted any more. Raises StorageIO.
         """
-        self._write_identity(
-            msgspec.structs.replace(self.identity, incarnation=_random_63_bits())
-        )
+        self._write_identity(msgspec.structs.replace(self.identity, incarnation=_random_63_bits()))
 
     def state_path(self) -> Path:
         """The `state-N` in use. Raises DataCorruption when CURRENT names none."""
@@ -142,6 +141,8 @@ class DataDirectory:
 
     def trusted_state(self) -> bool:
         """Is the state in `state_path()` sure to be what was applied? An empty one always is."""
+        if (self.state_path() / DAMAGED_MARK).exists():
+            return False
         if not (self.state_path() / DATA_FILE).exists():
             return True
         return (

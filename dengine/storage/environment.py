@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +19,7 @@ from dengine.errors import DataCorruption, FatalError, StorageIO
 
 MAP_BYTES: Final = 1 << 40
 DATA_FILE: Final = "data.mdb"
+RECORD_BYTES_MAX: Final = 64 * 1024 * 1024  # far above the largest entry that travels
 
 # A record ends with the CRC-32 of its key and everything before it. Running the CRC over data AND
 # that trailer leaves this constant, whatever the data: one call checks a record without slicing.
@@ -41,12 +44,15 @@ _DAMAGE = (
 _META: Final = struct.Struct("<16x 4x I 8x 8x I 44x 48x 8x Q")
 
 
-def open_environment(path: Path, *, durable: bool, databases: int = 0) -> lmdb.Environment:
+def open_environment(
+    path: Path, *, durable: bool, remedy: str, databases: int = 0
+) -> lmdb.Environment:
     """Open or create the environment in the directory `path`.
 
     Args:
         path: made with mode 0700 when missing; its files get 0600.
         durable: every commit reaches the disk before it returns.
+        remedy: what to do when it is damaged, for the error message.
         databases: how many named databases there may be.
 
     Raises:
@@ -55,7 +61,7 @@ def open_environment(path: Path, *, durable: bool, databases: int = 0) -> lmdb.E
     """
     try:
         path.mkdir(mode=0o700, exist_ok=True)
-        _check_meta_pages(path)
+        _check_meta_pages(path, remedy)
         environment = lmdb.open(
             str(path),
             map_size=MAP_BYTES,
@@ -65,7 +71,7 @@ def open_environment(path: Path, *, durable: bool, databases: int = 0) -> lmdb.E
             max_spare_txns=1,
         )
         try:
-            _cover_all_pages(path, environment)
+            _cover_all_pages(path, environment, remedy)
             # Always, not only when it was made just now: whoever made it may have died before.
             sync_directory(path)
             sync_directory(path.parent)
@@ -73,20 +79,22 @@ def open_environment(path: Path, *, durable: bool, databases: int = 0) -> lmdb.E
             environment.close()
             raise
     except lmdb.Error as error:
-        raise storage_error(error, path) from error
+        raise storage_error(error, path, remedy) from error
     except OSError as error:
         raise StorageIO(f"cannot open {path}: {error.strerror}") from error
     return environment
 
 
-def storage_error(error: lmdb.Error, path: Path) -> FatalError:
+def storage_error(error: lmdb.Error, path: Path, remedy: str) -> FatalError:
     """What an error of LMDB means for this process: damaged data, or a disk that refused."""
     if isinstance(error, _DAMAGE):
-        return DataCorruption(
-            f"{path / DATA_FILE} is damaged: {error}; restore this node from the other members",
-            file=str(path / DATA_FILE),
-        )
+        return damaged(path / DATA_FILE, str(error), remedy)
     return StorageIO(f"{path / DATA_FILE}: {error}; check the disk, then start again")
+
+
+def damaged(file: Path, what: str, remedy: str) -> DataCorruption:
+    """The error for damage in `file`, which `details` name too."""
+    return DataCorruption(f"{file} is damaged: {what}; {remedy}", file=str(file))
 
 
 def sync_directory(path: Path) -> None:
@@ -98,7 +106,24 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _check_meta_pages(path: Path) -> None:
+@contextmanager
+def padded(path: Path) -> Iterator[None]:
+    """While inside, the data file goes on with zeros for `RECORD_BYTES_MAX` bytes.
+
+    A damaged length can make LMDB hand out a record that ends behind the end of the file, where
+    reading is a SIGBUS. Inside, a record of at most that size can be read, and its CRC tells.
+    Nothing may be written meanwhile.
+    """
+    file = path / DATA_FILE
+    size = file.stat().st_size
+    os.truncate(file, size + RECORD_BYTES_MAX)
+    try:
+        yield
+    finally:
+        os.truncate(file, size)
+
+
+def _check_meta_pages(path: Path, remedy: str) -> None:
     """Refuse an environment whose newest commit can no longer be told from the one before.
 
     LMDB keeps two meta pages without a checksum and believes the one with the higher transaction
@@ -116,15 +141,15 @@ def _check_meta_pages(path: Path) -> None:
         stream.seek(page_size)
         second = stream.read(_META.size)
     if len(second) < _META.size:
-        raise _damaged(file, "its second meta page is missing")
+        raise damaged(file, "its second meta page is missing", remedy)
     version1, _, id1 = _META.unpack(second)
     newest = max(id0, id1)
     expected = (newest, newest - 1) if newest % 2 == 0 else (newest - 1, newest)
     if version0 == version1 == 1 and newest and (id0, id1) != expected:
-        raise _damaged(file, f"its meta pages contradict each other ({id0} and {id1})")
+        raise damaged(file, f"its meta pages contradict each other ({id0} and {id1})", remedy)
 
 
-def _cover_all_pages(path: Path, environment: lmdb.Environment) -> None:
+def _cover_all_pages(path: Path, environment: lmdb.Environment, remedy: str) -> None:
     """Let the file reach to its last page, so that a cut-off tail reads as zeros, not as SIGBUS.
 
     Zeros are no valid page and no valid record, so they are found. A sound file may also be a
@@ -133,12 +158,6 @@ def _cover_all_pages(path: Path, environment: lmdb.Environment) -> None:
     file = path / DATA_FILE
     wanted = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     if wanted > MAP_BYTES:
-        raise _damaged(file, "its meta page names a last page beyond the map")
+        raise damaged(file, "its meta page names a last page beyond the map", remedy)
     if file.stat().st_size < wanted:
         os.truncate(file, wanted)
-
-
-def _damaged(file: Path, what: str) -> DataCorruption:
-    return DataCorruption(
-        f"{file} is damaged: {what}; restore this node from the other members", file=str(file)
-    )

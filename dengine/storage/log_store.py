@@ -31,8 +31,11 @@ from dengine.storage.environment import (
     CRC_BYTES,
     CRC_RESIDUE,
     DATA_FILE,
+    RECORD_BYTES_MAX,
+    damaged,
     open_environment,
     pack_crc,
+    padded,
     storage_error,
 )
 
@@ -44,6 +47,7 @@ _HEAD_FORMAT: Final = 1
 _ENTRY_KEY: Final = struct.Struct(">cQ")
 _ENTRY: Final = struct.Struct("<QB")
 _KINDS: Final = tuple(EntryKind)
+_REMEDY: Final = "restore this node from the other members"
 
 
 class _Extent(NamedTuple):
@@ -65,10 +69,10 @@ class _Extent(NamedTuple):
         count = bisect_right(self.starts, last_index)
         return _Extent(last_index, self.starts[:count], self.terms[:count])
 
-    def extend(self, entry: Entry) -> _Extent:
-        if entry.term == self.terms[-1]:
-            return _Extent(entry.index, self.starts, self.terms)
-        return _Extent(entry.index, (*self.starts, entry.index), (*self.terms, entry.term))
+    def extend(self, index: int, term: int) -> _Extent:
+        if term == self.terms[-1]:
+            return _Extent(index, self.starts, self.terms)
+        return _Extent(index, (*self.starts, index), (*self.terms, term))
 
 
 class LogStore:
@@ -89,12 +93,15 @@ class LogStore:
         self._hard_state = HardState()
         self._configs: list[tuple[int, Membership]] = []
         self._extent = _Extent(0, (0,), (0,))
-        self._environment = open_environment(path, durable=True)
+        self._environment = open_environment(path, durable=True, remedy=_REMEDY)
         try:
             self._verify()
         except lmdb.Error as error:
             self._environment.close()
-            raise storage_error(error, path) from error
+            raise storage_error(error, path, _REMEDY) from error
+        except OSError as error:
+            self._environment.close()
+            raise StorageIO(f"cannot open {path}: {error.strerror}") from error
         except BaseException:
             self._environment.close()
             raise
@@ -138,13 +145,17 @@ class LogStore:
             with self._environment.begin() as txn:
                 for index in range(low, high):
                     key = _ENTRY_KEY.pack(b"e", index)
-                    entry = self._decode(index, key, txn.get(key))
-                    size += len(entry.data)
+                    raw = txn.get(key)
+                    if raw is None:
+                        raise self._damaged_entry(index, "is missing")
+                    term, kind = self._check(index, key, raw)
+                    data = raw[_ENTRY.size : -CRC_BYTES]
+                    size += len(data)
                     if size > max_bytes and found:
                         break
-                    found.append(entry)
+                    found.append(Entry(index, term, kind, data))
         except lmdb.Error as error:
-            raise storage_error(error, self._path) from error
+            raise storage_error(error, self._path, _REMEDY) from error
         return found
 
     def save(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
@@ -165,7 +176,11 @@ class LogStore:
             raise StorageIO(f"{self._file}: an earlier write failed; restart this node")
         hard_state = hard_state or self._hard_state
         extent = self._extent
-        configs = [(e.index, self._membership(e)) for e in entries if e.kind is EntryKind.CONFIG]
+        configs = [
+            (entry.index, self._membership(entry.index, entry.data))
+            for entry in entries
+            if entry.kind is EntryKind.CONFIG
+        ]
         try:
             with self._environment.begin(write=True) as txn:
                 if entries:
@@ -173,7 +188,7 @@ class LogStore:
                 self._put_head(txn, hard_state, extent)
         except lmdb.Error as error:
             self._failed = True
-            raise storage_error(error, self._path) from error
+            raise storage_error(error, self._path, _REMEDY) from error
         while entries and self._configs and self._configs[-1][0] >= entries[0].index:
             self._configs.pop()
         self._configs += configs
@@ -198,11 +213,13 @@ class LogStore:
                     f"entry {entry.log_id} cannot follow "
                     f"{LogId(extent.last_index, extent.terms[-1])}"
                 )
+            if len(entry.data) > RECORD_BYTES_MAX // 2:
+                raise InvariantBroken(f"entry {entry.log_id} has {len(entry.data)} bytes")
             key = _ENTRY_KEY.pack(b"e", entry.index)
             head = _ENTRY.pack(entry.term, entry.kind)
             crc = crc32(entry.data, crc32(head, crc32(key)))
             txn.put(key, b"".join((head, entry.data, pack_crc(crc))), append=True)
-            extent = extent.extend(entry)
+            extent = extent.extend(entry.index, entry.term)
         return extent
 
     def _put_head(
@@ -225,19 +242,19 @@ class LogStore:
 
     def _verify(self) -> None:
         """Read every record once. A new log gets its head, so that none ever lacks one."""
-        with self._environment.begin() as txn:
+        with padded(self._path), self._environment.begin(buffers=True) as txn:
             raw = txn.get(_HEAD_KEY)
-            if raw is None and txn.stat()["entries"]:
-                raise self._damaged("its head is missing")
+            is_new = raw is None
             if raw is not None:
-                last = self._read_head(raw)
-                self._read_entries(txn, last)
-        if raw is None:
+                self._read_entries(txn, self._read_head(raw))
+            elif txn.stat()["entries"]:
+                raise self._damaged("its head is missing")
+        if is_new:
             with self._environment.begin(write=True) as txn:
                 self._put_head(txn, self._hard_state, self._extent)
 
-    def _read_head(self, raw: bytes) -> LogId:
-        if crc32(raw, crc32(_HEAD_KEY)) != CRC_RESIDUE or len(raw) != _HEAD.size + CRC_BYTES:
+    def _read_head(self, raw: memoryview) -> LogId:
+        if len(raw) != _HEAD.size + CRC_BYTES or crc32(raw, crc32(_HEAD_KEY)) != CRC_RESIDUE:
             raise self._damaged("its head fails its CRC")
         (
             version,
@@ -265,45 +282,49 @@ class LogStore:
         self._extent = _Extent(purged_index, (purged_index,), (purged_term,))
         return LogId(last_index, last_term)
 
-    def _read_entries(self, txn: lmdb.Transaction[bytes], last: LogId) -> None:
+    def _read_entries(self, txn: lmdb.Transaction[memoryview], last: LogId) -> None:
         extent = self._extent
         cursor = txn.cursor()
         cursor.set_key(_HEAD_KEY)
         while cursor.next():
-            key, raw = cursor.item()
             index = extent.last_index + 1
             if index > last.index:
                 raise self._damaged(f"it goes on after its last entry {last.index}")
+            key, raw = cursor.item()
             if key != _ENTRY_KEY.pack(b"e", index):
                 raise self._damaged_entry(index, "is missing")
-            entry = self._decode(index, key, raw)
-            if entry.term < extent.terms[-1]:
+            term, kind = self._check(index, key, raw)
+            if term < extent.terms[-1]:
                 raise self._damaged_entry(index, "has a lower term than the one before it")
-            extent = extent.extend(entry)
-            if entry.kind is EntryKind.CONFIG:
-                self._configs.append((index, self._membership(entry)))
+            extent = extent.extend(index, term)
+            if kind is EntryKind.CONFIG:
+                data = bytes(raw[_ENTRY.size : -CRC_BYTES])
+                self._configs.append((index, self._membership(index, data)))
         if extent.last_index != last.index:
             raise self._damaged_entry(extent.last_index + 1, "is missing")
         if extent.terms[-1] != last.term:
             raise self._damaged_entry(last.index, f"has not the term {last.term} of the head")
         self._extent = extent
 
-    def _decode(self, index: int, key: bytes, raw: bytes | None) -> Entry:
-        if raw is None:
-            raise self._damaged_entry(index, "is missing")
-        if crc32(raw, crc32(key)) != CRC_RESIDUE or len(raw) < _ENTRY.size + CRC_BYTES:
+    def _check(
+        self, index: int, key: bytes | memoryview, raw: bytes | memoryview
+    ) -> tuple[int, EntryKind]:
+        """Term and kind of a sound record; the length comes first, see `padded`."""
+        if not _ENTRY.size + CRC_BYTES <= len(raw) <= RECORD_BYTES_MAX:
+            raise self._damaged_entry(index, f"has {len(raw)} bytes")
+        if crc32(raw, crc32(key)) != CRC_RESIDUE:
             raise self._damaged_entry(index, "fails its CRC")
         term, kind = _ENTRY.unpack_from(raw)
         if kind >= len(_KINDS):
             raise self._damaged_entry(index, f"is of the unknown kind {kind}")
-        return Entry(index, term, _KINDS[kind], raw[_ENTRY.size : -CRC_BYTES])
+        return term, _KINDS[kind]
 
-    def _membership(self, entry: Entry) -> Membership:
+    def _membership(self, index: int, data: bytes) -> Membership:
         try:
-            return decode_membership(entry.data)
+            return decode_membership(data)
         except msgspec.MsgspecError as error:
             raise InvariantBroken(
-                f"{self._file}: entry {entry.index} holds a membership that this dengine cannot "
+                f"{self._file}: entry {index} holds a membership that this dengine cannot "
                 f"read ({error}); start the version that wrote it"
             ) from error
 
@@ -320,7 +341,4 @@ class LogStore:
         return error
 
     def _damaged(self, what: str) -> DataCorruption:
-        return DataCorruption(
-            f"{self._file} is damaged: {what}; restore this node from the other members",
-            file=str(self._file),
-        )
+        return damaged(self._file, what, _REMEDY)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 from zlib import crc32
@@ -21,7 +22,7 @@ from zlib import crc32
 import lmdb
 import msgspec
 
-from dengine.errors import DataCorruption, InvariantBroken
+from dengine.errors import DataCorruption, FatalError, InvariantBroken
 from dengine.kv.commands import Result
 from dengine.kv.machine import KEY_BYTES_MAX, Record, apply_batch
 from dengine.raft.membership import Membership, decode_membership
@@ -30,20 +31,24 @@ from dengine.storage.environment import (
     CRC_BYTES,
     CRC_RESIDUE,
     DATA_FILE,
+    damaged,
     open_environment,
     pack_crc,
     storage_error,
+    sync_directory,
 )
 
 PAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # of records in one page, so that no page stalls the loop
 KEYS_PAGE_BYTES_MAX: Final = 64 * 1024 * 1024  # the same when values are only checked, not copied
 ROWS_PER_STEP: Final = 1000
+DAMAGED_MARK: Final = "DAMAGED"  # a file beside the data: this state is not to be used again
 
 _RECORD: Final = struct.Struct("<BQQQ")
 _PLAIN: Final = 0  # the only layout so far; a TTL or a lease would make another
 _APPLIED: Final = struct.Struct("<QQQ")
 _APPLIED_KEY: Final = b"applied"
 _MEMBERSHIP_KEY: Final = b"membership"
+_REMEDY: Final = "restart this node, which rebuilds its state"
 _DATABASES: Final = 16  # keys and meta; the others are for indexes to come
 
 _pack_record = _RECORD.pack
@@ -78,7 +83,13 @@ class StateStore:
         self.applied = LogId(0, 0)
         self.revision = 0
         self.membership: Membership | None = None
-        self._environment = open_environment(path, durable=False, databases=_DATABASES)
+        try:
+            self._environment = open_environment(
+                path, durable=False, remedy=_REMEDY, databases=_DATABASES
+            )
+        except DataCorruption as error:
+            _distrusted(path, error)
+            raise
         try:
             self._keys = self._environment.open_db(b"keys")
             self._meta = self._environment.open_db(b"meta")
@@ -86,7 +97,7 @@ class StateStore:
             self._load()
         except lmdb.Error as error:
             self._environment.close()
-            raise storage_error(error, path) from error
+            raise _state_error(error, path) from error
         except BaseException:
             self._environment.close()
             raise
@@ -130,7 +141,7 @@ class StateStore:
                     txn, _APPLIED_KEY, _APPLIED.pack(applied.index, applied.term, revision)
                 )
         except lmdb.Error as error:
-            raise storage_error(error, self._path) from error
+            raise _state_error(error, self._path) from error
         finally:
             self._read = self._environment.begin(self._keys)
         self.applied, self.revision, self.membership = applied, revision, membership
@@ -143,7 +154,7 @@ class StateStore:
         except lmdb.BadValsizeError:
             return None  # no key is empty or that long
         except lmdb.Error as error:
-            raise storage_error(error, self._path) from error
+            raise _state_error(error, self._path) from error
         return None if raw is None else _decode_record(key, raw, self._path)
 
     def page(self, start: bytes, end: bytes | None, limit: int, keys_only: bool) -> Page:
@@ -172,7 +183,7 @@ class StateStore:
                     items.append((key, _decode_record(key, raw, self._path, keys_only)))
                     found = cursor.next()
         except lmdb.Error as error:
-            raise storage_error(error, self._path) from error
+            raise _state_error(error, self._path) from error
         return Page(items, None, self.revision)
 
     def count(self, start: bytes, end: bytes | None) -> Iterator[int]:
@@ -194,7 +205,7 @@ class StateStore:
                     if total % ROWS_PER_STEP == 0:
                         yield total
         except lmdb.Error as error:
-            raise storage_error(error, self._path) from error
+            raise _state_error(error, self._path) from error
         yield total
 
     def sync(self) -> None:
@@ -202,7 +213,7 @@ class StateStore:
         try:
             self._environment.sync(True)
         except lmdb.Error as error:
-            raise storage_error(error, self._path) from error
+            raise _state_error(error, self._path) from error
 
     def close(self) -> None:
         """Release the environment, without syncing it."""
@@ -306,9 +317,19 @@ def _decode_record(
 
 
 def _damage(path: Path, key: bytes, what: str) -> DataCorruption:
-    return DataCorruption(
-        f"{path / DATA_FILE} is damaged: the record of {key!r} {what}; "
-        "restart this node, which rebuilds its state",
-        file=str(path / DATA_FILE),
-        key=key.decode("utf-8", "backslashreplace"),
-    )
+    error = damaged(path / DATA_FILE, f"the record of {key!r} {what}", _REMEDY)
+    error.details["key"] = key.decode("utf-8", "backslashreplace")
+    return _distrusted(path, error)
+
+
+def _state_error(error: lmdb.Error, path: Path) -> FatalError:
+    found = storage_error(error, path, _REMEDY)
+    return _distrusted(path, found) if isinstance(found, DataCorruption) else found
+
+
+def _distrusted(path: Path, error: DataCorruption) -> DataCorruption:
+    """Have the next start rebuild this state: unlike a log, it can be rebuilt."""
+    with suppress(OSError):  # on a disk that refuses even this, the error itself must come out
+        (path / DAMAGED_MARK).touch(mode=0o600)
+        sync_directory(path)
+    return error

@@ -54,7 +54,7 @@ def test_kill_9_loses_nothing_acknowledged_from_the_log(tmp_path: Path) -> None:
     entries: list[Entry] = []
     hard_state = HardState()
     acknowledged = 0
-    for _ in range(25):
+    for _ in range(20):
         pending: tuple[HardState, list[Entry]] | None = None
         for word, *numbers in killed_at_random(
             rng, "save", str(tmp_path / "log"), str(rng.random())[2:]
@@ -132,7 +132,7 @@ def test_flipped_bits_never_give_a_wrong_log(tmp_path: Path) -> None:
     file = path / "data.mdb"
     content = file.read_bytes()
     headers = [page + rng.randrange(200) for page in range(0, len(content), 4096)]
-    positions = rng.sample(headers, 25) + rng.sample(range(len(content)), 25)
+    positions = rng.sample(headers, 20) + rng.sample(range(len(content)), 20)
     refused = 0
     for position in positions:
         damaged = bytearray(content)
