@@ -30,6 +30,7 @@ from dengine.api.routes import Body, Call, Route, RouteTable
 from dengine.config import parse_address
 from dengine.errors import (
     DengineError,
+    FatalError,
     HeadersTooLarge,
     InvalidRequest,
     MethodNotAllowed,
@@ -125,6 +126,9 @@ class HttpServer:
             call = self._table.resolve(request)
             self._check_headers(request)
             response = await call.handler(request)
+        except FatalError as error:  # damaged data, for one: answer, and end the process
+            response = self._refusal(error)
+            self._node.fail(error)
         except DengineError as error:
             response = self._refusal(error)
         except ConnectionError:

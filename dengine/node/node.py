@@ -20,6 +20,7 @@ from dengine.errors import (
     ClusterUnavailable,
     DengineError,
     DiskFull,
+    FatalError,
     IdentityError,
     LeaderChanged,
     NotLeader,
@@ -185,6 +186,10 @@ class Node:
         if self.raft.is_leader and len(self.raft.membership.voters) > 1:
             await self._hand_over()
         await self._close(clean=True)
+
+    def fail(self, error: FatalError) -> None:
+        """End the process: something outside of the cycle found what must not be."""
+        self._cycle.fail(error)
 
     async def _hand_over(self) -> None:
         raft = self.raft

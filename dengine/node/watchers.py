@@ -26,10 +26,15 @@ class MembershipWatchers:
         for queue in list(self._queues):
             self._end(queue)
 
-    async def follow(self, first: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """`first`, then every view published from now on."""
+    def follow(self, first: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """`first`, then every view published from this call on."""
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(QUEUE_MAX)
         self._queues.add(queue)
+        return self._drain(queue, first)
+
+    async def _drain(
+        self, queue: asyncio.Queue[dict[str, Any] | None], first: dict[str, Any]
+    ) -> AsyncIterator[dict[str, Any]]:
         try:
             yield first
             while (view := await queue.get()) is not None:
