@@ -18,6 +18,7 @@ import orjson
 from dengine.config import Config
 from dengine.errors import (
     ClusterUnavailable,
+    DataCorruption,
     DengineError,
     DiskFull,
     FatalError,
@@ -95,17 +96,30 @@ class Node:
                 f"({identity.removed}): {self._directory.path} cannot be used again; start a new "
                 "node with a new node_id and an empty directory"
             )
-        if not self._directory.trusted_state():
-            log.info("the state was not closed cleanly: rebuilding it from the log")
-            self._directory.discard_state()
-        self._directory.mark_running()
         self._log_store = LogStore(self._directory.log_path)
-        self.state = StateStore(self._directory.state_path())
+        self.state = self._open_state()
         self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
         self._announce_above = self.raft.log.commit_index
         if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
             self._directory.set_cluster_id(self.raft.membership.cluster_id)
         self._build()
+
+    def _open_state(self) -> StateStore:
+        """The state as it was left where that can be trusted, else an empty one: the log, which
+        is complete, fills it again.
+        """
+        directory = self._directory
+        if directory.trusted_state():
+            directory.mark_running()
+            try:
+                return StateStore(directory.state_path())
+            except DataCorruption as error:
+                log.warning("%s; rebuilding it from the log", error.message)
+        else:
+            log.info("the state was not closed cleanly: rebuilding it from the log")
+        directory.discard_state()
+        directory.mark_running()
+        return StateStore(directory.state_path())
 
     def _load_raft(self, me: MemberId) -> Raft:
         election = self.config.election

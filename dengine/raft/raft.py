@@ -66,6 +66,7 @@ from dengine.raft.types import (
 )
 
 RETRY_MS_MIN, RETRY_MS_MAX = 100, 300  # pause before an election that failed is tried again
+BROKEN_MS_MIN, BROKEN_MS_MAX = 25, 250  # after stickiness ends, when the stream has broken
 ASKED_READS_MAX = 10_000  # reads that wait for the leader's answer
 
 
@@ -167,7 +168,8 @@ class Raft:
         self._leader_contact_ms: int | None = None
         self._pre_votes: dict[MemberId, bool] = {}
         self._votes: dict[MemberId, bool] = {}
-        self._asked_reads: set[ReadNonce] = set()
+        self._candidate_term = 0  # the term whose votes count for us; 0: none
+        self._asked_reads: dict[ReadNonce, int] = {}  # and when each was asked
 
         self._noop_index = 0
         self._rounds = ReadRounds()
@@ -245,7 +247,9 @@ class Raft:
         self._now_ms = now_ms
         if self.role is Role.LEADER:
             self._tick_leader()
-        elif now_ms >= self._election_due_ms:
+            return
+        self._fail_asked_reads(now_ms - self.config.timeout_ms_max)  # the answer was lost
+        if now_ms >= self._election_due_ms:
             self._election_timeout()
 
     def step(self, m: Message) -> None:
@@ -305,7 +309,7 @@ class Raft:
             return
         if to not in self.membership.voters:
             raise Conflict(f"node {to.id} is not a voter: it cannot lead")
-        if not self.heard_within(to, self.config.timeout_ms_min):
+        if not self._is_live(to):
             raise Conflict(f"node {to.id} has not answered lately: it cannot take over")
         self._transfer = (to, self._now_ms + self.config.timeout_ms_min)
         self._hand_over_if_caught_up(to)
@@ -321,11 +325,21 @@ class Raft:
         elif self.leader is None or len(self._asked_reads) >= ASKED_READS_MAX:
             self._out.read_states.append(ReadState(nonce, None))
         else:
-            self._asked_reads.add(nonce)
+            self._asked_reads[nonce] = self._now_ms
             self._send(ReadIndexRequest(self.me, self.leader, self.term, nonce, lease))
 
     def report_unreachable(self, member: MemberId) -> None:
-        """The stream to `member` broke: what was in flight may be lost, so feel the way again."""
+        """The stream to `member` broke.
+
+        A leader feels its way again, for what was in flight may be lost. A follower that lost its
+        leader need not wait as long as one that hears nothing: it asks for pre-votes as soon as
+        the others may grant them, and those tell whether the leader is gone for them too.
+        """
+        if member == self.leader and self.role is Role.FOLLOWER:
+            contact_ms = self._leader_contact_ms or self._now_ms
+            pause_ms = self._rng.randint(BROKEN_MS_MIN, BROKEN_MS_MAX)
+            due_ms = contact_ms + self.config.timeout_ms_min + pause_ms
+            self._election_due_ms = min(self._election_due_ms, due_ms)
         progress = self.progress.get(member)
         if progress is not None and progress.state is ProgressState.REPLICATE:
             progress.probe(progress.match_index + 1)
@@ -396,13 +410,19 @@ class Raft:
 
     def _election_timeout(self) -> None:
         self._reset_election_timer()
-        if self.me not in self.membership.all_voters:
-            return  # learners and the removed never campaign
+        if not self._may_campaign():
+            return
         if self._write is not None and (self._write_overdue() or self.role is Role.CANDIDATE):
             # Our own vote could not become durable: asking others would only raise terms.
             self._retry_election()
             return
         self._pre_campaign()
+
+    def _may_campaign(self) -> bool:
+        """Learners and the removed never campaign. But a voter whose removal is not committed does
+        (4.2.2, figure 4.6): nobody else may have a log that its own vote allows to win.
+        """
+        return any(self.me in membership.all_voters for _, membership in self._memberships)
 
     def _pre_campaign(self) -> None:
         """Ask whether an election could be won before disturbing anybody's term (9.6)."""
@@ -430,6 +450,7 @@ class Raft:
         """
         self._enter_term(self.term + 1)
         self.voted_for = self.me
+        self._candidate_term = self.term
         self._pre_votes, self._votes = {}, {}
         last = self.log.last_id
         for voter in sorted(self.membership.all_voters - {self.me}):
@@ -439,8 +460,10 @@ class Raft:
         self._retry_election()
 
     def _stands_for_election(self) -> bool:
-        """Candidate of this very term; an older candidacy's late votes never count."""
-        return self.role is Role.CANDIDATE and self.voted_for == self.me
+        """Candidate of this very term. Late votes never count: neither for an older term, nor
+        for one whose leader we have followed since, perhaps into another membership.
+        """
+        return self.role is Role.CANDIDATE and self._candidate_term == self.term
 
     def _record_vote(self, voter: MemberId, *, granted: bool) -> None:
         self._votes.setdefault(voter, granted)
@@ -485,7 +508,7 @@ class Raft:
             self._record_vote(m.sender, granted=m.granted)
 
     def _on_timeout_now(self, m: TimeoutNow) -> None:
-        if self.role is not Role.LEADER and self.me in self.membership.all_voters:
+        if self.role is not Role.LEADER and self._may_campaign():
             self._set_role(Role.CANDIDATE, f"node {m.sender.id} hands over leadership")
             self.leader = None
             self._fail_asked_reads()
@@ -522,6 +545,7 @@ class Raft:
             self._enter_term(term)
         self._set_role(Role.FOLLOWER, reason)
         self.leader = None
+        self._candidate_term = 0
         self._pre_votes, self._votes = {}, {}
         self._fail_asked_reads()
         self._reset_election_timer()
@@ -647,7 +671,7 @@ class Raft:
         progress = self.progress.get(m.sender)
         if self.role is not Role.LEADER or progress is None:
             return
-        progress.heard_ms = self._now_ms
+        progress.heard(self._now_ms)
         if m.granted:
             if not self.log.matches(LogId(m.index, m.index_term)):
                 return  # speaks about an entry that was replaced since (append ABA)
@@ -699,7 +723,7 @@ class Raft:
             raise LeaderChanged("leadership is being handed over; try again in a moment")
 
     def _require_live_quorum(self, new: Membership) -> None:
-        votes = {v: self.heard_within(v, self.config.timeout_ms_min) for v in new.voters}
+        votes = {v: self._is_live(v) for v in new.voters}
         if majority_vote(new.voters, votes) is not VoteResult.WON:
             silent = ", ".join(str(v.id) for v, alive in sorted(votes.items()) if not alive)
             raise Conflict(
@@ -707,13 +731,19 @@ class Raft:
                 "answer lately, so the cluster could not commit anything any more"
             )
 
+    def _is_live(self, member: MemberId) -> bool:
+        """Proof of life, unlike `heard_within`: a leader starts by believing that all are there."""
+        progress = self.progress.get(member)
+        answered = member == self.me or (progress is not None and progress.answered)
+        return answered and self.heard_within(member, self.config.timeout_ms_min)
+
     # --- leading: heartbeats and reads (6.4) ----------------------------------------------------
 
     def _on_heartbeat_response(self, m: HeartbeatResponse) -> None:
         progress = self.progress.get(m.sender)
         if self.role is not Role.LEADER or progress is None:
             return
-        progress.heard_ms = self._now_ms
+        progress.heard(self._now_ms)
         progress.timeout_ms_min = m.timeout_ms_min
         if m.round > progress.acked_round:
             progress.acked_round = m.round
@@ -756,8 +786,8 @@ class Raft:
         """6.4.1: a quorum answered heartbeats SENT so recently that none of its members can have
         voted for anybody else yet.
         """
-        if self._lease_given_up:
-            return False
+        if self._lease_given_up or self.me not in self.membership.voters:
+            return False  # the last voter that remains may lead at once, without any grace
         timeouts = [
             p.timeout_ms_min
             for m, p in self.progress.items()
@@ -833,7 +863,7 @@ class Raft:
 
     def _on_read_index_response(self, m: ReadIndexResponse) -> None:
         if m.nonce in self._asked_reads:
-            self._asked_reads.remove(m.nonce)
+            del self._asked_reads[m.nonce]
             self._learn_commit(m.commit_index)
             self._out.read_states.append(ReadState(m.nonce, m.index))
 
@@ -916,10 +946,13 @@ class Raft:
     def _term_and_vote_durable(self) -> bool:
         return (self._durable.term, self._durable.voted_for) == (self.term, self.voted_for)
 
-    def _fail_asked_reads(self) -> None:
-        for nonce in self._asked_reads:
+    def _fail_asked_reads(self, until_ms: int | None = None) -> None:
+        """Those asked up to `until_ms`, or all."""
+        for nonce, asked_ms in list(self._asked_reads.items()):
+            if until_ms is not None and asked_ms > until_ms:
+                return  # in the order in which they were asked
+            del self._asked_reads[nonce]
             self._out.read_states.append(ReadState(nonce, None))
-        self._asked_reads.clear()
 
     def _reset_election_timer(self) -> None:
         timeout_ms = self._rng.randint(self.config.timeout_ms_min, self.config.timeout_ms_max)
