@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from processes import BenchError
 from systems import Load, System
 
@@ -28,6 +30,7 @@ class Round:
     failed: int
     cpu_percent: list[float]  # of one core; the leader first
     rss_mib: list[float]  # the leader first
+    others_percent: float  # CPU that neither these nodes nor wrk used, of one core
 
 
 def run_round(system: System, load: Load, connections: int, seconds: int) -> Round:
@@ -35,9 +38,12 @@ def run_round(system: System, load: Load, connections: int, seconds: int) -> Rou
     leader = system.leader()
     nodes = [leader, *(node for node in system.nodes if node is not leader)]
     before = [node.process.cpu_s() for node in nodes]
+    machine_before_s, wrk_before_s = _machine_cpu_s(), _children_cpu_s()
     seen = _wrk(f"http://{leader.address}", system.wrk_arguments(load), connections, seconds)
     duration_s = seen["duration_us"] / 1e6
     used = [node.process.cpu_s() - b for node, b in zip(nodes, before, strict=True)]
+    ours_s = sum(used) + _children_cpu_s() - wrk_before_s
+    others_s = _machine_cpu_s() - machine_before_s - ours_s
     failed = seen["status_errors"] + seen["socket_errors"] + seen["timeouts"]
     return Round(
         ops_per_s=(seen["requests"] - seen["status_errors"]) / duration_s,
@@ -48,7 +54,20 @@ def run_round(system: System, load: Load, connections: int, seconds: int) -> Rou
         failed=failed,
         cpu_percent=[100 * cpu_s / duration_s for cpu_s in used],
         rss_mib=[node.process.rss_mib() for node in nodes],
+        others_percent=max(0.0, 100 * others_s / duration_s),
     )
+
+
+def _machine_cpu_s() -> float:
+    """CPU seconds all processes have used; time stolen by other virtual machines included."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.steal)
+
+
+def _children_cpu_s() -> float:
+    """CPU seconds of our children that have ended and been waited for: within a round, wrk's."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _wrk(url: str, arguments: list[str], connections: int, seconds: int) -> dict[str, int]:
@@ -73,6 +92,7 @@ def preload(system: System) -> None:
         loaded = run_round(system, Load.PUT, PRELOAD_CONNECTIONS, seconds)
         # The requests that were cut off at the end are not counted, hence the margin.
         if loaded.failed == 0 and loaded.requests >= KEYS + PRELOAD_CONNECTIONS:
+            _check_reads(system)
             return
         seconds *= 2
     raise BenchError(
@@ -80,3 +100,13 @@ def preload(system: System) -> None:
         f"({loaded.requests} written, {loaded.failed} failed); "
         f"its logs are in {system.nodes[0].log_path.parent}"
     )
+
+
+def _check_reads(system: System) -> None:
+    """One short round of reads: a system that answers with errors is not worth measuring."""
+    checked = run_round(system, Load.GET_LINEARIZABLE, 1, 1)
+    if checked.failed or not checked.requests:
+        raise BenchError(
+            f"{system.name}: {checked.failed} of {checked.requests} reads of the keys just "
+            f"written failed; its logs are in {system.nodes[0].log_path.parent}"
+        )

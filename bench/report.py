@@ -13,6 +13,7 @@ from drills import Growth
 from load import Round
 from systems import Load
 
+QUIET_PERCENT = 20.0
 MET, MISSED, NOT_MEASURED = "met", "MISSED", "not measured"
 
 
@@ -108,6 +109,16 @@ def load_table(results: Results) -> str:
     return _table(header, rows, left=3)
 
 
+def _quiet_line(results: Results) -> str:
+    """What other processes took meanwhile: ratios from a busy machine mean little."""
+    others = [each.others_percent for case in results.cases for each in case.rounds]
+    typical = statistics.median(others)
+    line = f"CPU used by others: median {typical:.0f} %, worst round {max(others):.0f} % of a core."
+    if typical > QUIET_PERCENT:
+        line += " THE MACHINE WAS NOT QUIET: do not compare these numbers with other runs."
+    return line
+
+
 def _judge(measure: str, must: str, measured: str | None, met: bool) -> list[str]:
     if measured is None:
         return [measure, must, "", NOT_MEASURED]
@@ -194,7 +205,7 @@ def markdown(results: Results) -> str:
     broken = [f"- BROKEN: {message}" for message in results.broken]
     parts = ["# Benchmark", "\n".join(facts)]
     if any(case.rounds for case in results.cases):
-        parts += [load_table(results), NOTES]
+        parts += [load_table(results), NOTES, _quiet_line(results)]
     if drills := _drill_lines(results):
         parts.append("\n".join(drills))
     parts.append(verdict_table(results))

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -27,7 +28,8 @@ from systems import Baseline, Cluster, Dengine, Etcd, Load, System, stop
 RESULTS = Path(__file__).with_name("results")
 SYSTEMS = ("baseline", "dengine", "etcd")
 PARTS = ("load", "failover", "growth")
-CONNECTIONS = (1, 64, 256)
+LOADS = {"put": Load.PUT, **{load.consistency: load for load in Load if load is not Load.PUT}}
+CONNECTIONS = ("1", "64", "256")
 PROFILED_CONNECTIONS = 64
 PROFILED_S = 10
 
@@ -38,6 +40,8 @@ class Options:
 
     only: tuple[str, ...]
     parts: tuple[str, ...]
+    loads: tuple[str, ...]
+    connections: tuple[str, ...]
     rounds: int
     seconds: int
     failovers: int
@@ -61,18 +65,15 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--rounds", type=int, help="rounds of each load (3)")
     parser.add_argument("--seconds", type=int, help="length of a round (5)")
     parser.add_argument("--failovers", type=int, help="failovers of each cluster (10)")
-    parser.add_argument(
-        "--only",
-        type=lambda text: _names(SYSTEMS, text),
-        default=SYSTEMS,
-        help="systems to run, of baseline,dengine,etcd (all)",
-    )
-    parser.add_argument(
-        "--parts",
-        type=lambda text: _names(PARTS, text),
-        default=PARTS,
-        help="parts to run, of load,failover,growth (all)",
-    )
+    choices = {"only": SYSTEMS, "parts": PARTS, "loads": tuple(LOADS), "connections": CONNECTIONS}
+    for name, allowed in choices.items():
+        parser.add_argument(
+            f"--{name}",
+            type=partial(_names, allowed),
+            default=allowed,
+            metavar="A,B",
+            help=f"some of {','.join(allowed)} (all)",
+        )
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -91,6 +92,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     options = Options(
         only=given.only,
         parts=given.parts,
+        loads=given.loads,
+        connections=given.connections,
         rounds=rounds if given.rounds is None else given.rounds,
         seconds=seconds if given.seconds is None else given.seconds,
         failovers=failovers if given.failovers is None else given.failovers,
@@ -113,8 +116,8 @@ def run_loads(systems: Sequence[System], options: Options, results: Results) -> 
     for system in systems:
         say(f"writing {KEYS} keys to {system.name}")
         preload(system)
-    for load in Load:
-        for connections in CONNECTIONS:
+    for load in (LOADS[name] for name in options.loads):
+        for connections in (int(number) for number in options.connections):
             cases = [Case(load, connections, system.name) for system in systems]
             results.cases += cases
             for number in range(options.rounds):
