@@ -196,7 +196,7 @@ def _promote(old: Membership, ids: tuple[MemberId, ...]) -> Membership:
         if member.status is Status.READ_ONLY:
             raise Conflict(f"node {member_id.id} is read_only: set it promotable first")
     promoted = {m.id for m in ids}
-    voters = [v for v in old.voters if v.id not in promoted] + list(ids)
+    voters = [v for v in old.voters if v.id not in promoted] + sorted(set(ids))
     learners = [m for m in old.learners if m not in ids]
     members = [
         msgspec.structs.replace(m, status=Status.ACTIVE) if m.id in ids else m for m in old.members

@@ -30,6 +30,7 @@ class Progress:
     __slots__ = (
         "acked_round",
         "acked_sent_ms",
+        "answered",
         "commit_sent",
         "heard_ms",
         "inflight",
@@ -47,7 +48,8 @@ class Progress:
         self.probe_sent = False
         self.inflight: deque[int] = deque()  # last index of each unanswered AppendRequest
         self.commit_sent = 0  # commit index the follower has been told
-        self.heard_ms = now_ms  # when it last answered anything (CheckQuorum)
+        self.heard_ms = now_ms  # when it last answered anything (CheckQuorum); at first: now
+        self.answered = False  # has it answered this leader at all?
         self.acked_round = 0  # newest heartbeat round it answered (read index)
         self.acked_sent_ms = 0  # when THAT heartbeat was sent (lease)
         self.timeout_ms_min = 0  # as it last announced; 0: never answered a heartbeat
@@ -61,6 +63,11 @@ class Progress:
                 return len(self.inflight) >= INFLIGHT_MAX
             case ProgressState.SNAPSHOT:
                 return True
+
+    def heard(self, now_ms: int) -> None:
+        """The follower has answered something."""
+        self.heard_ms = now_ms
+        self.answered = True
 
     def sent(self, last_index: int) -> None:
         """An AppendRequest that ends with `last_index` has left."""
@@ -85,10 +92,9 @@ class Progress:
 
     def refused(self, prev_index: int, retry_at: int) -> bool:
         """The follower has no entry like the one at `prev_index`. False when that is stale."""
-        if self.state is ProgressState.REPLICATE:
-            if prev_index <= self.match_index:
-                return False
-        elif prev_index != self.next_index - 1:
+        if prev_index <= self.match_index:
+            return False  # it has acknowledged that one: late, or it lost its log
+        if self.state is not ProgressState.REPLICATE and prev_index != self.next_index - 1:
             return False
         self.probe(max(self.match_index + 1, min(retry_at, prev_index)))
         return True

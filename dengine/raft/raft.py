@@ -546,6 +546,8 @@ class Raft:
         self._set_role(Role.FOLLOWER, reason)
         self.leader = None
         self._candidate_term = 0
+        # Requests for votes that still wait for the disk speak of a log that may change now.
+        self._out.after_sync = [m for m in self._out.after_sync if not isinstance(m, VoteRequest)]
         self._pre_votes, self._votes = {}, {}
         self._fail_asked_reads()
         self._reset_election_timer()
