@@ -466,11 +466,9 @@ def joiner(cluster: Cluster, node_id: int, extra: str = "") -> ServeProcess:
 def guide_files(cluster: Cluster) -> dict[int, ServeProcess]:
     """Nodes 1, 2 and 3 with the files of examples/single-node-expansion, not started yet.
 
-    The files are used as they are, except that another port stands where 9081-9083 is taken.
+    Other ports stand for 9081-9083, so that nobody else's nodes or clients can interfere.
     """
-    ports = {node_id: 9080 + node_id for node_id in (1, 2, 3)}
-    if not all(_is_free(port) for port in ports.values()):
-        ports = {node_id: free_port() for node_id in ports}
+    ports = {node_id: free_port() for node_id in (1, 2, 3)}
     for node_id, port in ports.items():
         text = (GUIDE_CONFIGS / f"n{node_id}.toml").read_text(encoding="utf-8")
         for other, other_port in ports.items():

@@ -303,6 +303,8 @@ class Walkthrough:
         self.client.ports.append(node.port)
         self.client.wait_more(100)
         fact(f"a voter after {took_s:.1f} s; the client now writes through node {node_id} too")
+        if node_id == 2:
+            say("     Two voters tolerate no failure, so the guide says: go on at once.")
 
     def view(self) -> dict[str, Any]:
         """What any living node says about the cluster; {} while none can tell."""
