@@ -449,7 +449,8 @@ def terminate(*_: object) -> NoReturn:
 
 def main() -> int:
     """Run the walkthrough; 0 when everything was as promised, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, terminate)
     say(paint("1", "One node becomes three, and outlives its leader"))
     with tempfile.TemporaryDirectory(prefix="dengine-walkthrough-") as directory:
         story = Walkthrough(Path(directory))
@@ -463,6 +464,8 @@ def main() -> int:
             say("\nInterrupted: the nodes are ended and their data is removed.")
             return 130
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
             story.abandon()
     say(f"\n{paint('1;32', 'All as promised')} in {time.monotonic() - started:.0f} s.")
     return 0

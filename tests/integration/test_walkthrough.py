@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from tests.cluster import (
     GUIDE_CONFIGS,
-    ROOT,
     Cluster,
     ServeProcess,
     Writer,
-    free_port,
     guide_files,
     wait_for,
 )
 
-EXAMPLE = GUIDE_CONFIGS.parent
+WALKTHROUGH = GUIDE_CONFIGS.parent / "walkthrough.py"
 
 
 def wait_lines(node: ServeProcess, *promised: str) -> None:
@@ -112,7 +111,7 @@ def test_the_safer_file_of_node_3_works_as_well(cluster: Cluster) -> None:
 def test_the_walkthrough_drives_itself_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """`make walkthrough` tells the story without a terminal, in plain text, with exit code 0."""
     run = subprocess.run(
-        [sys.executable, str(EXAMPLE / "walkthrough.py")],
+        [sys.executable, str(WALKTHROUGH)],
         env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -125,59 +124,23 @@ def test_the_walkthrough_drives_itself_and_leaves_nothing_behind(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def copy_of_the_example(directory: Path, port: int) -> Path:
-    """The example with node 1 on another port, so that a busy 9081 does not matter."""
-    shutil.copytree(EXAMPLE, directory, ignore=shutil.ignore_patterns("db", "logs", "__pycache__"))
-    file = directory / "config" / "n1.toml"
-    file.write_text(file.read_text(encoding="utf-8").replace("9081", str(port)), encoding="utf-8")
-    return directory
-
-
-def make(directory: Path, target: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        ["make", target, f"ROOT={ROOT}", f"PYTHON={sys.executable}"],
-        cwd=directory,
+def test_an_interrupted_walkthrough_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Ctrl-C in the middle ends the nodes and removes their data."""
+    run = subprocess.Popen(
+        [sys.executable, str(WALKTHROUGH)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
-
-
-def test_make_start_node1_passes_ctrl_c_on_and_keeps_a_log(tmp_path: Path) -> None:
-    """In the foreground, Ctrl-C ends the node in good order (it says goodbye in the log too)."""
-    example = copy_of_the_example(tmp_path / "example", free_port())
-    log = example / "logs" / "1.log"
-    shell = make(example, "start-node1")
     try:
-        wait_for(lambda: log.exists() and "Candidate → Leader" in log.read_text("utf-8"), "a log")
-        pid = int((example / "logs" / "1.pid").read_text())
-        os.killpg(shell.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
-        printed, _ = shell.communicate(timeout=20)
+        assert run.stdout is not None
+        assert any("Candidate → Leader" in line for line in run.stdout)
+        run.send_signal(signal.SIGINT)
+        rest, _ = run.communicate(timeout=20)
     finally:
-        shell.kill()
-    assert not Path(f"/proc/{pid}").exists(), "the node ended with make"
-    wait_for(lambda: log.read_text("utf-8").strip() in printed, "the log to hold what was shown")
-    assert "CLEAN" in {path.name for path in (example / "db" / "1").iterdir()}
-
-
-def test_make_start_node1_passes_sigterm_and_the_exit_code_on(tmp_path: Path) -> None:
-    """`kill` of make reaches the node, and a refused start is a failed target with its code."""
-    example = copy_of_the_example(tmp_path / "example", free_port())
-    log = example / "logs" / "1.log"
-    shell = make(example, "start-node1")
-    try:
-        wait_for(lambda: log.exists() and "Candidate → Leader" in log.read_text("utf-8"), "a log")
-        pid = int((example / "logs" / "1.pid").read_text())
-        shell.terminate()
-        shell.communicate(timeout=20)
-    finally:
-        shell.kill()
-    wait_for(lambda: not Path(f"/proc/{pid}").exists(), "the node to end")
-    assert "CLEAN" in {path.name for path in (example / "db" / "1").iterdir()}
-
-    (example / "config" / "n1.toml").write_text("[cluster]\n", encoding="utf-8")
-    refused = make(example, "start-node1")
-    printed, _ = refused.communicate(timeout=20)
-    assert refused.returncode != 0
-    assert "Error 78" in printed, "make reports the node's own exit code"
+        run.kill()
+    assert run.returncode == 130
+    assert "Interrupted" in rest
+    assert list(tmp_path.iterdir()) == []
+    running = [p.info["cwd"] or "" for p in psutil.process_iter(["cwd"])]
+    assert not [cwd for cwd in running if cwd.startswith(str(tmp_path))]
