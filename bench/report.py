@@ -30,6 +30,11 @@ class Case:
         """Median of one figure over the rounds."""
         return statistics.median(value(each) for each in self.rounds)
 
+    @property
+    def busy_rounds(self) -> int:
+        """Rounds during which other processes took more than `QUIET_PERCENT` of a core."""
+        return sum(each.others_percent > QUIET_PERCENT for each in self.rounds)
+
     def ratio_to(self, other: Case | None) -> float | None:
         """Median over the rounds of our operations per second divided by the other's."""
         if other is None or other is self:
@@ -97,6 +102,7 @@ def _case_row(results: Results, case: Case) -> list[str]:
         f"{case.median(lambda r: r.p99_ms):.2f}",
         _per_node(case, lambda r: r.cpu_percent),
         _per_node(case, lambda r: r.rss_mib),
+        f"{max(r.others_percent for r in case.rounds):.0f}",
         str(sum(r.failed for r in case.rounds)),
     ]
 
@@ -104,35 +110,42 @@ def _case_row(results: Results, case: Case) -> list[str]:
 def load_table(results: Results) -> str:
     """One row per load, number of connections and system."""
     header = ["load", "conns", "system", "ops/s", "to baseline", "to etcd", "p50 ms", "p99 ms"]
-    header += ["CPU % per node", "RSS MiB per node", "failed"]
+    header += ["CPU % per node", "RSS MiB per node", "others %", "failed"]
     rows = [_case_row(results, case) for case in results.cases if case.rounds]
     return _table(header, rows, left=3)
 
 
 def _quiet_line(results: Results) -> str:
-    """What other processes took meanwhile: ratios from a busy machine mean little."""
-    others = [each.others_percent for case in results.cases for each in case.rounds]
-    typical = statistics.median(others)
-    line = f"CPU used by others: median {typical:.0f} %, worst round {max(others):.0f} % of a core."
-    if typical > QUIET_PERCENT:
-        line += " THE MACHINE WAS NOT QUIET: do not compare these numbers with other runs."
+    """How often other processes were in the way: ratios from a busy machine mean little."""
+    rounds = sum(len(case.rounds) for case in results.cases)
+    busy = sum(case.busy_rounds for case in results.cases)
+    line = (
+        f"Rounds with more than {QUIET_PERCENT:.0f} % of a core used by others: {busy} of {rounds}."
+    )
+    if busy:
+        line += " Their rows (see others %, the worst round) do not compare with other runs."
     return line
 
 
-def _judge(measure: str, must: str, measured: str | None, met: bool) -> list[str]:
+def _judge(
+    measure: str, must: str, measured: str | None, met: bool, cases: Sequence[Case] = ()
+) -> list[str]:
     if measured is None:
         return [measure, must, "", NOT_MEASURED]
-    return [measure, must, measured, MET if met else MISSED]
+    busy = " (busy machine)" if any(case.busy_rounds for case in cases) else ""
+    return [measure, must, measured, (MET if met else MISSED) + busy]
 
 
 def _judge_ratio(
     results: Results, load: Load, connections: int, other: str, at_least: float
 ) -> list[str]:
     ours = results.case(load, connections, "dengine")
-    ratio = ours.ratio_to(results.case(load, connections, other)) if ours else None
+    beside = results.case(load, connections, other)
+    ratio = ours.ratio_to(beside) if ours else None
     measure = f"{load}, {connections} connections, against {other}"
     met = ratio is not None and ratio >= at_least
-    return _judge(measure, f">= {at_least:g} x", _times(ratio) or None, met)
+    cases = [case for case in (ours, beside) if case]
+    return _judge(measure, f">= {at_least:g} x", _times(ratio) or None, met, cases)
 
 
 def _judge_one_put(results: Results) -> list[str]:
@@ -141,7 +154,8 @@ def _judge_one_put(results: Results) -> list[str]:
         return _judge("PUT, 1 connection, median", "<= etcd's", None, False)
     ours_ms, etcd_ms = (case.median(lambda r: r.p50_ms) for case in (ours, etcd))
     measured = f"{ours_ms:.2f} ms; etcd {etcd_ms:.2f} ms"
-    return _judge("PUT, 1 connection, median", "<= etcd's", measured, ours_ms <= etcd_ms)
+    met = ours_ms <= etcd_ms
+    return _judge("PUT, 1 connection, median", "<= etcd's", measured, met, [ours, etcd])
 
 
 def _judge_growth(results: Results) -> list[str]:
