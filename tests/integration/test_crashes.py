@@ -141,6 +141,7 @@ def test_without_a_majority_nothing_is_acknowledged(cluster: Cluster) -> None:
     static_cluster(cluster, 1, 2, 3)
     alone, *others = cluster.running()
     assert alone.put("key", "value").ok
+    cluster.wait_applied()
     for node in others:
         node.kill()
     wait_for(lambda: not alone.ready(), "node 1 to say that it is not ready")

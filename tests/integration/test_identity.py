@@ -132,20 +132,36 @@ def test_a_removed_node_stops_and_never_comes_back(cluster: Cluster) -> None:
     """The removed node is told, exits 76, and refuses to start again; its id stays used up even
     with an empty directory, while the rest goes on without it."""
     static_cluster(cluster, 1, 2, 3)
-    removed = cluster.nodes[3]
-    assert cluster.nodes[1].call("DELETE", "/v1/cluster/members/3").ok
+    leader = cluster.wait_leader()
+    removed = next(node for node in cluster.running() if node is not leader)
+    rest = [node for node in cluster.running() if node is not removed]
+    assert rest[0].call("DELETE", f"/v1/cluster/members/{removed.node_id}").ok
     assert removed.wait_exit() == IDENTITY
-    cluster.wait_voters(1, 2)
-    assert cluster.nodes[1].put("key", "value").ok
+    cluster.wait_voters(*(node.node_id for node in rest))
+    assert rest[1].put("key", "value").ok
     assert removed.start().wait_exit() == IDENTITY
     assert "removed" in removed.tail()
 
     shutil.rmtree(removed.directory)
     ports = {i: node.port for i, node in cluster.nodes.items()}
-    removed.config.write_text(config_text(3, ports, 3, 0), encoding="utf-8")
+    removed.config.write_text(config_text(removed.node_id, ports, 3, 0), encoding="utf-8")
     removed.start()
-    wait_for(lambda: "never reused" in removed.output(), "node 3 to be told that its id is used up")
-    assert voters(cluster.nodes[1].cluster()) == {1, 2}
+    wait_for(lambda: "never reused" in removed.output(), "it to be told that its id is used up")
+    assert voters(rest[0].cluster()) == {node.node_id for node in rest}
+
+
+def test_the_leader_can_be_removed_through_any_node(cluster: Cluster) -> None:
+    """The one who asks gets the answer although the node that leads is the one that goes; it exits
+    76, and the other two elect a leader and go on."""
+    static_cluster(cluster, 1, 2, 3)
+    leader = cluster.wait_leader()
+    rest = [node for node in cluster.running() if node is not leader]
+    reply = rest[0].call("DELETE", f"/v1/cluster/members/{leader.node_id}")
+    assert reply.ok, reply
+    assert leader.wait_exit() == IDENTITY
+    cluster.wait_voters(*(node.node_id for node in rest))
+    cluster.wait_leader()
+    assert rest[1].put("key", "value").ok
 
 
 def test_the_last_voter_cannot_be_removed(cluster: Cluster) -> None:
