@@ -237,7 +237,7 @@ class Peers:
                     timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
                     max_msg_size=MAX_FRAME_BYTES + 1,
                 )
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, UnicodeError) as error:
             return explain(error)
         return await self._own(Stream(socket, address), node_id, deadline)
 

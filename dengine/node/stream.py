@@ -184,7 +184,7 @@ class Stream:
 
 def explain(error: Exception) -> str:
     """A network error in a word or two, for `status()` and the log."""
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
+    if isinstance(error, (aiohttp.ClientConnectorDNSError, UnicodeError)):
         return "unresolvable"
     if isinstance(error, aiohttp.WSServerHandshakeError):
         return f"not a node (HTTP {error.status})"

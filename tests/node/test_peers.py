@@ -1,0 +1,548 @@
+"""Streams between nodes, over real sockets on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from dengine.errors import InvariantBroken
+from dengine.node.wire import (
+    MAX_FRAME_BYTES,
+    ForwardRequest,
+    Hello,
+    Ping,
+    Refused,
+    decode,
+    encode,
+)
+from dengine.raft.types import MemberId
+from tests.node.hosts import Host, Proxy, joined, local_address, on_loop, until
+
+STRANGER = MemberId(9, 1009)
+
+
+def note(number: int, body: bytes = b"") -> ForwardRequest:
+    return ForwardRequest(number, "note", body, 1000)
+
+
+@asynccontextmanager
+async def stranger(host: Host, *frames: object) -> AsyncIterator[Any]:
+    """A hand-made client that has sent `frames` (structs are encoded, str is sent as text)."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"http://{host.address}/v1/peer", max_msg_size=0) as ws,
+    ):
+        with suppress(ConnectionError):  # of the host that has read enough
+            for frame in frames:
+                if isinstance(frame, str):
+                    await ws.send_str(frame)
+                else:
+                    await ws.send_bytes(frame if isinstance(frame, bytes) else encode(frame))
+        yield ws
+
+
+def stranger_hello(host: Host) -> Hello:
+    return Host(STRANGER.id, cluster=host.cluster).hello(host.member.id, host.address)
+
+
+def test_frames_travel_both_ways_in_order_over_one_stream() -> None:
+    """Either end may dial; both then send, and each frame arrives once and in order."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two:
+            one.dials(two)
+            await joined(one, two)
+            for number in range(1000):
+                assert one.peers.send(two.member, note(number))
+                assert two.peers.send(one.member, note(number, b"back"))
+            await until(lambda: len(one.frames) == len(two.frames) == 1000, "all frames")
+            assert two.frames == [(one.member, note(n)) for n in range(1000)]
+            assert one.frames == [(two.member, note(n, b"back")) for n in range(1000)]
+            assert [h.member for h in two.connected] == [one.member]
+            assert (two.expected, one.expected) == ([2], [None])
+            status = one.peers.status()[2]
+            assert (status.connected, status.member, status.error) == (True, two.member, None)
+            assert status.address == two.address
+
+    on_loop(scenario)
+
+
+def test_an_acceptor_refuses_with_a_reason() -> None:
+    """A foreign cluster's node is told why, its status says so, and no stream is ever in use."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2, cluster="other") as two:
+            one.dials(two)
+            await until(lambda: one.refused, "the refusal")
+            assert one.refused[0] == (2, Refused("foreign_cluster", "this is other, not c"))
+            await until(lambda: one.error(2) == "foreign cluster", "the reason in status()")
+            assert not one.connected
+            assert not two.connected
+
+    on_loop(scenario)
+
+
+def test_a_dialler_refuses_with_a_reason() -> None:
+    """The acceptor, which would have taken the stream, hears why and never puts it in use."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two:
+            one.cluster = "other"
+            two.admit = lambda theirs, host: None  # lets all in
+            one.dials(two)
+            await until(lambda: two.refused, "the refusal")
+            assert two.refused[0] == (1, Refused("foreign_cluster", "this is other, not c"))
+            assert one.error(2) == "foreign cluster"
+            assert not one.connected
+            assert not two.connected
+
+    on_loop(scenario)
+
+
+def test_both_ends_dialling_at_once_settle_on_one_stream() -> None:
+    """Whatever the timing of two crossing dials, one TCP connection survives, and works."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+
+    async def round_of(rng: random.Random) -> None:
+        one, two = Host(1), Host(2)
+        async with (
+            one,
+            two,
+            Proxy(one, lag_s=0.02, rng=rng) as to_one,
+            Proxy(two, lag_s=0.02, rng=rng) as to_two,
+        ):
+            one.peers.set_targets({2: [to_two.address]})
+            await asyncio.sleep(rng.choice([0, rng.uniform(0, 0.05)]))
+            two.peers.set_targets({1: [to_one.address]})
+            for number in range(3):
+                await joined(one, two)
+                assert one.peers.send(two.member, note(number))
+                assert two.peers.send(one.member, note(number))
+                await until(lambda: one.frames and two.frames, "a frame each way")
+                one.frames.clear()
+                two.frames.clear()
+                both = [(one, two), (two, one)]
+                here, there = rng.choice(both)
+                here.peers.disconnect(there.member.id, Refused("again", "shake hands again"))
+                await until(lambda: one.disconnected and two.disconnected, "the end of a stream")
+
+    async def scenario() -> None:
+        await asyncio.gather(*(round_of(random.Random(seed + n)) for n in range(20)))
+
+    on_loop(scenario)
+
+
+def test_a_lost_stream_is_redialled_within_a_second() -> None:
+    """A node that comes back on its port is found again without dialling itself."""
+
+    async def scenario() -> None:
+        async with Host(1) as one:
+            async with Host(2) as two:
+                one.dials(two)
+                await joined(one, two)
+            await until(lambda: one.error(2) == "refused", "the port to be closed")
+            assert one.disconnected == [two.member]
+            async with Host(2, port=two.port, boot=2) as again:
+                assert await joined(one, again) < 1.2
+
+    on_loop(scenario)
+
+
+def test_redials_are_spread() -> None:
+    """Dials start at intervals of half a second to a second, none like the other."""
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        dials: list[float] = []
+
+        def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            dials.append(loop.time())
+            writer.close()
+
+        listener = await asyncio.start_server(count, "127.0.0.1", 0)
+        with closing(listener):
+            async with Host(1) as one:
+                one.peers.set_targets({2: [local_address(listener.sockets[0])]})
+                await until(lambda: len(dials) == 5, "five dials")
+        gaps = [later - earlier for earlier, later in itertools.pairwise(dials)]
+        assert all(0.45 < gap < 1.2 for gap in gaps), gaps
+        assert max(gaps) - min(gaps) > 0.001
+
+    on_loop(scenario)
+
+
+def test_a_new_boot_replaces_a_dead_stream_at_once() -> None:
+    """A host that lost power cannot close its streams: its next process does not wait for that."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two, Proxy(two) as line:
+            one.peers.set_targets({2: [line.address]})
+            await until(lambda: one.has(two), "the first stream")
+            line.swallow = True
+            async with Host(2, boot=2) as again:
+                again.dials(one)
+                assert await until(lambda: one.has(again), "the new process") < 0.5
+                assert one.disconnected == [two.member]
+                assert one.peers.send(again.member, note(1))
+                await until(lambda: again.frames, "a frame to the new process")
+
+    on_loop(scenario)
+
+
+def test_a_dead_link_is_noticed_in_three_seconds_and_a_quiet_one_stays() -> None:
+    """No reset ever comes from a link that swallows everything; an idle link keeps its stream."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two, Host(3) as three, Proxy(two) as line:
+            one.peers.set_targets({2: [line.address], 3: [three.address]})
+            await until(lambda: one.has(two) and one.has(three), "both streams")
+            line.swallow = True
+            took_s = await until(lambda: one.disconnected and two.disconnected, "both to notice")
+            assert 2.5 < took_s < 4
+            assert one.disconnected == [two.member]
+            assert one.has(three)
+            await until(lambda: one.error(2) == "timed out", "a dial into the dead link")
+
+    on_loop(scenario)
+
+
+def test_a_stopped_process_is_noticed_and_found_again() -> None:
+    """SIGSTOP leaves the kernel answering for the process: only its silence tells."""
+
+    async def scenario() -> None:
+        repository = Path(__file__).parents[2]
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.node.test_peers"),
+            cwd=repository,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert child.stdout is not None
+        try:
+            port = int(await asyncio.wait_for(child.stdout.readline(), 10))
+            async with Host(1) as one:
+                one.peers.set_targets({2: [f"127.0.0.1:{port}"]})
+                await until(lambda: one.peers.connected(2), "the child's stream")
+                os.kill(child.pid, signal.SIGSTOP)
+                took_s = await until(lambda: one.disconnected, "the silence")
+                assert 2.5 < took_s < 4
+                await until(lambda: one.error(2) == "timed out", "a dial to the stopped process")
+                os.kill(child.pid, signal.SIGCONT)
+                await until(lambda: one.peers.connected(2), "its return")
+        finally:
+            child.kill()
+            await child.wait()
+
+    on_loop(scenario)
+
+
+def test_a_reader_that_stopped_bounds_the_queue() -> None:
+    """send() never waits and never keeps more than two of the largest frames for anyone."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, stranger(one, stranger_hello(one), Ping()):
+            await until(lambda: one.connected, "the stranger's stream")
+            body = bytes(1024 * 1024)
+            accepted = 0
+            for _ in range(100):
+                accepted += one.peers.send(STRANGER, note(1, body))
+                await asyncio.sleep(0)
+            # The rest is what the kernel and the other process hold.
+            assert 8 <= accepted <= 32
+            assert not one.peers.send(STRANGER, Ping())
+
+    on_loop(scenario)
+
+
+def test_the_largest_frame_passes_and_a_larger_one_is_our_own_bug() -> None:
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two:
+            one.dials(two)
+            await joined(one, two)
+            overhead = len(encode(note(1, bytes(65536)))) - 65536
+            largest = note(1, bytes(MAX_FRAME_BYTES - overhead))
+            assert len(encode(largest)) == MAX_FRAME_BYTES
+            assert one.peers.send(two.member, largest)  # masked
+            assert two.peers.send(one.member, largest)
+            await until(lambda: one.frames and two.frames, "both frames")
+            assert two.frames == [(one.member, largest)]
+            with pytest.raises(InvariantBroken, match="must split"):
+                one.peers.send(two.member, note(1, bytes(MAX_FRAME_BYTES)))
+
+    on_loop(scenario)
+
+
+GARBAGE: dict[str, object] = {
+    "oversized": bytes(MAX_FRAME_BYTES + 1),
+    "random bytes": random.Random(1).randbytes(100),
+    "empty": b"",
+    "text": "hello",
+    "text instead of UTF-8": b"\x93\xa7Refused\xa2\xff\xfe\xa1x",
+    "deeply nested": b"\x93\xa4Ping" + b"\x91" * 100_000 + b"\xc0",
+    "an unknown frame": b"\x91\xa5Nasty",
+    "a truncated frame": encode(note(1, bytes(100)))[:-1],
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+@pytest.mark.parametrize("shaken", [False, True], ids=["first", "in_use"])
+def test_garbage_ends_the_stream_with_one_line(
+    name: str, shaken: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a stranger sends costs it the stream and us one line; nothing else notices."""
+    caplog.set_level(logging.WARNING)
+
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two:
+            one.dials(two)
+            await joined(one, two)
+            greeting = (stranger_hello(one), Ping()) if shaken else ()
+            async with stranger(one, *greeting, GARBAGE[name]) as ws:
+                await until(lambda: len(caplog.records) == 1, "the line in the log")
+                while (await ws.receive()).type is aiohttp.WSMsgType.BINARY:
+                    pass  # our own Hello and pings
+            assert one.disconnected == ([STRANGER] if shaken else [])
+            assert one.has(two)
+            assert not one.peers.failed.done()
+
+    on_loop(scenario)
+    assert len(caplog.records) == 1
+
+
+def test_random_frames_never_raise_anything_but_the_expected() -> None:
+    """Mutated frames of every kind: the stream ends or lives, `failed` stays untouched."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+
+    async def scenario() -> None:
+        async with Host(1) as one:
+            real = [encode(f) for f in (stranger_hello(one), note(1, b"x"), Refused("again", "x"))]
+            for _ in range(150):
+                data = bytearray(rng.choice(real))
+                for _ in range(rng.randrange(1, 4)):
+                    data[rng.randrange(len(data))] = rng.randrange(256)
+                ended = len(one.disconnected)
+                async with stranger(one, stranger_hello(one), Ping(), bytes(data)):
+                    pass
+                await until(lambda n=ended: len(one.disconnected) > n, "the end of the stream")
+            assert not one.peers.failed.done()
+
+    on_loop(scenario)
+
+
+def test_another_incarnation_is_not_sent_to() -> None:
+    """A wiped node of the same id must not get what was meant for the one that remembered."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two:
+            one.dials(two)
+            await joined(one, two)
+            assert not one.peers.send(MemberId(2, 77), note(1))
+            assert not one.peers.send(MemberId(3, 1003), note(2))
+            assert one.peers.send(two.member, note(3))
+            await until(lambda: two.frames, "the frame that was meant for it")
+            assert two.frames == [(one.member, note(3))]
+
+    on_loop(scenario)
+
+
+def test_incarnations_of_one_id_do_not_evict_each_other() -> None:
+    """A second node with a copied file leaves the stream of the living one alone."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two, Host(2) as copied:
+            copied.member = MemberId(2, 77)
+            two.dials(one)
+            await until(lambda: one.has(two), "the living node")
+            copied.dials(one)
+            await until(lambda: one.has(copied), "the other one")
+            assert one.peers.send(two.member, note(1))
+            assert one.peers.send(copied.member, note(2))
+            await until(lambda: two.frames and copied.frames, "one frame each")
+            assert (two.frames, copied.frames) == (
+                [(one.member, note(1))],
+                [(one.member, note(2))],
+            )
+            assert one.disconnected == []
+
+    on_loop(scenario)
+
+
+@pytest.mark.parametrize("dialler", [1, 2])
+def test_disconnect_tells_the_reason(dialler: int) -> None:
+    """What was sent before still arrives, then the reason, whoever dialled."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two:
+            (one if dialler == 1 else two).dials(two if dialler == 1 else one)
+            await joined(one, two)
+            assert one.peers.send(two.member, note(1))
+            one.peers.disconnect(2, Refused("removed", "node 2 was removed"))
+            assert one.peers.connected(2) is None
+            assert not one.peers.send(two.member, note(2))
+            await until(lambda: two.refused, "the reason")
+            assert two.refused == [(1, Refused("removed", "node 2 was removed"))]
+            assert two.frames == [(one.member, note(1))]
+            await until(lambda: two.disconnected, "the end")
+
+    on_loop(scenario)
+
+
+def test_targets_come_and_go() -> None:
+    """A node that is no longer a target loses the stream that we dialled, not the one it did."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two, Host(3) as three:
+            three.dials(one)
+            await joined(one, three)
+            one.dials(two, three)
+            await until(lambda: one.has(two) and two.has(one), "the second stream")
+            one.peers.set_targets({})
+            await until(lambda: two.disconnected, "the end of the stream that we dialled")
+            assert one.has(three)
+            assert set(one.peers.status()) == {3}
+            one.peers.set_targets({2: ["127.0.0.1:1"]})
+            await until(lambda: one.error(2) == "refused", "the wrong address to fail")
+            one.dials(two)
+            await until(lambda: one.has(two) and two.has(one), "the stream's return")
+
+    on_loop(scenario)
+
+
+def test_addresses_are_tried_in_order() -> None:
+    async def scenario() -> None:
+        async with Host(1) as one, Host(2) as two:
+            one.peers.set_targets({2: ["127.0.0.1:1", two.address]})
+            await joined(one, two)
+            assert one.peers.status()[2].address == two.address
+
+    on_loop(scenario)
+
+
+def test_status_says_why_a_node_cannot_be_reached() -> None:
+    """What a joiner prints for each address while it waits."""
+
+    async def scenario() -> None:
+        async def elsewhere(_: web.BaseRequest) -> web.Response:
+            return web.Response(status=404)
+
+        other_service = web.Server(elsewhere)
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_server(other_service, "127.0.0.1", 0)
+        web_address = local_address(listener.sockets[0])
+        with closing(listener), socket.create_server(("127.0.0.1", 0)) as silent:
+            silent_address = local_address(silent)
+            async with Host(1) as one, Host(2) as two, Host(3, cluster="other") as foreign:
+                expected = {
+                    4: ("127.0.0.1:1", "refused"),
+                    5: (silent_address, "timed out"),
+                    6: (f"{'a' * 64}.example:9081", "unresolvable"),
+                    7: (foreign.address, "foreign cluster"),
+                    8: (two.address, "node 2 answers there"),
+                    9: (web_address, "not a node (HTTP 404)"),
+                }
+                foreign.member = MemberId(7, 1007)
+                one.peers.set_targets({i: [address] for i, (address, _) in expected.items()})
+                await until(lambda: all(one.error(i) for i in expected), "all reasons")
+                reasons = {i: one.error(i) for i in expected}
+                assert reasons == {i: reason for i, (_, reason) in expected.items()}
+                one.peers.set_targets({4: ["127.0.0.1:1", silent_address]})
+                both = f"127.0.0.1:1 refused; {silent_address} timed out"
+                await until(lambda: one.error(4) == both, "one reason per address")
+        await other_service.shutdown(1)
+
+    on_loop(scenario)
+
+
+@pytest.mark.parametrize("dialler", [1, 2])
+@pytest.mark.parametrize("callback", ["on_frame", "on_connected", "on_disconnected", "admit"])
+def test_a_bug_in_a_callback_ends_the_node(
+    callback: str, dialler: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node with a broken callback must not live on as a zombie: `failed` carries the bug."""
+
+    async def scenario() -> None:
+        def bug(*_: object) -> None:
+            raise OSError("a bug, not the network")
+
+        async with Host(1) as one, Host(2) as two:
+            setattr(one, callback, bug)
+            (one if dialler == 1 else two).dials(two if dialler == 1 else one)
+            if callback in ("on_frame", "on_disconnected"):
+                await until(lambda: two.has(one), "the stream")
+                two.peers.send(one.member, note(1))
+                two.peers.disconnect(1, Refused("again", "x"))
+            with pytest.raises(OSError, match="a bug"):
+                await asyncio.wait_for(asyncio.shield(one.peers.failed), 5)
+
+    on_loop(scenario)
+
+
+def test_close_in_the_middle_of_everything() -> None:
+    """Dials under way, half-done handshakes and streams: close() ends them all within a second."""
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            async with Host(1) as one, Host(2) as two, stranger(one):
+                await two.peers.close()  # twice is harmless
+                two_again = Host(3)
+                async with two_again, stranger(one, stranger_hello(one)):
+                    one.peers.set_targets(
+                        {
+                            3: [two_again.address],
+                            4: [local_address(silent)],
+                            5: [two.address],
+                        }
+                    )
+                    await until(lambda: one.has(two_again) and one.error(5), "a stream")
+                    assert one.error(5) == "not a node (HTTP 503)"
+                    assert one.peers.send(two_again.member, note(1))
+                    start = loop.time()
+                    await one.peers.close()
+                    assert loop.time() - start < 1.5
+                    await until(lambda: two_again.frames, "the last frame, sent before close()")
+                    assert not one.peers.send(two_again.member, note(2))
+                    assert one.disconnected == [two_again.member]
+
+    on_loop(scenario)
+
+
+def test_the_first_answer_is_a_hello() -> None:
+    """What a stranger sees of the handshake: our Hello, then pings."""
+
+    async def scenario() -> None:
+        async with Host(1) as one, stranger(one, stranger_hello(one)) as ws:
+            assert decode((await ws.receive()).data) == one.hello(None, "")
+            assert not one.connected, "a handshake without a confirmation"
+            await ws.send_bytes(encode(Ping()))
+            assert decode((await ws.receive()).data) == Ping()
+            assert [h.member for h in one.connected] == [STRANGER]
+
+    on_loop(scenario)
+
+
+async def _serve_forever() -> None:
+    """The child process: node 2 on a port that it prints."""
+    async with Host(2) as two:
+        print(two.port, flush=True)
+        await asyncio.get_running_loop().create_future()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve_forever())
