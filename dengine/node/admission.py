@@ -139,8 +139,7 @@ class Admission:
             )
         self._boots[who] = theirs.boot
         self._book.saw(who.id, host)
-        if theirs.expects is not None:
-            self._book.reached_at(theirs.dialled)
+        self._book.reached_at(theirs.dialled)
         self._announced[who] = theirs
         return None
 

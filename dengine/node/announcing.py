@@ -45,7 +45,7 @@ def membership_committed(me: MemberId, old: Membership, new: Membership, term: i
     voters = len(new.voters)
     if voters % 2 == 0 and len(was_voter) != voters:
         log.warning(
-            "WARNING: %d voters tolerate no more failures than %d would: join one more node soon",
+            "%d voters tolerate no more failures than %d would: join one more node soon",
             voters,
             voters - 1,
         )

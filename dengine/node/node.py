@@ -207,8 +207,12 @@ class Node:
 
     async def _hand_over(self) -> None:
         raft = self.raft
-        others = [v for v in raft.membership.voters if v != raft.me and v in raft.progress]
-        heir = max(others, key=lambda v: (raft.progress[v].match_index, -v.id))
+        lately_ms = self.config.election.timeout_ms_min
+        heirs = [v for v in raft.membership.voters if v != raft.me]
+        heirs = [v for v in heirs if raft.heard_within(v, lately_ms)]
+        if not heirs:
+            return  # nobody is there to lead
+        heir = max(heirs, key=lambda v: (raft.progress[v].match_index, -v.id))
         deadline = self._loop.time() + HANDOVER_S
         try:
             await self._members.handle("transfer", {"id": heir.id}, deadline)
@@ -424,7 +428,9 @@ class Node:
 
     def membership_committed(self, index: int, old: Membership, new: Membership) -> None:
         me = self.raft.me
-        self._exchange.set_targets()
+        buried = set(new.tombstones) - set(old.tombstones)
+        # Whoever goes is cut off a moment later, so that the last answers still arrive.
+        self._loop.call_later(FAREWELL_S if buried else 0.0, self._exchange.set_targets)
         if index > self._announce_above:
             announcing.membership_committed(me, old, new, self.raft.term)
         self._watchers.publish(self._view_here())
@@ -432,10 +438,8 @@ class Node:
         if own is not None and own.address == self._book.own:
             self._directory.set_address(own.address)
             self._exchange.admission.announcing = False
-        buried = set(new.tombstones) - set(old.tombstones)
         for member in buried - {me}:
             if new.was_removed(member.id):
-                # A moment later, so that an answer that it forwards still arrives.
                 message = f"node {member.id} was removed from cluster {new.cluster_id}"
                 farewell = Refused("removed", message)
                 self._loop.call_later(FAREWELL_S, self.peers.disconnect, member.id, farewell)

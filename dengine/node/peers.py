@@ -285,7 +285,9 @@ class Peers:
 
     async def _answer(self, stream: Stream) -> None:
         await self._meet(stream, None)
-        ours = self._hello(None, "")
+        # Where we would have dialled: one that listens on a wildcard may learn its address here.
+        dialler = self._diallers.get(stream.hello.member.id)
+        ours = self._hello(None, dialler.addresses[0] if dialler and dialler.addresses else "")
         stream.own = ours.member
         stream.send(ours)
         confirmation = await stream.receive()

@@ -24,7 +24,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     `expects` is the member the dialler wants to reach (None from the acceptor): an unfounded node
     that is expected by an existing cluster learns from it that its directory was wiped.
-    `dialled` is the address the dialler used, which tells the acceptor where it can be reached.
+    `dialled` is where the sender reaches, or would dial, the receiver: that tells a node which
+    listens on a wildcard its own address.
     `list_digest` names the static list of a founder that waits ("" for everyone else).
     `founders` are the members of the sender's cluster: a founder that finds itself among them is
     one of them, and has not been wiped.
