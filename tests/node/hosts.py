@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import socket
 from collections.abc import Callable, Coroutine
@@ -170,8 +169,10 @@ class Proxy:
         try:
             there, back = await asyncio.open_connection("127.0.0.1", self._target.port)
             await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
-        except (OSError, asyncio.CancelledError):
-            pass
+        except OSError:
+            writer.close()
+        except asyncio.CancelledError:
+            pass  # a server's task that ends cancelled counts as unhandled
         finally:
             self._tasks.discard(task)
 
@@ -179,9 +180,10 @@ class Proxy:
         try:
             while data := await reader.read(65536):
                 await asyncio.sleep(self._rng.uniform(0, self._lag_s))
-                if not self.swallow:
+                if not self.swallow and not writer.is_closing():
                     writer.write(data)
-                    with contextlib.suppress(OSError):
-                        await writer.drain()
+                    await writer.drain()
+        except OSError:
+            pass  # one of the ends broke off, the other hears of it
         finally:
             writer.close()
