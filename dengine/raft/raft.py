@@ -68,6 +68,7 @@ from dengine.raft.types import (
 RETRY_MS_MIN, RETRY_MS_MAX = 100, 300  # pause before an election that failed is tried again
 BROKEN_MS_MIN, BROKEN_MS_MAX = 25, 250  # after stickiness ends, when the stream has broken
 ASKED_READS_MAX = 10_000  # reads that wait for the leader's answer
+AFTER_SYNC_MAX = 4096  # messages that wait for the disk; one that hangs must not fill the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,7 +455,7 @@ class Raft:
         self._pre_votes, self._votes = {}, {}
         last = self.log.last_id
         for voter in sorted(self.membership.all_voters - {self.me}):
-            self._out.after_sync.append(
+            self._send_after_sync(
                 VoteRequest(self.me, voter, self.term, last.index, last.term, transfer)
             )
         self._retry_election()
@@ -501,7 +502,7 @@ class Raft:
         if granted:
             self.voted_for = m.sender
             self._reset_election_timer()
-        self._out.after_sync.append(VoteResponse(self.me, m.sender, self.term, granted))
+        self._send_after_sync(VoteResponse(self.me, m.sender, self.term, granted))
 
     def _on_vote_response(self, m: VoteResponse) -> None:
         if self._stands_for_election():
@@ -835,7 +836,7 @@ class Raft:
         if last.index <= self.log.stable_index and self._term_and_vote_durable():
             self._send(response)
         else:
-            self._out.after_sync.append(response)
+            self._send_after_sync(response)
 
     def _on_heartbeat_request(self, m: HeartbeatRequest) -> None:
         self._follow(m.sender)
@@ -848,7 +849,7 @@ class Raft:
         if self._term_and_vote_durable():
             self._send(response)  # says nothing about the log, so it need not wait for the disk
         else:
-            self._out.after_sync.append(response)
+            self._send_after_sync(response)
 
     def _learn_commit(self, index: int) -> None:
         """The leader names a commit index that it knows we have acknowledged."""
@@ -875,7 +876,7 @@ class Raft:
         """
         match m:
             case AppendRequest() | HeartbeatRequest():
-                self._out.after_sync.append(
+                self._send_after_sync(
                     AppendResponse(self.me, m.sender, self.term, False, 0, 0, 0, 0)
                 )
             case PreVoteRequest():
@@ -944,6 +945,13 @@ class Raft:
 
     def _send(self, message: Message) -> None:
         self._out.messages.append(message)
+
+    def _send_after_sync(self, message: Message) -> None:
+        """With the next durable write. Any message may be lost, so the oldest makes room."""
+        waiting = self._out.after_sync
+        if len(waiting) >= AFTER_SYNC_MAX:
+            del waiting[0]
+        waiting.append(message)
 
     def _term_and_vote_durable(self) -> bool:
         return (self._durable.term, self._durable.voted_for) == (self.term, self.voted_for)

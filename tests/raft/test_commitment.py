@@ -11,7 +11,7 @@ from dengine.raft.messages import (
     VoteRequest,
     VoteResponse,
 )
-from dengine.raft.raft import Transition
+from dengine.raft.raft import AFTER_SYNC_MAX, Transition
 from dengine.raft.types import HardState, MemberId, Role
 from tests.raft.harness import (
     A,
@@ -78,6 +78,20 @@ def test_entries_that_come_back_while_being_written_are_durable() -> None:
     assert node.raft.log.stable_index == 3
     assert node.settle() == [ack(A, B, 3, 3, 1)]
     assert node.disk.log[1:] == list(first)
+
+
+def test_what_was_proposed_during_a_write_is_not_durable_with_it() -> None:
+    """10.2.1, failures R4: the leader counts itself for what that write held, and no more."""
+    node = leader(A, ABC)
+    node.raft.propose(b"x")
+    node.take()
+    node.raft.propose(b"y")
+    node.take()
+    node.finish_write()
+    node.step(ack(B, A, 2, 4, 2))
+    assert node.raft.log.commit_index == 3
+    node.settle()
+    assert node.raft.log.commit_index == 4
 
 
 # --- 5.4.2: committing entries from previous terms -----------------------------------------------
@@ -147,3 +161,17 @@ def test_a_server_whose_disk_hangs_does_not_campaign() -> None:
     node.finish_write()
     node.tick(2000)
     assert node.take().messages
+
+
+def test_a_disk_that_hangs_for_hours_fills_no_memory() -> None:
+    """DESIGN: every queue has a bound. Of the answers that wait, the newest survive."""
+    node = server(A, ABC)
+    node.step(AppendRequest(B, A, 1, 1, 1, (normal(2, 1),), 1))
+    node.take()
+    for index in range(2, 2 * AFTER_SYNC_MAX):
+        node.step(AppendRequest(B, A, 1, index, 1, (normal(index + 1, 1),), 1))
+    node.finish_write()
+    ready = node.take()
+    assert len(ready.messages_after_sync) == AFTER_SYNC_MAX
+    last = 2 * AFTER_SYNC_MAX
+    assert ready.messages_after_sync[-1] == ack(A, B, 1, last, 1)

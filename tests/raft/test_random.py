@@ -35,6 +35,8 @@ from tests.raft.harness import Server, membership
 BUDGET_S = 45  # without SEEDS: as many seeds, from 0 on, as fit into this time
 SEEDS_MIN = 100
 EVENTS = 8000
+UNHURRIED: dict[str, int] = {}  # the defaults
+NERVOUS = {"timeout_ms_min": 100, "timeout_ms_max": 250, "heartbeat_ms": 30, "lease_ms": 50}
 
 
 class Storm:
@@ -44,7 +46,8 @@ class Storm:
         self.rng = random.Random(seed)
         size = self.rng.choice([1, 1, 2, 3, 3, 5])
         self.founders = [MemberId(i, i * 16) for i in range(1, size + 1)]
-        self.cluster = Cluster(membership(*self.founders), seed=seed)
+        timing = self.rng.choice([UNHURRIED, NERVOUS, NERVOUS])
+        self.cluster = Cluster(membership(*self.founders), seed=seed, **timing)
         self.cluster.elect()
         self.counter = itertools.count(1)
         self.next_id = size + 1
@@ -151,7 +154,11 @@ class Storm:
 
     def partition(self) -> None:
         everybody = list(self.cluster.disks)
-        side = self.rng.sample(everybody, self.rng.randint(1, len(everybody)))
+        leaders = [s.me for s in self.cluster.servers.values() if s.raft.is_leader]
+        if leaders and self.rng.random() < 0.4:
+            side = leaders[:1]
+        else:
+            side = self.rng.sample(everybody, self.rng.randint(1, len(everybody)))
         others = [m for m in everybody if m not in side]
         self.cluster.cut = set(itertools.product(side, others))
         if self.rng.random() < 0.6:  # else one way only

@@ -12,7 +12,7 @@ from dengine.raft.messages import (
     ReadIndexRequest,
     ReadIndexResponse,
 )
-from dengine.raft.raft import Transition
+from dengine.raft.raft import ASKED_READS_MAX, Transition
 from dengine.raft.types import HardState, MemberId, ReadNonce, ReadState, Role
 from tests.raft.cluster import Cluster
 from tests.raft.harness import (
@@ -275,6 +275,16 @@ def test_a_question_that_was_lost_is_given_up() -> None:
     assert states == [ReadState(nonce(1, B), None)]
 
 
+def test_questions_that_wait_for_the_leader_are_bounded() -> None:
+    """DESIGN: every queue has a bound; beyond it a read fails at once and can be tried again."""
+    node = follower_of_a()
+    for counter in range(ASKED_READS_MAX):
+        read(node, counter)
+    assert not node.take().read_states
+    read(node, ASKED_READS_MAX)
+    assert node.take().read_states == [ReadState(nonce(ASKED_READS_MAX, B), None)]
+
+
 # --- 6.4.1: lease --------------------------------------------------------------------------------
 
 
@@ -335,11 +345,16 @@ def test_a_lease_is_lost_in_sleep() -> None:
 def test_old_answers_do_not_renew_a_lease() -> None:
     """6.4.1, failures D3: repeated or late, they speak of when they were asked."""
     node = leader(A, ABC)
-    for _ in range(6):
+    for _ in range(5):
         node.tick(100)
         node.take()
         node.step(answer(B, 1), answer(C, 1))
+    node.step(answer(B, 2))  # sent at 100 ms, answered at 500
+    node.tick(99)
     read(node, 1, lease=True)
+    assert node.take().read_states
+    node.tick(1)
+    read(node, 2, lease=True)
     assert not node.take().read_states
 
 

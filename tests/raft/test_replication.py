@@ -394,7 +394,7 @@ def test_a_match_index_never_goes_back() -> None:
     """5.3: acknowledgements may arrive in any order, any number of times."""
     node = leader(A, ABC)
     propose_each(node, 4)
-    node.step(ack(B, A, 2, 6, 2), ack(B, A, 2, 3, 2), ack(B, A, 2, 5, 2), ack(B, A, 2, 6, 2))
+    node.step(ack(B, A, 2, 6, 2), ack(B, A, 2, 6, 2), ack(B, A, 2, 5, 2), ack(B, A, 2, 3, 2))
     assert node.raft.progress[B].match_index == 6
     assert node.raft.log.commit_index == 6
 
