@@ -129,7 +129,7 @@ class Peers:
                 known.wake.set()
 
     def send(self, to: MemberId, frame: Frame) -> bool:
-        """Send without waiting; the frame is in the kernel's hands when this turn of the loop ends.
+        """Send without waiting: the kernel has the frame at the latest when the loop next turns.
 
         False: dropped, because there is no stream to exactly this incarnation or more than
         `MAX_QUEUED_BYTES` wait on it. True promises nothing: the link may break.

@@ -1,14 +1,15 @@
 """One WebSocket between two nodes: frames in order, a bounded send buffer, signs of life.
 
 `send` never waits. A frame goes straight to the transport, whose own buffer is the queue: there is
-no writer task to wake and no second queue, and uvloop flushes everything that one turn of the
-loop wrote with one system call.
+no writer task to wake. The first frame of a turn of the loop is in the kernel when `send` returns;
+those that follow in the same turn leave together with one system call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+from typing import cast
 
 import aiohttp
 import msgspec
@@ -42,6 +43,38 @@ class StreamEnded(Exception):
         self.garbled = garbled
 
 
+class _Cork:
+    """A transport's `write`, at most one system call at once and one for the rest of the turn."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._corked = False
+        self._loop = asyncio.get_running_loop()
+        self.is_closing = transport.is_closing
+
+    @property
+    def unsent_bytes(self) -> int:
+        return self._transport.get_write_buffer_size() + self._held_bytes
+
+    def write(self, data: bytes) -> None:
+        if self._corked:
+            self._held.append(data)
+            self._held_bytes += len(data)
+        else:
+            self._corked = True
+            self._loop.call_soon(self.flush)
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        self._corked = False
+        if self._held:
+            held, self._held, self._held_bytes = self._held, [], 0
+            if not self._transport.is_closing():
+                self._transport.writelines(held)
+
+
 class Stream:
     """A WebSocket, open and not yet trusted until `hello` and `own` are set by the handshake.
 
@@ -54,11 +87,14 @@ class Stream:
     def __init__(self, socket: WebSocket, dialled: str | None) -> None:
         """`dialled` is the address we called; None when the other side called us."""
         self._socket = socket
-        # aiohttp has no public way from a client's WebSocket to its transport.
+        # aiohttp has no public way from a client's WebSocket to its transport, nor to a writer
+        # that does not wait; of its writer we use the transport alone.
         writer = socket._writer
         if writer is None:
             raise InvariantBroken("Stream needs a WebSocket after its handshake: prepare it first")
         self._transport = writer.transport
+        self._cork = _Cork(writer.transport)
+        writer.transport = cast(asyncio.Transport, self._cork)  # calls write and is_closing only
         # aiohttp must never pause its writer: `send` bounds the buffer and cannot wait.
         self._transport.set_write_buffer_limits(MAX_QUEUED_BYTES + 2 * MAX_FRAME_BYTES)
         peer = self._transport.get_extra_info("peername")
@@ -82,12 +118,14 @@ class Stream:
         return self._silent_beats > 3
 
     def send(self, frame: Frame) -> bool:
-        """Hand `frame` to the kernel in this turn of the loop; False: dropped.
+        """Hand `frame` to the kernel, at the latest when the loop next turns.
+
+        False: it was dropped.
 
         Raises:
             InvariantBroken: the frame is larger than `MAX_FRAME_BYTES`.
         """
-        if self._ending or self._transport.get_write_buffer_size() > MAX_QUEUED_BYTES:
+        if self._ending or self._cork.unsent_bytes > MAX_QUEUED_BYTES:
             return False
         data = encode(frame)
         if len(data) > MAX_FRAME_BYTES:
@@ -147,6 +185,7 @@ class Stream:
     def close(self, reason: str) -> None:
         """Flush what was sent and close, within CLOSE_TIMEOUT_S."""
         self._end_within_timeout(reason)
+        self._cork.flush()
         self._transport.close()
 
     def abort(self, reason: str) -> None:

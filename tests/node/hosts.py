@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import aiohttp
 import uvloop
 from aiohttp import web
 
 from dengine.node.peers import Peers
-from dengine.node.wire import Frame, Hello, Refused
+from dengine.node.wire import ForwardRequest, Frame, Hello, Refused, encode
 from dengine.raft.types import MemberId
 
 WAIT_S = 10.0
+STRANGER = MemberId(9, 1009)
 
 
 def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -138,6 +141,30 @@ async def joined(one: Host, other: Host) -> float:
         lambda: one.has(other) and other.has(one) and one.connections + other.connections == 1,
         f"one stream between {one.member.id} and {other.member.id}",
     )
+
+
+def note(number: int, body: bytes = b"") -> ForwardRequest:
+    return ForwardRequest(number, "note", body, 1000)
+
+
+@asynccontextmanager
+async def stranger(host: Host, *frames: object) -> AsyncIterator[Any]:
+    """A hand-made client that has sent `frames` (structs are encoded, str is sent as text)."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"http://{host.address}/v1/peer", max_msg_size=0) as ws,
+    ):
+        with suppress(ConnectionError):  # of the host that has read enough
+            for frame in frames:
+                if isinstance(frame, str):
+                    await ws.send_str(frame)
+                else:
+                    await ws.send_bytes(frame if isinstance(frame, bytes) else encode(frame))
+        yield ws
+
+
+def stranger_hello(host: Host) -> Hello:
+    return Host(STRANGER.id, cluster=host.cluster).hello(host.member.id, host.address)
 
 
 class Proxy:
