@@ -33,6 +33,7 @@ from dengine.storage.state_store import StateStore
 
 T = TypeVar("T")
 
+GATHER_S = 0.002  # how long commands wait for an entry that is on its way to a majority
 INBOX_MAX = 20_000  # messages; beyond it they are dropped, as a network may do
 
 
@@ -83,6 +84,7 @@ class Cycle:
         self._tick_due: asyncio.Handle | None = None
         self._tick_s = min(25, raft.config.heartbeat_ms / 4) / 1000
         self._leader: MemberId | None = None
+        self._proposed_at = 0.0
         self._running = False
 
     def start(self) -> None:
@@ -147,12 +149,25 @@ class Cycle:
         if self.proposals.queued:
             if raft.role != "leader":
                 self.proposals.refuse_queued(NotLeader("this node does not lead any more"))
-            elif raft.may_propose and not raft.writing:
-                batch = self.proposals.take_batch()
-                log_id = raft.propose(encode_batch([waiting.command for waiting in batch]))
-                self.proposals.appended(log_id, batch)
+            elif raft.may_propose and not raft.writing and self._gathered():
+                self._propose()
         for nonce, lease in self.reads.take(self._loop.time()):
             raft.read_index(nonce, lease=lease)
+
+    def _gathered(self) -> bool:
+        """While an entry is on its way, commands gather for the next one: fewer, larger entries
+        cost all members less. Where the way is long, waiting for its end would cost more.
+        """
+        log = self.raft.log
+        return (
+            log.commit_index == log.last_index or self._loop.time() - self._proposed_at >= GATHER_S
+        )
+
+    def _propose(self) -> None:
+        batch = self.proposals.take_batch()
+        log_id = self.raft.propose(encode_batch([waiting.command for waiting in batch]))
+        self.proposals.appended(log_id, batch)
+        self._proposed_at = self._loop.time()
 
     def _carry_out(self, ready: Ready) -> None:
         self._send(ready.messages)

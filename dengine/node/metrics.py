@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from dengine.raft.raft import Raft
@@ -22,15 +22,6 @@ class NodeMetrics:
     def __init__(self, status: Callable[[], dict[str, Any]], raft: Raft) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_StatusCollector(status, raft))
-        self.proposals = Counter(
-            "dengine_proposals", "Commands proposed here", registry=self.registry
-        )
-        self.proposal_failures = Counter(
-            "dengine_proposal_failures",
-            "Commands that ended in an error",
-            ["error"],
-            registry=self.registry,
-        )
         self.log_write_seconds = Histogram(
             "dengine_log_fsync_seconds",
             "Durable log writes",
@@ -81,6 +72,9 @@ class _StatusCollector(Collector):
         yield role
         yield GaugeMetricFamily(
             "dengine_voters", "Voters of the committed membership", value=len(status["voters"])
+        )
+        yield CounterMetricFamily(
+            "dengine_proposals", "Commands queued here for the log", value=status["proposals"]
         )
         yield from self._peers()
 

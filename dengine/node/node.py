@@ -247,7 +247,6 @@ class Node:
             DengineError: `outcome` says whether it may still happen.
         """
         data = encode_command(command)
-        self._metrics.proposals.inc()
         try:
             if self.raft.may_propose:  # the common case, without a detour
                 return await self.write_here(data, deadline)

@@ -37,6 +37,7 @@ class Proposals:
         self._bytes_max = bytes_max
         self._queue: deque[_Waiting] = deque()
         self._in_log: dict[int, _InLog] = {}
+        self.total = 0  # since the start
         self.count = 0
         self.bytes = 0
 
@@ -55,6 +56,7 @@ class Proposals:
                 f"{self.count} writes with {self.bytes} bytes are pending on this node, which is "
                 "its limit: slow down and try again"
             )
+        self.total += 1
         self.count += 1
         self.bytes += len(command)
         self._queue.append(_Waiting(command, future, deadline))

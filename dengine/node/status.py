@@ -92,6 +92,7 @@ class Status:
             "revision": self._state.revision,
             "voters": [v.id for v in membership.voters],
             "learners": [m.id for m in membership.learners],
+            "proposals": self._proposals.total,
             "pending_writes": self._proposals.count,
             "uptime_s": round(time.monotonic() - self._started, 3),
         }

@@ -54,30 +54,33 @@ class Storm:
         self.wiped = False
         self.asked: dict[ReadNonce, int] = {}  # read -> how much was committed when it was asked
         self.read_count = 0
-        calm = self.rng.choice([0.1, 0.5, 2.0])  # how often things break
-        self.actions = {
+        self.weights = {
             self.deliver: 80.0,
             self.turn: 40.0,
             self.write_done: 20.0,
-            self.time_passes: 6.0,
+            self.time_passes: 5.0,
+        }
+        usual = {
             self.propose: 6.0,
             self.read: 4.0,
-            self.drop: 3.0 * calm,
-            self.repeat: 3.0 * calm,
-            self.crash: 0.6 * calm,
-            self.restart: 1.2 * calm,
-            self.partition: 0.4 * calm,
-            self.reunite: 0.8 * calm,
-            self.stall: 0.2 * calm,
+            self.drop: 1.5,
+            self.repeat: 1.5,
+            self.crash: 0.6,
+            self.restart: 1.5,
+            self.partition: 0.5,
+            self.reunite: 1.0,
+            self.stall: 0.2,
             self.change: 1.5,
-            self.transfer: 0.3,
+            self.transfer: 0.6,
             self.wipe: 0.1,
-            self.step_down: 0.1 * calm,
+            self.step_down: 0.4,
         }
+        # Every storm is biased another way, so that rare events also come in quick succession.
+        for act, weight in usual.items():
+            self.weights[act] = weight * self.rng.choice([0.1, 0.5, 1, 5])
 
     def run(self) -> None:
-        actions, weights = list(self.actions), list(self.actions.values())
-        for action in self.rng.choices(actions, weights, k=EVENTS):
+        for action in self.rng.choices(list(self.weights), list(self.weights.values()), k=EVENTS):
             action()
         self.heal()
 
