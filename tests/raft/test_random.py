@@ -55,29 +55,29 @@ class Storm:
         self.asked: dict[ReadNonce, int] = {}  # read -> how much was committed when it was asked
         self.read_count = 0
         self.weights = {
-            self.deliver: 80.0,
+            self.deliver: 100.0,
             self.turn: 40.0,
             self.write_done: 20.0,
-            self.time_passes: 5.0,
+            self.time_passes: 4.0,
         }
         usual = {
             self.propose: 6.0,
             self.read: 4.0,
             self.drop: 1.5,
             self.repeat: 1.5,
-            self.crash: 0.6,
-            self.restart: 1.5,
-            self.partition: 0.5,
-            self.reunite: 1.0,
-            self.stall: 0.2,
+            self.crash: 0.4,
+            self.restart: 3.0,
+            self.partition: 0.4,
+            self.reunite: 2.0,
+            self.stall: 0.1,
             self.change: 1.5,
             self.transfer: 0.6,
             self.wipe: 0.1,
-            self.step_down: 0.4,
+            self.step_down: 0.3,
         }
         # Every storm is biased another way, so that rare events also come in quick succession.
         for act, weight in usual.items():
-            self.weights[act] = weight * self.rng.choice([0.1, 0.5, 1, 5])
+            self.weights[act] = weight * self.rng.choice([0, 0.3, 1, 3])
 
     def run(self) -> None:
         for action in self.rng.choices(list(self.weights), list(self.weights.values()), k=EVENTS):
