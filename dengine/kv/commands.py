@@ -109,6 +109,10 @@ def encode_batch(commands: Sequence[bytes]) -> bytes:
     return _VERSION_BYTE + _encoder.encode(commands)
 
 
+# msgspec lets a tag that is no UTF-8 through as UnicodeDecodeError, and deep nesting as the other.
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
 def decode_batch(data: bytes) -> list[Command | Invalid]:
     """Inverse of `encode_batch`, for any bytes at all.
 
@@ -121,13 +125,13 @@ def decode_batch(data: bytes) -> list[Command | Invalid]:
         return [Invalid(f"the batch is not of version {BATCH_VERSION}")]
     try:
         frames = _frames_decoder.decode(memoryview(data)[1:])
-    except msgspec.MsgspecError:
+    except _UNREADABLE:
         return [Invalid("the batch cannot be read")]
     commands: list[Command | Invalid] = []
     for frame in frames:
         try:
             commands.append(_command_decoder.decode(frame))
-        except msgspec.MsgspecError:
+        except _UNREADABLE:
             commands.append(Invalid("the command cannot be read"))
     return commands
 

@@ -322,7 +322,7 @@ class LogStore:
     def _membership(self, index: int, data: bytes) -> Membership:
         try:
             return decode_membership(data)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InvariantBroken(
                 f"{self._file}: entry {index} holds a membership that this dengine cannot "
                 f"read ({error}); start the version that wrote it"

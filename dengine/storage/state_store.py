@@ -245,7 +245,7 @@ class StateStore:
     def _decode_membership(self, data: bytes) -> Membership:
         try:
             return decode_membership(data)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InvariantBroken(
                 f"{self._path}: a membership that this dengine cannot read ({error}); "
                 "start the version that wrote it"

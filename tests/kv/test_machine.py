@@ -74,6 +74,15 @@ def test_apply_is_total_and_repeatable_under_damage(
     assert outcomes[0] == outcomes[1]
 
 
+def test_a_command_whose_tag_is_no_text_is_refused() -> None:
+    """One flipped bit in the tag of a command makes that command invalid, not the node stop."""
+    data = batch(Put(b"a", b"1"), Put(b"b", b"2"))
+    damaged = data.replace(b"\xa1p", b"\xa1\x80", 1)
+    revision, results = apply_batch(damaged, DictView(), 0)
+    assert [type(result) for result in results] == [Invalid, PutResult]
+    assert revision == 1
+
+
 @given(st.binary(max_size=300))
 def test_apply_is_total_for_arbitrary_bytes(data: bytes) -> None:
     """What is no batch is one `Invalid` and changes nothing; it never raises."""
