@@ -65,11 +65,13 @@ class AppendResponse(_Header, frozen=True, array_like=True, tag=True):
 class HeartbeatRequest(_Header, frozen=True, array_like=True, tag=True):
     """`round` grows with every broadcast of this leader in this term; acks echo it (6.4).
 
-    Round 0 only spreads the commit index and wants no answer.
+    Round 0 only spreads the commit index and wants no answer. `commit_term` is the term of the
+    entry there: a log that was rolled back may have another one at that index.
     """
 
     round: int
     commit_index: int
+    commit_term: int
 
 
 class HeartbeatResponse(_Header, frozen=True, array_like=True, tag=True):
@@ -85,11 +87,12 @@ class ReadIndexRequest(_Header, frozen=True, array_like=True, tag=True):
 
 
 class ReadIndexResponse(_Header, frozen=True, array_like=True, tag=True):
-    """`index` None: the leader could not confirm. `commit_index` saves waiting for a heartbeat."""
+    """`index` None: the leader could not confirm. The commit saves waiting for a heartbeat."""
 
     nonce: ReadNonce
     index: int | None
     commit_index: int
+    commit_term: int
 
 
 class TimeoutNow(_Header, frozen=True, array_like=True, tag=True):

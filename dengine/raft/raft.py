@@ -610,8 +610,7 @@ class Raft:
         for member, progress in self.progress.items():
             commit = min(progress.match_index, self.log.commit_index)
             if member != self.me and progress.commit_sent < commit:
-                progress.commit_sent = commit
-                self._send(HeartbeatRequest(self.me, member, self.term, 0, commit))
+                self._send_heartbeat(member, 0)
 
     def _write_overdue(self) -> bool:
         return (
@@ -629,12 +628,22 @@ class Raft:
         for member in members:
             if member == self.me:
                 continue
-            progress = self.progress[member]
-            progress.commit_sent = min(progress.match_index, commit)
-            self._send(HeartbeatRequest(self.me, member, self.term, number, progress.commit_sent))
+            self._send_heartbeat(member, number)
         self.progress[self.me].acked_round = number
         self._confirm_rounds()
         return number
+
+    def _send_heartbeat(self, member: MemberId, number: int) -> None:
+        commit = self._commit_known_to(member)
+        self.progress[member].commit_sent = commit.index
+        self._send(HeartbeatRequest(self.me, member, self.term, number, commit.index, commit.term))
+
+    def _commit_known_to(self, member: MemberId) -> LogId:
+        """How far `member` may commit without a check of its log: what it has acknowledged."""
+        progress = self.progress.get(member)
+        index = min(progress.match_index, self.log.commit_index) if progress is not None else 0
+        term = self.log.term(index)
+        return LogId(index, term) if term is not None else LogId(0, 0)
 
     # --- leading: replication (5.3) -----------------------------------------------------------
 
@@ -708,8 +717,7 @@ class Raft:
         heirs = [v for v in membership.voters if v in self.progress]
         if heirs:
             heir = max(heirs, key=lambda v: (self.progress[v].match_index, -v.id))
-            commit = min(self.progress[heir].match_index, self.log.commit_index)
-            self._send(HeartbeatRequest(self.me, heir, self.term, 0, commit))
+            self._send_heartbeat(heir, 0)
             self._send(TimeoutNow(self.me, heir, self.term))
         self.step_down("it is no longer a voter")
 
@@ -781,9 +789,12 @@ class Raft:
         if read.requester == self.me:
             self._out.read_states.append(ReadState(read.nonce, index))
             return
-        progress = self.progress.get(read.requester)
-        known = min(progress.match_index, self.log.commit_index) if progress else 0
-        self._send(ReadIndexResponse(self.me, read.requester, self.term, read.nonce, index, known))
+        commit = self._commit_known_to(read.requester)
+        self._send(
+            ReadIndexResponse(
+                self.me, read.requester, self.term, read.nonce, index, commit.index, commit.term
+            )
+        )
 
     def _holds_lease(self) -> bool:
         """6.4.1: a quorum answered heartbeats SENT so recently that none of its members can have
@@ -840,7 +851,7 @@ class Raft:
 
     def _on_heartbeat_request(self, m: HeartbeatRequest) -> None:
         self._follow(m.sender)
-        self._learn_commit(m.commit_index)
+        self._learn_commit(LogId(m.commit_index, m.commit_term))
         if m.round == 0:
             return
         response = HeartbeatResponse(
@@ -851,23 +862,25 @@ class Raft:
         else:
             self._send_after_sync(response)
 
-    def _learn_commit(self, index: int) -> None:
-        """The leader names a commit index that it knows we have acknowledged."""
-        if index > self.log.last_index:
-            self.saw_lost_entries = True  # acknowledged and gone: this directory is an old copy
+    def _learn_commit(self, commit: LogId) -> None:
+        """The leader names a committed entry that it knows we have acknowledged."""
+        if commit.index <= self.log.commit_index:
+            return
+        if self.log.matches(commit):
+            self._commit_to(commit.index)
         else:
-            self._commit_to(index)
+            self.saw_lost_entries = True  # acknowledged and gone: this directory is an old copy
 
     def _on_read_index_request(self, m: ReadIndexRequest) -> None:
         if self.role is Role.LEADER:
             self._file_read(PendingRead(m.sender, m.nonce), m.lease)
         else:
-            self._send(ReadIndexResponse(self.me, m.sender, self.term, m.nonce, None, 0))
+            self._send(ReadIndexResponse(self.me, m.sender, self.term, m.nonce, None, 0, 0))
 
     def _on_read_index_response(self, m: ReadIndexResponse) -> None:
         if m.nonce in self._asked_reads:
             del self._asked_reads[m.nonce]
-            self._learn_commit(m.commit_index)
+            self._learn_commit(LogId(m.commit_index, m.commit_term))
             self._out.read_states.append(ReadState(m.nonce, m.index))
 
     def _answer_stale(self, m: Message) -> None:

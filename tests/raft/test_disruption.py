@@ -94,7 +94,7 @@ def test_who_hears_a_leader_lets_nobody_depose_it() -> None:
     from a current leader, it does not update its term or grant its vote."
     """
     node = past_grace(server(A, ABC))
-    node.step(HeartbeatRequest(B, A, 1, 1, 1))
+    node.step(HeartbeatRequest(B, A, 1, 1, 1, 1))
     node.settle()
     node.tick(999)
     node.step(VoteRequest(C, A, 9, 5, 5, False), PreVoteRequest(C, A, 9, 5, 5))
@@ -220,7 +220,7 @@ def test_a_follower_whose_stream_to_the_leader_broke_asks_early_but_never_too_ea
     asked = []
     for seed in range(50):
         node = server(A, ABC, seed=seed)
-        node.step(HeartbeatRequest(B, A, 1, 1, 1))
+        node.step(HeartbeatRequest(B, A, 1, 1, 1, 1))
         node.settle()
         node.raft.report_unreachable(B)
         elapsed = 0

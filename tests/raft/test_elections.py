@@ -49,7 +49,7 @@ ABC = membership(A, B, C)
 def test_a_stale_leader_is_told_of_the_newer_term() -> None:
     """5.1: "If a server receives a request with a stale term number, it rejects the request." """
     for stale in (
-        HeartbeatRequest(B, A, 2, 1, 1),
+        HeartbeatRequest(B, A, 2, 1, 1, 1),
         AppendRequest(B, A, 2, 1, 1, (noop(2, 2),), 1),
     ):
         node = server(A, ABC, term=5)
@@ -90,7 +90,7 @@ def test_votes_that_arrive_after_following_another_leader_do_not_elect() -> None
     node = server(A, membership(A, B, C, D, E))
     node.stand_for_election()
     node.step(VoteResponse(B, A, 2, True))
-    node.step(HeartbeatRequest(E, A, 2, 1, 1))
+    node.step(HeartbeatRequest(E, A, 2, 1, 1, 1))
     node.settle()
     node.tick(node.config.timeout_ms_max + 1)
     node.take()
@@ -152,7 +152,7 @@ def test_a_heartbeat_keeps_a_follower_quiet() -> None:
     node = server(A, ABC)
     for number in range(1, 100):
         node.tick(900)
-        node.step(HeartbeatRequest(B, A, 1, number, 1))
+        node.step(HeartbeatRequest(B, A, 1, number, 1, 1))
         expect(node.take(), messages=[HeartbeatResponse(A, B, 1, number, 1000)])
 
 
@@ -188,7 +188,7 @@ def test_a_majority_of_votes_makes_a_leader_that_announces_itself() -> None:
     append = [AppendRequest(A, m, 2, 2, 1, (noop(3, 2),), 1) for m in (B, C)]
     expect(
         node.take(),
-        messages=[HeartbeatRequest(A, B, 2, 1, 0), HeartbeatRequest(A, C, 2, 1, 0), *append],
+        messages=[HeartbeatRequest(A, B, 2, 1, 0, 0), HeartbeatRequest(A, C, 2, 1, 0, 0), *append],
         hard_state=HardState(2, A, 1),
         entries=[noop(3, 2)],
         transitions=[Transition(Role.CANDIDATE, Role.LEADER, 2, "elected")],
@@ -370,7 +370,7 @@ def test_messages_for_an_older_incarnation_are_ignored() -> None:
     wiped = MemberId(A.id, A.incarnation + 1)
     node = Server(wiped, Disk())
     node.tick(1000)
-    node.step(VoteRequest(B, A, 5, 5, 5, False), HeartbeatRequest(B, A, 5, 1, 1))
+    node.step(VoteRequest(B, A, 5, 5, 5, False), HeartbeatRequest(B, A, 5, 1, 1, 1))
     expect(node.take())
     assert node.raft.term == 1
 

@@ -226,7 +226,7 @@ def test_a_removed_leader_leads_until_that_is_committed_and_hands_over() -> None
     assert node.raft.log.commit_index == 2, "its own copy must not count"
     node.acknowledge(C)
     ready = node.take()
-    assert list(ready.messages) == [HeartbeatRequest(A, B, 2, 0, 3), TimeoutNow(A, B, 2)]
+    assert list(ready.messages) == [HeartbeatRequest(A, B, 2, 0, 3, 2), TimeoutNow(A, B, 2)]
     assert [t.new for t in ready.transitions] == [Role.FOLLOWER]
     node.settle()
     node.tick(60_000)

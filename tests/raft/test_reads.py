@@ -41,7 +41,7 @@ def read(node: Server, counter: int, *, lease: bool = False) -> None:
 
 
 def heartbeat_round(number: int, *followers: MemberId, commit: int = 2) -> list[HeartbeatRequest]:
-    return [HeartbeatRequest(A, m, 2, number, commit) for m in followers]
+    return [HeartbeatRequest(A, m, 2, number, commit, 2) for m in followers]
 
 
 def answer(sender: MemberId, number: int, term: int = 2) -> HeartbeatResponse:
@@ -178,7 +178,7 @@ def test_a_change_of_leader_fails_the_reads_that_wait() -> None:
     node.take()
     read(node, 2)
     node.take()
-    node.step(HeartbeatRequest(B, A, 3, 1, 2))
+    node.step(HeartbeatRequest(B, A, 3, 1, 2, 1))
     expect(
         node.take(),
         hard_state=HardState(3, None, 2),
@@ -195,7 +195,7 @@ def test_a_change_of_leader_fails_the_reads_that_wait() -> None:
 
 def follower_of_a() -> Server:
     node = server(B, ABC)
-    node.step(HeartbeatRequest(A, B, 1, 1, 1))
+    node.step(HeartbeatRequest(A, B, 1, 1, 1, 1))
     node.settle()
     return node
 
@@ -207,9 +207,9 @@ def test_a_follower_asks_the_leader_for_the_index() -> None:
     node = follower_of_a()
     read(node, 1)
     expect(node.take(), messages=[ReadIndexRequest(B, A, 1, nonce(1, B), False)])
-    node.step(ReadIndexResponse(A, B, 1, nonce(1, B), 7, 1))
+    node.step(ReadIndexResponse(A, B, 1, nonce(1, B), 7, 1, 1))
     expect(node.take(), read_states=[ReadState(nonce(1, B), 7)])
-    node.step(ReadIndexResponse(A, B, 1, nonce(1, B), 9, 1))
+    node.step(ReadIndexResponse(A, B, 1, nonce(1, B), 9, 1, 1))
     expect(node.take())  # answered already
 
 
@@ -219,7 +219,7 @@ def test_the_leader_confirms_before_it_answers_a_follower() -> None:
     node.step(ReadIndexRequest(B, A, 2, nonce(1, B), False))
     expect(node.take(), messages=heartbeat_round(2, B, C))
     node.step(answer(C, 2))
-    expect(node.take(), messages=[ReadIndexResponse(A, B, 2, nonce(1, B), 2, 2)])
+    expect(node.take(), messages=[ReadIndexResponse(A, B, 2, nonce(1, B), 2, 2, 2)])
 
 
 def test_a_follower_without_a_leader_fails_the_read() -> None:
@@ -233,8 +233,8 @@ def test_whoever_does_not_lead_says_so() -> None:
     """6.4: the question went to a leader that has stepped down."""
     node = follower_of_a()
     node.step(ReadIndexRequest(C, B, 1, nonce(1, C), False))
-    expect(node.take(), messages=[ReadIndexResponse(B, C, 1, nonce(1, C), None, 0)])
-    node.step(ReadIndexResponse(A, B, 1, nonce(9, B), 5, 1))
+    expect(node.take(), messages=[ReadIndexResponse(B, C, 1, nonce(1, C), None, 0, 0)])
+    node.step(ReadIndexResponse(A, B, 1, nonce(9, B), 5, 1, 1))
     expect(node.take())  # never asked
 
 
@@ -244,10 +244,10 @@ def test_a_leader_that_steps_down_tells_the_followers_that_wait() -> None:
     node.step(ReadIndexRequest(B, A, 2, nonce(1, B), False))
     node.take()
     node.raft.step_down("a test")
-    assert list(node.take().messages) == [ReadIndexResponse(A, B, 2, nonce(1, B), None, 2)]
+    assert list(node.take().messages) == [ReadIndexResponse(A, B, 2, nonce(1, B), None, 2, 2)]
 
 
-@pytest.mark.parametrize("other", [HeartbeatRequest(C, B, 2, 1, 1), None])
+@pytest.mark.parametrize("other", [HeartbeatRequest(C, B, 2, 1, 1, 1), None])
 def test_a_follower_that_loses_its_leader_fails_what_it_asked(
     other: HeartbeatRequest | None,
 ) -> None:
@@ -270,7 +270,7 @@ def test_a_question_that_was_lost_is_given_up() -> None:
     states = []
     for number in range(2, 30):
         node.tick(100)
-        node.step(HeartbeatRequest(A, B, 1, number, 1))
+        node.step(HeartbeatRequest(A, B, 1, number, 1, 1))
         states += node.take().read_states
     assert states == [ReadState(nonce(1, B), None)]
 
@@ -295,7 +295,7 @@ def test_a_leader_that_holds_a_lease_answers_alone() -> None:
     node.step(ReadIndexRequest(B, A, 2, nonce(2, B), True))
     expect(
         node.take(),
-        messages=[ReadIndexResponse(A, B, 2, nonce(2, B), 2, 2)],
+        messages=[ReadIndexResponse(A, B, 2, nonce(2, B), 2, 2, 2)],
         read_states=[ReadState(nonce(1), 2)],
     )
 

@@ -65,10 +65,10 @@ def test_an_entry_is_committed_once_a_majority_has_it_and_then_applied() -> None
     node.step(ack(B, A, 2, 3, 2))
     expect(node.take(), committed_entries=[normal(3, 2, b"x")])
     node.tick(1)
-    expect(node.take(), messages=[HeartbeatRequest(A, B, 2, 0, 3)])
+    expect(node.take(), messages=[HeartbeatRequest(A, B, 2, 0, 3, 2)])
     node.step(ack(C, A, 2, 3, 2))
     node.tick(1)
-    expect(node.take(), messages=[HeartbeatRequest(A, C, 2, 0, 3)])
+    expect(node.take(), messages=[HeartbeatRequest(A, C, 2, 0, 3, 2)])
 
 
 def test_a_leader_counts_itself_only_after_its_own_fsync() -> None:
@@ -166,14 +166,14 @@ def test_the_answer_to_a_heartbeat_does_not_wait_for_entries() -> None:
     node = server(A, ABC)
     node.step(AppendRequest(B, A, 1, 1, 1, (normal(2, 1),), 1))
     node.take()
-    node.step(HeartbeatRequest(B, A, 1, 7, 1))
+    node.step(HeartbeatRequest(B, A, 1, 7, 1, 1))
     expect(node.take(), messages=[HeartbeatResponse(A, B, 1, 7, 1000)])
 
 
 def test_the_answer_to_a_heartbeat_waits_for_a_new_term() -> None:
     """Figure 2: the answer speaks in a term, so that term must be durable."""
     node = server(A, ABC)
-    node.step(HeartbeatRequest(B, A, 5, 7, 1))
+    node.step(HeartbeatRequest(B, A, 5, 7, 1, 1))
     expect(
         node.take(),
         hard_state=HardState(5, None, 1),
@@ -247,7 +247,7 @@ def test_two_leaders_in_one_term_stop_the_server() -> None:
     """5.2, election safety, as an assertion that stays on in production."""
     node = leader(A, ABC)
     with pytest.raises(InvariantBroken, match="also leads in term 2"):
-        node.step(HeartbeatRequest(B, A, 2, 1, 1))
+        node.step(HeartbeatRequest(B, A, 2, 1, 1, 1))
 
 
 def test_a_leader_never_overwrites_its_own_log() -> None:
@@ -415,8 +415,17 @@ def test_a_follower_that_needs_purged_entries_waits_for_a_snapshot() -> None:
 def test_a_heartbeat_beyond_the_log_betrays_an_old_copy() -> None:
     """DESIGN 3: the leader counts on entries that were acknowledged and are gone."""
     node = server(A, ABC, [1, 1])
-    node.step(HeartbeatRequest(B, A, 1, 1, 3))
+    node.step(HeartbeatRequest(B, A, 1, 1, 3, 1))
     assert not node.raft.saw_lost_entries
-    node.step(HeartbeatRequest(B, A, 1, 2, 9))
+    node.step(HeartbeatRequest(B, A, 1, 2, 9, 1))
     assert node.raft.saw_lost_entries
     assert node.raft.log.commit_index == 3
+
+
+def test_a_heartbeat_that_names_another_entry_betrays_an_old_copy() -> None:
+    """DESIGN 3: an old copy may be long enough and end differently; its tail is not committed."""
+    node = server(A, ABC, [1, 1])
+    before = node.raft.log.commit_index
+    node.step(HeartbeatRequest(B, A, 2, 1, 3, 2))
+    assert node.raft.saw_lost_entries
+    assert node.raft.log.commit_index == before

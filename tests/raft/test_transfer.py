@@ -57,7 +57,7 @@ def test_the_target_campaigns_at_once_and_without_pre_vote() -> None:
 def test_voters_that_hear_the_leader_vote_for_its_successor() -> None:
     """4.2.3: "the leader's permission to disrupt it" rides in the request."""
     node = server(C, ABC)
-    node.step(HeartbeatRequest(A, C, 1, 1, 1), VoteRequest(B, C, 2, 1, 1, True))
+    node.step(HeartbeatRequest(A, C, 1, 1, 1, 1), VoteRequest(B, C, 2, 1, 1, True))
     assert VoteResponse(C, B, 2, True) in node.settle()
 
 
