@@ -133,6 +133,8 @@ class Cycle:
 
     def _turn(self) -> None:
         self._turn_due = None
+        if not self._running:
+            return  # after a broken invariant nothing more may leave this node
         try:
             self._take_in()
             self._carry_out(self.raft.ready())
