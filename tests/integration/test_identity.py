@@ -15,6 +15,7 @@ from tests.cluster import (
     wait_for,
 )
 
+TRY_AGAIN = 75  # the exit code for "a later start may succeed"
 IDENTITY = 76  # the exit code for "this directory may not take part"
 
 
@@ -172,3 +173,36 @@ def test_the_last_voter_cannot_be_removed(cluster: Cluster) -> None:
     assert reply.status == 409
     assert "last voter" in reply.json()["message"]
     assert node.put("key", "value").ok
+
+
+def test_an_old_copy_of_a_directory_goes_on_as_a_new_incarnation(cluster: Cluster) -> None:
+    """A backup of node 3's directory, put back, has forgotten what it acknowledged: node 3 says so,
+    ends with code 75, and the next start joins as a new learner and votes again."""
+    nodes = guide_files(cluster)
+    for node in nodes.values():
+        node.start()
+    before = cluster.wait_voters(1, 2, 3)
+    cluster.wait_applied()
+    assert nodes[3].stop() == 0
+    copy = nodes[3].directory.with_name("copy")
+    shutil.copytree(nodes[3].directory, copy)
+    nodes[3].start()
+    for number in range(20):
+        assert nodes[1].put(f"later{number}", "x").ok
+    cluster.wait_applied()
+    nodes[3].kill()
+    shutil.rmtree(nodes[3].directory)
+    copy.rename(nodes[3].directory)
+    nodes[3].start()
+    assert nodes[3].wait_exit() == TRY_AGAIN
+    assert "old copy" in nodes[3].output()
+    nodes[3].start()
+
+    def back() -> bool:
+        view = nodes[1].cluster()
+        same = [m for m in view["members"] if m["id"] == 3]
+        whole = voters(view) == {1, 2, 3} and not view["joint"]
+        return whole and len(same) == 1 and same[0]["incarnation"] != incarnation(before, 3)
+
+    wait_for(back, "node 3 to vote again", 30)
+    assert nodes[3].get("later19").ok
