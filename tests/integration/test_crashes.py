@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import random
+import resource
 import signal
 import time
 
@@ -13,9 +16,13 @@ from tests.cluster import (
     Cluster,
     ServeProcess,
     Writer,
+    config_text,
+    free_port,
     static_cluster,
     wait_for,
 )
+
+IO_ERROR = 74  # the exit code for a disk that refused
 
 ROUNDS = int(os.environ.get("DENGINE_CRASH_ROUNDS", "20"))
 
@@ -154,3 +161,26 @@ def test_without_a_majority_nothing_is_acknowledged(cluster: Cluster) -> None:
         node.start()
     cluster.wait_leader()
     assert alone.put("key", "kept").ok
+
+
+def test_a_refused_disk_write_ends_the_process_and_a_restart_goes_on(cluster: Cluster) -> None:
+    """An I/O error of log or state is never retried: the node ends with code 74 though a request waits,
+    and the next start has everything that was acknowledged."""
+    port = free_port()
+    node = cluster.node(1, config_text(1, {1: port}, 2, 2, "founding_wait_ms = 0\n"), port)
+    node.start()
+    wait_for(node.ready, "node 1 to lead")
+    assert node.put("before", "kept").ok
+    limit = (node.directory / "log" / "data.mdb").stat().st_size + 8192
+    resource.prlimit(node.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    acknowledged = ["before"]
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        for number in range(100):
+            if node.put(f"key{number}", "x" * 4096).ok:
+                acknowledged.append(f"key{number}")
+    assert node.wait_exit() == IO_ERROR
+    assert "data.mdb" in node.output()
+    assert "Traceback" not in node.output()
+    node.start()
+    wait_for(node.ready, "node 1 to lead again")
+    assert [key for key in acknowledged if not node.get(key).ok] == []
