@@ -83,8 +83,17 @@ class Entrance:
         self._belong_to(founding.adopted_cluster_id)
 
     async def _bootstrap(self, membership: Membership) -> None:
-        """Append the founding entry; a crash before the identity is noted is healed at start."""
+        """Append the founding entry; a crash before the identity is noted is healed at start.
+
+        The other order would not be: an identity that names a cluster, beside an empty log, waits
+        for others to fill it, and a node that founded alone has none.
+        """
         await self._cycle.act(lambda raft: raft.bootstrap(membership))
+        log = self._cycle.raft.log
+        while True:  # a disk that fails ends the process
+            if log.stable_index:
+                break
+            await asyncio.sleep(POLL_S)
         self._belong_to(membership.cluster_id)
 
     async def _join(self) -> None:

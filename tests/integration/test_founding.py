@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dengine.storage.environment import open_environment
 from tests.cluster import (
     ROOT,
     Cluster,
@@ -60,3 +61,21 @@ def test_a_founder_wiped_later_is_told_to_join(cluster: Cluster) -> None:
     assert wiped.start().wait_exit() == 76
     assert "role = 3" in wiped.tail()
     assert voters(cluster.nodes[1].cluster()) == {1, 2, 3}
+
+
+def test_a_node_killed_while_its_founding_write_hangs_founds_at_the_next_start(
+    cluster: Cluster,
+) -> None:
+    """The identity names the cluster only once the log holds its first entry: kill -9 between the
+    two would leave a single node that waits for ever for somebody to fill its log."""
+    port = free_port()
+    node = cluster.node(1, config_text(1, {1: port}, 2, 2), port).start()
+    wait_for(lambda: node.request("GET", "/livez").ok, "node 1 to live")
+    log = open_environment(node.directory / "log", durable=True, remedy="")
+    with log.begin(write=True):  # LMDB has one writer: the node's own write waits for this one
+        wait_for(lambda: "→ Candidate" in node.output(), "node 1 to found")
+        assert node.request("GET", "/livez").ok
+        node.kill()
+    log.close()
+    node.start()
+    wait_for(lambda: node.put("key", "value").ok, "node 1 to lead")
