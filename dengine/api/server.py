@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dengine.api")
 
 BACKLOG = 1024
+CUT_OFF_S = 0.05  # for requests under way when nothing will answer them any more
 
 
 class HttpServer:
@@ -96,7 +97,9 @@ class HttpServer:
         for connection in clients:
             if not connection.busy:
                 connection.force_close()
-        await asyncio.gather(*(connection.shutdown(grace_s) for connection in busy))
+        # To aiohttp 0 means "for ever", and a dead node never answers what waits for it.
+        limit_s = max(grace_s, CUT_OFF_S)
+        await asyncio.gather(*(connection.shutdown(limit_s) for connection in busy))
 
     def _routes(self) -> list[Route]:
         bodies = BodyReader(self._config.limits.pending_bytes)
