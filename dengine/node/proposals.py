@@ -114,9 +114,15 @@ class Proposals:
                     )
 
     def _displaced(self, index: int) -> None:
-        """A new entry at `index`: an older one of ours that stood there is gone for good."""
+        """A new entry at `index`: an older one of ours has left this log, but another member may
+        still hold it, be elected and commit it. Only a committed entry in its place proves more.
+        """
         for stale in [i for i in self._in_log if i >= index]:
-            self._fail(self._in_log.pop(stale).waiting, _replaced())
+            error = LeaderChanged(
+                "leadership changed and the write left this node's log; it may still happen",
+                outcome="unknown",
+            )
+            self._fail(self._in_log.pop(stale).waiting, error)
 
     def _fail(self, waiting: Sequence[_Waiting] | deque[_Waiting], error: DengineError) -> None:
         for item in waiting:

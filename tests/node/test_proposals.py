@@ -1,0 +1,54 @@
+"""Writes that wait: when their failure may be called certain."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dengine.errors import LeaderChanged
+from dengine.kv.commands import PutResult, Result
+from dengine.node.proposals import Proposals
+from dengine.raft.types import Entry, EntryKind, LogId
+from tests.node.hosts import on_loop
+
+
+def _in_log(proposals: Proposals, log_id: LogId) -> asyncio.Future[Result]:
+    future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+    proposals.add(b"command", future, deadline=1e9)
+    proposals.appended(log_id, proposals.take_batch())
+    return future
+
+
+def test_a_write_behind_another_committed_entry_did_not_happen() -> None:
+    """Another term's entry is committed at its index: outcome "none", safe to send again."""
+
+    async def check() -> None:
+        proposals = Proposals(10, 1000)
+        future = _in_log(proposals, LogId(7, 2))
+        proposals.applied(Entry(7, 3, EntryKind.NORMAL, b""), [PutResult(1, True)])
+        with pytest.raises(LeaderChanged) as caught:
+            await future
+        assert caught.value.outcome == "none"
+        assert (proposals.count, proposals.bytes) == (0, 0)
+
+    on_loop(check)
+
+
+def test_a_write_that_only_left_this_log_may_still_happen() -> None:
+    """Another entry stands at its index, not committed: a member that still holds the write can
+    be elected over it and commit it (Raft, figure 8), so the outcome is unknown."""
+
+    async def check() -> None:
+        proposals = Proposals(10, 1000)
+        old = _in_log(proposals, LogId(8, 2))
+        new = _in_log(proposals, LogId(8, 5))
+        with pytest.raises(LeaderChanged) as caught:
+            await old
+        assert caught.value.outcome == "unknown"
+        result = PutResult(1, True)
+        proposals.applied(Entry(8, 5, EntryKind.NORMAL, b""), [result])
+        assert await new == result
+        assert (proposals.count, proposals.bytes) == (0, 0)
+
+    on_loop(check)
