@@ -70,6 +70,7 @@ class Admission:
             list_digest="" if self.cluster_id else self._founding.list_digest,
             founders=tuple(m.id for m in raft.membership.members),
             zone=self._config.cluster.zone,
+            term=raft.term,
         )
 
     def admit(self, theirs: Hello, host: str) -> Refused | None:
@@ -130,7 +131,8 @@ class Admission:
             )
         # Within one boot a Hello may be older than an acknowledgement on the stream it replaces.
         restarted = self._boots.get(who) != theirs.boot
-        progress = raft.progress.get(who)
+        # In a higher term than ours another leader may have replaced what was never committed.
+        progress = raft.progress.get(who) if theirs.term <= raft.term else None
         if restarted and progress is not None and theirs.last_index < progress.match_index:
             return Refused(
                 "rolled_back",

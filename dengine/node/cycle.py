@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from dengine.errors import FatalError, InvariantBroken, NotLeader, TryAgain
+from dengine.errors import ClusterUnavailable, FatalError, InvariantBroken, NotLeader, TryAgain
 from dengine.kv.commands import encode_batch
 from dengine.node.log_writer import LogWriter
 from dengine.node.proposals import Proposals
@@ -112,7 +112,13 @@ class Cycle:
             self._turn_due = self._loop.call_soon(self._turn)
 
     async def act(self, action: Callable[[Raft], T]) -> T:
-        """Run `action` on Raft inside a turn and return, or raise, what it does."""
+        """Run `action` on Raft inside a turn and return, or raise, what it does.
+
+        Raises:
+            ClusterUnavailable: the cycle has ended, and with it every turn.
+        """
+        if not self._running:
+            raise ClusterUnavailable("this node is stopping")
         future: asyncio.Future[T] = self._loop.create_future()
 
         def run() -> None:

@@ -17,6 +17,7 @@ from dengine.config import Config, is_loopback, is_wildcard, parse_address
 from dengine.errors import (
     Conflict,
     DengineError,
+    FatalError,
     InvalidRequest,
     JoinError,
     NotFound,
@@ -104,6 +105,8 @@ class Members:
         """Propose on own initiative; what is refused now is tried again on a later tick."""
         try:
             self._cycle.raft.propose_membership(change)
+        except FatalError:
+            raise
         except DengineError as error:
             log.info("not now: %s", error.message)
 

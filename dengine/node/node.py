@@ -233,7 +233,8 @@ class Node:
             self._log_store.close()
             if clean:
                 self._directory.mark_clean()
-        self._directory.close()
+            self._directory.close()
+        # Else the last write may still reach the disk: the lock ends with the process, not before.
 
     # --- requests -----------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
     `list_digest` names the static list of a founder that waits ("" for everyone else).
     `founders` are the members of the sender's cluster: a founder that finds itself among them is
     one of them, and has not been wiped.
+    `term` tells a leader that was deposed without knowing it that its view of the sender is old.
     `address` is "" unless the sender was configured anew and wants the cluster to know.
     """
 
@@ -45,6 +46,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
     list_digest: str = ""
     founders: tuple[MemberId, ...] = ()
     zone: str = ""
+    term: int = 0
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
