@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from dengine.config import InitialMember
 from dengine.log import announce
 from dengine.raft.membership import Membership
 from dengine.raft.raft import Transition
@@ -49,6 +50,22 @@ def membership_committed(me: MemberId, old: Membership, new: Membership, term: i
             voters,
             voters - 1,
         )
+
+
+def membership_loaded(membership: Membership, initial_cluster: tuple[InitialMember, ...]) -> None:
+    """Say where the file differs from the persisted membership, which wins (DESIGN section 3)."""
+    addresses = {m.id.id: m.address for m in membership.members}
+    for entry in initial_cluster if addresses else ():
+        known = addresses.get(entry.id)
+        if known is None:
+            log.info("initial_cluster names node %d, which is not a member", entry.id)
+        elif known != entry.address:
+            log.info(
+                "initial_cluster has node %d at %s; the cluster has it at %s",
+                entry.id,
+                entry.address,
+                known,
+            )
 
 
 def _ids(members: tuple[MemberId, ...]) -> str:

@@ -76,5 +76,7 @@ async def _ask(
         if body.get("removed"):
             raise IdentityError(str(body.get("message")))
         return str(body.get("message", f"HTTP {response.status}"))
+    if not isinstance(body.get("cluster_id"), str):
+        return "not a dengine node: its answer names no cluster"
     joined(body)
     return None

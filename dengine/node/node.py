@@ -102,6 +102,7 @@ class Node:
         self._announce_above = self.raft.log.commit_index
         if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
             self._directory.set_cluster_id(self.raft.membership.cluster_id)
+        announcing.membership_loaded(self.raft.membership, cluster.initial_cluster)
         self._build()
 
     def _open_state(self) -> StateStore:

@@ -106,4 +106,9 @@ class Status:
         missing = self._peer_errors(others)
         if not missing:
             return "no leader is elected yet; try again in a moment"
+        if len(membership.voters) == 2:
+            missing += (
+                "; two voters need each other: bring it back, or, if its data directory is lost, "
+                "see `dengine repair`"
+            )
         return f"no leader; {missing}"

@@ -164,8 +164,8 @@ def test_without_a_majority_nothing_is_acknowledged(cluster: Cluster) -> None:
 
 
 def test_a_refused_disk_write_ends_the_process_and_a_restart_goes_on(cluster: Cluster) -> None:
-    """An I/O error of log or state is never retried: the node ends with code 74 though a request waits,
-    and the next start has everything that was acknowledged."""
+    """An I/O error of log or state is never retried: the node ends with code 74 though a request
+    waits, and the next start has everything that was acknowledged."""
     port = free_port()
     node = cluster.node(1, config_text(1, {1: port}, 2, 2, "founding_wait_ms = 0\n"), port)
     node.start()
