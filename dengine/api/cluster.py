@@ -13,7 +13,7 @@ from aiohttp import web
 from dengine.api import params
 from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
 from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
-from dengine.api.routes import Body, Parameter, Route
+from dengine.api.routes import Body, Handler, Parameter, Route
 from dengine.config import parse_address
 from dengine.errors import InvalidRequest, WatchOverflow
 
@@ -56,9 +56,10 @@ class Leader(msgspec.Struct, forbid_unknown_fields=True):
 
 class SettingsUpdate(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     promotion: Literal["immediate", "odd"] | None = None
-    history_revisions: Count | None = None
-    history_bytes: Count | None = None
-    idempotency_window_s: Count | None = None
+    # The same ranges as those of [kv] in the configuration.
+    history_revisions: Annotated[int, msgspec.Meta(ge=0, le=10**12)] | None = None
+    history_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] | None = None
+    idempotency_window_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)] | None = None
 
 
 class ClusterCalls:
@@ -244,13 +245,19 @@ _VIEW = Body(
         "advice": "one voter tolerates no failure: join two more nodes",
     },
 )
-_DONE = Body("done")
+_JOINED = {
+    "cluster_id": "6c789e114b3c0c52701eaefa5361b817",
+    "leader": {"id": 1, "address": "127.0.0.1:9081"},
+    "members": [{"id": 1, "address": "127.0.0.1:9081"}, {"id": 2, "address": "127.0.0.1:9082"}],
+}
+_REMOVED = {"id": 2, "removed": True}
 _STREAM = Body(
     "server-sent events",
     'event: membership\ndata: {"members":[]}\n\n',
     "text/event-stream",
 )
-_CHANGE_ERRORS = (409, 411, 413, 415, 503, 504)
+_BODY_ERRORS = (411, 413, 415)
+_CHANGE_ERRORS = (409, 503, 504)
 
 
 def routes(calls: ClusterCalls) -> list[Route]:
@@ -289,18 +296,43 @@ def _changes(calls: ClusterCalls) -> list[Route]:
         "zone": "az-b",
         "status": "promotable",
     }
-    table = [
-        ("POST", "/v1/cluster/members", calls.join, "Join as a learner", join),
-        ("PUT", member, calls.update_member, "Change a member", {"address": "127.0.0.1:9092"}),
-        ("DELETE", member, calls.remove_member, "Remove a member for good", None),
-        ("POST", "/v1/cluster/promote", calls.promote, "Promote learners", {"ids": [2, 3]}),
-        ("POST", "/v1/cluster/leader", calls.transfer_leader, "Transfer leadership", {"id": 2}),
+    moved = {"id": 2, "address": "127.0.0.1:9092", "zone": "az-b", "status": "active"}
+    promoted = {"promoted": [2, 3], "voters": [1, 2, 3]}
+    settings = {"settings": {**_VIEW.example["settings"], "promotion": "odd"}}
+    table: list[tuple[str, str, Handler, str, dict[str, Any] | None, dict[str, Any]]] = [
+        ("POST", "/v1/cluster/members", calls.join, "Join as a learner", join, _JOINED),
+        (
+            "PUT",
+            member,
+            calls.update_member,
+            "Change a member",
+            {"address": moved["address"]},
+            moved,
+        ),
+        ("DELETE", member, calls.remove_member, "Remove a member for good", None, _REMOVED),
+        (
+            "POST",
+            "/v1/cluster/promote",
+            calls.promote,
+            "Promote learners",
+            {"ids": [2, 3]},
+            promoted,
+        ),
+        (
+            "POST",
+            "/v1/cluster/leader",
+            calls.transfer_leader,
+            "Transfer leadership",
+            {"id": 2},
+            {"leader": 2},
+        ),
         (
             "PUT",
             "/v1/cluster/settings",
             calls.change_settings,
             "Change replicated settings",
             {"promotion": "odd"},
+            settings,
         ),
     ]
     return [
@@ -309,10 +341,10 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             path,
             handler,
             summary,
-            {200: _DONE},
+            {200: Body("done", reply)},
             (_ID,) if path is member else (),
             None if example is None else Body("JSON object", example),
-            _CHANGE_ERRORS,
+            _CHANGE_ERRORS if example is None else (*_BODY_ERRORS, *_CHANGE_ERRORS),
         )
-        for method, path, handler, summary, example in table
+        for method, path, handler, summary, example, reply in table
     ]

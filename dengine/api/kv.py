@@ -278,9 +278,7 @@ _START = Parameter("start", "first key of a range", "config/a")
 _END = Parameter("end", "first key behind the range", "config/n")
 
 _VALUE = Body("any bytes, up to 1 MiB", "blue", "application/octet-stream")
-_FOUND = Body(
-    "the value", "blue", "application/octet-stream", ("ETag", "Dengine-Revision", "Dengine-TTL")
-)
+_FOUND = Body("the value", "blue", "application/octet-stream", ("ETag", "Dengine-Revision"))
 _WRITTEN = Body("stored", {"revision": 7, "created": True}, headers=("ETag",))
 _DELETED = Body("deleted", {"revision": 8, "deleted": 1})
 _PAGE = Body(
@@ -357,10 +355,10 @@ def _many_keys(calls: KvCalls) -> list[Route]:
             "GET",
             path,
             calls.list_keys,
-            "List keys",
-            {200: _PAGE},
+            "List keys, or with key_base64 read one value",
+            {200: _PAGE, 304: Body("with key_base64: the client has it already")},
             (_PREFIX, _START, _END, *page, _KEY_BASE64, _CONSISTENCY, _IF_MATCH, _KNOWN),
-            errors=(413, 503, 504),
+            errors=(412, 413, 503, 504),
         ),
         Route(
             "PUT",

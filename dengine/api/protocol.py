@@ -14,6 +14,7 @@ import asyncio
 import logging
 import resource
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, cast
 
@@ -232,12 +233,17 @@ def error_response(error: DengineError, *, close: bool = False, headers: bytes =
 
 
 class Server(web.Server):
-    """aiohttp's server with `Connection` as the protocol of every accepted socket."""
+    """aiohttp's server with `Connection` as the protocol of every accepted socket.
 
-    def __init__(self, handler: Any) -> None:
+    Args:
+        name_leader: fills in the `leader` of an error, where one is known.
+    """
+
+    def __init__(self, handler: Any, name_leader: Callable[[DengineError], None]) -> None:
         # aiohttp's annotations name its own request and response, hence Any; its loop uses of
         # them only what `Request` and `Response` above have.
         super().__init__(handler, request_factory=cast(Any, Request))
+        self.name_leader = name_leader
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.max_connections = max(1, min(MAX_CONNECTIONS, files - SPARE_FILES))
 
@@ -336,6 +342,7 @@ class Connection(web.RequestHandler):
         if isinstance(exc, ConnectionError):
             raise exc
         error = _parser_error(exc)
+        cast(Server, self._manager).name_leader(error)
         allow = b"Allow: %b\r\n" % ALL_METHODS.encode() if error.status == 405 else b""
         return cast(web.StreamResponse, error_response(error, close=True, headers=allow))
 
@@ -384,6 +391,7 @@ class Connection(web.RequestHandler):
     def _refuse(self, error: DengineError) -> None:
         """Answer outside of any request, and hang up."""
         if self.transport is not None:
+            cast(Server, self._manager).name_leader(error)
             body = orjson.dumps(error.to_dict())
             head = b"%bContent-Length: %d\r\nConnection: close\r\n\r\n" % (_JSON, len(body))
             self.transport.write(_STATUS_LINES[error.status] + _date() + head + body)

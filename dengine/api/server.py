@@ -71,7 +71,7 @@ class HttpServer:
         self._table = RouteTable(self._routes())
         address = self._config.cluster.listen_address
         host, port = parse_address(address)
-        self._web = Server(self._handle)
+        self._web = Server(self._handle, self._name_leader)
         try:
             self._listener = await loop.create_server(
                 self._web, host, port, backlog=BACKLOG, reuse_address=True
@@ -158,13 +158,16 @@ class HttpServer:
         try:
             allow = self._table.allowed(request)
         except DengineError as error:
-            return error_response(error)
+            return self._refusal(error)
         return Response(204, b"", b"Allow: %b\r\n" % allow.encode())
 
-    def _refusal(self, error: DengineError) -> Response:
+    def _name_leader(self, error: DengineError) -> None:
         if error.leader is None and self._node.leader is not None:
             node_id, address = self._node.leader
             error.leader = {"id": node_id, "address": address}
+
+    def _refusal(self, error: DengineError) -> Response:
+        self._name_leader(error)
         headers = b""
         if isinstance(error, MethodNotAllowed):
             headers = b"Allow: %b\r\n" % error.details["allow"].encode()

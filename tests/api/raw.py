@@ -88,4 +88,5 @@ def assert_error(answer: Answer, status: int, name: str) -> dict[str, Any]:
     assert isinstance(body["message"], str)
     assert len(body["message"]) > 5
     assert body["outcome"] in ("none", "unknown")
+    assert isinstance(body["leader"]["id"], int), body  # known in all these tests
     return body

@@ -89,6 +89,8 @@ def test_the_document_is_complete_and_has_examples(client: Wire) -> None:
             ids.append(operation["operationId"])
             declared = {p["name"] for p in operation["parameters"] if p["in"] == "path"}
             assert declared == set(re.findall(r"{(\w+)}", path))
+            if "200" in operation["responses"]:
+                assert "content" in operation["responses"]["200"]
             bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
             for body in bodies:
                 for content in body.get("content", {}).values():
