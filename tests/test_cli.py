@@ -190,6 +190,25 @@ def test_conditions_become_headers(serving: Serving) -> None:
     assert server.asked[2].headers["If-Match"] == "*"
 
 
+def test_nothing_asked_for_is_dropped_on_the_way(serving: Serving) -> None:
+    """A condition on a range goes out, for the node to refuse; a count reads as it was told."""
+    server = serving(as_json({"revision": 3, "deleted": 1, "count": 0}))
+    at = ("--endpoint", server.endpoint)
+    dengine("delete", "--prefix", "k", "--if-match", "7", *at)
+    dengine("list", "--count", "--consistency", "eventual", *at)
+    assert server.asked[0].headers["If-Match"] == '"7"'
+    assert "consistency=eventual" in server.asked[1].target
+
+
+@pytest.mark.parametrize("name", ["data_corruption", "storage_io", "internal"])
+def test_a_node_that_fails_is_a_failed_request(serving: Serving, name: str) -> None:
+    """Exit codes from 65 on speak of the process itself, never of the node it asked."""
+    server = serving(refusal(name, 500, retryable=False, outcome="unknown"))
+    done = dengine("get", "k", "--endpoint", server.endpoint)
+    assert done.returncode == 1
+    assert f"({name}, outcome unknown)" in done.stderr.decode()
+
+
 def test_a_listing_follows_its_pages(serving: Serving) -> None:
     """However long the listing, one command prints it all, and a terminal sees nothing unsafe."""
 

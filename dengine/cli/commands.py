@@ -57,7 +57,7 @@ def delete(args: Namespace, remote: Remote) -> int:
         where, headers = key_target(os.fsencode(args.key)), _conditions(args)
     else:
         where = target("/v1/kv", **_selection(args), all="true" if args.all else None)
-        headers = {}
+        headers = _conditions(args)  # the node refuses them here: better than deleting anyway
     reply = remote.call("DELETE", where, headers=headers).json()
     count = reply["deleted"]
     print(f"revision {reply['revision']} ({count} {'key' if count == 1 else 'keys'} deleted)")
@@ -67,7 +67,9 @@ def delete(args: Namespace, remote: Remote) -> int:
 def list_keys(args: Namespace, remote: Remote) -> int:
     """Print the keys of a range in order, page after page."""
     if args.count:
-        where = target("/v1/kv", **_selection(args), count_only="true")
+        where = target(
+            "/v1/kv", **_selection(args), count_only="true", consistency=args.consistency
+        )
         reply = remote.call("GET", where).json()
         if args.json:
             _print_json(reply)

@@ -58,11 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             endpoints = resolve_endpoints(args.endpoint, os.environ)
         except ValueError as error:
             return _fail(str(error), USAGE)
-        return int(args.run(args, Remote(endpoints, args.timeout)))
+        return _request(args, Remote(endpoints, args.timeout))
     except FatalError as error:
         return _fail(error.message, error.exit_code)
-    except DengineError as error:
-        return _fail(f"{error.message} ({error.name}, outcome {error.outcome})", REQUEST_FAILED)
     except ModuleNotFoundError as error:
         message = (
             f"{error.name} is not installed: pip install 'dengine[node]' has what a node needs"
@@ -76,6 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename or 'input'}: {error.strerror or error}", REQUEST_FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _request(args: argparse.Namespace, remote: Remote) -> int:
+    """Run a client command. What ends a node, damaged data say, is a failed request out here."""
+    try:
+        return int(args.run(args, remote))
+    except DengineError as error:
+        return _fail(f"{error.message} ({error.name}, outcome {error.outcome})", REQUEST_FAILED)
 
 
 def _fail(message: str, exit_code: int) -> int:
