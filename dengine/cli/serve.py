@@ -18,7 +18,7 @@ import uvloop
 from dengine import __version__
 from dengine.api.server import HttpServer
 from dengine.config import Config, is_loopback, load, parse_address
-from dengine.errors import DengineError, TryAgain
+from dengine.errors import ConfigError, DengineError, TryAgain
 from dengine.log import StdoutLog
 from dengine.node.node import Node
 
@@ -51,7 +51,7 @@ async def _serve(config: Config) -> None:
     asked = asyncio.Event()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, asked.set)
-    _check_port(config.cluster.listen_address)
+    _check_port(config)
     node = Node(config)
     await node.open()
     server = HttpServer(node, config)
@@ -83,22 +83,35 @@ async def _serve(config: Config) -> None:
         ) from error
 
 
-def _check_port(address: str) -> None:
-    """Find a taken port before anything is written to disk.
+def _check_port(config: Config) -> None:
+    """Find out before anything is written to disk whether the port can be had.
 
     Raises:
-        TryAgain: somebody listens there.
+        TryAgain: somebody listens there, or the address is not one of this machine (yet).
+        ConfigError: this user may not listen there.
     """
+    address = config.cluster.listen_address
     host, port = parse_address(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    where = f"{config.source}: cluster.listen_address: cannot listen on {address}"
     try:
-        socket.create_server((host, port), family=family).close()
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, local in {(family, local[:2]) for family, _, _, _, local in found}:
+            try:
+                socket.create_server(local, family=family).close()
+            except OSError as error:
+                if error.errno != errno.EAFNOSUPPORT:  # a machine without IPv6
+                    raise
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise TryAgain(
-                f"cannot listen on {address}: the port is taken; stop what uses it, or change "
-                "cluster.listen_address"
+                f"{where}: the port is taken; stop what uses it, or change the address"
             ) from None
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise ConfigError(
+                f"{where}: user {os.geteuid()} may not; use a port above 1023"
+            ) from None
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise TryAgain(f"{where}: {reason}; use an address of this machine") from None
 
 
 def _greet(config: Config) -> None:
