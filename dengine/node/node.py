@@ -55,11 +55,9 @@ RETRY_S = 0.02  # before a request that certainly did not happen is tried again
 SWEEP_MS = 100
 DISK_CHECK_MS = 1000
 REPORT_MS = 10_000
-DUPLICATE_MS = 10_000  # so long may a stale stream of our own hide a restart
 HANDOVER_S = 3.0
 DISK_STOP_S = 10.0
 FAREWELL_S = 0.5  # lets the last answers leave before a removed node is cut off
-FRAME_ENTRIES_BYTES = 4 * 1024 * 1024  # of entries per frame; a single larger one travels alone
 
 
 class Node:
