@@ -34,14 +34,15 @@ class LogId(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class SnapshotRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A verified snapshot file: the last entry it includes, and which file it is.
+    """A verified snapshot file: the last entry it includes (paper 7), and which file it is.
 
-    Files are named by content (SHA-256): chunks of two files are never mixed.
+    Two members make two different files of the same state, so a file is named by its content:
+    chunks of two files are never mixed.
     """
 
     index: int
     term: int
-    sha256: str  # hexadecimal
+    sha256: str  # hex
     size_bytes: int
 
     @property

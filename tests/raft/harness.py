@@ -304,7 +304,10 @@ def expect(ready: Ready, **wanted: Any) -> None:
         "committed_entries": list(ready.committed_entries),
         "read_states": list(ready.read_states),
         "transitions": list(ready.transitions),
+        "snapshot": ready.snapshot,
+        "fetch": ready.fetch,
     }
-    empty: dict[str, Any] = {name: [] for name in got} | {"hard_state": None}
+    one_or_none = dict.fromkeys(("hard_state", "snapshot", "fetch"))
+    empty: dict[str, Any] = {name: [] for name in got} | one_or_none
     assert got == empty | wanted
     assert bool(ready.number) == bool(ready.hard_state)
