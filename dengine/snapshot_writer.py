@@ -110,6 +110,9 @@ def main(parent: int) -> int:
     except FatalError as error:
         _say(Failed(error.exit_code, error.message))
         return error.exit_code
+    except OSError as error:
+        _say(Failed(StorageIO.exit_code, f"{error.filename}: {error.strerror or error}"))
+        return StorageIO.exit_code
     except MemoryError:
         _say(Failed(TryAgain.exit_code, "out of memory"))
         return TryAgain.exit_code
