@@ -25,6 +25,7 @@ from dengine.raft.membership import Status
 
 ENVIRONMENT_PREFIX = "DENGINE__"
 MAX_NODE_ID = 2**32 - 1
+MAX_ZONE = 64  # characters
 HARD_KEY_BYTES = 511  # LMDB's longest key
 HARD_VALUE_BYTES = 1024 * 1024  # four of them fill the largest log entry
 HOUR_MS = 3_600_000
@@ -48,9 +49,9 @@ def _integer(value: object, low: int, high: int) -> int:
     return value
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError("must be a string of printable characters")
+def _zone(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_ZONE:
+        raise ValueError(f"must be a string of at most {MAX_ZONE} printable characters")
     return value
 
 
@@ -195,7 +196,7 @@ class Cluster:
     listen_address: str = _required(_address)
     initial_cluster: tuple[InitialMember, ...] = _required(_members)
     db_root_dir: Path = _required(_path)  # relative to the working directory, as in d-engine
-    zone: str = _field(_text, "")
+    zone: str = _field(_zone, "")
     advertise_address: str | None = _field(_advertised, None)
     founding_wait_ms: int = _int(2000, 0, HOUR_MS)
 

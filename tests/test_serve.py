@@ -181,9 +181,9 @@ def test_make_help_and_ci_agree() -> None:
 
 @pytest.mark.parametrize("host", ["192.0.2.7", "nosuch.invalid"])
 def test_an_address_of_another_machine(node: ServeProcess, host: str) -> None:
-    """It may become ours (75); the sentence names file and key, and nothing was written."""
+    """A mistake in the configuration (78); the sentence names file and key; nothing is written."""
     code, stderr = refused_start(node, DENGINE__CLUSTER__LISTEN_ADDRESS=f"{host}:9081")
-    assert code == 75
+    assert code == 78
     assert f"{node.config}: cluster.listen_address: cannot listen on {host}:9081" in stderr
     assert stderr.count("\n") == 1
     assert not (node.cwd / "db").exists()

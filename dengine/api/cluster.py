@@ -14,7 +14,7 @@ from dengine.api import params
 from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
 from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
 from dengine.api.routes import Body, Handler, Parameter, Route
-from dengine.config import parse_address
+from dengine.config import MAX_ZONE, parse_address
 from dengine.errors import InvalidRequest, WatchOverflow
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ COMMENT_INTERVAL_S = 15.0  # keeps proxies and clients sure that an idle stream 
 NodeId = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 StatusName = Literal["promotable", "read_only", "active"]
-Zone = Annotated[str, msgspec.Meta(max_length=64)]
+Zone = Annotated[str, msgspec.Meta(max_length=MAX_ZONE)]
 Address = Annotated[str, msgspec.Meta(max_length=261)]
 
 
@@ -38,6 +38,7 @@ class Join(msgspec.Struct, forbid_unknown_fields=True):
     zone: Zone = ""
     status: StatusName = "promotable"
     command_version: Count = 1
+    cluster_id: Annotated[str, msgspec.Meta(max_length=64)] = ""  # "": belongs to none yet
 
 
 class MemberUpdate(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

@@ -282,7 +282,7 @@ _FOUND = Body("the value", "blue", "application/octet-stream", ("ETag", "Dengine
 _WRITTEN = Body("stored", {"revision": 7, "created": True}, headers=("ETag",))
 _DELETED = Body("deleted", {"revision": 8, "deleted": 1})
 _PAGE = Body(
-    "one page, or with count_only the number of keys",
+    "one page, or with count_only the number of keys; with key_base64 the raw value",
     {
         "revision": 7,
         "items": [
@@ -356,7 +356,10 @@ def _many_keys(calls: KvCalls) -> list[Route]:
             path,
             calls.list_keys,
             "List keys, or with key_base64 read one value",
-            {200: _PAGE, 304: Body("with key_base64: the client has it already")},
+            {
+                200: replace(_PAGE, otherwise=_FOUND),
+                304: Body("with key_base64: the client has it already"),
+            },
             (_PREFIX, _START, _END, *page, _KEY_BASE64, _CONSISTENCY, _IF_MATCH, _KNOWN),
             errors=(412, 413, 503, 504),
         ),

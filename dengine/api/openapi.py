@@ -88,15 +88,17 @@ _TIMEOUT = _parameter(
 
 def _content(body: Body) -> dict[str, Any]:
     kind = "object" if isinstance(body.example, dict) else "string"
-    return {body.media_type: {"schema": {"type": kind}, "example": body.example}}
+    content = {body.media_type: {"schema": {"type": kind}, "example": body.example}}
+    return content if body.otherwise is None else content | _content(body.otherwise)
 
 
 def _reply(body: Body) -> dict[str, Any]:
     reply: dict[str, Any] = {"description": body.text}
     if body.example is not None:
         reply["content"] = _content(body)
-    if body.headers:
-        reply["headers"] = {name: {"schema": {"type": "string"}} for name in body.headers}
+    headers = body.headers + (body.otherwise.headers if body.otherwise else ())
+    if headers:
+        reply["headers"] = {name: {"schema": {"type": "string"}} for name in headers}
     return reply
 
 

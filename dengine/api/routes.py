@@ -36,6 +36,7 @@ class Body:
     example: Any = None
     media_type: str = "application/json"
     headers: tuple[str, ...] = ()
+    otherwise: Body | None = None  # what the same status carries in another case
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from dengine.node.node import Node
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GIL_SWITCH_S = 0.0002  # the log writer's short steps must not wait 5 ms for a busy event loop
+NOT_OURS = (errno.EADDRNOTAVAIL, socket.EAI_NONAME, socket.EAI_NODATA)  # of a listen address
 STOP_GRACE_S = 5.0  # for requests under way after SIGTERM
 
 log = logging.getLogger("dengine.serve")
@@ -87,8 +88,8 @@ def _check_port(config: Config) -> None:
     """Find out before anything is written to disk whether the port can be had.
 
     Raises:
-        TryAgain: somebody listens there, or the address is not one of this machine (yet).
-        ConfigError: this user may not listen there.
+        TryAgain: somebody listens there, or the system is short of something.
+        ConfigError: the address is not one of this machine, or this user may not listen there.
     """
     address = config.cluster.listen_address
     host, port = parse_address(address)
@@ -111,7 +112,10 @@ def _check_port(config: Config) -> None:
                 f"{where}: user {os.geteuid()} may not; use a port above 1023"
             ) from None
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise TryAgain(f"{where}: {reason}; use an address of this machine") from None
+        message = f"{where}: {reason}; use an address of this machine"
+        if error.errno in NOT_OURS:
+            raise ConfigError(message) from None
+        raise TryAgain(message) from None
 
 
 def _greet(config: Config) -> None:

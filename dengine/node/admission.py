@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
-from dengine.config import Config
+from dengine.config import MAX_ZONE, Config, parse_address
 from dengine.errors import IdentityError
 from dengine.node.addresses import AddressBook
 from dengine.node.founding import Founding
@@ -15,6 +15,8 @@ from dengine.raft.membership import Member
 from dengine.raft.raft import Raft
 from dengine.raft.types import MemberId
 from dengine.storage.directory import DataDirectory
+
+STRANGERS_MAX = 1000  # senders of this cluster that are remembered beside its members
 
 
 class Admission:
@@ -81,6 +83,10 @@ class Admission:
                 f"node {self._raft.me.id} speaks peer protocol {PROTOCOL_VERSION}, not "
                 f"{theirs.protocol_version}: run the same release on both",
             )
+        if not (_may_be_address(theirs.address) and _may_be_address(theirs.dialled)):
+            return Refused("protocol", "an address in this Hello is none: host, colon, port")
+        if len(theirs.zone) > MAX_ZONE:
+            return Refused("protocol", f"a zone has at most {MAX_ZONE} characters")
         if not self.cluster_id:
             return self._admit_unfounded(theirs)
         if theirs.cluster_id != self.cluster_id:
@@ -139,16 +145,26 @@ class Admission:
                 f"node {who.id} acknowledged entry {progress.match_index} and now ends at "
                 f"{theirs.last_index}: its directory is an old copy",
             )
-        self._boots[who] = theirs.boot
+        self._remember(theirs)
         self._book.saw(who.id, host)
         self._book.reached_at(theirs.dialled)
-        self._announced[who] = theirs
         return None
 
-    def outdated(self, me: MemberId, members: tuple[Member, ...]) -> Member | None:
-        """A member as it should be, where what is committed differs from what it says of itself.
+    def _remember(self, theirs: Hello) -> None:
+        """Note an admitted Hello. Members are as many as the membership says; of strangers, which
+        may be members that this node does not know of yet, a bounded number is remembered.
+        """
+        who = theirs.member
+        if len(self._boots) >= STRANGERS_MAX and who not in self._boots:
+            members = {m.id for m in self._raft.membership.members}
+            for stranger in self._boots.keys() - members:
+                del self._boots[stranger], self._announced[stranger]
+        self._boots[who] = theirs.boot
+        self._announced[who] = theirs
 
-        The leader commits one such correction at a time.
+    def outdated(self, me: MemberId, members: tuple[Member, ...]) -> Iterator[Member]:
+        """Each member as it should be, where what is committed differs from what it says of
+        itself. The leader commits one such correction at a time.
         """
         for member in members:
             address, zone = member.address, member.zone
@@ -165,5 +181,11 @@ class Admission:
                 self._book.correction(member.id.id, address, is_self=member.id == me) or address
             )
             if (address, zone) != (member.address, member.zone):
-                return Member(member.id, address, zone, member.status, member.command_version)
-        return None
+                yield Member(member.id, address, zone, member.status, member.command_version)
+
+
+def _may_be_address(text: str) -> bool:
+    try:
+        return text == "" or bool(parse_address(text))
+    except ValueError:
+        return False

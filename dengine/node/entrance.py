@@ -107,11 +107,14 @@ class Entrance:
             "zone": cluster.zone,
             "status": "read_only" if status is Status.READ_ONLY else "promotable",
             "command_version": COMMAND_VERSION,
+            "cluster_id": self._directory.identity.cluster_id,
         }
 
         def joined(answer: dict[str, Any]) -> bool:
             if answer:
                 self._belong_to(answer["cluster_id"])
+                request["cluster_id"] = answer["cluster_id"]
+                self._book.told({m["id"]: m["address"] for m in answer["members"]})
             return self._is_member()
 
         def addresses() -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import orjson
 
 from dengine.config import Config
-from dengine.errors import DengineError, IdentityError, NotLeader, TryAgain
+from dengine.errors import DengineError, IdentityError, NotLeader, RateLimited, TryAgain
 from dengine.kv.commands import Result, encode_result
 from dengine.node.addresses import AddressBook
 from dengine.node.admission import Admission
@@ -29,6 +29,7 @@ from dengine.storage.directory import DataDirectory
 log = logging.getLogger("dengine.exchange")
 
 FRAME_ENTRIES_BYTES = 4 * 1024 * 1024  # of entries per frame; a single larger one travels alone
+SERVED_MAX = 1000  # forwarded requests other than writes that are under way here
 DUPLICATE_MS = 10_000  # so long may a stale stream of our own hide a restart
 
 
@@ -152,6 +153,9 @@ class Exchange:
                 self._cycle.receive(messages)
             case ForwardRequest(op="write"):
                 self._serve_write(sender, frame)
+            case ForwardRequest() if len(self._tasks) >= SERVED_MAX:
+                busy = RateLimited(f"the leader is busy with {SERVED_MAX} such requests already")
+                self.peers.send(sender, refusal(frame.id, busy))
             case ForwardRequest():
                 task = self._loop.create_task(self._serve(sender, frame))
                 self._tasks.add(task)

@@ -1,7 +1,8 @@
 """Requests on their way to the leader over the peer stream, and the answers on their way back.
 
-One hop at most: a node that gets a forwarded request and does not lead answers "not leader". What
-was sent is never sent again; when the stream breaks before the answer, the outcome is unknown.
+One hop at most: a node that gets a forwarded request and does not lead answers "not leader".
+Nothing in here sends twice; when the stream breaks before the answer, the outcome is unknown. Only
+`Node` asks again, and only what was answered with outcome none (ARCHITECTURE.md says why).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -47,14 +47,17 @@ log = logging.getLogger("dengine.members")
 
 RETRY_S = 0.02  # while another change is being committed
 
-Correct = Callable[[MemberId, tuple[Member, ...]], Member | None]
+CORRECT_EVERY_MS = 500
+REPEAT_REFUSAL_MS = 60_000  # so long an unchanged refusal is not said again
+
+Correct = Callable[[MemberId, tuple[Member, ...]], Iterable[Member]]
 
 
 class Members:
     """The leader's dealings with the membership.
 
     Args:
-        correct: names a member whose committed address or zone is out of date, if any.
+        correct: names the members whose committed address or zone is out of date.
     """
 
     def __init__(self, config: Config, cycle: Cycle, correct: Correct) -> None:
@@ -64,6 +67,8 @@ class Members:
         self._loop = asyncio.get_running_loop()
         self._promotion = self._fresh_promotion()
         self._correct_due_ms = 0
+        self._refusal = ""
+        self._repeat_refusal_ms = 0
 
     def _fresh_promotion(self) -> Promotion:
         election, membership = self._config.election, self._config.membership
@@ -92,23 +97,36 @@ class Members:
             return
         ready = self._promotion.choose(raft.membership, now_ms)
         if ready:
-            log.info("promoting to voter: %s", ", ".join(str(m.id) for m in ready))
-            self._try(Promote(ready))
+            names = ", ".join(str(m.id) for m in ready)
+            self._try({f"promoting to voter: {names}": Promote(ready)}, now_ms)
         elif now_ms >= self._correct_due_ms:
-            self._correct_due_ms = now_ms + 500
-            corrected = self._correct(raft.me, raft.membership.members)
-            if corrected is not None:
-                log.info("member %d is at %s now", corrected.id.id, corrected.address)
-                self._try(UpdateMember(corrected))
+            self._correct_due_ms = now_ms + CORRECT_EVERY_MS
+            outdated = self._correct(raft.me, raft.membership.members)
+            corrections: dict[str, Change] = {
+                f"member {m.id.id} is at {m.address} now": UpdateMember(m) for m in outdated
+            }
+            self._try(corrections, now_ms)
 
-    def _try(self, change: Change) -> None:
-        """Propose on own initiative; what is refused now is tried again on a later tick."""
-        try:
-            self._cycle.raft.propose_membership(change)
-        except FatalError:
-            raise
-        except DengineError as error:
-            log.info("not now: %s", error.message)
+    def _try(self, changes: dict[str, Change], now_ms: int) -> None:
+        """Propose, on own initiative, the first change that is not refused, and say its name.
+
+        What is refused is tried again on a later tick, and named once and then once a minute.
+        """
+        refusals = []
+        for name, change in changes.items():
+            try:
+                self._cycle.raft.propose_membership(change)
+            except FatalError:
+                raise
+            except DengineError as error:
+                refusals.append(f"{name}: not yet: {error.message}")
+                continue
+            log.info("%s", name)
+            return
+        refusal = "; ".join(refusals)
+        if refusal and (refusal != self._refusal or now_ms >= self._repeat_refusal_ms):
+            log.warning("%s", refusal)
+            self._refusal, self._repeat_refusal_ms = refusal, now_ms + REPEAT_REFUSAL_MS
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -137,7 +155,10 @@ class Members:
         raise InvalidRequest(f"no such operation: {op}")
 
     async def _join(self, args: dict[str, Any], deadline: float) -> dict[str, Any]:
-        """Idempotent: a member that asks again is told that it is one."""
+        """Idempotent: a member that asks again is told that it is one.
+
+        A directory that belongs to another cluster is refused before anything is changed.
+        """
         member_id = MemberId(args["id"], int(args["incarnation"], 16))
         address = _reachable(args["address"], args.get("observed_host"))
         status = Status[args.get("status", "promotable").upper()]
@@ -145,13 +166,22 @@ class Members:
             member_id, address, args.get("zone", ""), status, args.get("command_version", 1)
         )
         raft = self._cycle.raft
+        ours, theirs = raft.membership.cluster_id, args.get("cluster_id", "")
+        if theirs not in ("", ours):
+            raise JoinError(
+                f"foreign cluster: the directory of node {member_id.id} belongs to cluster "
+                f"{theirs}, this is cluster {ours}: correct initial_cluster or db_root_dir"
+            )
         if member.command_version < COMMAND_VERSION:
             raise JoinError(
                 f"node {member_id.id} understands commands up to version "
                 f"{member.command_version}, the cluster uses {COMMAND_VERSION}: upgrade it first"
             )
-        if raft.membership.get(member_id) is None:
+        known = raft.membership.get(member_id)
+        if known is None:
             self._require_silent_twin(raft, member_id)
+            await self.change(AddLearner(member), deadline)
+        elif _has_moved(known.address, address):  # before it learned that it is a member
             await self.change(AddLearner(member), deadline)
         membership = raft.committed_membership
         return {
@@ -387,6 +417,15 @@ def _advice(membership: Membership) -> str:
             "join one more node, or remove one"
         )
     return ""
+
+
+def _has_moved(known: str, asked: str) -> bool:
+    """Does a member ask from another address than the committed one? Of a wildcard only the port
+    says something: the host was, or will be, put in by the leader.
+    """
+    if is_wildcard(asked):
+        return parse_address(known)[1] != parse_address(asked)[1]
+    return known != asked
 
 
 def _reachable(address: str, observed_host: str | None) -> str:

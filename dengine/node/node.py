@@ -482,7 +482,7 @@ class Node:
     def _addresses(self, member: MemberId) -> list[str]:
         """Where `member` can be dialled, best first; empty when it is not a known one."""
         known = self.raft.membership.get(member)
-        return [] if known is None else self._book.dial(member.id, known.address)
+        return self._book.source(member.id, known.address if known is not None else None)
 
     def rolled_back(self) -> None:
         raise self._exchange.quarantine(

@@ -346,7 +346,7 @@ class Raft:
         """Hand over to `to` (3.10); given up after one election timeout.
 
         Raises:
-            NotLeader, LeaderChanged: not leading, or a transfer is under way.
+            NotLeader, LeaderChanged, ClusterUnavailable: not leading, not now.
             Conflict: `to` is not a live voter.
         """
         self._require_leader()
@@ -354,6 +354,8 @@ class Raft:
             return
         if to not in self.membership.voters:
             raise Conflict(f"node {to.id} is not a voter: it cannot lead")
+        if self._may_yet_answer(to):
+            raise ClusterUnavailable(f"this leader has not heard from node {to.id} yet")
         if not self._is_live(to):
             raise Conflict(f"node {to.id} has not answered lately: it cannot take over")
         if self.progress[to].needs_snapshot is not None:
@@ -854,6 +856,9 @@ class Raft:
         votes = {v: self._is_live(v) for v in new.voters}
         if majority_vote(new.voters, votes) is not VoteResult.WON:
             silent = ", ".join(str(v.id) for v, alive in sorted(votes.items()) if not alive)
+            hoped = {v: alive or self._may_yet_answer(v) for v, alive in votes.items()}
+            if majority_vote(new.voters, hoped) is VoteResult.WON:
+                raise ClusterUnavailable(f"this leader has not heard from node {silent} yet")
             raise Conflict(
                 f"refused: of the {len(new.voters)} voters this would leave, {silent} did not "
                 "answer lately, so the cluster could not commit anything any more"
@@ -864,6 +869,15 @@ class Raft:
         progress = self.progress.get(member)
         answered = member == self.me or (progress is not None and progress.answered)
         return answered and self.heard_within(member, self.config.timeout_ms_min)
+
+    def _may_yet_answer(self, member: MemberId) -> bool:
+        """We have led for so short a time that its silence says nothing."""
+        progress = self.progress.get(member)
+        return (
+            progress is not None
+            and not progress.answered
+            and self.heard_within(member, self.config.timeout_ms_min)
+        )
 
     # --- leading: snapshots (7) -----------------------------------------------------------------
 

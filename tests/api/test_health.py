@@ -98,6 +98,14 @@ def test_the_document_is_complete_and_has_examples(client: Wire) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_one_call_may_answer_in_two_forms(client: Wire) -> None:
+    """`GET /v1/kv` lists as JSON, and with key_base64 gives the raw value with its headers."""
+    for method in ("get", "head"):
+        answer = _document(client)["paths"]["/v1/kv"][method]["responses"]["200"]
+        assert set(answer["content"]) == {"application/json", "application/octet-stream"}
+        assert set(answer["headers"]) == {"ETag", "Dengine-Revision"}
+
+
 def test_the_documented_parameters_are_accepted(client: Wire) -> None:
     """Every query parameter in the document works with its own example."""
     for path, operations in _document(client)["paths"].items():

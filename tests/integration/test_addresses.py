@@ -6,18 +6,28 @@ import contextlib
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import GUIDE_CONFIGS, Cluster, ServeProcess, Writer, wait_for
+from tests.cluster import (
+    GUIDE_CONFIGS,
+    Cluster,
+    ServeProcess,
+    Writer,
+    config_text,
+    free_port,
+    static_cluster,
+    wait_for,
+)
 
 HOSTS = {1: "192.168.1.10", 2: "192.168.1.11", 3: "192.168.1.12"}
 CLIENT = "192.168.1.100"
 CLONE_NEWNET = 0x40000000
 
-pytestmark = pytest.mark.skipif(
+needs_namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"
 )
 
@@ -85,6 +95,31 @@ def node_on(cluster: Cluster, node_id: int, namespace: str) -> ServeProcess:
     return node
 
 
+def test_everybody_moved_while_the_cluster_was_down(cluster: Cluster) -> None:
+    """All three nodes come back under other addresses, which only their files know: they find each
+    other by these, elect a leader, and the cluster learns where everyone is."""
+    static_cluster(cluster, 1, 2, 3)
+    assert cluster.nodes[1].put("kept", "yes").ok
+    ports = {node_id: free_port() for node_id in cluster.nodes}
+    for node in cluster.nodes.values():
+        node.signal(signal.SIGTERM)
+    for node_id, node in cluster.nodes.items():
+        assert node.wait_exit() == 0
+        node.port = ports[node_id]
+        node.config.write_text(config_text(node_id, ports, 0, 2), encoding="utf-8")
+    for node in cluster.nodes.values():
+        node.start()
+    cluster.wait_leader()
+
+    def addresses() -> dict[int, str]:
+        return {m["id"]: m["address"] for m in cluster.nodes[1].cluster()["members"]}
+
+    right = {node_id: f"127.0.0.1:{port}" for node_id, port in ports.items()}
+    wait_for(lambda: addresses() == right, f"the committed addresses to be {right}")
+    assert cluster.nodes[2].get("kept").body == b"yes"
+
+
+@needs_namespaces
 def test_production_addresses_with_node_1_on_its_wildcard(cluster: Cluster) -> None:
     """Node 1 was started with 0.0.0.0 and is never restarted; the others reach it at 192.168.1.10
     and the cluster learns that address. Growth fails no write, the leader's loss is survived, and

@@ -94,6 +94,21 @@ def test_sigterm_and_the_exit_code_pass_through_make(example: Path) -> None:
     assert "Error 78" in printed, "make reports the node's own exit code"
 
 
+@pytest.mark.parametrize("target", ["start-node1", "join-node2", "status", "verify", "kill-leader"])
+def test_what_is_missing_is_named(example: Path, target: str) -> None:
+    """Before `make build` every target says in one sentence what to do."""
+    run = subprocess.run(
+        ["make", target, "PYTHON=/nowhere/python"],
+        cwd=example,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert run.stdout == "There is no /nowhere/python yet: run 'make build' first.\n"
+
+
 @pytest.fixture
 def own_network() -> Iterator[tuple[str, ...]]:
     """The prefix of a command that runs where 9081 to 9083 are free for sure."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+from dengine.storage.directory import DataDirectory
 from tests.cluster import (
     Cluster,
     Writer,
@@ -127,6 +128,54 @@ def test_a_copied_data_directory_does_not_disturb_the_living_node(cluster: Clust
     assert incarnation(after, 2) == incarnation(before, 2)
     assert nodes[2].running
     cluster.assert_everywhere(*writers)
+
+
+def test_a_joiner_of_another_cluster_is_refused_before_anything_changes(
+    cluster: Cluster,
+) -> None:
+    """A joiner stopped half-way: its directory knows its cluster and nothing else. With a file
+    that leads to another cluster it is refused there, and no membership ever names it."""
+    port, other_port = free_port(), free_port()
+    other = cluster.node(1, config_text(1, {1: other_port}, 2, 2), other_port).start()
+    wait_for(other.ready, "the other cluster to be ready")
+    half_way = cluster.node(2, config_text(2, {1: other_port, 2: port}, 3, 0), port)
+    directory = DataDirectory.open(half_way.directory.parent, 2)
+    directory.set_cluster_id("0123456789abcdef0123456789abcdef")
+    directory.close()
+    half_way.start()
+
+    def asked() -> bool:
+        return b'route="POST /v1/cluster/members"' in other.request("GET", "/metrics").body
+
+    wait_for(asked, "node 2 to ask")
+    assert [m["id"] for m in other.cluster()["members"]] == [1]
+    assert half_way.running
+    body = {"id": 3, "incarnation": "abc", "address": f"127.0.0.1:{port}", "cluster_id": "feed"}
+    refused = other.call("POST", "/v1/cluster/members", body)
+    assert (refused.status, refused.json()["error"]) == (409, "join_error")
+    assert "foreign cluster" in refused.json()["message"]
+    assert other.cluster()["term"] == other.status()["term"]
+    assert [m["id"] for m in other.cluster()["members"]] == [1]
+
+
+def test_a_joiner_with_another_address_before_it_was_answered(cluster: Cluster) -> None:
+    """Its first request got through and it never heard of it; started again elsewhere, its next
+    request corrects the address. A repeated request changes nothing."""
+    port = free_port()
+    node = cluster.node(1, config_text(1, {1: port}, 2, 2), port).start()
+    wait_for(node.ready, "node 1 to be ready")
+
+    def join(address: str) -> str:
+        body = {"id": 2, "incarnation": "abc", "address": address}
+        reply = node.call("POST", "/v1/cluster/members", body)
+        assert reply.ok, reply
+        return str(next(m["address"] for m in reply.json()["members"] if m["id"] == 2))
+
+    assert join("127.0.0.1:30001") == "127.0.0.1:30001"
+    assert join("127.0.0.1:30002") == "127.0.0.1:30002"
+    before = node.status()["last_index"]
+    assert join("127.0.0.1:30002") == "127.0.0.1:30002"
+    assert node.status()["last_index"] == before
 
 
 def test_a_removed_node_stops_and_never_comes_back(cluster: Cluster) -> None:

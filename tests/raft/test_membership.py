@@ -186,6 +186,9 @@ def test_no_promotion_that_leaves_no_live_quorum() -> None:
     node = leader(A, membership(A))
     change(node, AddLearner(member(B)))
     node.settle()
+    with pytest.raises(ClusterUnavailable, match="not heard from node 2 yet"):
+        node.raft.propose_membership(Promote((B,)))
+    node.tick(node.config.timeout_ms_min + 1)
     with pytest.raises(Conflict, match="2 did not answer lately"):
         node.raft.propose_membership(Promote((B,)))
     node.step(AppendResponse(B, A, 2, False, 2, 0, 0, 0))
@@ -193,12 +196,17 @@ def test_no_promotion_that_leaves_no_live_quorum() -> None:
 
 
 def test_no_removal_that_leaves_no_live_quorum() -> None:
-    """Failures M11: of {1,2,3} with 3 dead, removing 2 would leave {1,3} without a majority; also
-    for a leader so new that it cannot have noticed yet.
+    """Failures M11: of {1,2,3} with 3 dead, removing 2 would leave {1,3} without a majority. A
+    leader so new that it cannot know asks for patience, which is retried, and never agrees.
     """
     node = server(A, ABC)
     node.lead()
     node.acknowledge(B)
+    with pytest.raises(ClusterUnavailable, match="not heard from node 3 yet"):
+        node.raft.propose_membership(Remove(B.id))
+    for _ in range(2):
+        node.tick(node.config.timeout_ms_min - 1)
+        node.acknowledge(B)
     with pytest.raises(Conflict, match="3 did not answer lately"):
         node.raft.propose_membership(Remove(B.id))
     assert change(node, Remove(C.id)).voters == (A, B)

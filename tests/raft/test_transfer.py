@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dengine.errors import Conflict, LeaderChanged, NotLeader
+from dengine.errors import ClusterUnavailable, Conflict, LeaderChanged, NotLeader
 from dengine.raft.messages import (
     AppendResponse,
     HeartbeatRequest,
@@ -122,6 +122,18 @@ def test_only_a_live_voter_can_take_over(to: MemberId, message: str) -> None:
     with pytest.raises(Conflict, match=message):
         node.raft.transfer_leadership(to)
     assert node.raft.may_propose
+
+
+def test_a_new_leader_does_not_call_a_voter_silent_that_had_no_time_to_answer() -> None:
+    """Asked for in the first moments of a leadership it is "not yet", which is retried."""
+    node = server(A, ABC)
+    node.lead()
+    node.acknowledge(B)
+    with pytest.raises(ClusterUnavailable, match="not heard from node 3 yet"):
+        node.raft.transfer_leadership(C)
+    node.acknowledge(C)
+    node.raft.transfer_leadership(C)
+    assert not node.raft.may_propose
 
 
 def test_a_transfer_to_oneself_is_done() -> None:
