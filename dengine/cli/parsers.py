@@ -1,4 +1,4 @@
-"""The parsers of `dengine snapshot ...` and `dengine repair`, which explain themselves at length."""
+"""The parsers of `dengine snapshot` and `dengine repair`, which explain themselves at length."""
 
 from __future__ import annotations
 
@@ -72,8 +72,9 @@ Add = Callable[..., argparse.ArgumentParser]
 
 
 def add_snapshot_commands(
-    subcommands: argparse._SubParsersAction[argparse.ArgumentParser],
+    subcommands: argparse._SubParsersAction[argparse.ArgumentParser], endpoints: str
 ) -> None:
+    """`endpoints` says at the end of a help how a node is found."""
     about = "back a cluster up, look into a backup, and begin anew from one"
     group = subcommands.add_parser(
         "snapshot",
@@ -144,6 +145,7 @@ def _directory(command: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def add_repair(add: Add) -> None:
+    """`add` makes the parser of a command that needs no endpoint."""
     repair = add(
         "repair",
         "go on with what is left, where data is lost for good",
