@@ -18,6 +18,7 @@ import orjson
 from dengine.config import Config
 from dengine.errors import (
     ClusterUnavailable,
+    DataCorruption,
     DengineError,
     DiskFull,
     FatalError,
@@ -28,6 +29,7 @@ from dengine.errors import (
 from dengine.kv.commands import Command, Result, decode_result, encode_command
 from dengine.node import announcing
 from dengine.node.addresses import AddressBook
+from dengine.node.agreement import Agreement
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.entrance import Entrance
 from dengine.node.exchange import Exchange
@@ -45,7 +47,7 @@ from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.storage.directory import DataDirectory
-from dengine.storage.recovery import open_stores
+from dengine.storage.recovery import after_damage, open_stores
 
 T = TypeVar("T")
 log = logging.getLogger("dengine.node")
@@ -140,11 +142,27 @@ class Node:
             lead=self._lead,
             source=self._addresses,
         )
+        self._agreement = Agreement(
+            raft,
+            self.state,
+            grace_ms=2 * config.election.timeout_ms_max,
+            send=lambda to, frame: self.peers.send(to, frame),
+            distrust=lambda reason: self.snapshots.distrust(reason, files_too=True),
+            fail=self.fail,
+        )
         self._exchange = Exchange(
-            config, self._directory, self._cycle, self._book, self._founding, self
+            config,
+            self._directory,
+            self._cycle,
+            self._book,
+            self._founding,
+            self,
+            self._agreement,
         )
         self.peers = self._exchange.peers
-        self._members = Members(config, self._cycle, self._exchange.admission.outdated)
+        self._members = Members(
+            config, self._cycle, self._exchange.admission.outdated, self.snapshots.transfers
+        )
         self._entrance = Entrance(
             config,
             self._directory,
@@ -180,6 +198,9 @@ class Node:
                 done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 for ended in done:
                     ended.result()
+        except DataCorruption as error:
+            await self._close(clean=False)
+            raise after_damage(error, self._directory, self.raft.membership) from error
         except BaseException:
             await self._close(clean=False)
             raise
@@ -272,8 +293,10 @@ class Node:
         Args:
             consistency: "linearizable", "lease" or "eventual".
         """
-        if consistency == "eventual" and self.raft.log.applied_index:
-            return
+        applied = self.raft.log.applied_index
+        rebuilt_at = max(self._announce_above, self.snapshots.forgotten_at)
+        if consistency == "eventual" and applied and applied >= rebuilt_at:
+            return  # a state that is being rebuilt would take readers back in time
         while True:
             if self.raft.leader is not None:
                 future: asyncio.Future[None] = self._loop.create_future()
@@ -410,6 +433,7 @@ class Node:
         announcing.role_changed(self.raft.me, transition)
         if self.raft.is_leader:
             self._members.leadership_began()
+            self._agreement.leadership_began()
 
     def leader_changed(self) -> None:
         if self.raft.leader is not None:
@@ -453,6 +477,7 @@ class Node:
         self._reads.expire(now)
         self._exchange.forwarding.expire(now)
         self.snapshots.ticked()
+        self._agreement.ticked(now_ms)
         if now_ms >= self._disk_due_ms:
             self._disk_due_ms = now_ms + DISK_CHECK_MS
             free = os.statvfs(self._directory.path)
@@ -469,6 +494,7 @@ class Node:
 
     def applied(self, entries: Sequence[Entry]) -> None:
         self.snapshots.applied(entries)
+        self._agreement.applied(boottime_ms())
 
     def snapshot_offered(self, sender: MemberId, ref: SnapshotRef) -> None:
         self.snapshots.offered(sender, ref)

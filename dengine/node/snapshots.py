@@ -122,6 +122,7 @@ class Snapshots:
         self._turn = SnapshotTurn()
         self.transfers = Transfers()
         self.taken = self.failures = 0
+        self.forgotten_at = 0  # commit index when the state was last thrown away
         self.job = ""  # what the subprocess does, for people
         self.last_error: str | None = None
 
@@ -451,6 +452,7 @@ class Snapshots:
         def forget(raft: Raft) -> None:
             self._state.replace(self._directory.discard_state())
             self._directory.mark_running()
+            self.forgotten_at = raft.log.commit_index
             raft.forget_state()
 
         await self._cycle.act(forget)
