@@ -173,7 +173,7 @@ class Node:
             belongs=self._exchange.set_targets,
         )
         self._status = Status(raft, self.state, self._proposals, self._exchange.errors)
-        self._metrics = NodeMetrics(self._status.local, raft)
+        self._metrics = NodeMetrics(self._status.local, raft, self.snapshots)
         self.metrics = self._metrics.registry
         self.metrics_observe_request = self._metrics.observe_request
 
