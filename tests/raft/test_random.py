@@ -139,7 +139,10 @@ class Storm:
 
     def propose(self) -> None:
         if node := self.any_leader():
-            self.attempt(lambda: node.raft.propose(b"%d" % next(self.counter)))
+            self.propose_on(node)
+
+    def propose_on(self, node: Server) -> None:
+        self.attempt(lambda: node.raft.propose(b"%d" % next(self.counter)))
 
     def read(self) -> None:
         if node := self.any_server():
@@ -157,7 +160,11 @@ class Storm:
         node.read_states.clear()
 
     def crash(self) -> None:
-        if node := self.any_server():
+        node = self.any_server()
+        installing = [s for s in self.cluster.servers.values() if s.restoring is not None]
+        if installing and self.rng.random() < 0.7:
+            node = self.rng.choice(installing)
+        if node is not None:
             survives, only_swap = self.rng.choice(
                 [(False, False), (False, False), (True, False), (True, False), (False, True)]
             )
@@ -301,11 +308,14 @@ class Storm:
         return self.cluster.disks[me].is_lost() or (node is not None and node.raft.state_lost)
 
     def lag(self) -> None:
-        """The others go on without somebody, take a snapshot and purge: it will need one."""
-        leader = self.any_leader()
-        if leader and len(self.cluster.servers) > 1:
-            others = [m for m in self.cluster.servers if m != leader.me]
-            self.cluster.isolate(self.rng.choice(others))
+        """The others go on without somebody, who will need a snapshot; if it is the leader, some
+        of its entries will have to go.
+        """
+        if node := self.any_server():
+            self.cluster.isolate(node.me)
+            if node.raft.is_leader:
+                for _ in range(self.rng.randint(1, 8)):
+                    self.propose_on(node)
 
     # --- afterwards ------------------------------------------------------------------------------
 
