@@ -172,6 +172,11 @@ class Raft:
         self.me = config.me
         self.log = RaftLog(storage, hard_state.commit_index, applied_index)
         self.term = hard_state.term
+        if self.log.last_term > self.term:
+            raise InvariantBroken(
+                f"the log ends in term {self.log.last_term}, which this member has not entered: "
+                f"its term is {self.term}"
+            )
         self.voted_for = hard_state.voted_for
         self.role = Role.FOLLOWER
         self.leader: MemberId | None = None
