@@ -88,9 +88,9 @@ class _StatusCollector(Collector):
 
     def _snapshot_metrics(self) -> Iterator[Metric]:
         snapshots = self._snapshots
-        newest = snapshots.refs[-1:]
+        newest = snapshots.files.refs[-1:]
         for name, value, text in (
-            ("dengine_snapshots", len(snapshots.refs), "Verified snapshots on this node"),
+            ("dengine_snapshots", len(snapshots.files.refs), "Verified snapshots on this node"),
             (
                 "dengine_snapshot_index",
                 newest[0].index if newest else 0,
@@ -107,7 +107,7 @@ class _StatusCollector(Collector):
         sent = GaugeMetricFamily(
             "dengine_snapshot_sent_bytes", "Of a snapshot under way to a member", labels=["peer"]
         )
-        for receiver, transfer in snapshots.transfers.items():
+        for receiver, transfer in snapshots.files.transfers.items():
             sent.add_metric([str(receiver)], transfer.sent)
         yield sent
 

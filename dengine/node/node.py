@@ -161,7 +161,7 @@ class Node:
         )
         self.peers = self._exchange.peers
         self._members = Members(
-            config, self._cycle, self._exchange.admission.outdated, self.snapshots.transfers
+            config, self._cycle, self._exchange.admission.outdated, self.snapshots.files.transfers
         )
         self._entrance = Entrance(
             config,
@@ -294,7 +294,7 @@ class Node:
             consistency: "linearizable", "lease" or "eventual".
         """
         applied = self.raft.log.applied_index
-        rebuilt_at = max(self._announce_above, self.snapshots.forgotten_at)
+        rebuilt_at = max(self._announce_above, self.snapshots.installer.forgotten_at)
         if consistency == "eventual" and applied and applied >= rebuilt_at:
             return  # a state that is being rebuilt would take readers back in time
         while True:
@@ -503,7 +503,7 @@ class Node:
         self.snapshots.persist_restore(ready)
 
     def restored(self, restore: Restore) -> None:
-        self.snapshots.installed(restore)
+        self.snapshots.restored(restore)
 
     def _addresses(self, member: MemberId) -> list[str]:
         """Where `member` can be dialled, best first; empty when it is not a known one."""

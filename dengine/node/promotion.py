@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from dengine.raft.membership import Membership, Status
-from dengine.raft.progress import Progress, ProgressState
+from dengine.raft.progress import Progress
 from dengine.raft.raft import Raft
 from dengine.raft.types import MemberId
 
