@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from dengine.errors import Conflict, InvariantBroken
-from dengine.raft.log import TAIL_ENTRIES_KEPT
+from dengine.raft.log import TAIL_ENTRIES_KEPT, RaftLog
 from dengine.raft.membership import AddLearner
 from dengine.raft.messages import (
     AppendRequest,
@@ -23,7 +23,7 @@ from dengine.raft.messages import (
     VoteRequest,
     VoteResponse,
 )
-from dengine.raft.progress import ProgressState
+from dengine.raft.progress import Progress, ProgressState
 from dengine.raft.raft import Transition
 from dengine.raft.types import HardState, LogId, MemberId, Role, SnapshotRef
 from tests.raft.harness import (
@@ -557,3 +557,25 @@ def test_without_state_only_a_file_that_the_log_goes_on_from_is_fetched() -> Non
         ref = snapshot_of(entries[:count]).ref
         node.step(InstallSnapshotRequest(B, A, 1, ref))
         expect(node.take(), fetch=(B, ref))
+
+
+# --- Progress and RaftLog alone ------------------------------------------------------------------
+
+
+def test_progress_stays_in_snapshot_until_the_log_goes_on_from_its_match() -> None:
+    """7: neither what is purged again nor an old refusal brings entries back."""
+    progress = Progress(5, 0)
+    progress.await_snapshot()
+    progress.acknowledged(3, first_index=10)
+    assert not progress.refused(4, 2)
+    assert (progress.state, progress.paused) == (ProgressState.SNAPSHOT, True)
+    progress.acknowledged(9, first_index=10)
+    assert (progress.state, progress.next_index) == (ProgressState.REPLICATE, 10)
+
+
+def test_a_state_from_before_the_log_counts_as_nothing() -> None:
+    """7: it cannot be continued, and nobody may read it."""
+    disk = Disk(HardState(1, None, 4), make_log(ABC, [1, 1, 1, 1]))
+    disk.purge(3)
+    log = RaftLog(disk, 4, 2)
+    assert (log.state_lost, log.applied_index, log.commit_index) == (True, 0, 4)
