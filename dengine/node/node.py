@@ -284,7 +284,7 @@ class Node:
             )
         future: asyncio.Future[Result] = self._loop.create_future()
         self._proposals.add(data, future, deadline)
-        self._cycle.wake()
+        self._cycle.wake_to_propose()
         return future
 
     async def read_barrier(self, consistency: str, deadline: float) -> None:
