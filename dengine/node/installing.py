@@ -23,10 +23,10 @@ from dengine.node.transfers import Report
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
 from dengine.raft.types import MemberId, SnapshotRef
-from dengine.snapshot_writer import Fetch, Unpack
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import read_header
+from dengine.storage.snapshot_jobs import Fetch, Unpack
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")

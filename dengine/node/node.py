@@ -10,8 +10,8 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import orjson
 
@@ -34,6 +34,7 @@ from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.entrance import Entrance
 from dengine.node.exchange import Exchange
 from dengine.node.founding import Founding
+from dengine.node.leading import AtLeader
 from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
 from dengine.node.proposals import Proposals
@@ -49,10 +50,8 @@ from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.storage.directory import DataDirectory
 from dengine.storage.recovery import after_damage, open_stores
 
-T = TypeVar("T")
 log = logging.getLogger("dengine.node")
 
-RETRY_S = 0.02  # before a request that certainly did not happen is tried again
 SWEEP_MS = 100
 DISK_CHECK_MS = 1000
 REPORT_MS = 10_000
@@ -75,7 +74,6 @@ class Node:
         self._disk_full = False
         self._sweep_due_ms = self._disk_due_ms = 0
         self._report_due_ms = boottime_ms() + REPORT_MS
-        self._leader_waiters: set[asyncio.Future[None]] = set()
         self._watchers = MembershipWatchers()
 
     # --- life ---------------------------------------------------------------------------------
@@ -173,6 +171,7 @@ class Node:
             belongs=self._exchange.set_targets,
         )
         self._status = Status(raft, self.state, self._proposals, self._exchange.errors)
+        self._at_leader = AtLeader(raft, self._status)
         self._metrics = NodeMetrics(self._status.local, raft, self.snapshots)
         self.metrics = self._metrics.registry
         self.metrics_observe_request = self._metrics.observe_request
@@ -273,7 +272,7 @@ class Node:
                 await self._exchange.forwarding.ask(leader, "write", data, deadline)
             )
 
-        return await self._at_leader(lambda: self.write_here(data, deadline), forward, deadline)
+        return await self._at_leader.do(lambda: self.write_here(data, deadline), forward, deadline)
 
     def write_here(self, data: bytes, deadline: float) -> asyncio.Future[Result]:
         """Queue an encoded command on this node, which leads or is about to be refused."""
@@ -305,45 +304,8 @@ class Node:
                 try:
                     return await future
                 except LeaderChanged:
-                    await self._pause(deadline)
-            await self._leader_known(deadline)
-
-    async def _at_leader(
-        self,
-        here: Callable[[], Awaitable[T]],
-        forward: Callable[[MemberId], Awaitable[T]],
-        deadline: float,
-    ) -> T:
-        """Have the leader do it, and try again only what certainly did not happen."""
-        while True:
-            leader = await self._leader_known(deadline)
-            try:
-                if leader == self.raft.me:
-                    return await here()
-                return await forward(leader)
-            except (NotLeader, LeaderChanged, ClusterUnavailable) as error:
-                if error.outcome != "none":
-                    raise
-            await self._pause(deadline)
-
-    async def _leader_known(self, deadline: float) -> MemberId:
-        while self.raft.leader is None:
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            self._leader_waiters.add(waiter)
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await waiter
-            except TimeoutError:
-                raise ClusterUnavailable(self._status.no_leader()) from None
-            finally:
-                self._leader_waiters.discard(waiter)
-        return self.raft.leader
-
-    async def _pause(self, deadline: float) -> None:
-        """Let leadership settle; ends the request when its time is up."""
-        if self._loop.time() + RETRY_S >= deadline:
-            raise ClusterUnavailable(self._status.no_leader())
-        await asyncio.sleep(RETRY_S)
+                    await self._at_leader.pause(deadline)
+            await self._at_leader.known(deadline)
 
     async def lead_here(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
         """Carry out an operation of the leader on this node, which leads."""
@@ -359,7 +321,9 @@ class Node:
             decoded: dict[str, Any] = orjson.loads(answer)
             return decoded
 
-        return await self._at_leader(lambda: self.lead_here(op, args, deadline), forward, deadline)
+        return await self._at_leader.do(
+            lambda: self.lead_here(op, args, deadline), forward, deadline
+        )
 
     async def cluster_view(self, deadline: float) -> dict[str, Any]:
         """GET /v1/cluster: as the leader sees it, or as this node does while there is none."""
@@ -438,9 +402,7 @@ class Node:
     def leader_changed(self) -> None:
         if self.raft.leader is not None:
             self._report_due_ms = boottime_ms() + REPORT_MS
-            for waiter in self._leader_waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+            self._at_leader.found()
 
     def membership_committed(self, index: int, old: Membership, new: Membership) -> None:
         me = self.raft.me

@@ -1,7 +1,7 @@
 """When a node takes a snapshot, and the one task that does whatever concerns snapshots.
 
 The work itself is done by a subprocess (writer_process.py); this is the policy around it. One job
-runs at a time: a state that is wrong goes first, then a fetch, then what there is to verify or take.
+runs at a time: a state that is wrong goes first, then a fetch, then a file to verify, then a take.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from dengine.node.transfers import format_bytes, percent
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
 from dengine.raft.types import Entry, MemberId, SnapshotRef
-from dengine.snapshot_writer import Done, Take, Verify
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
+from dengine.storage.snapshot_jobs import Done, Take, Verify
 from dengine.storage.snapshots import claimed_refs, put_aside, remove_partial
 from dengine.storage.state_store import StateStore
 
