@@ -112,6 +112,10 @@ class UnsupportedMedia(DengineError):
     name, code, status = "unsupported_media", 415, 415
 
 
+class RangeNotSatisfiable(DengineError):
+    name, code, status = "range_not_satisfiable", 416, 416
+
+
 class RateLimited(DengineError):
     name, code, status, retryable = "rate_limited", 4004, 429, True
 

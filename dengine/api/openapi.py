@@ -37,7 +37,7 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
     for route in routes:
         operations = paths.setdefault(route.path, {})
         operations[route.method.lower()] = _operation(route)
-        if route.method == "GET" and not route.streams:
+        if route.has_head:
             operations["head"] = _operation(route, "Head")
     return {
         "openapi": "3.1.0",

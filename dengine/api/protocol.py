@@ -51,6 +51,7 @@ ALL_METHODS = "GET, HEAD, PUT, POST, DELETE, OPTIONS"
 
 _REASONS = {
     200: b"OK",
+    202: b"Accepted",
     204: b"No Content",
     304: b"Not Modified",
     400: b"Bad Request",
@@ -65,6 +66,7 @@ _REASONS = {
     413: b"Content Too Large",
     414: b"URI Too Long",
     415: b"Unsupported Media Type",
+    416: b"Range Not Satisfiable",
     422: b"Unprocessable Content",
     429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",

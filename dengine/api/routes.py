@@ -54,7 +54,14 @@ class Route:
     parameters: tuple[Parameter, ...] = ()
     body: Body | None = None
     errors: tuple[int, ...] = ()
-    streams: bool = False  # a stream or WebSocket: no HEAD, no request histogram
+    streams: bool = False  # a stream, a WebSocket or a large file: no request histogram
+
+    @property
+    def has_head(self) -> bool:
+        """HEAD goes with every GET that ends by itself."""
+        found = self.replies.get(200)
+        ends = found is not None and found.media_type != "text/event-stream"
+        return self.method == "GET" and ends
 
     @property
     def query(self) -> frozenset[str]:
@@ -86,7 +93,7 @@ class RouteTable:
             calls = (self._prefixes if has_tail else self._exact).setdefault(prefix, {})
             call = Call(route.handler, f"{route.method} {route.path}", route.query, route.streams)
             calls[route.method] = call
-            if route.method == "GET" and not route.streams:
+            if route.has_head:
                 calls["HEAD"] = call
         self._keys = self._prefixes["/v1/kv/"]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import orjson
 
-from dengine.api import cluster, health, kv, openapi
+from dengine.api import cluster, health, kv, openapi, snapshots
 from dengine.api.params import IDEMPOTENCY_KEY, BodyReader
 from dengine.api.protocol import (
     MAX_HEADER_BYTES,
@@ -106,6 +106,7 @@ class HttpServer:
         routes = [
             *kv.routes(kv.KvCalls(self._node, self._config, bodies)),
             *cluster.routes(cluster.ClusterCalls(self._node, self._config, bodies, self._closing)),
+            *snapshots.routes(snapshots.SnapshotCalls(self._node, self._config, bodies)),
             *health.routes(health.HealthCalls(self._node)),
         ]
         description = Body("OpenAPI 3.1", {"openapi": "3.1.0"})

@@ -30,6 +30,7 @@ class AddressBook:
     def __init__(self, config: Config) -> None:
         self._file = {m.id: m.address for m in config.cluster.initial_cluster}
         self.own = config.cluster.advertise_address or config.own_entry.address
+        self._told: dict[int, str] = {}
         self._seen_hosts: dict[int, str] = {}
         self._reached_at: str | None = None
 
@@ -40,6 +41,15 @@ class AddressBook:
             self._seen_hosts[node_id] = host  # the newest last
             if len(self._seen_hosts) > SEEN_HOSTS_MAX:
                 del self._seen_hosts[next(iter(self._seen_hosts))]
+
+    def told(self, addresses: Mapping[int, str]) -> None:
+        """The cluster named all its members' addresses when it let this node in."""
+        self._told = dict(addresses)
+
+    def source(self, node_id: int, address: str | None) -> list[str]:
+        """Where to fetch from a member, best first; `address` None: no membership names it yet."""
+        known = address or self._told.get(node_id) or self._file.get(node_id)
+        return [] if known is None else self.dial(node_id, known)
 
     def reached_at(self, address: str) -> None:
         """Another node reached this one at `address`."""

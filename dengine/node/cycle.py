@@ -26,8 +26,8 @@ from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.messages import Message
-from dengine.raft.raft import Raft, Ready, Transition
-from dengine.raft.types import EntryKind, MemberId
+from dengine.raft.raft import Raft, Ready, Restore, Transition
+from dengine.raft.types import Entry, EntryKind, MemberId, SnapshotRef
 from dengine.storage.log_store import LogStore
 from dengine.storage.state_store import StateStore
 
@@ -47,6 +47,10 @@ class Owner(Protocol):
     def ticked(self, now_ms: int) -> None: ...
     def wrote(self, seconds: float, entries: int) -> None: ...
     def rolled_back(self) -> None: ...
+    def applied(self, entries: Sequence[Entry]) -> None: ...
+    def snapshot_offered(self, sender: MemberId, ref: SnapshotRef) -> None: ...
+    def persist_restore(self, ready: Ready) -> None: ...
+    def restored(self, restore: Restore) -> None: ...
 
 
 def boottime_ms() -> int:
@@ -77,7 +81,7 @@ class Cycle:
         self._loop = asyncio.get_running_loop()
         self._state = state
         self._owner = owner
-        self._writer = LogWriter(log, self._loop, self._written)
+        self._writer = LogWriter(log, owner.persist_restore, self._loop, self._written)
         self._inbox: deque[Message] = deque()
         self._actions: deque[Callable[[], None]] = deque()
         self._turn_due: asyncio.Handle | None = None
@@ -181,6 +185,8 @@ class Cycle:
         self._send(ready.messages)
         if ready.number:
             self._writer.submit(ready)
+        if ready.fetch is not None:
+            self._owner.snapshot_offered(*ready.fetch)
         if ready.committed_entries:
             self._apply(ready)
         for read_state in ready.read_states:
@@ -201,6 +207,7 @@ class Cycle:
         last = entries[-1].index
         self.raft.applied_to(last)
         self.reads.applied(last)
+        self._owner.applied(entries)
         for entry in entries:
             if entry.kind is EntryKind.CONFIG:
                 old, membership = membership, decode_membership(entry.data)
@@ -215,6 +222,8 @@ class Cycle:
             if error is not None:
                 raise error
             self._owner.wrote(seconds, len(ready.entries))
+            if ready.snapshot is not None:
+                self._restored(ready.snapshot)
             self.raft.advance(ready)
             self._send(ready.messages_after_sync)
         except BaseException as caught:
@@ -223,6 +232,16 @@ class Cycle:
         if self._turn_due is not None:
             self._turn_due.cancel()
         self._turn()
+
+    def _restored(self, restore: Restore) -> None:
+        """A snapshot has replaced the state. What it skipped is answered as far as it is known."""
+        old = self._state.membership or Membership()
+        index = restore.log_id.index
+        self._owner.restored(restore)
+        self.proposals.restored(index)
+        self.reads.applied(index)
+        if restore.membership != old:
+            self._owner.membership_committed(index, old, restore.membership)
 
     def _send(self, messages: Sequence[Message]) -> None:
         by_member: dict[MemberId, list[Message]] = {}

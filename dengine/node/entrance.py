@@ -114,6 +114,7 @@ class Entrance:
             if answer:
                 self._belong_to(answer["cluster_id"])
                 request["cluster_id"] = answer["cluster_id"]
+                self._book.told({m["id"]: m["address"] for m in answer.get("members", ())})
             return self._is_member()
 
         def addresses() -> list[str]:

@@ -1,4 +1,7 @@
-"""The one thread that writes the log, so that a slow or hung disk never stops the event loop."""
+"""The one thread that writes the log, so that a slow or hung disk never stops the event loop.
+
+When it has nothing to write it deletes, a little at a time, what the log may drop.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
+from dengine.errors import FatalError
 from dengine.raft.raft import Ready
 from dengine.storage.log_store import LogStore
 
 Written = Callable[[Ready, BaseException | None, float], None]
+
+PURGE_PAUSE_S = 0.005  # between two steps, so that a write that comes meanwhile goes first
+PURGE_LOOK_S = 1.0
 
 
 class LogWriter:
@@ -19,12 +27,20 @@ class LogWriter:
 
     Args:
         store: where to.
+        restore: the durable part of installing a snapshot.
         loop: the loop on which `written` is called.
         written: `(ready, error or None, seconds the durable write took)`.
     """
 
-    def __init__(self, store: LogStore, loop: asyncio.AbstractEventLoop, written: Written) -> None:
+    def __init__(
+        self,
+        store: LogStore,
+        restore: Callable[[Ready], None],
+        loop: asyncio.AbstractEventLoop,
+        written: Written,
+    ) -> None:
         self._store = store
+        self._restore = restore
         self._loop = loop
         self._written = written
         self._jobs: queue.SimpleQueue[Ready | None] = queue.SimpleQueue()  # Raft allows one at once
@@ -42,12 +58,27 @@ class LogWriter:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while (ready := self._jobs.get()) is not None:
+        while (ready := self._next()) is not None:
             started = time.perf_counter()
             error: BaseException | None = None
             try:
-                self._store.save(ready.hard_state, ready.entries)
+                if ready.snapshot is not None:
+                    self._restore(ready)
+                else:
+                    self._store.save(ready.hard_state, ready.entries)
             except BaseException as caught:  # carried to the loop, where it ends the process
                 error = caught
             seconds = time.perf_counter() - started
             self._loop.call_soon_threadsafe(self._written, ready, error, seconds)
+
+    def _next(self) -> Ready | None:
+        """The next job; while there is none, purge. A purge that fails makes the next save fail."""
+        while True:
+            try:
+                return self._jobs.get(
+                    timeout=PURGE_PAUSE_S if self._store.purge_pending else PURGE_LOOK_S
+                )
+            except queue.Empty:
+                if self._store.purge_pending:
+                    with suppress(FatalError):
+                        self._store.purge_step()

@@ -28,6 +28,7 @@ from dengine.errors import (
 from dengine.node.addresses import join_host_port
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.promotion import Promotion, PromotionRules
+from dengine.node.transfers import Transfers, format_bytes
 from dengine.node.wire import COMMAND_VERSION
 from dengine.raft.membership import (
     AddLearner,
@@ -59,13 +60,17 @@ class Members:
     """The leader's dealings with the membership.
 
     Args:
+        transfers: snapshots on their way to members.
         correct: names the members whose committed address or zone is out of date.
     """
 
-    def __init__(self, config: Config, cycle: Cycle, correct: Correct) -> None:
+    def __init__(
+        self, config: Config, cycle: Cycle, correct: Correct, transfers: Transfers
+    ) -> None:
         self._config = config
         self._cycle = cycle
         self._correct = correct
+        self._transfers = transfers
         self._loop = asyncio.get_running_loop()
         self._promotion = self._fresh_promotion()
         self._correct_due_ms = 0
@@ -381,6 +386,20 @@ class Members:
             if is_learner
             else self._alive(raft, member.id),
             "reason": self._reason(raft, membership, member.id, now_ms),
+            "transfer": self._transfer_view(member.id),
+        }
+
+    def _transfer_view(self, member: MemberId) -> dict[str, Any] | None:
+        """The snapshot on its way to a member, while there is one."""
+        transfer = self._transfers.get(member.id)
+        if transfer is None:
+            return None
+        return {
+            "index": transfer.ref.index,
+            "percent": transfer.percent,
+            "sent_bytes": transfer.sent,
+            "size_bytes": transfer.ref.size_bytes,
+            "bytes_per_s": transfer.bytes_per_s,
         }
 
     def _alive(self, raft: Raft, member: MemberId) -> bool | None:
@@ -394,6 +413,10 @@ class Members:
     ) -> str | None:
         if not raft.is_leader:
             return None
+        transfer = self._transfers.get(member.id)
+        if member in raft.offered_snapshots() and transfer is not None:
+            size, rate = map(format_bytes, (transfer.ref.size_bytes, transfer.bytes_per_s))
+            return f"it gets a snapshot: {transfer.percent} % of {size}, {rate}/s"
         if member in membership.learners:
             return self._promotion.reason(membership, member, now_ms)
         if self._alive(raft, member):

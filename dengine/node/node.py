@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import orjson
@@ -29,6 +29,7 @@ from dengine.errors import (
 from dengine.kv.commands import Command, Result, decode_result, encode_command
 from dengine.node import announcing
 from dengine.node.addresses import AddressBook
+from dengine.node.agreement import Agreement
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.entrance import Entrance
 from dengine.node.exchange import Exchange
@@ -37,16 +38,16 @@ from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
+from dengine.node.snapshots import Snapshots
 from dengine.node.status import Readiness, Status
 from dengine.node.watchers import MembershipWatchers
 from dengine.node.wire import Refused
 from dengine.raft.membership import Membership
 from dengine.raft.messages import Message
-from dengine.raft.raft import Raft, RaftConfig, Transition
-from dengine.raft.types import MemberId
+from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
+from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.storage.directory import DataDirectory
-from dengine.storage.log_store import LogStore
-from dengine.storage.state_store import StateStore
+from dengine.storage.recovery import after_damage, open_stores
 
 T = TypeVar("T")
 log = logging.getLogger("dengine.node")
@@ -94,31 +95,14 @@ class Node:
                 f"({identity.removed}): {self._directory.path} cannot be used again; start a new "
                 "node with a new node_id and an empty directory"
             )
-        self._log_store = LogStore(self._directory.log_path)
-        self.state = self._open_state()
+        self._log_store, self.state = open_stores(self._directory)
+        identity = self._directory.identity  # another incarnation, if the log had to be replaced
         self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
         self._announce_above = self.raft.log.commit_index
         if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
             self._directory.set_cluster_id(self.raft.membership.cluster_id)
         announcing.membership_loaded(self.raft.membership, cluster.initial_cluster)
         self._build()
-
-    def _open_state(self) -> StateStore:
-        """The state as it was left where that can be trusted, else an empty one: the log, which
-        is complete, fills it again.
-        """
-        directory = self._directory
-        if directory.trusted_state():
-            directory.mark_running()
-            try:
-                return StateStore(directory.state_path())
-            except DataCorruption as error:
-                log.warning("%s; rebuilding it from the log", error.message)
-        else:
-            log.info("the state was not closed cleanly: rebuilding it from the log")
-        directory.discard_state()
-        directory.mark_running()
-        return StateStore(directory.state_path())
 
     def _load_raft(self, me: MemberId) -> Raft:
         election = self.config.election
@@ -149,11 +133,36 @@ class Node:
         )
         self._book = AddressBook(config)
         self._founding = Founding(config, raft.me)
+        self.snapshots = Snapshots(
+            config,
+            self._directory,
+            self._cycle,
+            self._log_store,
+            self.state,
+            lead=self._lead,
+            source=self._addresses,
+        )
+        self._agreement = Agreement(
+            raft,
+            self.state,
+            grace_ms=2 * config.election.timeout_ms_max,
+            send=lambda to, frame: self.peers.send(to, frame),
+            distrust=lambda reason: self.snapshots.distrust(reason, files_too=True),
+            fail=self.fail,
+        )
         self._exchange = Exchange(
-            config, self._directory, self._cycle, self._book, self._founding, self
+            config,
+            self._directory,
+            self._cycle,
+            self._book,
+            self._founding,
+            self,
+            self._agreement,
         )
         self.peers = self._exchange.peers
-        self._members = Members(config, self._cycle, self._exchange.admission.outdated)
+        self._members = Members(
+            config, self._cycle, self._exchange.admission.outdated, self.snapshots.transfers
+        )
         self._entrance = Entrance(
             config,
             self._directory,
@@ -164,7 +173,7 @@ class Node:
             belongs=self._exchange.set_targets,
         )
         self._status = Status(raft, self.state, self._proposals, self._exchange.errors)
-        self._metrics = NodeMetrics(self._status.local, raft)
+        self._metrics = NodeMetrics(self._status.local, raft, self.snapshots)
         self.metrics = self._metrics.registry
         self.metrics_observe_request = self._metrics.observe_request
 
@@ -176,6 +185,7 @@ class Node:
         """
         self._cycle.start()
         self._exchange.set_targets()
+        self.snapshots.start()
         entering = self._loop.create_task(self._entrance.enter(), name="enter the cluster")
         ends: set[asyncio.Future[Any]] = {
             self._cycle.failed,
@@ -188,6 +198,9 @@ class Node:
                 done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 for ended in done:
                     ended.result()
+        except DataCorruption as error:
+            await self._close(clean=False)
+            raise after_damage(error, self._directory, self.raft.membership) from error
         except BaseException:
             await self._close(clean=False)
             raise
@@ -223,6 +236,7 @@ class Node:
             return
         self._stopped.set_result(None)
         self._watchers.close()
+        await self.snapshots.stop()
         written = self._cycle.stop(DISK_STOP_S)
         await self._exchange.close()
         if written and clean:
@@ -279,8 +293,10 @@ class Node:
         Args:
             consistency: "linearizable", "lease" or "eventual".
         """
-        if consistency == "eventual" and self.raft.log.applied_index:
-            return
+        applied = self.raft.log.applied_index
+        rebuilt_at = max(self._announce_above, self.snapshots.forgotten_at)
+        if consistency == "eventual" and applied and applied >= rebuilt_at:
+            return  # a state that is being rebuilt would take readers back in time
         while True:
             if self.raft.leader is not None:
                 future: asyncio.Future[None] = self._loop.create_future()
@@ -329,11 +345,11 @@ class Node:
             raise ClusterUnavailable(self._status.no_leader())
         await asyncio.sleep(RETRY_S)
 
-    def lead_here(
-        self, op: str, args: dict[str, Any], deadline: float
-    ) -> Awaitable[dict[str, Any]]:
-        """Carry out a membership operation on this node, which leads."""
-        return self._members.handle(op, args, deadline)
+    async def lead_here(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """Carry out an operation of the leader on this node, which leads."""
+        if op == "snapshot_turn":
+            return self.snapshots.grant_turn(args["id"])
+        return await self._members.handle(op, args, deadline)
 
     async def _lead(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
         """Have the leader carry out a membership operation."""
@@ -417,6 +433,7 @@ class Node:
         announcing.role_changed(self.raft.me, transition)
         if self.raft.is_leader:
             self._members.leadership_began()
+            self._agreement.leadership_began()
 
     def leader_changed(self) -> None:
         if self.raft.leader is not None:
@@ -459,6 +476,8 @@ class Node:
         self._proposals.expire(now)
         self._reads.expire(now)
         self._exchange.forwarding.expire(now)
+        self.snapshots.ticked()
+        self._agreement.ticked(now_ms)
         if now_ms >= self._disk_due_ms:
             self._disk_due_ms = now_ms + DISK_CHECK_MS
             free = os.statvfs(self._directory.path)
@@ -472,6 +491,24 @@ class Node:
     def wrote(self, seconds: float, entries: int) -> None:
         self._metrics.log_write_seconds.observe(seconds)
         self._metrics.entries_written.inc(entries)
+
+    def applied(self, entries: Sequence[Entry]) -> None:
+        self.snapshots.applied(entries)
+        self._agreement.applied(boottime_ms())
+
+    def snapshot_offered(self, sender: MemberId, ref: SnapshotRef) -> None:
+        self.snapshots.offered(sender, ref)
+
+    def persist_restore(self, ready: Ready) -> None:
+        self.snapshots.persist_restore(ready)
+
+    def restored(self, restore: Restore) -> None:
+        self.snapshots.installed(restore)
+
+    def _addresses(self, member: MemberId) -> list[str]:
+        """Where `member` can be dialled, best first; empty when it is not a known one."""
+        known = self.raft.membership.get(member)
+        return self._book.source(member.id, known.address if known is not None else None)
 
     def rolled_back(self) -> None:
         raise self._exchange.quarantine(

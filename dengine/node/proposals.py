@@ -95,6 +95,15 @@ class Proposals:
             if not waiting.future.done():
                 waiting.future.set_result(result)
 
+    def restored(self, index: int) -> None:
+        """A snapshot took the place of the entries up to `index`: nobody here saw them applied."""
+        for skipped in [i for i in self._in_log if i <= index]:
+            error = LeaderChanged(
+                "a snapshot from another member covers the write; it may have happened",
+                outcome="unknown",
+            )
+            self._fail(self._in_log.pop(skipped).waiting, error)
+
     def refuse_queued(self, error: DengineError) -> None:
         """What is not in the log yet will not get there."""
         waiting, self._queue = self._queue, deque()

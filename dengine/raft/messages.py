@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dengine.raft.types import Entry, MemberId, ReadNonce
+from dengine.raft.types import Entry, MemberId, ReadNonce, SnapshotRef
 
 
 class _Header(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -75,10 +75,25 @@ class HeartbeatRequest(_Header, frozen=True, array_like=True, tag=True):
 
 
 class HeartbeatResponse(_Header, frozen=True, array_like=True, tag=True):
-    """`timeout_ms_min` bounds how long the leader may trust this voter's stickiness (6.4.1)."""
+    """`timeout_ms_min` bounds how long the leader may trust this voter's stickiness (6.4.1).
+
+    `needs_snapshot` is None unless the sender has lost its state (not its log): then only a
+    snapshot whose last included index is at least this one continues in its log.
+    """
 
     round: int
     timeout_ms_min: int
+    needs_snapshot: int | None = None
+
+
+class InstallSnapshotRequest(_Header, frozen=True, array_like=True, tag=True):
+    """An offer: "what you need next is purged here, fetch this file from me" (paper 7).
+
+    The file travels outside of Raft. The offer is repeated with every periodic heartbeat until
+    an AppendResponse acknowledges what the snapshot includes.
+    """
+
+    snapshot: SnapshotRef
 
 
 class ReadIndexRequest(_Header, frozen=True, array_like=True, tag=True):
@@ -108,6 +123,7 @@ Message = (
     | AppendResponse
     | HeartbeatRequest
     | HeartbeatResponse
+    | InstallSnapshotRequest
     | ReadIndexRequest
     | ReadIndexResponse
     | TimeoutNow

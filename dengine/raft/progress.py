@@ -6,13 +6,19 @@
       +------ needs purged entries -> SNAPSHOT
 
 PROBE sends one message per answer until it is known where the logs agree; REPLICATE sends ahead
-of the answers, bounded by `INFLIGHT_MAX`; SNAPSHOT sends nothing until the snapshot is there.
+of the answers, bounded by `INFLIGHT_MAX`; SNAPSHOT sends no entries until the follower has
+acknowledged so much that the log goes on from there.
+
+A follower that has lost its state and kept its log needs a snapshot too (`needs_snapshot`), but
+its entries go on in whatever state it is in: only the offer travels beside them.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import deque
+
+from dengine.raft.types import SnapshotRef
 
 INFLIGHT_MAX = 16  # unanswered AppendRequests per follower, each at most APPEND_BYTES_MAX
 APPEND_BYTES_MAX = 1024 * 1024
@@ -35,7 +41,9 @@ class Progress:
         "heard_ms",
         "inflight",
         "match_index",
+        "needs_snapshot",
         "next_index",
+        "offered",
         "probe_sent",
         "state",
         "timeout_ms_min",
@@ -53,6 +61,8 @@ class Progress:
         self.acked_round = 0  # newest heartbeat round it answered (read index)
         self.acked_sent_ms = 0  # when THAT heartbeat was sent (lease)
         self.timeout_ms_min = 0  # as it last announced; 0: never answered a heartbeat
+        self.needs_snapshot: int | None = None  # lost its state: the least index that helps it
+        self.offered: SnapshotRef | None = None  # the file it has been told to fetch
 
     @property
     def paused(self) -> bool:
@@ -63,6 +73,10 @@ class Progress:
                 return len(self.inflight) >= INFLIGHT_MAX
             case ProgressState.SNAPSHOT:
                 return True
+
+    @property
+    def wants_snapshot(self) -> bool:
+        return self.state is ProgressState.SNAPSHOT or self.needs_snapshot is not None
 
     def heard(self, now_ms: int) -> None:
         """The follower has answered something."""
@@ -77,21 +91,31 @@ class Progress:
         else:
             self.probe_sent = True
 
-    def acknowledged(self, index: int) -> bool:
-        """The follower has everything up to `index` durably. True when that is news."""
+    def acknowledged(self, index: int, first_index: int = 1) -> bool:
+        """The follower has everything up to `index` durably. True when that is news.
+
+        SNAPSHOT ends when the next entry is one that the log, which begins at `first_index`, still
+        has: because the snapshot was installed, or because it turned out not to be needed.
+        """
         while self.inflight and self.inflight[0] <= index:
             self.inflight.popleft()
         news = index > self.match_index
         self.match_index = max(self.match_index, index)
         self.next_index = max(self.next_index, index + 1)
         self.probe_sent = False
+        if self.state is ProgressState.SNAPSHOT and self.match_index + 1 < first_index:
+            return news  # late, or less than was offered: it still needs what is purged
         if self.state is not ProgressState.REPLICATE and index >= self.match_index:
             self.state = ProgressState.REPLICATE
             self.next_index = self.match_index + 1
+            if self.needs_snapshot is None:
+                self.offered = None
         return news
 
     def refused(self, prev_index: int, retry_at: int) -> bool:
         """The follower has no entry like the one at `prev_index`. False when that is stale."""
+        if self.state is ProgressState.SNAPSHOT:
+            return False  # answers an AppendRequest from before: entries do not help any more
         if prev_index <= self.match_index:
             return False  # it has acknowledged that one: late, or it lost its log
         if self.state is not ProgressState.REPLICATE and prev_index != self.next_index - 1:

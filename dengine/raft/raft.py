@@ -10,6 +10,14 @@ the same inputs always give the same outputs. The owner's loop is:
     apply ready.committed_entries, then raft.applied_to(index)               go on meanwhile)
     when the write is durable: raft.advance(ready), then send ready.messages_after_sync
 
+Snapshots (7): the owner makes, sends and fetches the files. Raft says which file to offer to whom
+and which to fetch, and when a state that was unpacked takes the place of the old one:
+
+    raft.snapshots_changed(refs); raft.purge(index)       when files came or went
+    ready.fetch                                           get that file, unpack it, make it durable
+    raft.restore(log_id, membership)                      then a later `ready.snapshot` is part of
+                                                          a durable write like any other
+
 Section numbers refer to Ongaro's thesis "Consensus: Bridging Theory and Practice" (3.x, 4.x, 6.x,
 9.x, 10.x) and to the Raft paper (5.x).
 """
@@ -41,6 +49,7 @@ from dengine.raft.messages import (
     AppendResponse,
     HeartbeatRequest,
     HeartbeatResponse,
+    InstallSnapshotRequest,
     Message,
     PreVoteRequest,
     PreVoteResponse,
@@ -63,6 +72,7 @@ from dengine.raft.types import (
     ReadNonce,
     ReadState,
     Role,
+    SnapshotRef,
 )
 
 RETRY_MS_MIN, RETRY_MS_MAX = 100, 300  # pause before an election that failed is tried again
@@ -95,6 +105,14 @@ class Transition(NamedTuple):
     reason: str
 
 
+class Restore(NamedTuple):
+    """A snapshot takes the place of the state, and of the log unless that goes on from it."""
+
+    log_id: LogId  # the last entry it includes
+    membership: Membership  # in force there
+    reset_log: bool  # else the log stays as it is: the snapshot's last entry is in it (7)
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """What the owner must do now; the fields spell the durability order."""
@@ -107,6 +125,8 @@ class Ready:
     committed_entries: Sequence[Entry]  # apply in order, then applied_to(the last one's index)
     read_states: Sequence[ReadState]  # serve these once applied
     transitions: Sequence[Transition]
+    snapshot: Restore | None = None  # with `hard_state`, in the same transaction; no entries then
+    fetch: tuple[MemberId, SnapshotRef] | None = None  # get this file from that member
 
 
 @dataclass(slots=True)
@@ -121,6 +141,7 @@ class _Outbox:
     after_sync: list[Message] = field(default_factory=list)
     read_states: list[ReadState] = field(default_factory=list)
     transitions: list[Transition] = field(default_factory=list)
+    fetch: tuple[MemberId, SnapshotRef] | None = None
 
 
 class Raft:
@@ -130,7 +151,8 @@ class Raft:
         config: identity and timing.
         storage: reads of the durable log.
         hard_state: as last written.
-        memberships: (index, membership) of every CONFIG entry in the log, ascending.
+        memberships: (index, membership) of every CONFIG entry in the log, ascending, and before
+            them the one that was in force where the log begins.
         applied_index: of the state machine.
         rng: for election timeouts.
         now_ms: the clock's reading; every later `tick` brings a newer one.
@@ -150,6 +172,11 @@ class Raft:
         self.me = config.me
         self.log = RaftLog(storage, hard_state.commit_index, applied_index)
         self.term = hard_state.term
+        if self.log.last_term > self.term:
+            raise InvariantBroken(
+                f"the log ends in term {self.log.last_term}, which this member has not entered: "
+                f"its term is {self.term}"
+            )
         self.voted_for = hard_state.voted_for
         self.role = Role.FOLLOWER
         self.leader: MemberId | None = None
@@ -165,6 +192,8 @@ class Raft:
         self._out = _Outbox()
         self._write: _Write | None = None
         self._write_count = 0
+        self._snapshots: tuple[SnapshotRef, ...] = ()  # files on this node, oldest first
+        self._restore: Restore | None = None  # accepted, and not yet durable
 
         self._leader_contact_ms: int | None = None
         self._pre_votes: dict[MemberId, bool] = {}
@@ -219,6 +248,26 @@ class Raft:
     @property
     def writing(self) -> bool:
         return self._write is not None
+
+    @property
+    def state_lost(self) -> bool:
+        """The log alone cannot rebuild the state: until a snapshot is restored this member never
+        campaigns and applies nothing. It does append, acknowledge and vote, for its log and its
+        promises are intact. (Also while a log is being reset for a snapshot.)
+        """
+        return self.log.state_lost
+
+    @property
+    def snapshot_wanted(self) -> bool:
+        """A leader whose files help somebody not at all: the owner should take a snapshot."""
+        return any(
+            progress.wants_snapshot and self._choose_snapshot(progress) is None
+            for progress in self.progress.values()
+        )
+
+    def offered_snapshots(self) -> dict[MemberId, SnapshotRef]:
+        """Leader only: the offers under way. Their files, and the log after them, are needed."""
+        return {m: p.offered for m, p in self.progress.items() if p.offered is not None}
 
     def heard_within(self, member: MemberId, ms: int) -> bool:
         """Leader only: has `member` answered anything during the last `ms`?"""
@@ -314,6 +363,8 @@ class Raft:
             raise ClusterUnavailable(f"this leader has not heard from node {to.id} yet")
         if not self._is_live(to):
             raise Conflict(f"node {to.id} has not answered lately: it cannot take over")
+        if self.progress[to].needs_snapshot is not None:
+            raise Conflict(f"node {to.id} waits for a snapshot: it cannot take over yet")
         self._transfer = (to, self._now_ms + self.config.timeout_ms_min)
         self._hand_over_if_caught_up(to)
 
@@ -352,6 +403,57 @@ class Raft:
         if self.role is Role.LEADER:
             self._become_follower(self.term, reason)
 
+    # --- snapshots: inputs (7) ----------------------------------------------------------------
+
+    def snapshots_changed(self, refs: Sequence[SnapshotRef]) -> None:
+        """The verified snapshots on this node are now `refs`, oldest first."""
+        self._snapshots = tuple(refs)
+        for member, progress in self.progress.items():
+            self._offer_snapshot(member, progress, again=False)
+
+    def purge(self, index: int) -> None:
+        """The owner may drop the log up to `index` at any time from now on: it is not read again.
+
+        The membership in force there survives: what is purged is committed, and the committed
+        membership is always kept.
+        """
+        self.log.purge(index)
+
+    def restore(self, log_id: LogId, membership: Membership) -> bool:
+        """A verified snapshot up to `log_id` is unpacked and durable on this node: use it.
+
+        True: a later `ready()` installs it; until that write is durable nothing is applied or
+        appended. False: not wanted, for the state is as new or another one is being installed; a
+        leader, which holds all that is committed, never wants one.
+        """
+        if self.is_leader or self._restore is not None or not self._snapshot_helps(log_id):
+            return False
+        if log_id.term > self.term:
+            self._become_follower(log_id.term, "a snapshot of a higher term was installed")
+        elif self.role is Role.CANDIDATE:  # its requests for votes speak of another log
+            self._become_follower(self.term, "a snapshot was installed")
+        kept = self.log.matches(log_id)
+        if kept:
+            self._check_membership_at(log_id.index, membership)
+        elif log_id.index <= self.log.commit_index:
+            raise InvariantBroken(
+                f"a snapshot ends with {log_id}, but entry {log_id.index} is committed here with "
+                f"term {self.log.term(log_id.index)}"
+            )
+        self._restore = Restore(log_id, membership, reset_log=not kept)
+        return True
+
+    def forget_state(self) -> None:
+        """The owner found the applied state wrong and threw it away.
+
+        While the whole log is there nothing is lost: it is applied again from entry 1, and the
+        member may campaign meanwhile (reads wait until the state has caught up). Either way a
+        leader makes room for one whose state is sound.
+        """
+        self.log.forget_state()
+        if self.role is not Role.FOLLOWER:
+            self._become_follower(self.term, "its state was damaged")
+
     # --- outputs ----------------------------------------------------------------------------
 
     def ready(self) -> Ready:
@@ -366,10 +468,13 @@ class Raft:
         number = 0
         hard_state: HardState | None = None
         entries: Sequence[Entry] = ()
+        snapshot: Restore | None = None
         after_sync: Sequence[Message] = ()
         if self._write is None:
-            entries = self.log.unstable()
-            if entries or not self._term_and_vote_durable():
+            snapshot = self._begin_restore()
+            if snapshot is None:
+                entries = self.log.unstable()
+            if snapshot or entries or not self._term_and_vote_durable():
                 hard_state = self.hard_state
                 self._write_count += 1
                 number = self._write_count
@@ -379,25 +484,32 @@ class Raft:
                 self._out.messages += self._out.after_sync
                 self._out.after_sync = []
         out, self._out = self._out, _Outbox(after_sync=self._out.after_sync)
+        if self._restore is None:
+            self.log.check()
         return Ready(
             number=number,
             messages=out.messages,
             hard_state=hard_state,
             entries=entries,
             messages_after_sync=after_sync,
-            committed_entries=self.log.to_apply(),
+            committed_entries=() if self._restore is not None else self.log.to_apply(),
             read_states=out.read_states,
             transitions=out.transitions,
+            snapshot=snapshot,
+            fetch=out.fetch,
         )
 
     def advance(self, ready: Ready) -> None:
-        """The write that `ready` asked for is durable."""
+        """The write that `ready` asked for is durable; with a `snapshot`, that is the state now."""
         if self._write is None or ready.number != self._write.number or ready.hard_state is None:
             raise InvariantBroken(f"write {ready.number} is not the one that is under way")
         self._write = None
         self._durable = ready.hard_state
         if ready.entries:
             self.log.stable_to(ready.entries[-1].log_id)
+        if ready.snapshot is not None:
+            self.log.restored(ready.snapshot.log_id)
+            self._restore = None
         if self.role is Role.LEADER:
             # 10.2.1: a leader writes in parallel, but counts itself only now
             self.progress[self.me].acknowledged(self.log.stable_index)
@@ -423,8 +535,11 @@ class Raft:
 
     def _may_campaign(self) -> bool:
         """Learners and the removed never campaign. But a voter whose removal is not committed does
-        (4.2.2, figure 4.6): nobody else may have a log that its own vote allows to win.
+        (4.2.2, figure 4.6): nobody else may have a log that its own vote allows to win. Without its
+        state, or with a log that is being replaced, a member could not serve as a leader.
         """
+        if self.state_lost or self._restore is not None:
+            return False
         return any(self.me in membership.all_voters for _, membership in self._memberships)
 
     def _pre_campaign(self) -> None:
@@ -622,6 +737,8 @@ class Raft:
 
     def _broadcast_heartbeat(self) -> None:
         self._periodic_round = self._open_round(list(self.progress))
+        for member, progress in self.progress.items():
+            self._offer_snapshot(member, progress, again=True)
         self._heartbeat_due_ms = self._now_ms + self.config.heartbeat_ms
 
     def _open_round(self, members: Sequence[MemberId]) -> int:
@@ -636,8 +753,8 @@ class Raft:
         return number
 
     def _send_heartbeat(self, member: MemberId, number: int) -> None:
-        commit = self._commit_known_to(member)
-        self.progress[member].commit_sent = commit.index
+        commit, progress = self._commit_known_to(member), self.progress[member]
+        progress.commit_sent = min(progress.match_index, self.log.commit_index)
         self._send(HeartbeatRequest(self.me, member, self.term, number, commit.index, commit.term))
 
     def _commit_known_to(self, member: MemberId) -> LogId:
@@ -668,6 +785,7 @@ class Raft:
         prev_term = self.log.term(prev_index)
         if prev_term is None or progress.next_index < self.log.first_index:
             progress.await_snapshot()
+            self._offer_snapshot(member, progress, again=True)
             return
         entries: Sequence[Entry] = ()
         if not empty:
@@ -689,13 +807,13 @@ class Raft:
         if m.granted:
             if not self.log.matches(LogId(m.index, m.index_term)):
                 return  # speaks about an entry that was replaced since (append ABA)
-            if progress.acknowledged(m.index):
+            if progress.acknowledged(m.index, self.log.first_index):
                 self._advance_commit()
                 if self._transfer is not None:
                     self._hand_over_if_caught_up(self._transfer[0])
         else:
             agreed = self.log.last_not_above(m.hint_index, m.hint_term)
-            progress.refused(m.index, agreed.index + 1)
+            progress.refused(m.index, self.log.base.index if agreed is None else agreed.index + 1)
 
     def _advance_commit(self) -> None:
         """5.4.2: only an entry of the current term is committed by counting; what came before it
@@ -716,7 +834,11 @@ class Raft:
 
     def _leave(self, membership: Membership) -> None:
         """4.2.2: a leader that is no longer a voter steps down once that is committed."""
-        heirs = [v for v in membership.voters if v in self.progress]
+        heirs = [
+            v
+            for v in membership.voters
+            if v in self.progress and self.progress[v].needs_snapshot is None
+        ]
         if heirs:
             heir = max(heirs, key=lambda v: (self.progress[v].match_index, -v.id))
             self._send_heartbeat(heir, 0)
@@ -771,6 +893,40 @@ class Raft:
             and self.heard_within(member, self.config.timeout_ms_min)
         )
 
+    # --- leading: snapshots (7) -----------------------------------------------------------------
+
+    def _choose_snapshot(self, progress: Progress) -> SnapshotRef | None:
+        """The file for a member that needs one. A transfer under way goes on with its file while
+        that exists and still helps; everybody else gets the newest.
+        """
+        lowest = max(self.log.base.index, progress.needs_snapshot or 0)
+        if progress.state is ProgressState.SNAPSHOT:
+            lowest = max(lowest, progress.match_index + 1)
+        for ref in (progress.offered, *self._snapshots[-1:]):
+            if ref is not None and ref in self._snapshots and ref.index >= lowest:
+                return ref
+        return None
+
+    def _offer_snapshot(self, member: MemberId, progress: Progress, *, again: bool) -> None:
+        """Tell `member` which file to fetch, when that is news or `again` is set."""
+        if not progress.wants_snapshot:
+            return
+        before, progress.offered = progress.offered, self._choose_snapshot(progress)
+        if progress.offered is not None and (again or progress.offered != before):
+            self._send(InstallSnapshotRequest(self.me, member, self.term, progress.offered))
+
+    def _learn_snapshot_need(self, m: HeartbeatResponse, progress: Progress) -> None:
+        """A member has lost its state, or has it back. An older answer that comes late says
+        nothing: rounds grow.
+        """
+        if m.round < progress.acked_round:
+            return
+        progress.needs_snapshot = m.needs_snapshot
+        if progress.wants_snapshot:
+            self._offer_snapshot(m.sender, progress, again=False)
+        else:
+            progress.offered = None
+
     # --- leading: heartbeats and reads (6.4) ----------------------------------------------------
 
     def _on_heartbeat_response(self, m: HeartbeatResponse) -> None:
@@ -779,6 +935,7 @@ class Raft:
             return
         progress.heard(self._now_ms)
         progress.timeout_ms_min = m.timeout_ms_min
+        self._learn_snapshot_need(m, progress)
         if m.round > progress.acked_round:
             progress.acked_round = m.round
             progress.acked_sent_ms = max(progress.acked_sent_ms, self._rounds.sent_ms(m.round))
@@ -840,13 +997,15 @@ class Raft:
 
     def _on_append_request(self, m: AppendRequest) -> None:
         self._follow(m.sender)
+        if self._restore is not None:
+            return  # this log is about to be replaced; the leader sends again
         prev, entries = LogId(m.prev_index, m.prev_term), m.entries
         commit = self.log.commit_index
         if m.prev_index < commit:  # late or repeated: what is committed matches by definition
             prev = LogId(commit, self.log.term(commit) or 0)
             entries = tuple(e for e in entries if e.index > commit)
         elif not self.log.matches(prev):
-            hint = self.log.last_not_above(m.prev_index, m.prev_term)
+            hint = self.log.last_not_above(m.prev_index, m.prev_term) or self.log.base
             self._out.messages.append(
                 AppendResponse(
                     self.me, m.sender, self.term, False, m.prev_index, 0, hint.index, hint.term
@@ -863,22 +1022,39 @@ class Raft:
         self._commit_to(min(m.commit_index, last.index))
         self._acknowledge(m.sender, last)
 
-    def _acknowledge(self, leader: MemberId, last: LogId) -> None:
-        response = AppendResponse(
+    def _acknowledgement(self, leader: MemberId, last: LogId) -> AppendResponse:
+        return AppendResponse(
             self.me, leader, self.term, True, last.index, last.term, last.index, last.term
         )
+
+    def _acknowledge(self, leader: MemberId, last: LogId) -> None:
+        response = self._acknowledgement(leader, last)
         if last.index <= self.log.stable_index and self._term_and_vote_durable():
             self._send(response)
         else:
             self._send_after_sync(response)
+
+    def _on_install_snapshot_request(self, m: InstallSnapshotRequest) -> None:
+        """Fetch what the leader offers, or say that it is not needed: the acknowledgement of what
+        is committed here lets the leader go on with entries.
+        """
+        self._follow(m.sender)
+        if self._restore is not None:
+            return  # acknowledged once that is installed
+        if self._snapshot_helps(m.snapshot.log_id):
+            self._out.fetch = (m.sender, m.snapshot)
+        elif not self.state_lost:
+            commit = self.log.commit_index
+            self._acknowledge(m.sender, LogId(commit, self.log.term(commit) or 0))
 
     def _on_heartbeat_request(self, m: HeartbeatRequest) -> None:
         self._follow(m.sender)
         self._learn_commit(LogId(m.commit_index, m.commit_term))
         if m.round == 0:
             return
+        needs = self.log.base.index if self.state_lost and self._restore is None else None
         response = HeartbeatResponse(
-            self.me, m.sender, self.term, m.round, self.config.timeout_ms_min
+            self.me, m.sender, self.term, m.round, self.config.timeout_ms_min, needs
         )
         if self._term_and_vote_durable():
             self._send(response)  # says nothing about the log, so it need not wait for the disk
@@ -911,12 +1087,59 @@ class Raft:
         a leader that nobody follows any more, a pre-candidate that lags (9.6).
         """
         match m:
-            case AppendRequest() | HeartbeatRequest():
+            case AppendRequest() | HeartbeatRequest() | InstallSnapshotRequest():
                 self._send_after_sync(
                     AppendResponse(self.me, m.sender, self.term, False, 0, 0, 0, 0)
                 )
             case PreVoteRequest():
                 self._send(PreVoteResponse(self.me, m.sender, self.term, False))
+
+    # --- installing a snapshot (7) -------------------------------------------------------------
+
+    def _snapshot_helps(self, log_id: LogId) -> bool:
+        """Is a snapshot up to there newer than what is committed here? Of a member without state:
+        does its log go on from there?
+        """
+        if self.state_lost:
+            return log_id.index >= self.log.base.index
+        return log_id.index > self.log.commit_index
+
+    def _begin_restore(self) -> Restore | None:
+        """The snapshot to install now: log and memberships in memory become what the durable
+        write will make of those on disk. No other write is in flight here, and none starts, so
+        none can bring back or make durable what the reset drops (append ABA).
+
+        A reset loses nothing that a quorum may count on (7). Everything up to the snapshot's last
+        entry is in the snapshot. Whatever this log holds beyond it, or instead of it, is not
+        preceded by that entry, which is committed; so by log matching and leader completeness it
+        is not committed and never will be, whoever has been told that it is durable here.
+        """
+        restore = self._restore
+        if restore is None:
+            return None
+        if restore.reset_log:
+            self.log.reset(restore.log_id)
+            self._memberships = [(restore.log_id.index, restore.membership)]
+            self._drop_waiting_acknowledgements()
+        elif self.log.unstable():
+            return None  # the snapshot's last entry and what waits with it must be durable first
+        else:
+            self._commit_to(restore.log_id.index)
+        if self.leader is not None:
+            self._send_after_sync(self._acknowledgement(self.leader, restore.log_id))
+        return restore
+
+    def _drop_waiting_acknowledgements(self) -> None:
+        """They speak of entries that will never be durable here."""
+        self._out.after_sync = [
+            m for m in self._out.after_sync if not isinstance(m, AppendResponse) or not m.granted
+        ]
+
+    def _check_membership_at(self, index: int, membership: Membership) -> None:
+        """State Machine Safety: a log and a snapshot that share an entry share what led to it."""
+        known = [m for i, m in self._memberships if i <= index]
+        if known and known[-1] != membership:
+            raise InvariantBroken(f"the snapshot up to {index} has another membership than the log")
 
     # --- membership (4.1, 4.3) -----------------------------------------------------------------
 
@@ -964,6 +1187,8 @@ class Raft:
                 self._on_heartbeat_response(m)
             case HeartbeatRequest():
                 self._on_heartbeat_request(m)
+            case InstallSnapshotRequest():
+                self._on_install_snapshot_request(m)
             case ReadIndexRequest():
                 self._on_read_index_request(m)
             case ReadIndexResponse():

@@ -33,6 +33,23 @@ class LogId(msgspec.Struct, frozen=True, array_like=True, gc=False):
     term: int
 
 
+class SnapshotRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A verified snapshot file: the last entry it includes (paper 7), and which file it is.
+
+    Two members make two different files of the same state, so a file is named by its content:
+    chunks of two files are never mixed.
+    """
+
+    index: int
+    term: int
+    sha256: str  # hex
+    size_bytes: int
+
+    @property
+    def log_id(self) -> LogId:
+        return LogId(self.index, self.term)
+
+
 class EntryKind(enum.IntEnum):
     NORMAL = 0  # a batch of commands for the state machine, opaque here
     NOOP = 1  # the first entry of a leader's term (paper 8: commits what came before)

@@ -5,9 +5,11 @@
     log/            LogStore
     state-N/        StateStore; CURRENT names the one in use
     RUN, CLEAN      whether the state, which is not synced per commit, can be trusted
+    snapshots/      verified snapshots, and what is on its way to become one
 
 The state is what the disk says only if the kernel that holds its unwritten pages still runs (RUN
-carries its boot id) or if everything was synced before the last stop (CLEAN), and if no damage was
+carries its boot id), if everything was synced before the last stop (CLEAN), or if it has just been
+unpacked from a snapshot (UNPACKED, inside it: nothing was applied to it yet), and if no damage was
 found in it (DAMAGED, inside it). Otherwise the state is discarded and built again.
 """
 
@@ -22,11 +24,15 @@ from pathlib import Path
 import msgspec
 
 from dengine.errors import DataCorruption, IdentityError, StorageIO, TryAgain
+from dengine.raft.membership import Membership
+from dengine.raft.types import HardState, LogId
 from dengine.storage.environment import DATA_FILE, sync_directory
 from dengine.storage.log_store import LogStore
 from dengine.storage.state_store import DAMAGED_MARK
 
 FORMAT = 1
+UNPACKED_MARK = "UNPACKED"
+NEW_LOG = "log.new"
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -96,6 +102,10 @@ class DataDirectory:
     def log_path(self) -> Path:
         return self.path / "log"
 
+    @property
+    def snapshots_path(self) -> Path:
+        return self.path / "snapshots"
+
     def set_cluster_id(self, cluster_id: str) -> None:
         """Note durably which cluster this node belongs to. Raises IdentityError, StorageIO."""
         known = self.identity.cluster_id
@@ -143,7 +153,7 @@ class DataDirectory:
         """Is the state in `state_path()` sure to be what was applied? An empty one always is."""
         if (self.state_path() / DAMAGED_MARK).exists():
             return False
-        if not (self.state_path() / DATA_FILE).exists():
+        if self.installing or not (self.state_path() / DATA_FILE).exists():
             return True
         return (
             self._mark("CLEAN") == self.state_path().name or self._mark("RUN") == self._run_mark()
@@ -160,6 +170,61 @@ class DataDirectory:
             self._write_file("RUN", self._run_mark())
         except OSError as error:
             raise StorageIO(f"cannot write {self.path / 'RUN'}: {error.strerror}") from error
+
+    @property
+    def installing(self) -> bool:
+        """Has the state in use just been unpacked, so that the log may not know of it yet?"""
+        return (self.state_path() / UNPACKED_MARK).exists()
+
+    def next_state_path(self) -> Path:
+        """Where a state may be unpacked while the one in use goes on. It need not exist."""
+        return self.path / f"state-{(_state_number(self.state_path().name) or 0) + 1}"
+
+    def adopt_state(self, path: Path) -> None:
+        """Use the unpacked, synced state at `next_state_path()` from now on, durably.
+
+        The old one stays until `finish_install`; until then a start finishes what is missing.
+        Raises StorageIO.
+        """
+        try:
+            self._write_file("CURRENT", path.name)
+        except OSError as error:
+            raise StorageIO(f"cannot adopt {path}: {error.strerror}") from error
+
+    def finish_install(self) -> None:
+        """The log agrees with the adopted state: from here on it may change. Raises StorageIO."""
+        path = self.state_path()
+        self.mark_running()
+        try:
+            (path / UNPACKED_MARK).unlink(missing_ok=True)
+            sync_directory(path)
+        except OSError as error:
+            raise StorageIO(f"cannot finish {path}: {error.strerror}") from error
+        self._delete_other_states(path)
+
+    def replace_log(self, hard_state: HardState, base: LogId, membership: Membership) -> LogStore:
+        """Begin a new log after `base`; the damaged one stays as `log.damaged`, as evidence.
+
+        The promises made with the old one are broken: `reincarnate` first. Raises StorageIO.
+        """
+        new, aside = self.path / NEW_LOG, self.path / "log.damaged"
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            log = LogStore(new)
+            log.reset(hard_state, base, membership)
+            log.close()
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(self.log_path, aside)
+            self._finish_new_log()
+        except OSError as error:
+            raise StorageIO(f"cannot replace {self.log_path}: {error.strerror}") from error
+        return LogStore(self.log_path)
+
+    def _finish_new_log(self) -> None:
+        new = self.path / NEW_LOG
+        if new.exists() and not self.log_path.exists():
+            os.rename(new, self.log_path)
+            sync_directory(self.path)
 
     def mark_clean(self) -> None:
         """After the last commit: the state has been synced and closed. Raises StorageIO."""
@@ -203,6 +268,7 @@ class DataDirectory:
                 f"{self.path} holds the data of node {self.identity.node_id}, but node_id is "
                 f"{node_id}: correct node_id or db_root_dir"
             )
+        self._finish_new_log()
         log = self.log_path / DATA_FILE
         if not log.exists() or not log.stat().st_size:
             raise DataCorruption(

@@ -1,7 +1,9 @@
 """The durable log: entries and hard state in one LMDB environment, every commit on disk.
 
     key                     record (each ends with a CRC-32 over key and record)
-    "a"                     head: hard state, end of the log, transaction id
+    "a"                     head: hard state, both ends of the log, transaction id
+    "c"                     once a prefix is gone: index (u64) and content of the membership that
+                            was in force at its end
     "e" + index (u64, BE)   term (u64), kind (u8), data
 
 The head sorts before the entries, so that new ones are appended at the very end of the tree; that
@@ -16,7 +18,8 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 from zlib import crc32
@@ -40,6 +43,8 @@ from dengine.storage.environment import (
 )
 
 _HEAD_KEY: Final = b"a"
+_BASE_KEY: Final = b"c"
+_BASE: Final = struct.Struct("<Q")
 # Format, transaction id, purged index and term, last index and term; then the hard state: term,
 # voted (0 or 1), id and incarnation of whom, commit index.
 _HEAD: Final = struct.Struct("<B Q QQ QQ Q BQQ Q")
@@ -47,7 +52,9 @@ _HEAD_FORMAT: Final = 1
 _ENTRY_KEY: Final = struct.Struct(">cQ")
 _ENTRY: Final = struct.Struct("<QB")
 _KINDS: Final = tuple(EntryKind)
-_REMEDY: Final = "restore this node from the other members"
+REMEDY: Final = "restore this node from the other members"
+_PURGE_STEP: Final = 256  # entries per transaction of their own; a write waits that long at most
+_PURGE_PER_ENTRY: Final = 3  # old entries that go with every new one: the log cannot outgrow it
 
 
 class _Extent(NamedTuple):
@@ -64,6 +71,11 @@ class _Extent(NamedTuple):
     def term(self, index: int) -> int:
         return self.terms[bisect_right(self.starts, index) - 1]
 
+    def purge(self, index: int) -> _Extent:
+        """The same without everything up to `index`."""
+        count = bisect_right(self.starts, index) - 1
+        return _Extent(self.last_index, (index, *self.starts[count + 1 :]), self.terms[count:])
+
     def cut(self, last_index: int) -> _Extent:
         """The same without everything after `last_index`."""
         count = bisect_right(self.starts, last_index)
@@ -78,8 +90,12 @@ class _Extent(NamedTuple):
 class LogStore:
     """Opens or creates the log in directory `path` and verifies all of it.
 
-    One thread may call `save` while another reads; reads never wait for a write and see only what
-    is durable.
+    One thread may call `save`, `purge_step` and `reset` while another reads; reads never wait for a
+    write and see only what is durable.
+
+    Attributes:
+        purge_to: entries up to here may go. Set by the reader, who never reads at or below it
+            again; the writer deletes them little by little.
 
     Raises:
         DataCorruption: damaged; `details` holds `file` and, for an entry, `index`.
@@ -91,14 +107,15 @@ class LogStore:
         self._file = path / DATA_FILE
         self._failed = False
         self._hard_state = HardState()
-        self._configs: list[tuple[int, Membership]] = []
+        self._configs: list[tuple[int, Membership]] = []  # ascending; the first may be the base
         self._extent = _Extent(0, (0,), (0,))
-        self._environment = open_environment(path, durable=True, remedy=_REMEDY)
+        self.purge_to = 0
+        self._environment = open_environment(path, durable=True, remedy=REMEDY)
         try:
             self._verify()
         except lmdb.Error as error:
             self._environment.close()
-            raise storage_error(error, path, _REMEDY) from error
+            raise storage_error(error, path, REMEDY) from error
         except OSError as error:
             self._environment.close()
             raise StorageIO(f"cannot open {path}: {error.strerror}") from error
@@ -107,7 +124,9 @@ class LogStore:
             raise
 
     def load(self) -> tuple[HardState, list[tuple[int, Membership]]]:
-        """The hard state, and the index and content of every CONFIG entry, oldest first."""
+        """The hard state, and index and content of the memberships, oldest first: that in force
+        where the log begins, if a prefix is gone, and every CONFIG entry.
+        """
         return self._hard_state, list(self._configs)
 
     def first_index(self) -> int:
@@ -155,7 +174,7 @@ class LogStore:
                         break
                     found.append(Entry(index, term, kind, data))
         except lmdb.Error as error:
-            raise storage_error(error, self._path, _REMEDY) from error
+            raise storage_error(error, self._path, REMEDY) from error
         return found
 
     def save(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
@@ -172,8 +191,6 @@ class LogStore:
         """
         if hard_state is None and not entries:
             return
-        if self._failed:
-            raise StorageIO(f"{self._file}: an earlier write failed; restart this node")
         hard_state = hard_state or self._hard_state
         extent = self._extent
         configs = [
@@ -181,22 +198,91 @@ class LogStore:
             for entry in entries
             if entry.kind is EntryKind.CONFIG
         ]
-        try:
-            with self._environment.begin(write=True) as txn:
-                if entries:
-                    extent = self._put_entries(txn, extent, entries)
-                self._put_head(txn, hard_state, extent)
-        except lmdb.Error as error:
-            self._failed = True
-            raise storage_error(error, self._path, _REMEDY) from error
-        while entries and self._configs and self._configs[-1][0] >= entries[0].index:
-            self._configs.pop()
-        self._configs += configs
+        kept = [c for c in self._configs if not entries or c[0] < entries[0].index]
+        with self._writing() as txn:
+            if entries:
+                extent = self._put_entries(txn, extent, entries)
+                extent = self._purge(txn, extent, kept, _PURGE_PER_ENTRY * len(entries))
+            self._put_head(txn, hard_state, extent)
+        self._configs = _after(kept, extent.starts[0]) + configs
         self._hard_state, self._extent = hard_state, extent
+
+    @property
+    def purge_pending(self) -> bool:
+        """Are there entries that `purge_step` would delete?"""
+        return self._extent.starts[0] < self.purge_to
+
+    def purge_step(self) -> None:
+        """Delete a few of the entries up to `purge_to`, durably. Raises as `save`."""
+        with self._writing() as txn:
+            extent = self._purge(txn, self._extent, self._configs, _PURGE_STEP)
+            self._put_head(txn, self._hard_state, extent)
+        self._configs = _after(self._configs, extent.starts[0])
+        self._extent = extent
+
+    def reset(self, hard_state: HardState, base: LogId, membership: Membership) -> None:
+        """Forget every entry, durably and in one transaction: the log goes on after `base`.
+
+        Args:
+            hard_state: the new one.
+            base: the last entry that an installed snapshot includes.
+            membership: in force there.
+
+        Raises:
+            StorageIO: as `save`.
+        """
+        extent = _Extent(base.index, (base.index,), (base.term,))
+        with self._writing() as txn:
+            txn.drop(self._environment.open_db(txn=txn), delete=False)
+            self._put_base(txn, base.index, membership)
+            self._put_head(txn, hard_state, extent)
+        self._configs = [(base.index, membership)]
+        self._hard_state, self._extent = hard_state, extent
+        self.purge_to = 0
 
     def close(self) -> None:
         """Release the environment. Everything saved is durable already."""
         self._environment.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[lmdb.Transaction[bytes]]:
+        """One durable transaction. After one that failed no other is tried: the kernel may have
+        dropped what it could not write, and a second fsync would not say so.
+        """
+        if self._failed:
+            raise StorageIO(f"{self._file}: an earlier write failed; restart this node")
+        try:
+            with self._environment.begin(write=True) as txn:
+                yield txn
+        except lmdb.Error as error:
+            self._failed = True
+            raise storage_error(error, self._path, REMEDY) from error
+
+    def _purge(
+        self,
+        txn: lmdb.Transaction[bytes],
+        extent: _Extent,
+        configs: Sequence[tuple[int, Membership]],
+        limit: int,
+    ) -> _Extent:
+        """Delete up to `limit` of the entries that `purge_to` lets go; what is left of `extent`."""
+        first = extent.starts[0]
+        last = min(self.purge_to, extent.last_index, first + limit)
+        if last <= first:
+            return extent
+        cursor = txn.cursor()
+        if not cursor.set_key(_ENTRY_KEY.pack(b"e", first + 1)):
+            raise self._damaged_entry(first + 1, "is missing")
+        for _ in range(last - first):
+            cursor.delete()  # the cursor is on the next one then
+        index, membership = [(0, Membership()), *(c for c in configs if c[0] <= last)][-1]
+        if index > first or not first:
+            self._put_base(txn, index, membership)
+        return extent.purge(last)
+
+    def _put_base(self, txn: lmdb.Transaction[bytes], index: int, membership: Membership) -> None:
+        record = _BASE.pack(index) + membership.encode()
+        txn.put(_BASE_KEY, record + pack_crc(crc32(record, crc32(_BASE_KEY))))
 
     def _put_entries(
         self, txn: lmdb.Transaction[bytes], extent: _Extent, entries: Sequence[Entry]
@@ -286,6 +372,8 @@ class LogStore:
         extent = self._extent
         cursor = txn.cursor()
         cursor.set_key(_HEAD_KEY)
+        if extent.starts[0]:
+            self._read_base(cursor, extent.starts[0])
         while cursor.next():
             index = extent.last_index + 1
             if index > last.index:
@@ -305,6 +393,20 @@ class LogStore:
         if extent.terms[-1] != last.term:
             raise self._damaged_entry(last.index, f"has not the term {last.term} of the head")
         self._extent = extent
+
+    def _read_base(self, cursor: lmdb.Cursor[memoryview], purged_index: int) -> None:
+        if not cursor.next() or bytes(cursor.key()) != _BASE_KEY:
+            raise self._damaged("the membership at its beginning is missing")
+        raw = cursor.value()
+        if not _BASE.size <= len(raw) <= RECORD_BYTES_MAX or (
+            crc32(raw, crc32(_BASE_KEY)) != CRC_RESIDUE
+        ):
+            raise self._damaged("the membership at its beginning fails its CRC")
+        index = _BASE.unpack_from(raw)[0]
+        membership = self._membership(index, bytes(raw[_BASE.size : -CRC_BYTES]))
+        if index > purged_index:
+            raise self._damaged("the membership at its beginning is from a later entry")
+        self._configs.append((index, membership))
 
     def _check(
         self, index: int, key: bytes | memoryview, raw: bytes | memoryview
@@ -341,4 +443,12 @@ class LogStore:
         return error
 
     def _damaged(self, what: str) -> DataCorruption:
-        return damaged(self._file, what, _REMEDY)
+        return damaged(self._file, what, REMEDY)
+
+
+def _after(
+    configs: Sequence[tuple[int, Membership]], purged_index: int
+) -> list[tuple[int, Membership]]:
+    """Those after `purged_index`, and before them the one that was in force there."""
+    older = [c for c in configs if c[0] <= purged_index]
+    return older[-1:] + [c for c in configs if c[0] > purged_index]

@@ -2,12 +2,18 @@
 
     database  key            record (each ends with a CRC-32 over key and record)
     keys      the user's     layout (u8), create_revision, mod_revision, version (u64 each), value
-    meta      b"applied"     index and term of the last entry applied, revision (u64 each)
+    meta      b"applied"     index and term of the last entry applied, revision (u64 each), the
+                             state hash (16 bytes)
     meta      b"membership"  the last applied CONFIG entry's data
 
 Whatever an entry changes is committed in the same transaction as `applied`. Commits are not synced:
-after a power loss the whole directory is rebuilt (see directory.py), so nothing here has to be
+after a power loss the whole directory is rebuilt (see recovery.py), so nothing here has to be
 durable before a clean stop.
+
+The state hash is the sum, modulo 2^128, of a hash of every record but `applied`. A sum is kept up
+to date by adding what comes and subtracting what goes (Bellare and Micciancio, "A New Paradigm for
+Collision-Free Hashing", 1997; against accidents, not against forgers, so a fast hash will do).
+Equal entries must give equal hashes on every member; see node/agreement.py.
 """
 
 from __future__ import annotations
@@ -21,8 +27,9 @@ from zlib import crc32
 
 import lmdb
 import msgspec
+from xxhash import xxh3_128_intdigest
 
-from dengine.errors import DataCorruption, FatalError, InvariantBroken
+from dengine.errors import ClusterUnavailable, DataCorruption, FatalError, InvariantBroken
 from dengine.kv.commands import Result
 from dengine.kv.machine import KEY_BYTES_MAX, Record, apply_batch
 from dengine.raft.membership import Membership, decode_membership
@@ -45,11 +52,15 @@ DAMAGED_MARK: Final = "DAMAGED"  # a file beside the data: this state is not to 
 
 _RECORD: Final = struct.Struct("<BQQQ")
 _PLAIN: Final = 0  # the only layout so far; a TTL or a lease would make another
-_APPLIED: Final = struct.Struct("<QQQ")
-_APPLIED_KEY: Final = b"applied"
-_MEMBERSHIP_KEY: Final = b"membership"
+_APPLIED: Final = struct.Struct("<QQQ16s")
+APPLIED_KEY: Final = b"applied"
+MEMBERSHIP_KEY: Final = b"membership"
 _REMEDY: Final = "restart this node, which rebuilds its state"
-_DATABASES: Final = 16  # keys and meta; the others are for indexes to come
+DATABASES_MAX: Final = 16
+DATABASES: Final = {b"keys": 0, b"meta": 1}  # by name, and as the hash tells them apart
+_KEYS, _META = DATABASES.values()
+_HASH_MASK: Final = (1 << 128) - 1
+DIGEST_EVERY: Final = 256  # entries between two digests that members compare
 
 _pack_record = _RECORD.pack
 _unpack_record = _RECORD.unpack_from
@@ -63,6 +74,14 @@ class Page(NamedTuple):
     revision: int
 
 
+class StateDigest(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a state is after an entry, in a few bytes; equal on all members that applied it."""
+
+    index: int
+    revision: int
+    state_hash: bytes  # 16 bytes
+
+
 class StateStore:
     """Opens or creates the state in directory `path`.
 
@@ -72,6 +91,7 @@ class StateStore:
         applied: the last entry applied.
         revision: the store's revision after it.
         membership: that of the last applied CONFIG entry; None when there was none.
+        digests: after every `DIGEST_EVERY`th entry, since the last `take_digests`.
 
     Raises:
         DataCorruption: a record failed its CRC; the state can be rebuilt from the log.
@@ -79,13 +99,18 @@ class StateStore:
     """
 
     def __init__(self, path: Path) -> None:
+        self._open(path)
+
+    def _open(self, path: Path) -> None:
         self._path = path
         self.applied = LogId(0, 0)
         self.revision = 0
         self.membership: Membership | None = None
+        self._hash = 0
+        self._digests: list[StateDigest] = []
         try:
             self._environment = open_environment(
-                path, durable=False, remedy=_REMEDY, databases=_DATABASES
+                path, durable=False, remedy=_REMEDY, databases=DATABASES_MAX
             )
         except DataCorruption as error:
             _distrusted(path, error)
@@ -101,6 +126,35 @@ class StateStore:
         except BaseException:
             self._environment.close()
             raise
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def digest(self) -> StateDigest:
+        return StateDigest(self.applied.index, self.revision, sum_bytes(self._hash))
+
+    def take_digests(self) -> list[StateDigest]:
+        """The digests made since the last call, oldest first."""
+        taken, self._digests = self._digests, []
+        return taken
+
+    def replace(self, path: Path) -> None:
+        """Go on with the state in another directory: a snapshot was installed.
+
+        Whoever reads the old one in steps is told so at the next. Raises as the constructor.
+        """
+        self.close()
+        self._open(path)
+
+    def release_dead_readers(self) -> None:
+        """After a process that read this state was killed: LMDB may reuse the pages it held."""
+        self._environment.reader_check()
+
+    def data_bytes(self) -> int:
+        """Size of the file."""
+        return (self._path / DATA_FILE).stat().st_size
 
     def apply(self, entries: Sequence[Entry]) -> list[list[Result]]:
         """Apply committed entries, all in one transaction.
@@ -119,11 +173,12 @@ class StateStore:
             return []
         applied, revision, membership = self.applied, self.revision, self.membership
         outcome: list[list[Result]] = []
+        digests: list[StateDigest] = []
         # An open read transaction would keep the pages that this one frees from being used again.
         self._read.abort()
         try:
             with self._environment.begin(self._keys, write=True) as txn:
-                view = _View(txn, self._path)
+                view = _View(txn, self._path, self._hash)
                 for entry in entries:
                     if entry.index != applied.index + 1 or entry.term < applied.term:
                         raise InvariantBroken(
@@ -134,17 +189,19 @@ class StateStore:
                         revision, results = apply_batch(entry.data, view, revision)
                     elif entry.kind is EntryKind.CONFIG:
                         membership = self._decode_membership(entry.data)
-                        self._put_meta(txn, _MEMBERSHIP_KEY, entry.data)
+                        view.hash += self._put_membership(txn, entry.data)
                     outcome.append(results)
                     applied = entry.log_id
-                self._put_meta(
-                    txn, _APPLIED_KEY, _APPLIED.pack(applied.index, applied.term, revision)
-                )
+                    if not applied.index % DIGEST_EVERY:
+                        digests.append(StateDigest(applied.index, revision, sum_bytes(view.hash)))
+                _put_applied(txn, self._meta, applied, revision, view.hash)
         except lmdb.Error as error:
             raise _state_error(error, self._path) from error
         finally:
             self._read = self._environment.begin(self._keys)
         self.applied, self.revision, self.membership = applied, revision, membership
+        self._hash = view.hash & _HASH_MASK
+        self._digests += digests
         return outcome
 
     def get(self, key: bytes) -> Record | None:
@@ -197,14 +254,16 @@ class StateStore:
         if not start and end is None:
             yield self._read.stat(self._keys)["entries"]
             return
-        total = 0
+        total, environment = 0, self._environment
         try:
-            with self._environment.begin(self._keys) as txn, txn.cursor() as cursor:
+            with environment.begin(self._keys) as txn, txn.cursor() as cursor:
                 for _ in _scan(cursor, start, end):
                     total += 1
                     if total % ROWS_PER_STEP == 0:
                         yield total
         except lmdb.Error as error:
+            if environment is not self._environment:
+                raise ClusterUnavailable("a snapshot replaced the state meanwhile") from None
             raise _state_error(error, self._path) from error
         yield total
 
@@ -221,13 +280,17 @@ class StateStore:
         self._environment.close()
 
     def _load(self) -> None:
-        applied = self._get_meta(_APPLIED_KEY)
-        if applied is not None:
-            index, term, self.revision = _APPLIED.unpack(applied)
-            self.applied = LogId(index, term)
+        raw = self._read.get(APPLIED_KEY, db=self._meta)
+        if raw is not None:
+            found = read_applied(raw)
+            if found is None:
+                raise self._damaged(APPLIED_KEY, "fails its CRC or is of an unknown layout")
+            self.applied, digest = found
+            self.revision = digest.revision
+            self._hash = int.from_bytes(digest.state_hash, "big")
         elif self._read.stat(self._keys)["entries"]:
-            raise self._damaged(_APPLIED_KEY, "is missing")
-        membership = self._get_meta(_MEMBERSHIP_KEY)
+            raise self._damaged(APPLIED_KEY, "is missing")
+        membership = self._get_meta(MEMBERSHIP_KEY)
         if membership is not None:
             self.membership = self._decode_membership(membership)
 
@@ -239,8 +302,13 @@ class StateStore:
             raise self._damaged(key, "fails its CRC")
         return raw[:-CRC_BYTES]
 
-    def _put_meta(self, txn: lmdb.Transaction[bytes], key: bytes, data: bytes) -> None:
-        txn.put(key, data + pack_crc(crc32(data, crc32(key))), db=self._meta)
+    def _put_membership(self, txn: lmdb.Transaction[bytes], data: bytes) -> int:
+        """By how much the state hash grows."""
+        key = MEMBERSHIP_KEY
+        old = txn.get(key, db=self._meta)
+        new = data + pack_crc(crc32(data, crc32(key)))
+        txn.put(key, new, db=self._meta)
+        return record_hash(_META, key, new) - (record_hash(_META, key, old) if old else 0)
 
     def _decode_membership(self, data: bytes) -> Membership:
         try:
@@ -256,32 +324,77 @@ class StateStore:
 
 
 class _View:
-    """The state machine's view of one write transaction."""
+    """The state machine's view of one write transaction; `hash` grows and shrinks with it."""
 
-    __slots__ = ("_get", "_path", "_put", "_txn")
+    __slots__ = ("_get", "_key", "_path", "_put", "_raw", "_txn", "hash")
 
-    def __init__(self, txn: lmdb.Transaction[bytes], path: Path) -> None:
+    def __init__(self, txn: lmdb.Transaction[bytes], path: Path, state_hash: int) -> None:
         self._txn = txn
         self._get = txn.get
         self._put = txn.put
         self._path = path
+        self._key = b""  # read last, and what was there: a put nearly always follows its get
+        self._raw: bytes | None = None
+        self.hash = state_hash
 
     def get(self, key: bytes) -> Record | None:
-        raw = self._get(key)
-        return None if raw is None else _decode_record(key, raw, self._path)
+        self._key, self._raw = key, self._get(key)
+        return None if self._raw is None else _decode_record(key, self._raw, self._path)
 
     def put(self, key: bytes, record: Record) -> None:
+        old = self._raw if key == self._key else self._get(key)
         value = record.value
         head = _pack_record(_PLAIN, record.create_revision, record.mod_revision, record.version)
-        crc = crc32(value, crc32(head, crc32(key)))
-        self._put(key, b"".join((head, value, pack_crc(crc))))
+        new = b"".join((head, value, pack_crc(crc32(value, crc32(head, crc32(key))))))
+        self._put(key, new)
+        if old is not None:
+            self.hash -= record_hash(_KEYS, key, old)
+        self.hash += record_hash(_KEYS, key, new)
+        self._key = b""
 
     def delete(self, key: bytes) -> None:
-        self._txn.delete(key)
+        old = self._txn.pop(key)
+        if old is not None:
+            self.hash -= record_hash(_KEYS, key, old)
+        self._key = b""
 
     def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
         with self._txn.cursor() as cursor:
             yield from _scan(cursor, start, end)
+
+
+def record_hash(database: int, key: bytes, raw: bytes) -> int:
+    """128 bits of one record; the seed keeps databases apart, and where a key ends.
+
+    Args:
+        database: its number in `DATABASES`.
+        raw: the whole record, CRC included.
+    """
+    return xxh3_128_intdigest(key + raw, database << 16 | len(key))
+
+
+def sum_bytes(record_hashes: int) -> bytes:
+    """A sum of `record_hash`es, which may be negative or large, as the state hash: 16 bytes."""
+    return (record_hashes & _HASH_MASK).to_bytes(16, "big")
+
+
+def read_applied(raw: bytes) -> tuple[LogId, StateDigest] | None:
+    """The `applied` record as stored; None when it is damaged or of another layout."""
+    if crc32(raw, crc32(APPLIED_KEY)) != CRC_RESIDUE or len(raw) != _APPLIED.size + CRC_BYTES:
+        return None
+    index, term, revision, state_hash = _APPLIED.unpack_from(raw)
+    return LogId(index, term), StateDigest(index, revision, state_hash)
+
+
+def _put_applied(
+    txn: lmdb.Transaction[bytes],
+    meta: lmdb._Database,
+    applied: LogId,
+    revision: int,
+    state_hash: int,
+) -> None:
+    data = _APPLIED.pack(applied.index, applied.term, revision, sum_bytes(state_hash))
+    txn.put(APPLIED_KEY, data + pack_crc(crc32(data, crc32(APPLIED_KEY))), db=meta)
 
 
 def _scan(cursor: lmdb.Cursor[bytes], start: bytes, end: bytes | None) -> Iterator[bytes]:

@@ -1,0 +1,92 @@
+"""What this node is sending to members that fetch a snapshot, for people and for holding files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from dengine.raft.types import SnapshotRef
+
+log = logging.getLogger("dengine.snapshots")
+
+LOG_EVERY_PERCENT = 10
+FORGET_S = 10.0  # after the last byte; the receiver may come back for more
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One file on its way to one member. `first` is where this connection began."""
+
+    ref: SnapshotRef
+    first: int
+    sent: int
+    started_s: float
+    touched_s: float
+    due_percent: int = 0
+
+    @property
+    def percent(self) -> int:
+        return min(100, self.sent * 100 // max(self.ref.size_bytes, 1))
+
+    @property
+    def bytes_per_s(self) -> int:
+        return int((self.sent - self.first) / max(self.touched_s - self.started_s, 0.001))
+
+
+class Transfers:
+    """The transfers under way, by receiving node id."""
+
+    def __init__(self) -> None:
+        self._by_receiver: dict[int, Transfer] = {}
+
+    @property
+    def refs(self) -> set[SnapshotRef]:
+        """The files that are being sent."""
+        self._forget()
+        return {transfer.ref for transfer in self._by_receiver.values()}
+
+    def get(self, receiver: int) -> Transfer | None:
+        self._forget()
+        return self._by_receiver.get(receiver)
+
+    def items(self) -> list[tuple[int, Transfer]]:
+        self._forget()
+        return sorted(self._by_receiver.items())
+
+    def began(self, receiver: int, ref: SnapshotRef, offset: int) -> None:
+        now = time.monotonic()
+        self._by_receiver[receiver] = Transfer(ref, offset, offset, now, now)
+
+    def sent(self, receiver: int, count: int) -> None:
+        """`count` more bytes have left for `receiver`."""
+        transfer = self._by_receiver.get(receiver)
+        if transfer is None:
+            return
+        transfer.sent += count
+        transfer.touched_s = time.monotonic()
+        if transfer.percent >= transfer.due_percent:
+            transfer.due_percent = transfer.percent // LOG_EVERY_PERCENT * LOG_EVERY_PERCENT + 10
+            log.info(
+                "sending snapshot %d-%d to node %d: %d %%, %s/s",
+                transfer.ref.term,
+                transfer.ref.index,
+                receiver,
+                transfer.percent,
+                format_bytes(transfer.bytes_per_s),
+            )
+
+    def _forget(self) -> None:
+        now = time.monotonic()
+        for receiver in [r for r, t in self._by_receiver.items() if now - t.touched_s > FORGET_S]:
+            del self._by_receiver[receiver]
+
+
+def format_bytes(count: int) -> str:
+    """1536 -> "1.5 KB": decimal units, as networks and disks are measured."""
+    value = float(count)
+    for unit in ("B", "KB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return ""

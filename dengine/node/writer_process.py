@@ -1,0 +1,124 @@
+"""Running `dengine.snapshot_writer`: one job at a time, watched, and killed when it hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+
+from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
+from dengine.snapshot_writer import Done, Failed, Job, Progress, decode_event, encode_job
+
+STALL_S = 30.0  # without a sign of life it is stuck
+LINE_BYTES_MAX = 65_536
+
+Watch = Callable[[int, int], str | None]
+
+
+class WriterProcess:
+    """At most one subprocess at a time; this object owns it and nobody else signals it."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._busy = False
+        self._killed_for = ""
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def kill(self, reason: str) -> None:
+        """End the job under way, if any; `run` raises TryAgain with `reason`."""
+        if not self._busy:
+            return
+        self._killed_for = self._killed_for or reason
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def run(self, job: Job, watch: Watch) -> Done:
+        """Carry out `job`.
+
+        Args:
+            watch: told the bytes done and in all, a few times a second; what it returns, if
+                anything, is the reason for which the job is killed.
+
+        Raises:
+            DataCorruption: what was read is damaged.
+            StorageIO: the disk refused.
+            TryAgain: it hung, was killed, ran out of memory, or its peer failed.
+        """
+        self._busy, self._killed_for = True, ""
+        try:
+            ended, returncode = await self._run(job, watch)
+        except TimeoutError:
+            raise TryAgain(f"the snapshot writer gave no sign of life for {STALL_S:g} s") from None
+        finally:
+            self._busy = False
+        if isinstance(ended, Done):
+            return ended
+        raise self._failure(ended, returncode)
+
+    async def _run(self, job: Job, watch: Watch) -> tuple[Done | Failed | None, int]:
+        """The last event and the exit code. Raises TimeoutError; no process is left behind."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "dengine.snapshot_writer",
+            str(os.getpid()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=LINE_BYTES_MAX,
+        )
+        self._process = process
+        try:
+            assert process.stdin is not None
+            if self._killed_for:  # while it was being started
+                process.kill()
+            with suppress(ConnectionError):
+                process.stdin.write(encode_job(job))
+                process.stdin.close()
+            ended = await self._follow(process, watch)
+            async with asyncio.timeout(STALL_S):
+                return ended, await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            self._process = None
+
+    async def _follow(
+        self, process: asyncio.subprocess.Process, watch: Watch
+    ) -> Done | Failed | None:
+        """Read events until the last one; None when the process ends without any."""
+        assert process.stdout is not None
+        while True:
+            async with asyncio.timeout(STALL_S):
+                line = await process.stdout.readline()
+            if not line:
+                return None
+            try:
+                event = decode_event(line)
+            except msgspec.MsgspecError:
+                return Failed(TryAgain.exit_code, f"the snapshot writer said {line[:200]!r}")
+            if not isinstance(event, Progress):
+                return event
+            reason = watch(event.done_bytes, event.total_bytes)
+            if reason is not None:
+                self.kill(reason)
+
+    def _failure(self, ended: Failed | None, returncode: int) -> FatalError:
+        if self._killed_for:
+            return TryAgain(self._killed_for)
+        if ended is None:
+            how = f"exit code {returncode}"
+            if returncode < 0:
+                how = f"signal {signal.Signals(-returncode).name}"
+            return TryAgain(f"the snapshot writer ended with {how}")
+        kinds: dict[int, type[FatalError]] = {65: DataCorruption, 74: StorageIO}
+        return kinds.get(ended.exit_code, TryAgain)(ended.message)

@@ -1,0 +1,268 @@
+"""The subprocess that reads, writes and fetches snapshots, so that no node ever waits for them.
+
+    python -m dengine.snapshot_writer PARENT_PID < job.json
+
+One job comes in as JSON on stdin. Events leave as JSON lines on stdout: progress a few times a
+second, then one `Done` or `Failed`. It runs at low priority, keeps to a number of bytes per second,
+and dies with the node that started it, even while stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import http.client
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import msgspec
+import psutil
+
+from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
+from dengine.raft.types import SnapshotRef
+from dengine.storage.snapshot_file import (
+    PARTIAL_SUFFIX,
+    SnapshotInfo,
+    publish,
+    snapshot_name,
+    sound_prefix,
+    verify,
+)
+from dengine.storage.snapshots import take, unpack
+
+PROGRESS_EVERY_S: Final = 0.2
+FETCH_TIMEOUT_S: Final = 10.0  # without a single byte
+PIECE_BYTES: Final = 256 * 1024
+NICENESS: Final = 10  # low, but not so low that a busy node starves it: an old reader is costly too
+OOM_SCORE: Final = 900  # when memory runs out, this process goes before the node
+_PR_SET_PDEATHSIG: Final = 1
+
+
+class Take(msgspec.Struct, frozen=True, tag=True):
+    """Write the state in `state`, which a node may be using, to a file in `directory`."""
+
+    state: str
+    directory: str
+    node_id: int
+    chunk_bytes: int
+    max_bytes_per_s: int
+
+
+class Verify(msgspec.Struct, frozen=True, tag=True):
+    """Read a whole file and check every part of it."""
+
+    file: str
+    max_bytes_per_s: int
+
+
+class Unpack(msgspec.Struct, frozen=True, tag=True):
+    """Check a file and unpack it into the new directory `state`."""
+
+    file: str
+    state: str
+
+
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    """Get a file from another member, or go on with it, and unpack it into `state`."""
+
+    address: str  # host:port
+    ref: SnapshotRef
+    receiver: int  # node id, so that the sender can say who is served
+    cluster_id: str
+    directory: str
+    state: str
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    done_bytes: int
+    total_bytes: int
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    file: str
+    ref: SnapshotRef
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    exit_code: int  # of the class of the error, see dengine/errors.py
+    message: str
+
+
+Job = Take | Verify | Unpack | Fetch
+Event = Progress | Done | Failed
+_jobs: msgspec.json.Decoder[Job] = msgspec.json.Decoder(Job)
+_events: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+decode_event = _events.decode
+encode_job = msgspec.json.encode
+
+
+def main(parent: int) -> int:
+    """Carry out the job on stdin; 0 when it is done, else the error's exit code."""
+    _die_with_parent(parent)
+    _be_modest()
+    job = _jobs.decode(sys.stdin.buffer.read())
+    try:
+        info = _carry_out(job)
+    except FatalError as error:
+        _say(Failed(error.exit_code, error.message))
+        return error.exit_code
+    except OSError as error:
+        _say(Failed(StorageIO.exit_code, f"{error.filename}: {error.strerror or error}"))
+        return StorageIO.exit_code
+    except MemoryError:
+        _say(Failed(TryAgain.exit_code, "out of memory"))
+        return TryAgain.exit_code
+    _say(Done(str(info.path), info.ref))
+    return 0
+
+
+def _carry_out(job: Job) -> SnapshotInfo:
+    match job:
+        case Take():
+            return take(
+                Path(job.state),
+                Path(job.directory),
+                node_id=job.node_id,
+                chunk_bytes=job.chunk_bytes,
+                progress=_Pace(job.max_bytes_per_s).report,
+            )
+        case Verify():
+            file = Path(job.file)
+            pace, total = _Pace(job.max_bytes_per_s), file.stat().st_size
+            return verify(file, progress=lambda done: pace.report(done, total))
+        case Unpack():
+            return unpack(Path(job.file), Path(job.state), _Pace().report)
+        case Fetch():
+            return _fetch(job)
+
+
+class _Pace:
+    """Keeps a job to a number of bytes per second and reports how far it is."""
+
+    def __init__(self, max_bytes_per_s: int | None = None) -> None:
+        self._max_bytes_per_s = max_bytes_per_s
+        self._started = time.monotonic()
+        self._report_due = self._started
+
+    def report(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self._report_due:
+            self._report_due = now + PROGRESS_EVERY_S
+            _say(Progress(done, max(done, total)))
+        if self._max_bytes_per_s:
+            ahead_s = done / self._max_bytes_per_s - (now - self._started)
+            if ahead_s > 0.001:
+                time.sleep(min(ahead_s, 1.0))
+
+
+def _fetch(job: Fetch) -> SnapshotInfo:
+    """Download, verify, publish, unpack; what of an earlier attempt is sound is kept.
+
+    Chunks of two files are never mixed: the partial file carries the SHA-256 of the one it will
+    become, and the sender is asked for exactly that one.
+    """
+    directory = Path(job.directory)
+    file = directory / snapshot_name(job.ref.log_id)
+    partial = directory / f"fetch-{job.ref.sha256}{PARTIAL_SUFFIX}"
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        for other in directory.glob(f"fetch-*{PARTIAL_SUFFIX}"):
+            if other != partial:
+                other.unlink(missing_ok=True)
+        if not _is_here(file, job.ref):
+            _download(job, partial)
+            info = publish(partial, file, job.ref.sha256)
+            if info.header.cluster_id != job.cluster_id:
+                file.unlink()
+                raise DataCorruption(f"{file} is from cluster {info.header.cluster_id}")
+        return unpack(file, Path(job.state), _Pace().report)
+    except OSError as error:
+        raise StorageIO(f"cannot fetch {file}: {error.strerror or error}") from error
+
+
+def _is_here(file: Path, ref: SnapshotRef) -> bool:
+    """Was it fetched by an earlier attempt, or taken by this node itself?"""
+    with contextlib.suppress(DataCorruption, StorageIO):
+        return verify(file).sha256 == ref.sha256
+    return False
+
+
+def _download(job: Fetch, partial: Path) -> None:
+    """Append what is missing, make it durable, and keep only what is sound for the next attempt."""
+    have = sound_prefix(partial) if partial.exists() else 0
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o600)
+    with os.fdopen(fd, "wb") as stream:
+        stream.truncate(have)
+        stream.seek(have)
+        try:
+            if have < job.ref.size_bytes:
+                _receive(job, have, stream)
+        except (http.client.HTTPException, OSError) as error:
+            raise TryAgain(f"{job.address}: {error or type(error).__name__}") from error
+        finally:
+            stream.flush()
+            os.fsync(stream.fileno())
+    if partial.stat().st_size != job.ref.size_bytes:
+        raise TryAgain(f"{job.address} ended the transfer early")
+    try:
+        if verify(partial).sha256 == job.ref.sha256:
+            return
+        have = 0  # sound, but another file
+    except DataCorruption:
+        have = sound_prefix(partial)
+    os.truncate(partial, have)
+    raise TryAgain(f"{job.address} sent something else; {have} bytes of it are sound")
+
+
+def _receive(job: Fetch, have: int, stream: BinaryIO) -> None:
+    """The bytes of the file from `have` on; an error or a silence ends it, and what came stays."""
+    sha = job.ref.sha256
+    connection = http.client.HTTPConnection(job.address, timeout=FETCH_TIMEOUT_S)
+    headers = {"Range": f"bytes={have}-", "Dengine-Receiver": str(job.receiver)}
+    try:
+        connection.request("GET", f"/v1/snapshots/{sha}", headers=headers)
+        response = connection.getresponse()
+        if response.status not in (200, 206) or response.getheader("ETag") != f'"{sha}"':
+            reason = response.read(500).decode("utf-8", "replace")
+            raise TryAgain(f"{job.address} answered {response.status}: {reason}")
+        if response.status == 200:  # all of it, whatever was asked for
+            have = 0
+            stream.seek(0)
+        pace = _Pace()
+        while data := response.read1(PIECE_BYTES):
+            stream.write(data)
+            have += len(data)
+            pace.report(have, job.ref.size_bytes)
+    finally:
+        connection.close()
+
+
+def _say(event: Event) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(event) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _die_with_parent(parent: int) -> None:
+    """The kernel kills this process when the one that started it ends, however it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(TryAgain.exit_code)  # it ended before the kernel was told
+
+
+def _be_modest() -> None:
+    """Low CPU and I/O priority; where the system forbids that, the bytes per second do it."""
+    me = psutil.Process()
+    with contextlib.suppress(psutil.Error, OSError):
+        me.nice(NICENESS)
+    with contextlib.suppress(psutil.Error, OSError):
+        me.ionice(psutil.IOPRIO_CLASS_BE, 7)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,234 @@
+"""What a start makes of the data directory it finds: the log, and a state that agrees with it.
+
+    the state in use can be trusted       it is opened as it is
+    it was just unpacked from a snapshot  the log is made to begin there: an install is finished
+    it cannot be trusted, or is damaged   the newest sound snapshot that the log continues, else
+                                          an empty state; the log does the rest
+    the log is damaged, or older than     this node has broken what it promised with it. With other
+    the state                             voters it goes on under a new incarnation, as a learner
+                                          that already holds much of the data; alone it stops
+
+Nothing here guesses. Where a person has to decide, the error says so and names `dengine repair`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from dengine.errors import DataCorruption, FatalError, StorageIO
+from dengine.raft.membership import Membership
+from dengine.raft.types import HardState, MemberId
+from dengine.storage.directory import DataDirectory
+from dengine.storage.log_store import REMEDY, LogStore
+from dengine.storage.snapshot_file import parse_name
+from dengine.storage.snapshots import list_files, put_aside, unpack
+from dengine.storage.state_store import StateStore
+
+log = logging.getLogger("dengine.recovery")
+
+REPAIR = "dengine repair --accept-data-loss"
+
+
+class Stores(NamedTuple):
+    log: LogStore
+    state: StateStore
+
+
+def open_stores(directory: DataDirectory) -> Stores:
+    """Open log and state of a locked directory, and repair what can be repaired without loss.
+
+    The state may come back empty although the log begins later than entry 1: then only a snapshot
+    from another member helps, and Raft sees that by itself.
+
+    Raises:
+        DataCorruption: a person is needed; the message says what is lost and what to do.
+        StorageIO: the disk refused.
+    """
+    try:
+        store = LogStore(directory.log_path)
+    except DataCorruption as error:
+        return _without_log(directory, error)
+    try:
+        return _with_log(directory, store)
+    except BaseException:
+        store.close()
+        raise
+
+
+def after_damage(
+    error: DataCorruption, directory: DataDirectory, membership: Membership
+) -> FatalError:
+    """Damage was found while running: what ends the process, and whether a restart heals it.
+
+    The state is rebuilt by any start, and a log by one that has other voters to turn to.
+    """
+    file = str(error.details.get("file", ""))
+    if file.startswith(str(directory.path / "state-")):
+        return StorageIO(f"{error.message}: the next start rebuilds the state", file=file)
+    if file.startswith(str(directory.log_path)) and _others(directory, membership):
+        return StorageIO(f"{error.message}: the next start does so by itself", file=file)
+    return error
+
+
+def _with_log(directory: DataDirectory, store: LogStore) -> Stores:
+    state = _trusted_state(directory)
+    if state is None:
+        state = _rebuilt_state(directory, store)
+    elif directory.installing:
+        _finish_install(directory, store, state)
+    elif not _continues(store, state):
+        if state.applied.index > store.last_index() or (
+            state.applied.index >= store.first_index() - 1
+        ):
+            store.close()
+            return _begin_anew(
+                directory,
+                state,
+                DataCorruption(
+                    f"{directory.log_path} is older than the state, which has applied entry "
+                    f"{state.applied.index}: it was rolled back",
+                    file=str(directory.log_path),
+                ),
+            )
+        state.close()
+        log.warning("the state is older than the log: rebuilding it")
+        state = _rebuilt_state(directory, store)
+    if state.applied.index < store.first_index() - 1:
+        _require_others(directory, store)
+    return Stores(store, state)
+
+
+def _trusted_state(directory: DataDirectory) -> StateStore | None:
+    """The state as it was left; None where it cannot be believed."""
+    if not directory.trusted_state():
+        log.info("the state was not closed cleanly: rebuilding it")
+        return None
+    if not directory.installing:
+        directory.mark_running()
+    try:
+        return StateStore(directory.state_path())
+    except DataCorruption as error:
+        log.warning("%s; rebuilding it", error.message)
+        return None
+
+
+def _continues(store: LogStore, state: StateStore) -> bool:
+    """Does the log hold the last applied entry, so that it goes on from there?"""
+    index, term = state.applied.index, state.applied.term
+    return store.first_index() - 1 <= index <= store.last_index() and store.term(index) == term
+
+
+def _finish_install(directory: DataDirectory, store: LogStore, state: StateStore) -> None:
+    """The crash came after the switch to the unpacked state, perhaps before the log was reset."""
+    if not _continues(store, state):
+        if state.membership is None:
+            raise DataCorruption(f"{state.path} holds no membership", file=str(state.path))
+        store.reset(_hard_state(store, state), state.applied, state.membership)
+    directory.finish_install()
+
+
+def _hard_state(store: LogStore, state: StateStore) -> HardState:
+    """The promises of the old log, with a commit index that the new one starts from."""
+    old, _ = store.load()
+    term = max(old.term, state.applied.term)
+    voted_for = old.voted_for if old.term == term else None
+    return HardState(term, voted_for, state.applied.index)
+
+
+def _rebuilt_state(directory: DataDirectory, store: LogStore) -> StateStore:
+    """From the newest sound snapshot that the log continues; an empty one where there is none."""
+    for file in reversed(list_files(directory.snapshots_path)):
+        log_id = parse_name(file.name)
+        if (
+            log_id is None
+            or not store.first_index() - 1 <= log_id.index <= store.last_index()
+            or store.term(log_id.index) != log_id.term
+        ):
+            continue
+        path = directory.next_state_path()
+        try:
+            unpack(file, path, lambda done, total: None)
+        except DataCorruption as error:
+            log.warning("%s; trying an older one", error.message)
+            put_aside(file)
+            continue
+        log.info("the state is rebuilt from %s and the log after it", file.name)
+        directory.adopt_state(path)
+        directory.finish_install()
+        return StateStore(path)
+    directory.discard_state()
+    directory.mark_running()
+    return StateStore(directory.state_path())
+
+
+def _without_log(directory: DataDirectory, error: DataCorruption) -> Stores:
+    """The log is damaged: begin a new one behind the state, or behind a snapshot."""
+    state = _trusted_state(directory)
+    if state is None or not state.applied.index:
+        if state is not None:
+            state.close()
+        state = _newest_snapshot(directory)
+    if state is None:
+        raise _needs_person(directory, error)
+    return _begin_anew(directory, state, error)
+
+
+def _newest_snapshot(directory: DataDirectory) -> StateStore | None:
+    for file in reversed(list_files(directory.snapshots_path)):
+        path = directory.next_state_path()
+        try:
+            unpack(file, path, lambda done, total: None)
+        except DataCorruption as error:
+            log.warning("%s; trying an older one", error.message)
+            put_aside(file)
+            continue
+        directory.adopt_state(path)
+        return StateStore(path)
+    return None
+
+
+def _begin_anew(directory: DataDirectory, state: StateStore, error: DataCorruption) -> Stores:
+    """Votes and acknowledgements given with the lost log count no more: another incarnation takes
+    its place, with the state as a valid past of the cluster. The other voters have the rest.
+    """
+    membership = state.membership
+    if membership is None or not _others(directory, membership):
+        state.close()
+        raise _needs_person(directory, error)
+    log.warning("%s; going on as a new incarnation, from the other members", error.message)
+    directory.reincarnate()
+    hard_state = HardState(state.applied.term, None, state.applied.index)
+    store = directory.replace_log(hard_state, state.applied, membership)
+    directory.finish_install()
+    return Stores(store, state)
+
+
+def _require_others(directory: DataDirectory, store: LogStore) -> None:
+    """State and snapshots are lost and the log has no beginning: somebody else must have them."""
+    _, memberships = store.load()
+    membership = memberships[-1][1] if memberships else Membership()
+    if not _others(directory, membership):
+        raise _needs_person(
+            directory,
+            DataCorruption(
+                f"the state of {directory.path} is lost, the log begins only at entry "
+                f"{store.first_index()}, and no sound snapshot reaches up to it",
+                file=str(directory.snapshots_path),
+            ),
+        )
+
+
+def _others(directory: DataDirectory, membership: Membership) -> set[MemberId]:
+    identity = directory.identity
+    me = MemberId(identity.node_id, identity.incarnation)
+    return {v for v in membership.all_voters if v.id != me.id}
+
+
+def _needs_person(directory: DataDirectory, error: DataCorruption) -> DataCorruption:
+    return DataCorruption(
+        f"{error.message.removesuffix(f'; {REMEDY}')}; this node is "
+        "the only voter it knows of, so nobody has another copy: restore a backup with "
+        f"`dengine snapshot restore`, or keep what can be read with `{REPAIR}`",
+        **error.details,
+    )

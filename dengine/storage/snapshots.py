@@ -1,0 +1,158 @@
+"""What is done with snapshots and states as files: take, unpack, list, clean up.
+
+Everything here may take seconds and blocks; a node has it done by a process of its own (see
+dengine/snapshot_writer.py), except at start, before it serves anybody.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from dengine.errors import DataCorruption, StorageIO
+from dengine.raft.types import SnapshotRef
+from dengine.storage.directory import UNPACKED_MARK
+from dengine.storage.environment import DATA_FILE, sync_directory
+from dengine.storage.snapshot_file import (
+    DAMAGED_SUFFIX,
+    PARTIAL_SUFFIX,
+    SnapshotHeader,
+    SnapshotInfo,
+    SnapshotWriter,
+    damaged_snapshot,
+    parse_name,
+    read_ref,
+    snapshot_name,
+    verify,
+)
+from dengine.storage.state_reader import StateReader, check_state
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def take(
+    state: Path,
+    directory: Path,
+    *,
+    node_id: int,
+    chunk_bytes: int,
+    progress: Progress,
+) -> SnapshotInfo:
+    """Write the state in directory `state`, which may be in use, to a file in `directory`.
+
+    One read transaction gives everything; its records are checked against the state hash before
+    a byte is written, so that rot is never signed into a snapshot.
+
+    Raises:
+        DataCorruption: the state is damaged, or the disk did not keep what was written.
+        StorageIO: the disk refused.
+    """
+    with StateReader(state) as reader:
+        total = (state / DATA_FILE).stat().st_size
+        reader.check(lambda _: progress(0, total))
+        header = SnapshotHeader(
+            cluster_id=reader.membership.cluster_id,
+            node_id=node_id,
+            index=reader.applied.index,
+            term=reader.applied.term,
+            revision=reader.digest.revision,
+            state_hash=reader.digest.state_hash,
+            membership=reader.membership,
+            records=reader.records,
+            taken_at_s=int(time.time()),
+        )
+        _make_private(directory)
+        writer = SnapshotWriter(directory / snapshot_name(header.log_id), header, chunk_bytes)
+
+        def write(data: bytes) -> None:
+            writer.write(data)
+            progress(writer.data_bytes, total)
+
+        try:
+            reader.copy(write)
+            return writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+
+
+def unpack(file: Path, state: Path, progress: Progress) -> SnapshotInfo:
+    """Unpack a snapshot into the new directory `state`, checked in full, synced and marked.
+
+    Raises:
+        DataCorruption: the file is damaged, or what was in it is; `state` is gone again.
+        StorageIO: the disk refused.
+    """
+    shutil.rmtree(state, ignore_errors=True)
+    try:
+        total = file.stat().st_size
+        state.mkdir(mode=0o700, parents=True)
+        fd = os.open(state / DATA_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "wb") as stream:
+            info = verify(file, stream.write, lambda done: progress(done, total))
+            stream.flush()
+            os.fsync(stream.fileno())
+        reader = check_state(state, lambda _: progress(total, total))
+        header = info.header
+        if (reader.applied, reader.digest.state_hash, reader.membership) != (
+            header.log_id,
+            header.state_hash,
+            header.membership,
+        ):
+            raise damaged_snapshot(file, "its header does not describe the state in it")
+        (state / UNPACKED_MARK).touch(mode=0o600)
+        sync_directory(state)
+        sync_directory(state.parent)
+    except OSError as error:
+        shutil.rmtree(state, ignore_errors=True)
+        raise StorageIO(f"cannot unpack {file}: {error.strerror or error}") from error
+    except BaseException:
+        shutil.rmtree(state, ignore_errors=True)
+        raise
+    return info
+
+
+def list_files(directory: Path) -> list[Path]:
+    """The complete snapshots in `directory`, oldest first. Nothing is read yet."""
+    found = [(parse_name(path.name), path) for path in directory.glob("snapshot-*")]
+    complete = [(log_id.index, log_id.term, path) for log_id, path in found if log_id is not None]
+    return [path for _, _, path in sorted(complete)]
+
+
+def claimed_refs(directory: Path) -> list[tuple[Path, SnapshotRef]]:
+    """What the complete files in `directory` claim to be, oldest first; damaged ones are left out.
+
+    Enough to list them. Before one is relied on, `verify` it.
+    """
+    refs = []
+    for path in list_files(directory):
+        with suppress(DataCorruption, StorageIO):
+            refs.append((path, read_ref(path)))
+    return refs
+
+
+def put_aside(file: Path) -> None:
+    """A file turned out to be damaged: keep it, under a name that nobody takes for a snapshot."""
+    for older in file.parent.glob(f"*{DAMAGED_SUFFIX}"):
+        older.unlink(missing_ok=True)
+    with suppress(OSError):
+        file.rename(file.with_name(file.name + DAMAGED_SUFFIX))
+
+
+def remove_partial(directory: Path) -> None:
+    """Remove what an interrupted take or fetch has left."""
+    for path in directory.glob(f"*{PARTIAL_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def _make_private(directory: Path) -> None:
+    try:
+        if not directory.exists():
+            directory.mkdir(mode=0o700)
+            sync_directory(directory.parent)
+    except OSError as error:
+        raise StorageIO(f"cannot make {directory}: {error.strerror}") from error
