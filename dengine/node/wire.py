@@ -54,11 +54,18 @@ class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Why the stream is not wanted.
 
     "removed", "wiped", "rolled_back" and "duplicate" concern the receiver's own identity; "again"
-    asks for a fresh handshake.
+    asks for a fresh handshake; "this_node_itself" says that an address leads back to its dialler.
     """
 
     reason: Literal[
-        "foreign_cluster", "removed", "wiped", "rolled_back", "protocol", "duplicate", "again"
+        "foreign_cluster",
+        "removed",
+        "wiped",
+        "rolled_back",
+        "protocol",
+        "duplicate",
+        "again",
+        "this_node_itself",
     ]
     message: str
 
