@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -59,6 +58,7 @@ class Installer:
         self._source = source
         self._fetching: tuple[MemberId, SnapshotRef] | None = None
         self._installed: asyncio.Future[None] | None = None
+        self._attempts = -1  # the first goes to the best address
         self.forgotten_at = 0  # commit index when the state was last thrown away
 
     def is_busy_with(self, sender: MemberId, ref: SnapshotRef) -> bool:
@@ -75,7 +75,8 @@ class Installer:
         addresses = self._source(sender)
         if not addresses:
             raise TryAgain(f"no address of node {sender.id} is known")
-        address = addresses[int(time.monotonic()) % len(addresses)]
+        self._attempts += 1
+        address = addresses[self._attempts % len(addresses)]
         path = self._directory.next_state_path()
         report = Report(f"receiving snapshot {ref.term}-{ref.index} from node {sender.id}")
         self._fetching = (sender, ref)

@@ -310,7 +310,7 @@ class Node:
     async def lead_here(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
         """Carry out an operation of the leader on this node, which leads."""
         if op == "snapshot_turn":
-            return self.snapshots.grant_turn(args["id"])
+            return self.snapshots.grant_turn(args)
         return await self._members.handle(op, args, deadline)
 
     async def _lead(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -44,7 +45,6 @@ POLL_S = 1.0
 RETRY_S_MIN, RETRY_S_MAX = 1.0, 60.0
 GROWTH_BYTES_MIN = 1024 * 1024 * 1024  # by so much a state may grow behind the writer's reader
 AGE_S_MIN = 120.0  # so old may the reader of even the smallest state become
-TURN_MS = 30_000  # so long another member has to wait after one was given the turn
 
 Lead = Callable[[str, dict[str, Any], float], Awaitable[dict[str, Any]]]
 
@@ -98,6 +98,7 @@ class Snapshots:
         source: Callable[[MemberId], Sequence[str]],
     ) -> None:
         self._config = config.snapshot
+        self._reserve_bytes = config.limits.reserve_bytes
         self._path = directory.snapshots_path
         self._cycle = cycle
         self._raft: Raft = cycle.raft
@@ -243,12 +244,20 @@ class Snapshots:
             return self._is_newer()
         if not self._is_newer() or not self._is_due():
             return False
+        return await self._ask_turn(self._longest_take_s())
+
+    async def _ask_turn(self, seconds: float) -> bool:
+        """Have the leader keep all others from taking one for so long; 0 ends our turn."""
+        turn = {"id": self._raft.me.id, "for_ms": int(seconds * 1000)}
         try:
-            deadline = self._loop.time() + POLL_S
-            answer = await self._lead("snapshot_turn", {"id": self._raft.me.id}, deadline)
+            answer = await self._lead("snapshot_turn", turn, self._loop.time() + POLL_S)
             return bool(answer["granted"])
         except DengineError:
             return False  # without a leader nothing is written, so nothing is urgent
+
+    def _longest_take_s(self) -> float:
+        """After so long the writer's reader is too old: the job is ended and tried again."""
+        return AGE_S_MIN + 4 * self._state.data_bytes() / self._config.max_bytes_per_s
 
     def _is_newer(self) -> bool:
         newest, applied = self.files.newest, self._state.applied.index
@@ -278,6 +287,8 @@ class Snapshots:
                 if not taker.done():
                     taker.set_exception(ClusterUnavailable(f"no snapshot: {error.message}"))
             raise
+        finally:
+            await self._ask_turn(0)
         self._take_backoff.succeeded()
         for taker in takers:
             if not taker.done():
@@ -311,8 +322,8 @@ class Snapshots:
         """The subprocess, bounded in time and in what its reader costs: LMDB keeps every page it
         can see, so the state grows with each write until it is done.
         """
-        config, size = self._config, self._state.data_bytes()
-        age_s = AGE_S_MIN + 4 * size / config.max_bytes_per_s
+        config, size, age_s = self._config, self._state.data_bytes(), self._longest_take_s()
+        self._require_room(size)
         growth_bytes = max(GROWTH_BYTES_MIN, size)
 
         def watch(done: int, total: int) -> str | None:
@@ -332,6 +343,20 @@ class Snapshots:
         )
         return await self._writer.run(job, watch)
 
+    def _require_room(self, size: int) -> None:
+        """A snapshot must not take the room that the log needs to go on.
+
+        Raises:
+            TryAgain: less than `size` bytes would be left above `limits.reserve_bytes`.
+        """
+        disk = os.statvfs(self._path.parent)
+        free = disk.f_bavail * disk.f_frsize
+        if free < size + self._reserve_bytes:
+            raise TryAgain(
+                f"{format_bytes(free)} are free under {self._path}: not enough for "
+                f"{format_bytes(size)} and limits.reserve_bytes"
+            )
+
     async def _verify(self, file: Path) -> None:
         """A file from before this start: only what was read in full counts."""
         self.job = f"verifying {file.name}"
@@ -350,6 +375,7 @@ class Snapshots:
     async def _fetch(self, sender: MemberId, ref: SnapshotRef) -> None:
         self.job = f"fetching a snapshot from node {sender.id}"
         try:
+            self._require_room(2 * ref.size_bytes)  # the file, and the state unpacked from it
             await self.installer.fetch(sender, ref)
         except FatalError:
             self._fetch_backoff.failed()
@@ -378,20 +404,21 @@ class Snapshots:
             "purged_index": self._raft.log.base.index,
         }
 
-    def grant_turn(self, node_id: int) -> dict[str, Any]:
-        """On the leader: may `node_id` take a snapshot now? Two never do at once."""
-        return {"granted": self._turn.grant(node_id, boottime_ms())}
+    def grant_turn(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """On the leader: may member `id` take a snapshot, for the next `for_ms`?"""
+        return {"granted": self._turn.grant(turn["id"], boottime_ms(), turn["for_ms"])}
 
 
 class SnapshotTurn:
-    """Whose turn it is to take a snapshot; forgotten with the leader, which does no harm."""
+    """Two members never take a snapshot at once, unless the leader changes: it alone remembers."""
 
     def __init__(self) -> None:
         self._holder = 0
         self._until_ms = 0
 
-    def grant(self, node_id: int, now_ms: int) -> bool:
+    def grant(self, node_id: int, now_ms: int, for_ms: int) -> bool:
+        """Let `node_id` have the turn for `for_ms` from now on; 0 ends it."""
         if node_id != self._holder and now_ms < self._until_ms:
             return False
-        self._holder, self._until_ms = node_id, now_ms + TURN_MS
+        self._holder, self._until_ms = node_id, now_ms + for_ms
         return True
