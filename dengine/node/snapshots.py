@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class Snapshots:
 
     def start(self) -> None:
         """Begin with what lies in the directory: complete files are checked before they count."""
-        remove_partial(self._directory.snapshots_path)
+        remove_partial(self._directory.snapshots_path, fetched=True)
         self._wanted.unverified = [p for p, _ in claimed_refs(self._directory.snapshots_path)]
         self._task = self._loop.create_task(self._work(), name="snapshots")
 
@@ -318,8 +319,12 @@ class Snapshots:
                 ),
                 watch,
             )
-        except DataCorruption as error:
-            self.distrust(error.message, files_too=False)
+        except FatalError as error:
+            if isinstance(error, DataCorruption):
+                self.distrust(error.message, files_too=False)
+            # A writer that was killed leaves its file, and the next one will have another name.
+            path = self._directory.snapshots_path
+            await self._loop.run_in_executor(None, partial(remove_partial, path, fetched=False))
             raise
         self._bytes_at[done.ref] = bytes_before
         self.taken += 1
@@ -401,6 +406,7 @@ class Snapshots:
             )
         except FatalError:
             self._fetch_backoff.failed()
+            await self._loop.run_in_executor(None, shutil.rmtree, path, True)
             raise
         self._fetch_backoff.succeeded()
         watch.finished()
@@ -560,4 +566,7 @@ def _percent(done: int, total: int) -> int:
 
 
 def _unlink(path: Path) -> None:
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # the next start finds it and tries again
+        log.warning("cannot remove %s, which is not needed any more: %s", path, error.strerror)
