@@ -39,7 +39,7 @@ test: lint test-packages ## Install what the tests need and run them all
 	$(PYTHON) -m pytest tests -q
 
 test-packages:
-	@scripts/system-packages.sh iproute2
+	@scripts/system-packages.sh iproute2 strace
 
 bench: $(STAMP) ## Compare with a bare aiohttp server and with etcd; prints and saves a table
 	$(PYTHON) bench/run.py

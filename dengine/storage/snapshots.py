@@ -143,10 +143,11 @@ def put_aside(file: Path) -> None:
         file.rename(file.with_name(file.name + DAMAGED_SUFFIX))
 
 
-def remove_partial(directory: Path) -> None:
-    """Remove what an interrupted take or fetch has left."""
+def remove_partial(directory: Path, *, fetched_too: bool) -> None:
+    """Remove what an interrupted take has left, and an interrupted fetch if it is of no use."""
     for path in directory.glob(f"*{PARTIAL_SUFFIX}"):
-        path.unlink(missing_ok=True)
+        if fetched_too or path.name.startswith("snapshot-"):
+            path.unlink(missing_ok=True)
 
 
 def _make_private(directory: Path) -> None:
