@@ -16,8 +16,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import psutil
 
@@ -148,18 +149,14 @@ def _is_here(file: Path, ref: SnapshotRef) -> bool:
 def _download(job: Fetch, partial: Path) -> None:
     """Append what is missing, make it durable, and keep only what is sound for the next attempt."""
     have = sound_prefix(partial) if partial.exists() else 0
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o600)
-    with os.fdopen(fd, "wb") as stream:
-        stream.truncate(have)
-        stream.seek(have)
-        try:
-            if have < job.ref.size_bytes:
-                _receive(job, have, stream)
-        except (http.client.HTTPException, OSError) as error:
-            raise TryAgain(f"{job.address}: {error or type(error).__name__}") from error
-        finally:
-            stream.flush()
-            os.fsync(stream.fileno())
+    try:
+        _append(job, partial, have)
+    except OSError as error:
+        # The kernel may have dropped what it could not write, and would hide that from a later
+        # fsync of this file: the next attempt must write another one.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise StorageIO(f"cannot write {partial}: {error.strerror or error}") from error
     if partial.stat().st_size != job.ref.size_bytes:
         raise TryAgain(f"{job.address} ended the transfer early")
     try:
@@ -172,8 +169,29 @@ def _download(job: Fetch, partial: Path) -> None:
     raise TryAgain(f"{job.address} sent something else; {have} bytes of it are sound")
 
 
-def _receive(job: Fetch, have: int, stream: BinaryIO) -> None:
-    """The bytes of the file from `have` on; an error or a silence ends it, and what came stays."""
+def _append(job: Fetch, partial: Path, have: int) -> None:
+    """Go on after `have` bytes, durably, as far as the sender does. Raises OSError, TryAgain."""
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o600)
+    with os.fdopen(fd, "wb") as stream:
+        stream.truncate(have)
+        stream.seek(have)
+        try:
+            pace = _Pace()
+            for position, data in _pieces(job, have):
+                stream.seek(position)
+                stream.write(data)
+                pace.report(position + len(data), job.ref.size_bytes)
+        finally:
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _pieces(job: Fetch, have: int) -> Iterator[tuple[int, bytes]]:
+    """Position and bytes of each piece from `have` on. An error of the network, or a silence, is a
+    TryAgain.
+    """
+    if have >= job.ref.size_bytes:
+        return
     sha = job.ref.sha256
     connection = http.client.HTTPConnection(job.address, timeout=FETCH_TIMEOUT_S)
     headers = {"Range": f"bytes={have}-", "Dengine-Receiver": str(job.receiver)}
@@ -185,12 +203,11 @@ def _receive(job: Fetch, have: int, stream: BinaryIO) -> None:
             raise TryAgain(f"{job.address} answered {response.status}: {reason}")
         if response.status == 200:  # all of it, whatever was asked for
             have = 0
-            stream.seek(0)
-        pace = _Pace()
         while data := response.read1(PIECE_BYTES):
-            stream.write(data)
+            yield have, data
             have += len(data)
-            pace.report(have, job.ref.size_bytes)
+    except (http.client.HTTPException, OSError) as error:
+        raise TryAgain(f"{job.address}: {error or type(error).__name__}") from error
     finally:
         connection.close()
 

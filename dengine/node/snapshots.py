@@ -303,8 +303,11 @@ class Snapshots:
         started, taken_at_bytes = time.monotonic(), self.files.applied_bytes
         try:
             done = await self._run_take(started)
-        except DataCorruption as error:
-            self.distrust(error.message, files_too=False)
+        except FatalError as error:
+            if isinstance(error, DataCorruption):
+                self.distrust(error.message, files_too=False)
+            # A writer that was killed leaves its file, and the next one will have another name.
+            remove_partial(self._path, fetched_too=False)
             raise
         self.taken += 1
         seconds = time.monotonic() - started

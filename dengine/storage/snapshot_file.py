@@ -17,7 +17,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 from zlib import crc32
@@ -143,9 +143,11 @@ class SnapshotWriter:
             raise StorageIO(f"the disk did not keep what was written: {error.message}") from error
 
     def abandon(self) -> None:
-        """Remove the partial file."""
-        self._stream.close()
-        self._partial.unlink(missing_ok=True)
+        """Remove the partial file, as far as the disk still does what it is told."""
+        with suppress(OSError):
+            self._stream.close()  # tries once more to write what it could not
+        with suppress(OSError):
+            self._partial.unlink(missing_ok=True)
 
     def _put_chunk(self, data: bytes) -> None:
         self._chunks += 1
@@ -177,7 +179,11 @@ def publish(partial: Path, path: Path, sha256: str) -> SnapshotInfo:
         raise
     with _disk(path):
         os.replace(partial, path)
-        sync_directory(path.parent)
+        try:
+            sync_directory(path.parent)
+        except OSError:  # it may be gone after a power loss, so nobody must rely on it
+            path.unlink(missing_ok=True)
+            raise
     return info._replace(path=path)
 
 

@@ -93,7 +93,14 @@ def unpack(file: Path, state: Path, progress: Progress) -> SnapshotInfo:
         state.mkdir(mode=0o700, parents=True)
         fd = os.open(state / DATA_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "wb") as stream:
-            info = verify(file, stream.write, lambda done: progress(done, total))
+
+            def write(data: bytes) -> None:
+                try:
+                    stream.write(data)
+                except OSError as error:  # of this file, not of the one that is read
+                    raise StorageIO(f"cannot write {state}: {error.strerror}") from error
+
+            info = verify(file, write, lambda done: progress(done, total))
             stream.flush()
             os.fsync(stream.fileno())
         reader = check_state(state, lambda _: progress(total, total))
@@ -137,16 +144,19 @@ def claimed_refs(directory: Path) -> list[tuple[Path, SnapshotRef]]:
 
 def put_aside(file: Path) -> None:
     """A file turned out to be damaged: keep it, under a name that nobody takes for a snapshot."""
-    for older in file.parent.glob(f"*{DAMAGED_SUFFIX}"):
-        older.unlink(missing_ok=True)
     with suppress(OSError):
+        for older in file.parent.glob(f"*{DAMAGED_SUFFIX}"):
+            older.unlink(missing_ok=True)
         file.rename(file.with_name(file.name + DAMAGED_SUFFIX))
 
 
 def remove_partial(directory: Path, *, fetched_too: bool) -> None:
-    """Remove what an interrupted take has left, and an interrupted fetch if it is of no use."""
-    for path in directory.glob(f"*{PARTIAL_SUFFIX}"):
-        if fetched_too or path.name.startswith("snapshot-"):
+    """Remove what an interrupted take has left, and of an interrupted fetch if it is of no use.
+
+    What the disk does not let go stays.
+    """
+    for path in directory.glob(f"{'' if fetched_too else 'snapshot-'}*{PARTIAL_SUFFIX}"):
+        with suppress(OSError):
             path.unlink(missing_ok=True)
 
 

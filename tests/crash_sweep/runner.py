@@ -1,0 +1,164 @@
+"""One point of the sweep: prepare, inject, look what the node makes of it, restart, check."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.cluster import Cluster, wait_for
+from tests.crash_sweep.scenarios import PATHS, Scenario, litter
+from tests.crash_sweep.sites import FIRST_TAKE, INSTALL, PURGE, REBUILD, TAKE, Site
+from tests.crash_sweep.strace import Fault, Injection, process_of, wait_gone
+
+SITES: dict[str, tuple[Site, ...]] = {
+    "first take": FIRST_TAKE,
+    "take": TAKE,
+    "purge": PURGE,
+    "install": INSTALL,
+    "rebuild": REBUILD,
+}
+STORAGE_IO = 74  # the exit code for "the disk refused; a restart recovers"
+POINT_DEADLINE_S = 30.0
+
+
+@dataclass
+class Tally:
+    """How many points of each path and kind have been swept."""
+
+    points: Counter[tuple[str, Fault]] = field(default_factory=Counter)
+    passed: Counter[tuple[str, Fault]] = field(default_factory=Counter)
+
+    def table(self) -> list[str]:
+        """Lines for people."""
+        heads = "".join(f"{fault.value:>16}" for fault in Fault)
+        lines = [f"{'passed/swept':<14}{heads}"]
+        for path in SITES:
+            cells = "".join(f"{self._cell(path, fault):>16}" for fault in Fault)
+            lines.append(f"{path:<14}{cells}")
+        lines.append(f"{self.passed.total()} of {self.points.total()} points passed")
+        return lines
+
+    def _cell(self, path: str, fault: Fault) -> str:
+        total = self.points[path, fault]
+        return f"{self.passed[path, fault]}/{total}" if total else "-"
+
+
+class Stage:
+    """The nodes of one path at a time, kept from point to point as long as all is well."""
+
+    def __init__(self, directory: Path, tally: Tally) -> None:
+        self._directory = directory
+        self._tally = tally
+        self._count = 0
+        self._cluster: Cluster | None = None
+        self._scenario: Scenario | None = None
+
+    def scenario(self, path: str) -> Scenario:
+        """The nodes of `path`, at rest."""
+        kind = PATHS[path]
+        if type(self._scenario) is not kind:
+            self.clear()
+            self._count += 1
+            directory = self._directory / f"{self._count}"
+            directory.mkdir()
+            self._cluster = Cluster(directory).__enter__()
+            self._scenario = kind(self._cluster)
+        assert self._scenario is not None
+        return self._scenario
+
+    def clear(self) -> None:
+        """End all processes; the next point starts on new nodes."""
+        cluster, self._cluster, self._scenario = self._cluster, None, None
+        if cluster is not None:
+            cluster.__exit__()
+
+    def sweep(self, path: str, site: Site, fault: Fault, occurrence: int) -> bool:
+        """Sweep one point. False when there is no such occurrence: the path ended before it."""
+        cluster = None
+        try:
+            scenario = self.scenario(path)
+            cluster = self._cluster
+            log = self._directory / f"strace-{self._count}"
+            reached = walk(scenario, site, fault, occurrence, log)
+            if reached:
+                self._tally.points[path, fault] += 1
+                self._tally.passed[path, fault] += 1
+            return reached
+        except BaseException:
+            self._tally.points[path, fault] += 1
+            print(f"path {path}, {site.name}, occurrence {occurrence}, {fault.value}")
+            if cluster is not None:
+                print(cluster.describe())
+            self.clear()
+            raise
+
+
+def faults(site: Site) -> list[Fault]:
+    """What can happen at a site. The subprocess can die alone; the node never does that."""
+    return [f for f in Fault if f is not Fault.WRITER_KILLED or site.who == "writer"]
+
+
+def walk(scenario: Scenario, site: Site, fault: Fault, occurrence: int, log: Path) -> bool:
+    """One way along the path, with the fault, and everything that must hold afterwards."""
+    scenario.prepare()
+    victim, file = scenario.victim, scenario.files()[site.file]
+    log.unlink(missing_ok=True)
+    # A node knows its files by names relative to where it was started.
+    names = [file, file.relative_to(victim.cwd)]
+    injection = Injection(log, site.syscalls, names, fault, occurrence, site.who == "writer")
+    try:
+        if victim.running:
+            injection.attach(victim.pid)
+        else:
+            victim.prefix = injection.prefix
+        scenario.go()
+        wait_for(
+            lambda: injection.seen(victim.pid) or scenario.done(),
+            f"{site.name} number {occurrence}, or the end of the path",
+            POINT_DEADLINE_S,
+        )
+        thread = injection.seen(victim.pid)
+        if thread:
+            _carry_out(scenario, site, fault, thread, injection)
+    finally:
+        injection.detach(victim.pid)
+    if victim.running:
+        victim.kill()
+    scenario.restart()
+    scenario.check()
+    return bool(thread)
+
+
+def _carry_out(
+    scenario: Scenario, site: Site, fault: Fault, thread: int, injection: Injection
+) -> None:
+    """The rest of the fault, and how the node takes it."""
+    victim = scenario.victim
+    process = process_of(thread)
+    if fault is Fault.NODE_KILLED:
+        victim.kill()
+        if process:
+            wait_gone(process)  # whichever it was: the subprocess dies with its node
+        return
+    if fault is Fault.WRITER_KILLED and process != victim.pid:
+        os.kill(process, signal.SIGKILL)
+    injection.detach(victim.pid)
+    if process == victim.pid and site.ends:
+        scenario.provoke()
+        assert victim.wait_exit() == STORAGE_IO
+    elif process == victim.pid and site.ends is None:
+        wait_for(lambda: scenario.done() if victim.running else True, "the node to decide")
+        assert victim.running or victim.wait_exit() == STORAGE_IO
+    if victim.running:
+        _go_on(scenario)
+
+
+def _go_on(scenario: Scenario) -> None:
+    """The node lives: another attempt succeeds, and what is left of the failed one is removed."""
+    victim = scenario.victim
+    scenario.again()
+    wait_for(scenario.done, "another attempt to succeed", POINT_DEADLINE_S)
+    wait_for(lambda: not litter(victim.directory), "what the failed attempt left to be removed")
