@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.cluster import Cluster, wait_for
 from tests.crash_sweep.scenarios import PATHS, Scenario, litter
-from tests.crash_sweep.sites import FIRST_TAKE, INSTALL, PURGE, REBUILD, TAKE, Site
-from tests.crash_sweep.strace import Fault, Injection, process_of, wait_gone
+from tests.crash_sweep.sites import CHANGING, FIRST_TAKE, INSTALL, PURGE, REBUILD, TAKE, Site
+from tests.crash_sweep.strace import Fault, Injection, Strace, process_of, recorded, wait_gone
 
 SITES: dict[str, tuple[Site, ...]] = {
     "first take": FIRST_TAKE,
@@ -108,7 +109,8 @@ def walk(scenario: Scenario, site: Site, fault: Fault, occurrence: int, log: Pat
     log.unlink(missing_ok=True)
     # A node knows its files by names relative to where it was started.
     names = [file, file.relative_to(victim.cwd)]
-    injection = Injection(log, site.syscalls, names, fault, occurrence, site.who == "writer")
+    children = site.who == "writer"
+    injection = Injection(log, site.syscalls, names, fault, occurrence, children=children)
     try:
         if victim.running:
             injection.attach(victim.pid)
@@ -130,6 +132,36 @@ def walk(scenario: Scenario, site: Site, fault: Fault, occurrence: int, log: Pat
     scenario.restart()
     scenario.check()
     return bool(thread)
+
+
+def unlisted(scenario: Scenario, sites: Sequence[Site], log: Path) -> set[str]:
+    """Walk along the path without a fault: calls in the data directory that `sites` lacks."""
+    scenario.prepare()
+    victim, files = scenario.victim, scenario.files()
+    log.unlink(missing_ok=True)
+    strace = Strace(log, ["-y", "-e", f"trace={CHANGING}"], children=True)
+    try:
+        if victim.running:
+            strace.attach(victim.pid)
+        else:
+            victim.prefix = strace.prefix
+        scenario.go()
+        wait_for(scenario.done, "the end of the path", POINT_DEADLINE_S)
+    finally:
+        strace.detach(victim.pid)
+    listed = {(files[site.file], name) for site in sites for name in site.syscalls.split(",")}
+    listed |= {(path, "openat") for path in files.values()}  # those that change nothing, too
+    ordinary = {files["old state data"], files["log"], victim.directory / "LOCK"}
+    missing = set()
+    for call in recorded(log, victim.cwd):
+        if victim.directory not in call.path.parents or call.path in ordinary:
+            continue
+        if call.name in ("open", "openat") and not call.creates:
+            continue
+        # A directory is removed through a descriptor of it, one name after the other.
+        if not {(call.path, call.name), (call.path.parent, call.name)} & listed:
+            missing.add(f"{call.name} {call.path.relative_to(victim.directory)}")
+    return missing
 
 
 def _carry_out(

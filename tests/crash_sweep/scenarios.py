@@ -126,6 +126,9 @@ class TakeAndPurge(Scenario):
         self.write(self.victim, KEYS)
 
     def files(self) -> Mapping[str, Path]:
+        return self._files(_view(self.victim)["snapshots"][0]["file"])
+
+    def _files(self, oldest: str) -> Mapping[str, Path]:
         status = self.victim.status()
         directory = self.victim.directory
         snapshots = directory / "snapshots"
@@ -133,8 +136,10 @@ class TakeAndPurge(Scenario):
         return {
             "snapshots/": snapshots,
             "partial": snapshots / f"{name}.partial",
-            "oldest snapshot": snapshots / _view(self.victim)["snapshots"][0]["file"],
-            "log": directory / "log" / "data.mdb",
+            "oldest snapshot": snapshots / oldest,
+            "snapshots/ made": snapshots,
+            "parent of snapshots/": directory,
+            **state_files(directory),
         }
 
     def go(self) -> None:
@@ -167,8 +172,7 @@ class TakeFirst(TakeAndPurge):
         self.write(self.victim, KEYS)
 
     def files(self) -> Mapping[str, Path]:
-        directory = self.victim.directory
-        return {"snapshots/ made": directory / "snapshots", "parent of snapshots/": directory}
+        return self._files("")
 
     def done(self) -> bool:
         return bool(_view(self.victim)["snapshots"])
@@ -270,13 +274,17 @@ def state_files(directory: Path) -> dict[str, Path]:
     return {
         "directory": directory,
         "CURRENT.tmp": directory / "CURRENT.tmp",
+        "CLEAN": directory / "CLEAN",
         "RUN.tmp": directory / "RUN.tmp",
         "old state/": directory / current,
         "new state/": new,
         "new state data": new / "data.mdb",
         "new state lock": new / "lock.mdb",
         "new state UNPACKED": new / "UNPACKED",
+        "old state data": directory / current / "data.mdb",
         "log": directory / "log" / "data.mdb",
+        "log/": directory / "log",
+        "log lock": directory / "log" / "lock.mdb",
     }
 
 

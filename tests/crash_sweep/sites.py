@@ -67,6 +67,7 @@ _ADOPT: Final = (
     Site("CURRENT.tmp", WRITES, "node"),
     Site("CURRENT.tmp", SYNCS, "node"),
     Site("CURRENT.tmp", "rename", "node"),
+    Site("CLEAN", REMOVES, "node"),
     Site("RUN.tmp", "openat", "node", about=2),
     Site("RUN.tmp", WRITES, "node", about=2),
     Site("RUN.tmp", SYNCS, "node", about=2),
@@ -93,6 +94,7 @@ def _unpack(who: str) -> tuple[Site, ...]:
 
 
 INSTALL: Final = (
+    Site("snapshots/", "mkdir"),
     Site("fetched", "openat", about=2),
     Site("fetched", "ftruncate"),
     Site("fetched", WRITES, about=8),
@@ -105,4 +107,9 @@ INSTALL: Final = (
     Site("log", SYNCS, "node"),
 )
 
-REBUILD: Final = (*_unpack("node"), *_ADOPT)
+REBUILD: Final = (
+    Site("log/", "mkdir", "node", ends=None),
+    Site("log lock", "openat", "node"),
+    *_unpack("node"),
+    *_ADOPT,
+)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster import POLL_S, wait_for
@@ -32,66 +33,39 @@ class Fault(enum.Enum):
         return self in (Fault.EIO, Fault.ENOSPC)
 
 
-@dataclass
-class Injection:
-    """strace with one fault armed: at call number `occurrence` of `syscalls` on one of `paths`.
+class Strace:
+    """strace on one node. `children`: also on what it starts, else only on the threads it has.
 
-    A kill is a SIGSTOP by strace, which freezes the whole process right after the call, and a
-    SIGKILL by the test: so the node can be killed while the subprocess is at the point.
+    Args:
+        log: what strace writes.
+        options: what to trace, and what to do then.
     """
 
-    log: Path
-    syscalls: str
-    paths: Sequence[Path]
-    fault: Fault
-    occurrence: int
-    children: bool  # watch what the node starts; else only the threads that the node has now
-    _attached: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-
-    def _options(self) -> list[str]:
-        effect = "signal=STOP" if not self.fault.is_error else f"error={self.fault.value}"
-        # An I/O error passes, as after fsync; a full disk stays full.
-        when = f"{self.occurrence}{'+' if self.fault is Fault.ENOSPC else ''}"
-        inject = f"inject={self.syscalls}:{effect}:when={when}"
-        only = [option for path in self.paths for option in ("-P", str(path))]
-        follow = ["-f"] if self.children else []
-        output = ["-qq", "-o", str(self.log)]
-        return [*follow, *output, "-e", f"trace={self.syscalls}", *only, "-e", inject]
+    def __init__(self, log: Path, options: Sequence[str], *, children: bool) -> None:
+        self.log = log
+        self._children = children
+        follow = ["-f"] if children else []
+        self._command = ["strace", *follow, "-qq", "-o", str(log), *options]
+        self._attached: subprocess.Popen[bytes] | None = None
 
     @property
     def prefix(self) -> list[str]:
         """A command that runs a node under it from the start. -D: the node keeps its own pid."""
-        return ["strace", "-D", *self._options()]
+        return [*self._command, "-D"]
 
     def attach(self, pid: int) -> None:
         """Watch a running node, which may be stopped."""
-        watched = [pid] if self.children else _threads(pid)
-        pids = [option for thread in watched for option in ("-p", str(thread))]
+        watched = [pid] if self._children else _threads(pid)
         self._attached = subprocess.Popen(
-            ["strace", *self._options(), *pids],
+            [*self._command, *(option for thread in watched for option in ("-p", str(thread)))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-
         wait_for(
             lambda: all(_tracer(thread) for thread in _threads(pid)),
             "strace to have attached to every thread",
         )
-
-    def seen(self, node: int) -> int:
-        """The thread in which the fault has happened; 0 as long as it has not."""
-        mark = (
-            "(INJECTED)"
-            if self.fault.is_error
-            else "--- SIGSTOP {si_signo=SIGSTOP, si_code=SI_KERNEL"
-        )
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
-                if mark in line:
-                    first = line.split(None, 1)[0]
-                    return int(first) if first.isdigit() else node  # it watches one thread only
-        return 0
 
     def detach(self, pid: int) -> None:
         """End strace, wherever it came from; the processes it watched go on by themselves."""
@@ -104,6 +78,42 @@ class Injection:
             self._attached.kill()
             self._attached.communicate()
             self._attached = None
+
+
+class Injection(Strace):
+    """One fault, armed: at call number `occurrence` of `syscalls` on one of `paths`.
+
+    A kill is a SIGSTOP by strace, which freezes the whole process right after the call, and a
+    SIGKILL by the test: so the node can be killed while the subprocess is at the point.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        syscalls: str,
+        paths: Sequence[Path],
+        fault: Fault,
+        occurrence: int,
+        *,
+        children: bool,
+    ) -> None:
+        effect = f"error={fault.value}" if fault.is_error else "signal=STOP"
+        # An I/O error passes, as after fsync; a full disk stays full.
+        when = f"{occurrence}{'+' if fault is Fault.ENOSPC else ''}"
+        only = [option for path in paths for option in ("-P", str(path))]
+        inject = ["-e", f"inject={syscalls}:{effect}:when={when}"]
+        super().__init__(log, ["-e", f"trace={syscalls}", *only, *inject], children=children)
+        stopped = "--- SIGSTOP {si_signo=SIGSTOP, si_code=SI_KERNEL"  # by strace, not by the test
+        self._mark = "(INJECTED)" if fault.is_error else stopped
+
+    def seen(self, node: int) -> int:
+        """The thread in which the fault has happened; 0 as long as it has not."""
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
+                if self._mark in line:
+                    first = line.split(None, 1)[0]
+                    return int(first) if first.isdigit() else node  # it watches one thread only
+        return 0
 
 
 def process_of(thread: int) -> int:
@@ -142,3 +152,33 @@ def _state(pid: int) -> str:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
         return stat.rpartition(")")[2].split()[0]
     return ""
+
+
+# pid, name, then a descriptor with its path, a string, or a directory and a string.
+_CALL = re.compile(
+    r'\d+ +(?P<name>\w+)\((?:(?:\d+|AT_FDCWD)<(?P<fd>[^>]*)>(?:, )?)?(?:"(?P<text>[^"]*)")?'
+)
+
+
+@dataclass
+class Call:
+    """A call that strace has recorded: which, and on which file."""
+
+    name: str
+    path: Path
+    creates: bool
+
+
+def recorded(log: Path, cwd: Path) -> list[Call]:
+    """The calls in a log that was written with `-f -y` by processes with the working directory
+    `cwd`. Of a rename the old name counts."""
+    calls = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        found = _CALL.match(line)
+        if found is None:
+            continue
+        base = Path(found["fd"]) if found["fd"] else cwd
+        text = "" if found["fd"] and not found["name"].endswith("at") else found["text"]
+        path = base / text if text else base
+        calls.append(Call(found["name"], path, "O_CREAT" in line))
+    return calls

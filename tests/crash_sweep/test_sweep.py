@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.crash_sweep.runner import SITES, Stage, faults
-from tests.crash_sweep.sites import Site
+from tests.crash_sweep.runner import SITES, Stage, faults, unlisted
+from tests.crash_sweep.sites import PURGE, TAKE, Site
 from tests.crash_sweep.strace import Fault
 
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))
@@ -46,6 +47,18 @@ def test_every_point(
     with capsys.disabled():
         print(f" {occurrence} points", end=" ", flush=True)
     assert occurrence, f"{site.name} was not reached at all: the list in sites.py is out of date"
+
+
+@pytest.mark.timeout(180)
+def test_the_list_of_steps_is_complete(stage: Stage, tmp_path: Path) -> None:
+    """No path does anything in the data directory that the sweep does not know of."""
+    ends = {"first take": TAKE, "take": PURGE, "purge": TAKE}  # they share a way
+    missing = {}
+    for path, sites in SITES.items():
+        found = unlisted(stage.scenario(path), (*sites, *ends.get(path, ())), tmp_path / "strace")
+        if found:
+            missing[path] = sorted(found)
+    assert not missing, missing
 
 
 @pytest.mark.skipif(FULL, reason="the full sweep has them all")
