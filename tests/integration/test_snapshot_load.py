@@ -22,11 +22,11 @@ STATE_BYTES = 64 * 1024 * 1024
 VALUE_BYTES = 64 * 1024
 LOADERS = 4
 SLOWEST_S = 1.0  # of a write; on a busy machine too
-# The default but for what lets the log go early. The pace is a fifth: a take lasts some seconds.
+# The default but for what lets the log go early. The pace is half of it: a take lasts seconds.
 CONFIG = """
 [raft.snapshot]
 retained_log_entries = 100
-max_bytes_per_s = 13421773
+max_bytes_per_s = 33554432
 """
 
 
