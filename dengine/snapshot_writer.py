@@ -48,6 +48,7 @@ from dengine.storage.snapshot_jobs import (
 from dengine.storage.snapshots import take, unpack
 
 PROGRESS_EVERY_S: Final = 0.2
+BEHIND_S_MAX: Final = 0.05
 FETCH_TIMEOUT_S: Final = 10.0  # without a single byte
 PIECE_BYTES: Final = 256 * 1024
 NICENESS: Final = 10  # low, but not so low that a busy node starves it: an old reader is costly too
@@ -96,12 +97,15 @@ def _carry_out(job: Job) -> SnapshotInfo:
 
 
 class _Pace:
-    """Keeps a job to a number of bytes per second and reports how far it is."""
+    """Keeps a job to a number of bytes per second and reports how far it is.
+
+    What it fell behind while the machine was busy is not made up for in one burst.
+    """
 
     def __init__(self, max_bytes_per_s: int | None = None) -> None:
         self._max_bytes_per_s = max_bytes_per_s
-        self._started = time.monotonic()
-        self._report_due = self._started
+        self._since = self._report_due = time.monotonic()
+        self._done_then = 0
 
     def report(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -109,9 +113,11 @@ class _Pace:
             self._report_due = now + PROGRESS_EVERY_S
             _say(Progress(done, max(done, total)))
         if self._max_bytes_per_s:
-            ahead_s = done / self._max_bytes_per_s - (now - self._started)
+            ahead_s = (done - self._done_then) / self._max_bytes_per_s - (now - self._since)
             if ahead_s > 0.001:
                 time.sleep(min(ahead_s, 1.0))
+            elif ahead_s < -BEHIND_S_MAX:
+                self._since, self._done_then = now, done
 
 
 def _fetch(job: Fetch) -> SnapshotInfo:
@@ -229,6 +235,8 @@ def _be_modest() -> None:
     me = psutil.Process()
     with contextlib.suppress(psutil.Error, OSError):
         me.nice(NICENESS)
+    with contextlib.suppress(OSError):  # a batch job that wakes up waits for its turn
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with contextlib.suppress(psutil.Error, OSError):
         me.ionice(psutil.IOPRIO_CLASS_BE, 7)
     with contextlib.suppress(OSError):

@@ -35,6 +35,8 @@ DAMAGED_SUFFIX: Final = ".damaged"  # was complete once; kept for a person until
 FORMAT: Final = 1
 CHUNK_BYTES_MAX: Final = 4 * 1024 * 1024
 
+SYNC_BYTES: Final = 4 * 1024 * 1024  # between two syncs of a file that is being written
+
 _MAGIC: Final = b"DENGSNAP"
 _PREFIX: Final = struct.Struct("<8sHII")
 _CHUNK: Final = struct.Struct("<II")
@@ -106,7 +108,7 @@ class SnapshotWriter:
         self._chunk_bytes = chunk_bytes
         self._pending = bytearray()
         self._sha = hashlib.sha256()
-        self._chunks = self._data_bytes = 0
+        self._chunks = self._data_bytes = self._unsynced_bytes = 0
         encoded = msgspec.msgpack.encode(header)
         with _disk(self._partial):
             fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -125,8 +127,12 @@ class SnapshotWriter:
             self._put_chunk(bytes(self._pending[: self._chunk_bytes]))
             del self._pending[: self._chunk_bytes]
 
-    def finish(self) -> SnapshotInfo:
-        """Make the file durable under its final name, after reading it back."""
+    def finish(self, progress: Callable[[int], None] | None = None) -> SnapshotInfo:
+        """Make the file durable under its final name, after reading it back.
+
+        Args:
+            progress: told how many bytes have been read back.
+        """
         if self._pending:
             self._put_chunk(bytes(self._pending))
         self._put(_END.pack(0, 0, self._chunks, self._data_bytes))
@@ -138,7 +144,7 @@ class SnapshotWriter:
             os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._stream.close()
         try:
-            return publish(self._partial, self._path, self._sha.hexdigest())
+            return publish(self._partial, self._path, self._sha.hexdigest(), progress)
         except DataCorruption as error:
             raise StorageIO(f"the disk did not keep what was written: {error.message}") from error
 
@@ -153,6 +159,13 @@ class SnapshotWriter:
         self._chunks += 1
         self._data_bytes += len(data)
         self._put(_CHUNK.pack(len(data), crc32(data)) + data)
+        self._unsynced_bytes += len(data)
+        if self._unsynced_bytes >= SYNC_BYTES:
+            # In small steps: the log's next sync on this disk waits for what is under way.
+            self._unsynced_bytes = 0
+            with _disk(self._partial):
+                self._stream.flush()
+                os.fdatasync(self._stream.fileno())
 
     def _put(self, data: bytes) -> None:
         self._sha.update(data)
@@ -160,18 +173,21 @@ class SnapshotWriter:
             self._stream.write(data)
 
 
-def publish(partial: Path, path: Path, sha256: str) -> SnapshotInfo:
+def publish(
+    partial: Path, path: Path, sha256: str, progress: Callable[[int], None] | None = None
+) -> SnapshotInfo:
     """Verify the synced file `partial` and give it its final name, durably.
 
     Args:
         sha256: of the file that it must be.
+        progress: told how many bytes have been read.
 
     Raises:
         DataCorruption: it is damaged; it was removed.
         StorageIO: the disk refused.
     """
     try:
-        info = verify(partial)
+        info = verify(partial, progress=progress)
         if info.sha256 != sha256:
             raise damaged_snapshot(partial, "it is sound, but not the file it should be")
     except DataCorruption:

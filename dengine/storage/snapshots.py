@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from dengine.errors import DataCorruption, StorageIO
 from dengine.raft.types import SnapshotRef
@@ -30,6 +31,9 @@ from dengine.storage.snapshot_file import (
     verify,
 )
 from dengine.storage.state_reader import StateReader, check_state
+
+CHECK_RATE: Final = 4  # times as fast as the file is written, the state may be checked
+VERIFY_RATE: Final = 2  # and what was written be read back
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -52,8 +56,10 @@ def take(
         StorageIO: the disk refused.
     """
     with StateReader(state) as reader:
-        total = (state / DATA_FILE).stat().st_size
-        reader.check(lambda _: progress(0, total))
+        size = (state / DATA_FILE).stat().st_size
+        # Reading costs others less than writing does, in memory less than from the disk.
+        checked, total = size // CHECK_RATE, size // CHECK_RATE + size + size // VERIFY_RATE
+        reader.check(lambda read: progress(min(checked, read // CHECK_RATE), total))
         header = SnapshotHeader(
             cluster_id=reader.membership.cluster_id,
             node_id=node_id,
@@ -70,11 +76,12 @@ def take(
 
         def write(data: bytes) -> None:
             writer.write(data)
-            progress(writer.data_bytes, total)
+            progress(checked + writer.data_bytes, total)
 
         try:
             reader.copy(write)
-            return writer.finish()
+            done = checked + writer.data_bytes
+            return writer.finish(lambda read: progress(done + read // VERIFY_RATE, total))
         except BaseException:
             writer.abandon()
             raise
