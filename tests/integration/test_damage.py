@@ -18,8 +18,6 @@ from tests.cluster import (
     Cluster,
     ServeProcess,
     Writer,
-    config_text,
-    free_port,
     static_cluster,
     wait_for,
 )
