@@ -25,13 +25,12 @@ import psutil
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.raft.types import SnapshotRef
 from dengine.storage.snapshot_file import (
-    PARTIAL_SUFFIX,
     SnapshotInfo,
     publish,
     snapshot_name,
-    sound_prefix,
     verify,
 )
+from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, sound_prefix
 from dengine.storage.snapshot_jobs import (
     Done,
     Event,

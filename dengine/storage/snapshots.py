@@ -20,16 +20,15 @@ from dengine.storage.directory import UNPACKED_MARK
 from dengine.storage.environment import DATA_FILE, sync_directory
 from dengine.storage.snapshot_file import (
     DAMAGED_SUFFIX,
-    PARTIAL_SUFFIX,
     SnapshotHeader,
     SnapshotInfo,
     SnapshotWriter,
-    damaged_snapshot,
     parse_name,
     read_ref,
     snapshot_name,
     verify,
 )
+from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, damaged_snapshot
 from dengine.storage.state_reader import StateReader, check_state
 
 CHECK_RATE: Final = 4  # times as fast as the file is written, the state may be checked
@@ -45,8 +44,11 @@ def take(
     node_id: int,
     chunk_bytes: int,
     progress: Progress,
+    name: str | None = None,
 ) -> SnapshotInfo:
     """Write the state in directory `state`, which may be in use, to a file in `directory`.
+
+    `name` is that file's; None names it after the last entry it includes.
 
     One read transaction gives everything; its records are checked against the state hash before
     a byte is written, so that rot is never signed into a snapshot.
@@ -72,7 +74,8 @@ def take(
             taken_at_s=int(time.time()),
         )
         _make_private(directory)
-        writer = SnapshotWriter(directory / snapshot_name(header.log_id), header, chunk_bytes)
+        file = directory / (name or snapshot_name(header.log_id))
+        writer = SnapshotWriter(file, header, chunk_bytes)
 
         def write(data: bytes) -> None:
             writer.write(data)
@@ -110,7 +113,11 @@ def unpack(file: Path, state: Path, progress: Progress) -> SnapshotInfo:
             info = verify(file, write, lambda done: progress(done, total))
             stream.flush()
             os.fsync(stream.fileno())
-        reader = check_state(state, lambda _: progress(total, total))
+        try:
+            reader = check_state(state, lambda _: progress(total, total))
+        except DataCorruption as error:
+            what = error.message.removeprefix(f"{state / DATA_FILE} is damaged: ").split("; ")[0]
+            raise damaged_snapshot(file, f"the state in it is unsound ({what})") from error
         header = info.header
         if (reader.applied, reader.digest.state_hash, reader.membership) != (
             header.log_id,
