@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import psutil
 
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
@@ -33,6 +32,19 @@ from dengine.storage.snapshot_file import (
     sound_prefix,
     verify,
 )
+from dengine.storage.snapshot_jobs import (
+    Done,
+    Event,
+    Failed,
+    Fetch,
+    Job,
+    Progress,
+    Take,
+    Unpack,
+    Verify,
+    decode_job,
+    encode_event,
+)
 from dengine.storage.snapshots import take, unpack
 
 PROGRESS_EVERY_S: Final = 0.2
@@ -43,69 +55,11 @@ OOM_SCORE: Final = 900  # when memory runs out, this process goes before the nod
 _PR_SET_PDEATHSIG: Final = 1
 
 
-class Take(msgspec.Struct, frozen=True, tag=True):
-    """Write the state in `state`, which a node may be using, to a file in `directory`."""
-
-    state: str
-    directory: str
-    node_id: int
-    chunk_bytes: int
-    max_bytes_per_s: int
-
-
-class Verify(msgspec.Struct, frozen=True, tag=True):
-    """Read a whole file and check every part of it."""
-
-    file: str
-    max_bytes_per_s: int
-
-
-class Unpack(msgspec.Struct, frozen=True, tag=True):
-    """Check a file and unpack it into the new directory `state`."""
-
-    file: str
-    state: str
-
-
-class Fetch(msgspec.Struct, frozen=True, tag=True):
-    """Get a file from another member, or go on with it, and unpack it into `state`."""
-
-    address: str  # host:port
-    ref: SnapshotRef
-    receiver: int  # node id, so that the sender can say who is served
-    cluster_id: str
-    directory: str
-    state: str
-
-
-class Progress(msgspec.Struct, frozen=True, tag=True):
-    done_bytes: int
-    total_bytes: int
-
-
-class Done(msgspec.Struct, frozen=True, tag=True):
-    file: str
-    ref: SnapshotRef
-
-
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    exit_code: int  # of the class of the error, see dengine/errors.py
-    message: str
-
-
-Job = Take | Verify | Unpack | Fetch
-Event = Progress | Done | Failed
-_jobs: msgspec.json.Decoder[Job] = msgspec.json.Decoder(Job)
-_events: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
-decode_event = _events.decode
-encode_job = msgspec.json.encode
-
-
 def main(parent: int) -> int:
     """Carry out the job on stdin; 0 when it is done, else the error's exit code."""
     _die_with_parent(parent)
     _be_modest()
-    job = _jobs.decode(sys.stdin.buffer.read())
+    job = decode_job(sys.stdin.buffer.read())
     try:
         info = _carry_out(job)
     except FatalError as error:
@@ -259,7 +213,7 @@ def _pieces(job: Fetch, have: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _say(event: Event) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(event) + b"\n")
+    sys.stdout.buffer.write(encode_event(event) + b"\n")
     sys.stdout.buffer.flush()
 
 

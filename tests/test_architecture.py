@@ -24,6 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "api": {"errors", "raft", "kv", "storage", "node", "config", "log"},
     "client": {"errors"},
     "cli": {"errors", "raft", "kv", "storage", "node", "api", "client", "config", "log"},
+    "snapshot_writer": {"errors", "raft", "storage"},  # a process of its own
     "__main__": {"cli"},
     "__init__": set(),
 }

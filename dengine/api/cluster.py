@@ -239,6 +239,7 @@ _VIEW = Body(
                 "lag": 0,
                 "ready": True,
                 "reason": None,
+                "transfer": None,
             }
         ],
         "joint": False,

@@ -54,7 +54,7 @@ class SnapshotCalls:
 
     async def download(self, request: Request) -> Response:
         """One file, whole or from an offset."""
-        file, ref = self._node.snapshots.find(request.tail)
+        file, ref = self._node.snapshots.files.find(request.tail)
         etag = f'"{ref.sha256}"'
         first, last = _range(request, ref.size_bytes, etag)
         response = web.StreamResponse(
@@ -98,7 +98,7 @@ class SnapshotCalls:
     ) -> None:
         """Bytes `start` to `stop` at `max_bytes_per_s`; a member's transfer is watched."""
         receiver = _receiver(request)
-        transfers = self._node.snapshots.transfers
+        transfers = self._node.snapshots.files.transfers
         if receiver:
             transfers.began(receiver, ref, start)
         began, position = self._loop.time(), start

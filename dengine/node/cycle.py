@@ -115,6 +115,14 @@ class Cycle:
         if self._turn_due is None and self._running:
             self._turn_due = self._loop.call_soon(self._turn)
 
+    def wake_to_propose(self) -> None:
+        """A command was queued. While an entry is on its way a turn could not take it; the one
+        that sees that entry durable or committed will.
+        """
+        raft = self.raft
+        if not raft.is_leader or (not raft.writing and self._gathered()):
+            self.wake()
+
     async def act(self, action: Callable[[Raft], T]) -> T:
         """Run `action` on Raft inside a turn and return, or raise, what it does.
 
@@ -212,7 +220,8 @@ class Cycle:
             if entry.kind is EntryKind.CONFIG:
                 old, membership = membership, decode_membership(entry.data)
                 self._owner.membership_committed(entry.index, old, membership)
-        self.wake()  # there may be more: what is applied in one turn is bounded
+        if self.raft.log.may_apply:  # what is applied in one turn is bounded
+            self.wake()
 
     def _written(self, ready: Ready, error: BaseException | None, seconds: float) -> None:
         """The log writer is done with `ready` (called on the loop)."""

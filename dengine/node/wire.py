@@ -13,6 +13,7 @@ import msgspec
 
 from dengine.raft.messages import Message
 from dengine.raft.types import MemberId
+from dengine.storage.state_store import StateDigest
 
 PROTOCOL_VERSION = 1
 COMMAND_VERSION = 1  # newest kv batch format this build can apply
@@ -53,11 +54,18 @@ class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Why the stream is not wanted.
 
     "removed", "wiped", "rolled_back" and "duplicate" concern the receiver's own identity; "again"
-    asks for a fresh handshake.
+    asks for a fresh handshake; "this_node_itself" says that an address leads back to its dialler.
     """
 
     reason: Literal[
-        "foreign_cluster", "removed", "wiped", "rolled_back", "protocol", "duplicate", "again"
+        "foreign_cluster",
+        "removed",
+        "wiped",
+        "rolled_back",
+        "protocol",
+        "duplicate",
+        "again",
+        "this_node_itself",
     ]
     message: str
 
@@ -81,11 +89,26 @@ class ForwardReply(msgspec.Struct, frozen=True, tag=True, array_like=True):
     body: bytes
 
 
+class StateReport(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """To the leader: what the sender's state was after some entries (see agreement.py)."""
+
+    digests: tuple[StateDigest, ...]
+
+
+class StateVerdict(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """From the leader: the receiver's state after `index` is wrong; `split`: nobody knows whose."""
+
+    index: int
+    split: bool
+
+
 class Ping(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Keeps an idle stream provably alive; any frame counts as a sign of life."""
 
 
-Frame = Hello | Refused | RaftFrame | ForwardRequest | ForwardReply | Ping
+Frame = (
+    Hello | Refused | RaftFrame | ForwardRequest | ForwardReply | StateReport | StateVerdict | Ping
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)

@@ -150,9 +150,12 @@ def put_aside(file: Path) -> None:
         file.rename(file.with_name(file.name + DAMAGED_SUFFIX))
 
 
-def remove_partial(directory: Path, *, fetched: bool) -> None:
-    """Remove what an interrupted take, or fetch too, has left. What the disk keeps stays."""
-    for path in directory.glob(f"{'' if fetched else 'snapshot-'}*{PARTIAL_SUFFIX}"):
+def remove_partial(directory: Path, *, fetched_too: bool) -> None:
+    """Remove what an interrupted take has left, and of an interrupted fetch if it is of no use.
+
+    What the disk does not let go stays.
+    """
+    for path in directory.glob(f"{'' if fetched_too else 'snapshot-'}*{PARTIAL_SUFFIX}"):
         with suppress(OSError):
             path.unlink(missing_ok=True)
 

@@ -1,0 +1,66 @@
+"""What a node and its snapshot writer say to each other, as JSON: a job in, events out."""
+
+from __future__ import annotations
+
+import msgspec
+
+from dengine.raft.types import SnapshotRef
+
+
+class Take(msgspec.Struct, frozen=True, tag=True):
+    """Write the state in `state`, which a node may be using, to a file in `directory`."""
+
+    state: str
+    directory: str
+    node_id: int
+    chunk_bytes: int
+    max_bytes_per_s: int
+
+
+class Verify(msgspec.Struct, frozen=True, tag=True):
+    """Read a whole file and check every part of it."""
+
+    file: str
+    max_bytes_per_s: int
+
+
+class Unpack(msgspec.Struct, frozen=True, tag=True):
+    """Check a file and unpack it into the new directory `state`."""
+
+    file: str
+    state: str
+
+
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    """Get a file from another member, or go on with it, and unpack it into `state`."""
+
+    address: str  # host:port
+    ref: SnapshotRef
+    receiver: int  # node id, so that the sender can say who is served
+    cluster_id: str
+    directory: str
+    state: str
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    done_bytes: int
+    total_bytes: int
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    file: str
+    ref: SnapshotRef
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    exit_code: int  # of the class of the error, see dengine/errors.py
+    message: str
+
+
+Job = Take | Verify | Unpack | Fetch
+Event = Progress | Done | Failed
+_jobs: msgspec.json.Decoder[Job] = msgspec.json.Decoder(Job)
+_events: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+decode_job = _jobs.decode
+decode_event = _events.decode
+encode_job = encode_event = msgspec.json.encode
