@@ -164,6 +164,7 @@ def test_damage_to_one_of_three_is_repaired(cluster: Cluster, rng: random.Random
     rng.shuffle(rounds)
     for number, (what, how) in enumerate(rounds):
         print(f"round {number}: {how} in the {what}")
+        three.values |= fill(cluster.wait_leader(), "c")  # into the log
         three.down()
         file = FILES[what](victim)
         writers = three.writers()
