@@ -19,6 +19,8 @@ from tests.cluster import (
     Cluster,
     ServeProcess,
     Writer,
+    config_text,
+    free_port,
     static_cluster,
     wait_for,
 )
@@ -209,3 +211,88 @@ def restart_until_it_stays(node: ServeProcess, attempts: int = 4) -> None:
         print(f"it stopped with {node.wait_exit()}: {node.lines()[-1]}")
         node.start()
     raise AssertionError(f"it stopped {attempts} times:\n{node.tail()}")
+
+
+def test_a_damaged_snapshot_of_a_running_node_is_never_installed(
+    cluster: Cluster, rng: random.Random
+) -> None:
+    """The leader's newest file rots while it runs, and a follower needs just that one: what
+    arrives damaged is not installed, and the follower gets there."""
+    three = Three(cluster)
+    victim = three.victim
+    three.down()
+    leader = cluster.wait_leader()
+    three.values |= fill(leader, "d")
+    take(leader)
+    three.values |= fill(leader, "e")
+    take(leader)
+    wait_for(lambda: snapshots(leader)["purged_index"] > 182, "a log purged beyond the victim's")
+    flip(newest_snapshot(leader), rng, start=2000)  # behind its header
+    writers = three.writers()
+    victim.start()
+    three.settled(writers)
+
+
+def single(cluster: Cluster) -> tuple[ServeProcess, dict[str, str]]:
+    """One node with two snapshots and a purged log."""
+    port = free_port()
+    node = cluster.node(1, config_text(1, {1: port}, 2, 2, QUIET), port).start()
+    cluster.wait_leader()
+    values = fill(node, "a")
+    take(node)
+    values |= fill(node, "b")
+    take(node)
+    wait_for(lambda: snapshots(node)["purged_index"] > 30, "a purged log")
+    values |= fill(node, "c")
+    return node, values
+
+
+@pytest.mark.timeout(600)
+def test_a_single_node_recovers_its_state_from_snapshot_and_log(
+    cluster: Cluster, rng: random.Random
+) -> None:
+    """Whatever happens to the state of a node without others: the snapshot and the log have it."""
+    node, values = single(cluster)
+    for number in range(3 * ROUNDS):
+        how = list(DAMAGES)[number % 3]
+        node.kill()
+        DAMAGES[how](state_of(node), rng)
+        node.start()
+        restart_until_it_stays(node)
+        read_all(node, values)
+        assert node.put("a000", values["a000"]).ok
+        assert "Traceback" not in node.output()
+
+
+@pytest.mark.timeout(600)
+def test_a_single_node_with_a_damaged_log_stops_and_says_what_to_do(
+    cluster: Cluster, rng: random.Random
+) -> None:
+    """Nobody else has what the log held: exit code 65, the file, and the way out; or the damage
+    was where nothing is kept, and everything is there."""
+    node, values = single(cluster)
+    assert node.stop() == 0
+    sound = log_of(node).read_bytes()
+    stops = 0
+    for number in range(3 * ROUNDS):
+        how = list(DAMAGES)[number % 3]
+        log_of(node).write_bytes(sound)
+        DAMAGES[how](log_of(node), rng)
+        node.start()
+        wait_for(lambda: node.ready() or not node.running, "the node to be ready or to stop")
+        if node.running:
+            assert how != "value"
+            read_all(node, values)
+            assert node.stop() == 0
+            sound = log_of(node).read_bytes()
+            continue
+        stops += 1
+        assert node.wait_exit() == DATA_CORRUPTION
+        said = node.lines()[-1]
+        assert str(log_of(node).relative_to(node.cwd)) in said
+        assert "dengine repair" in said
+        assert "Traceback" not in node.output()
+    assert stops
+    log_of(node).write_bytes(sound)
+    node.start()
+    read_all(node, values)
