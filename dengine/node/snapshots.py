@@ -36,7 +36,7 @@ from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_jobs import Done, Take, Verify
-from dengine.storage.snapshots import claimed_refs, put_aside, remove_partial
+from dengine.storage.snapshots import list_files, put_aside, remove_partial
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
@@ -126,7 +126,7 @@ class Snapshots:
         """Begin with what lies in the directory: complete files are checked before they count."""
         fetching = not self._raft.log.applied_index  # what came so far is still of use
         remove_partial(self._path, fetched_too=not fetching)
-        self._wanted.unverified = [path for path, _ in claimed_refs(self._path)]
+        self._wanted.unverified = list_files(self._path)
         self._task = self._loop.create_task(self._work(), name="snapshots")
 
     async def stop(self) -> None:
@@ -197,7 +197,15 @@ class Snapshots:
         """The leader offers a file that this node needs; repeated until it is installed."""
         if not self.installer.is_busy_with(sender, ref):
             self._wanted.fetch = (sender, ref)
-            self._writer.kill("a snapshot from the leader comes first")
+            if self._fetch_backoff.is_due:  # else what is being done has time until it is
+                self._writer.kill("a snapshot from the leader comes first")
+                self._wake.set()
+
+    def suspect(self, ref: SnapshotRef) -> None:
+        """A member cannot use the file that it was sent: look whether it has rotted here."""
+        file = self.files.get(ref)
+        if file is not None and file not in self._wanted.unverified:
+            self._wanted.unverified.append(file)
             self._wake.set()
 
     def distrust(self, reason: str, *, files_too: bool) -> None:
@@ -361,19 +369,21 @@ class Snapshots:
             )
 
     async def _verify(self, file: Path) -> None:
-        """A file from before this start: only what was read in full counts."""
+        """A file from before this start, where only what was read in full counts; or a suspect."""
         self.job = f"verifying {file.name}"
         try:
             done = await self._writer.run(
                 Verify(str(file), self._config.max_bytes_per_s), lambda done, total: None
             )
         except DataCorruption as error:
+            self.files.drop(file)
             put_aside(file)
             raise TryAgain(f"{error.message}; it was put aside") from error
         except TryAgain:
             self._wanted.unverified.append(file)
             raise
-        await self.files.add(done.ref, file)
+        if self.files.get(done.ref) is None:
+            await self.files.add(done.ref, file)
 
     async def _fetch(self, sender: MemberId, ref: SnapshotRef) -> None:
         self.job = f"fetching a snapshot from node {sender.id}"
