@@ -35,7 +35,7 @@ from dengine.raft.raft import Raft, Ready, Restore
 from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
-from dengine.storage.snapshot_jobs import Done, Take, Verify
+from dengine.storage.snapshot_jobs import Check, Done, Take, Verify
 from dengine.storage.snapshots import list_files, put_aside, remove_partial
 from dengine.storage.state_store import StateStore
 
@@ -72,6 +72,7 @@ class _Backoff:
 class _Wanted:
     """What the task has to do next, most urgent first."""
 
+    check: bool = True  # the state, once: what an earlier process left may have rotted since
     distrust: tuple[str, bool] | None = None  # why the state is wrong; are our files wrong too?
     fetch: tuple[MemberId, SnapshotRef] | None = None
     unverified: list[Path] = field(default_factory=list)  # newest last
@@ -169,6 +170,8 @@ class Snapshots:
             await self._verify(wanted.unverified.pop())
         elif wanted.takers or (self._take_backoff.is_due and await self._may_take()):
             await self._take()
+        elif wanted.check and self._take_backoff.is_due and self._state.applied.index:
+            await self._check()
         else:
             await self._pause(POLL_S)
 
@@ -384,6 +387,29 @@ class Snapshots:
             raise
         if self.files.get(done.ref) is None:
             await self.files.add(done.ref, file)
+
+    async def _check(self) -> None:
+        """LMDB's pages carry no checksum: a key that has rotted would just not be found."""
+        self.job = "checking the state"
+        started, age_s = time.monotonic(), self._longest_take_s()
+
+        def watch(done: int, total: int) -> str | None:
+            return (
+                "the check of the state took too long"
+                if (time.monotonic() - started > age_s)
+                else None
+            )
+
+        try:
+            await self._writer.run(Check(str(self._state.path)), watch)
+        except FatalError as error:
+            if isinstance(error, DataCorruption):
+                self.distrust(error.message, files_too=False)
+            self._take_backoff.failed()
+            raise
+        self._take_backoff.succeeded()
+        self._wanted.check = False
+        log.info("the state was read through and is sound")
 
     async def _fetch(self, sender: MemberId, ref: SnapshotRef) -> None:
         self.job = f"fetching a snapshot from node {sender.id}"
