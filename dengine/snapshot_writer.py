@@ -24,6 +24,7 @@ import psutil
 
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.raft.types import SnapshotRef
+from dengine.storage.environment import DATA_FILE
 from dengine.storage.snapshot_file import (
     SnapshotInfo,
     publish,
@@ -32,11 +33,11 @@ from dengine.storage.snapshot_file import (
 )
 from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, sound_prefix
 from dengine.storage.snapshot_jobs import (
+    Check,
     Done,
     Event,
     Failed,
     Fetch,
-    Job,
     Progress,
     Take,
     Unpack,
@@ -45,6 +46,7 @@ from dengine.storage.snapshot_jobs import (
     encode_event,
 )
 from dengine.storage.snapshots import take, unpack
+from dengine.storage.state_reader import StateReader
 
 PROGRESS_EVERY_S: Final = 0.2
 BEHIND_S_MAX: Final = 0.05
@@ -61,7 +63,7 @@ def main(parent: int) -> int:
     _be_modest()
     job = decode_job(sys.stdin.buffer.read())
     try:
-        info = _carry_out(job)
+        done = _check(job) if isinstance(job, Check) else _done(_carry_out(job))
     except FatalError as error:
         _say(Failed(error.exit_code, error.message))
         return error.exit_code
@@ -71,11 +73,24 @@ def main(parent: int) -> int:
     except MemoryError:
         _say(Failed(TryAgain.exit_code, "out of memory"))
         return TryAgain.exit_code
-    _say(Done(str(info.path), info.ref))
+    _say(done)
     return 0
 
 
-def _carry_out(job: Job) -> SnapshotInfo:
+def _done(info: SnapshotInfo) -> Done:
+    return Done(str(info.path), info.ref)
+
+
+def _check(job: Check) -> Done:
+    path = Path(job.state)
+    pace, size = _Pace(), (path / DATA_FILE).stat().st_size
+    with StateReader(path) as reader:
+        reader.check(lambda _: pace.report(0, size))
+        applied = reader.applied
+    return Done(job.state, SnapshotRef(applied.index, applied.term, "", size))
+
+
+def _carry_out(job: Take | Verify | Unpack | Fetch) -> SnapshotInfo:
     match job:
         case Take():
             return take(

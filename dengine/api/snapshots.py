@@ -119,14 +119,16 @@ class SnapshotCalls:
     ) -> None:
         """Bytes `start` to `stop` at `max_bytes_per_s`; a member's transfer is watched."""
         receiver = _receiver(request)
-        transfers = self._node.snapshots.files.transfers
-        if receiver:
-            transfers.began(receiver, ref, start)
+        snapshots = self._node.snapshots
+        transfers = snapshots.files.transfers
+        if receiver and transfers.began(receiver, ref, start):
+            snapshots.suspect(ref)
         began, position = self._loop.time(), start
         while position < stop:
             size = min(PIECE_BYTES, stop - position)
             piece = await self._loop.run_in_executor(None, os.pread, fd, size, position)
             if not piece:
+                snapshots.suspect(ref)
                 raise ConnectionResetError("the snapshot file is shorter than it was")
             async with asyncio.timeout(WRITE_STALL_S):
                 await response.write(piece)

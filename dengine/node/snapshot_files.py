@@ -6,6 +6,7 @@ Only files that were read in full and found sound are in here; `snapshots/` may 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from dengine.node.transfers import Transfers
 from dengine.raft.raft import Raft
 from dengine.raft.types import SnapshotRef
 from dengine.storage.snapshots import put_aside
+
+log = logging.getLogger("dengine.snapshots")
 
 
 class SnapshotFiles:
@@ -44,6 +47,9 @@ class SnapshotFiles:
     def newest(self) -> SnapshotRef | None:
         return next(reversed(self._files), None)
 
+    def get(self, ref: SnapshotRef) -> Path | None:
+        return self._files.get(ref)
+
     def find(self, name: str) -> tuple[Path, SnapshotRef]:
         """A file by its SHA-256, or the newest as "latest". Raises NotFound."""
         for ref in reversed(self._files):
@@ -65,6 +71,12 @@ class SnapshotFiles:
         self._raft.snapshots_changed(self.refs)
         for path in gone:  # a large file takes its time
             await asyncio.get_running_loop().run_in_executor(None, _unlink, path)
+
+    def drop(self, file: Path) -> None:
+        """Rely on `file` no longer, if anybody did."""
+        for ref in [ref for ref, path in self._files.items() if path == file]:
+            self._forget(ref)
+        self._raft.snapshots_changed(self.refs)
 
     def put_aside(self, ref: SnapshotRef) -> None:
         """It turned out to be damaged, or of a state that was wrong."""
@@ -91,4 +103,7 @@ class SnapshotFiles:
 
 
 def _unlink(path: Path) -> None:
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # the next start finds it and tries again
+        log.warning("cannot remove %s, which is not needed any more: %s", path, error.strerror)

@@ -81,8 +81,9 @@ _ADOPT: Final = (
 
 def _unpack(who: str) -> tuple[Site, ...]:
     return (
-        Site("new state/", "mkdir", who),
-        Site("new state data", "openat", who, about=2),
+        Site("new state/", "mkdir", who, ends=None),  # the last one finds it there already
+        # One of these opens is only for reading, and LMDB tries that one twice.
+        Site("new state data", "openat", who, about=2, ends=None),
         Site("new state data", WRITES, who, about=15),
         Site("new state data", SYNCS, who),
         Site("new state data", "truncate", who, about=2),
