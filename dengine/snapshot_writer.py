@@ -78,7 +78,7 @@ def main(parent: int) -> int:
 
 
 def _done(info: SnapshotInfo) -> Done:
-    return Done(str(info.path), info.ref)
+    return Done(str(info.path), info.ref, info.header.taken_at_s)
 
 
 def _check(job: Check) -> Done:
@@ -87,7 +87,7 @@ def _check(job: Check) -> Done:
     with StateReader(path) as reader:
         reader.check(lambda _: pace.report(0, size))
         applied = reader.applied
-    return Done(job.state, SnapshotRef(applied.index, applied.term, "", size))
+    return Done(job.state, SnapshotRef(applied.index, applied.term, "", size), 0)
 
 
 def _carry_out(job: Take | Verify | Unpack | Fetch) -> SnapshotInfo:

@@ -140,7 +140,7 @@ class Installer:
         try:
             if await self._cycle.act(lambda raft: raft.restore(ref.log_id, header.membership)):
                 await self._installed
-                await self._files.add(ref, file)
+                await self._files.add(ref, file, header.taken_at_s)
             else:
                 await self._drop(state)
         finally:

@@ -311,7 +311,7 @@ class Snapshots:
                 raise TryAgain("this node has nothing applied yet")
             return self.files.newest
         self.job = "taking a snapshot"
-        started, taken_at_bytes = time.monotonic(), self.files.applied_bytes
+        started, applied_bytes = time.monotonic(), self.files.applied_bytes
         try:
             done = await self._run_take(started)
         except FatalError as error:
@@ -329,7 +329,7 @@ class Snapshots:
             seconds,
             format_bytes(int(done.ref.size_bytes / max(seconds, 0.001))),
         )
-        await self.files.add(done.ref, Path(done.file), taken_at_bytes)
+        await self.files.add(done.ref, Path(done.file), done.taken_at_s, applied_bytes)
         return done.ref
 
     async def _run_take(self, started: float) -> Done:
@@ -386,7 +386,7 @@ class Snapshots:
             self._wanted.unverified.append(file)
             raise
         if self.files.get(done.ref) is None:
-            await self.files.add(done.ref, file)
+            await self.files.add(done.ref, file, done.taken_at_s)
 
     async def _check(self) -> None:
         """LMDB's pages carry no checksum: a key that has rotted would just not be found."""
@@ -426,16 +426,7 @@ class Snapshots:
     def view(self) -> dict[str, Any]:
         """GET /v1/snapshots."""
         return {
-            "snapshots": [
-                {
-                    "index": ref.index,
-                    "term": ref.term,
-                    "sha256": ref.sha256,
-                    "size_bytes": ref.size_bytes,
-                    "file": path.name,
-                }
-                for ref, path in self.files
-            ],
+            "snapshots": self.files.view(),
             "job": self.job or None,
             "taken": self.taken,
             "failures": self.failures,

@@ -58,6 +58,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
     file: str
     ref: SnapshotRef
+    taken_at_s: int  # Unix time, as the file says
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

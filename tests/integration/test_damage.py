@@ -19,6 +19,8 @@ from tests.cluster import (
     Cluster,
     ServeProcess,
     Writer,
+    config_text,
+    free_port,
     static_cluster,
     wait_for,
 )
