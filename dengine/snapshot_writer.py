@@ -23,6 +23,7 @@ import psutil
 
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.raft.types import SnapshotRef
+from dengine.security import PeerSecret
 from dengine.storage.snapshot_file import (
     PARTIAL_SUFFIX,
     SnapshotInfo,
@@ -32,6 +33,7 @@ from dengine.storage.snapshot_file import (
     verify,
 )
 from dengine.storage.snapshot_jobs import (
+    Credentials,
     Done,
     Event,
     Failed,
@@ -178,8 +180,7 @@ def _receive(job: Fetch, have: int, stream: BinaryIO) -> None:
     connection = http.client.HTTPConnection(job.address, timeout=FETCH_TIMEOUT_S)
     headers = {"Range": f"bytes={have}-", "Dengine-Receiver": str(job.receiver)}
     try:
-        connection.request("GET", f"/v1/snapshots/{sha}", headers=headers)
-        response = connection.getresponse()
+        response = _ask(connection, f"/v1/snapshots/{sha}", headers, job.credentials)
         if response.status not in (200, 206) or response.getheader("ETag") != f'"{sha}"':
             reason = response.read(500).decode("utf-8", "replace")
             raise TryAgain(f"{job.address} answered {response.status}: {reason}")
@@ -193,6 +194,31 @@ def _receive(job: Fetch, have: int, stream: BinaryIO) -> None:
             pace.report(have, job.ref.size_bytes)
     finally:
         connection.close()
+
+
+def _ask(
+    connection: http.client.HTTPConnection,
+    target: str,
+    headers: dict[str, str],
+    credentials: Credentials,
+) -> http.client.HTTPResponse:
+    """GET `target`, proving that this is a node, or with the token where there is no peer secret.
+
+    The file needs no proof of the sender: its SHA-256 came over the peer stream.
+    """
+    if credentials.peer_secret is None and credentials.token is not None:
+        headers = {**headers, "Authorization": f"Bearer {credentials.token}"}
+    connection.request("GET", target, headers=headers)
+    response = connection.getresponse()
+    if response.status != 401 or credentials.peer_secret is None:
+        return response
+    challenges = response.msg.get_all("WWW-Authenticate", [])
+    response.read()
+    answer = PeerSecret(credentials.peer_secret).answer(challenges, "GET", target, b"")
+    if answer is None:
+        raise TryAgain(f"{connection.host} asks for a token and knows no peer secret")
+    connection.request("GET", target, headers={**headers, "Authorization": answer.header})
+    return connection.getresponse()
 
 
 def _say(event: Event) -> None:

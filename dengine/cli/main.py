@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dengine import __version__
 from dengine.cli import commands
-from dengine.cli.remote import Remote, resolve_endpoints
+from dengine.cli.remote import Remote, resolve_endpoints, resolve_token
 from dengine.errors import ConfigError, DengineError, FatalError
 from dengine.log import use_utf8
 
@@ -30,6 +30,7 @@ A Raft-replicated key-value engine: start one node, grow to three while clients 
 ENDPOINTS = """\
 Endpoints: --endpoint (repeats), else DENGINE_ENDPOINTS, else the file in CONFIG_PATH, else
 /etc/dengine/dengine.toml, else 127.0.0.1:9081; tried in order, and any node serves any request.
+Token: --token-file, else DENGINE_TOKEN_FILE, else the token_file that the same file names.
 Exit codes: 0 done, 1 the request failed, 2 usage, 78 configuration.
 """
 SERVE_EPILOG = """\
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             endpoints = resolve_endpoints(args.endpoint, os.environ)
         except ValueError as error:
             return _fail(str(error), USAGE)
-        return _request(args, Remote(endpoints, args.timeout))
+        token = resolve_token(args.token_file, os.environ)
+        return _request(args, Remote(endpoints, args.timeout, token))
     except FatalError as error:
         return _fail(error.message, error.exit_code)
     except ModuleNotFoundError as error:
@@ -99,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     client = argparse.ArgumentParser(add_help=False)
     client.add_argument(
         "--endpoint", action="append", default=[], metavar="HOST:PORT", help="a node; repeats"
+    )
+    client.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="holds the token that the cluster asks for"
     )
     client.add_argument(
         "--timeout", type=_seconds, default=5.0, metavar="S", help="seconds in all (default 5)"
