@@ -24,6 +24,7 @@ import psutil
 
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.raft.types import SnapshotRef
+from dengine.security import PeerSecret
 from dengine.storage.environment import DATA_FILE
 from dengine.storage.snapshot_file import (
     SnapshotInfo,
@@ -34,6 +35,7 @@ from dengine.storage.snapshot_file import (
 from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, sound_prefix
 from dengine.storage.snapshot_jobs import (
     Check,
+    Credentials,
     Done,
     Event,
     Failed,
@@ -216,8 +218,7 @@ def _pieces(job: Fetch, have: int) -> Iterator[tuple[int, bytes]]:
     connection = http.client.HTTPConnection(job.address, timeout=FETCH_TIMEOUT_S)
     headers = {"Range": f"bytes={have}-", "Dengine-Receiver": str(job.receiver)}
     try:
-        connection.request("GET", f"/v1/snapshots/{sha}", headers=headers)
-        response = connection.getresponse()
+        response = _ask(connection, f"/v1/snapshots/{sha}", headers, job.credentials)
         if response.status not in (200, 206) or response.getheader("ETag") != f'"{sha}"':
             reason = response.read(500).decode("utf-8", "replace")
             raise TryAgain(f"{job.address} answered {response.status}: {reason}")
@@ -230,6 +231,31 @@ def _pieces(job: Fetch, have: int) -> Iterator[tuple[int, bytes]]:
         raise TryAgain(f"{job.address}: {error or type(error).__name__}") from error
     finally:
         connection.close()
+
+
+def _ask(
+    connection: http.client.HTTPConnection,
+    target: str,
+    headers: dict[str, str],
+    credentials: Credentials,
+) -> http.client.HTTPResponse:
+    """GET `target`, proving that this is a node, or with the token where there is no peer secret.
+
+    The file needs no proof of the sender: its SHA-256 came over the peer stream.
+    """
+    if credentials.peer_secret is None and credentials.token is not None:
+        headers = {**headers, "Authorization": f"Bearer {credentials.token}"}
+    connection.request("GET", target, headers=headers)
+    response = connection.getresponse()
+    if response.status != 401 or credentials.peer_secret is None:
+        return response
+    challenges = response.msg.get_all("WWW-Authenticate", [])
+    response.read()
+    answer = PeerSecret(credentials.peer_secret).answer(challenges, "GET", target, b"")
+    if answer is None:
+        raise TryAgain(f"{connection.host} asks for a token and knows no peer secret")
+    connection.request("GET", target, headers={**headers, "Authorization": answer.header})
+    return connection.getresponse()
 
 
 def _say(event: Event) -> None:

@@ -194,5 +194,6 @@ def routes(calls: SnapshotCalls) -> list[Route]:
             (name, Parameter("Range", "resume from a byte", "bytes=5-", place="header")),
             errors=(416,),
             streams=True,
+            access="fetch",
         ),
     ]

@@ -33,6 +33,7 @@ from dengine.node.transfers import format_bytes, percent
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
 from dengine.raft.types import Entry, MemberId, SnapshotRef
+from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_jobs import Check, Done, Take, Verify
@@ -85,6 +86,7 @@ class Snapshots:
     Args:
         lead: has the leader carry out an operation (asks for the turn to take one).
         source: addresses of a member, best first.
+        secrets: what members that are asked for a file want to be shown.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Snapshots:
         *,
         lead: Lead,
         source: Callable[[MemberId], Sequence[str]],
+        secrets: Secrets,
     ) -> None:
         self._config = config.snapshot
         self._reserve_bytes = config.limits.reserve_bytes
@@ -115,7 +118,7 @@ class Snapshots:
         self._turn = SnapshotTurn()
         self.files = SnapshotFiles(self._config, cycle.raft)
         self.installer = Installer(
-            directory, cycle, log_store, state, self.files, self._writer, source
+            directory, cycle, log_store, state, self.files, self._writer, source, secrets
         )
         self.taken = self.failures = 0
         self.job = ""  # what is being done, for people
