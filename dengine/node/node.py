@@ -379,6 +379,11 @@ class Node:
         return self.raft.is_leader
 
     @property
+    def turns(self) -> int:
+        """Turns of the cycle so far; a node whose number stands still is stuck."""
+        return self._cycle.turns
+
+    @property
     def leader(self) -> tuple[int, str] | None:
         """Id and announced address of the leader as far as known."""
         return self._status.leader
