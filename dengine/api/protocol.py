@@ -1,8 +1,9 @@
 """One client connection: aiohttp's HTTP/1.1 parser and keep-alive loop, with our limits around it.
 
-aiohttp's `web.Server` parses and schedules; what it would do next costs more than a whole PUT (a
-full `web.Request` and `web.Response` are half of its time). So a request here is five slots over
-the parsed message, and a response is bytes that were put together once.
+aiohttp's `web.Server` parses and keeps the connection; what it would do next costs more than a
+whole PUT (a full `web.Request` and `web.Response` are half of its time, and it starts a task for
+every request). So a request here is five slots over the parsed message, all requests of a
+connection run in its one task, and a response is bytes that were put together once.
 
 Every limit of DESIGN 11 that a slow or oversized *sender* can hit is enforced in this file; all
 refusals are the JSON of DESIGN 8.
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 from aiohttp import web
+from aiohttp.http import StreamWriter
 from aiohttp.http_exceptions import BadHttpMethod, LineTooLong
+from aiohttp.web_protocol import ERROR, _ErrInfo
 
 from dengine.errors import (
     DengineError,
@@ -32,9 +35,10 @@ from dengine.errors import (
 )
 
 if TYPE_CHECKING:
-    from aiohttp.abc import AbstractStreamWriter
     from aiohttp.http_parser import RawRequestMessage
     from aiohttp.streams import StreamReader
+
+    from dengine.security import Answer
 
 log = logging.getLogger("dengine.api")
 
@@ -98,7 +102,7 @@ class Request:
     `params`, the decoded query, before a handler is called.
     """
 
-    __slots__ = ("_task", "lost", "message", "params", "payload", "protocol", "tail", "writer")
+    __slots__ = ("lost", "message", "params", "payload", "proof", "protocol", "tail")
 
     tail: str
     params: dict[str, bytes]
@@ -108,16 +112,13 @@ class Request:
         message: RawRequestMessage,
         payload: StreamReader,
         protocol: Connection,
-        writer: AbstractStreamWriter,
-        task: asyncio.Task[None],
     ) -> None:
         self.message = message
         self.payload = payload
         self.protocol = protocol
-        self.writer = writer
-        self._task = task
         # A handler that streams may put a future here, which ends when the client leaves.
         self.lost: asyncio.Future[None] | None = None
+        self.proof: Answer | None = None  # of the node that sent it, once that is certain
 
     @property
     def remote(self) -> str | None:
@@ -127,13 +128,14 @@ class Request:
 
     def as_aiohttp(self) -> web.BaseRequest:
         """The same request as aiohttp knows it, for WebSockets and event streams."""
+        loop = asyncio.get_running_loop()
         return web.BaseRequest(
             self.message,
             self.payload,
             self.protocol,
-            self.writer,
-            self._task,
-            asyncio.get_running_loop(),
+            StreamWriter(self.protocol, loop),
+            cast("asyncio.Task[None]", asyncio.current_task()),
+            loop,
         )
 
     def _finish(self) -> None:
@@ -182,7 +184,7 @@ class Response:
         if hang_up:
             protocol.hang_up()
         elif protocol.writing_paused:
-            await _drain(protocol, request.writer)
+            await _drain(protocol)
 
     async def write_eof(self) -> None:
         """aiohttp's second hook; `prepare` has written all there is."""
@@ -209,11 +211,11 @@ class Response:
         )
 
 
-async def _drain(protocol: Connection, writer: AbstractStreamWriter) -> None:
+async def _drain(protocol: Connection) -> None:
     """Wait until a slow reader took its response, at most WRITE_STALL_S."""
     try:
         async with asyncio.timeout(WRITE_STALL_S):
-            await writer.drain()
+            await StreamWriter(protocol, asyncio.get_running_loop()).drain()
     except TimeoutError:
         protocol.abort()
         raise ConnectionResetError("the client stopped reading its response") from None
@@ -242,9 +244,7 @@ class Server(web.Server):
     """
 
     def __init__(self, handler: Any, name_leader: Callable[[DengineError], None]) -> None:
-        # aiohttp's annotations name its own request and response, hence Any; its loop uses of
-        # them only what `Request` and `Response` above have.
-        super().__init__(handler, request_factory=cast(Any, Request))
+        super().__init__(handler)
         self.name_leader = name_leader
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.max_connections = max(1, min(MAX_CONNECTIONS, files - SPARE_FILES))
@@ -328,6 +328,68 @@ class Connection(web.RequestHandler):
             self._disarm()
         elif data and self._header_timer is None and not self._force_close and self._between:
             self._arm()  # bytes that complete no header and belong to no body: half a header
+
+    async def start(self) -> None:
+        """Answer one request after the other: the task of this connection.
+
+        Stands in for aiohttp's, which starts a task for every request so that each has context
+        variables of its own: nobody here has any.
+        """
+        try:
+            while not self._force_close:
+                if not self._messages:
+                    await self._next_message()
+                if not await self._answer(*self._take_message()):
+                    break
+        except asyncio.CancelledError:
+            self.force_close()
+            raise
+        except Exception:
+            log.exception("a connection died of a bug")
+            self.force_close()
+        if not self._force_close:
+            self._task_handler = None
+            if self.transport is not None:
+                self.transport.close()
+
+    async def _next_message(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _take_message(self) -> tuple[Any, StreamReader]:
+        message, payload = self._messages.popleft()
+        if self._parser is not None:
+            self._parser.message_consumed()
+        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+            self._resume_reading_if_drained()
+        return message, payload
+
+    async def _answer(self, message: Any, payload: StreamReader) -> bool:
+        """Have one request answered; False when the connection ends with it."""
+        handler: Any = self._request_handler
+        if isinstance(message, _ErrInfo):  # what the parser makes of bytes that are no request
+            handler, message = self._make_error_handler(message), ERROR
+        # aiohttp's annotations name its own request and response, hence Any; it uses of them only
+        # what `Request` and `Response` have.
+        request: Any = Request(message, payload, self)
+        try:
+            response, lost = await self._handle_request(request, None, handler)
+        except ConnectionError:
+            return False
+        if lost:
+            return False
+        if not payload.is_eof() and not self._force_close:
+            self.close()
+        self._keepalive = bool(response.keep_alive)
+        if not self._keepalive or self._close or self._force_close:
+            return False
+        close_time = self._next_keepalive_close_time = self._loop.time() + IDLE_TIMEOUT_S
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(close_time, self._process_keepalive)
+        return True
 
     def handle_error(
         self,

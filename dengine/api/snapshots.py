@@ -7,7 +7,6 @@ ETag is the file's SHA-256: a client that names it never mixes two files.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 from typing import TYPE_CHECKING, cast
@@ -19,15 +18,12 @@ from dengine.api.params import BodyReader
 from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
 from dengine.api.routes import Body, Parameter, Route
 from dengine.errors import (
-    DataCorruption,
     InvalidRequest,
     NotFound,
     RangeNotSatisfiable,
     RequestTimeout,
-    StorageIO,
 )
 from dengine.raft.types import SnapshotRef
-from dengine.storage.snapshot_file import read_header
 
 if TYPE_CHECKING:
     from dengine.config import Config
@@ -46,7 +42,6 @@ class SnapshotCalls:
         self._bodies = bodies
         self._max_bytes_per_s = config.snapshot.max_bytes_per_s
         self._loop = asyncio.get_running_loop()
-        self._taken_at_s: dict[str, int] = {}  # by SHA-256, as the files say
 
     async def take(self, request: Request) -> Response:
         """Take one now: 200 with it, or 202 when it is not finished in time and goes on."""
@@ -60,22 +55,11 @@ class SnapshotCalls:
         return json_response({"state": "done", "snapshot": _described(ref)})
 
     async def list_all(self, request: Request) -> Response:
-        view = self._node.snapshots.view()
-        for described in view["snapshots"]:
-            sha256 = described["sha256"]
-            if sha256 not in self._taken_at_s:
-                with contextlib.suppress(NotFound, DataCorruption, StorageIO):
-                    file, _ = self._node.snapshots.find(sha256)
-                    header = await self._loop.run_in_executor(None, read_header, file)
-                    self._taken_at_s[sha256] = header.taken_at_s
-            described["taken_at_s"] = self._taken_at_s.get(sha256)
-        listed = {described["sha256"] for described in view["snapshots"]}
-        self._taken_at_s = {k: v for k, v in self._taken_at_s.items() if k in listed}
-        return json_response(view)
+        return json_response(self._node.snapshots.view())
 
     async def download(self, request: Request) -> Response:
         """One file, whole or from an offset."""
-        file, ref = self._node.snapshots.find(request.tail)
+        file, ref = self._node.snapshots.files.find(request.tail)
         etag = f'"{ref.sha256}"'
         first, last = _range(request, ref.size_bytes, etag)
         response = web.StreamResponse(
@@ -119,14 +103,16 @@ class SnapshotCalls:
     ) -> None:
         """Bytes `start` to `stop` at `max_bytes_per_s`; a member's transfer is watched."""
         receiver = _receiver(request)
-        transfers = self._node.snapshots.transfers
-        if receiver:
-            transfers.began(receiver, ref, start)
+        snapshots = self._node.snapshots
+        transfers = snapshots.files.transfers
+        if receiver and transfers.began(receiver, ref, start):
+            snapshots.suspect(ref)
         began, position = self._loop.time(), start
         while position < stop:
             size = min(PIECE_BYTES, stop - position)
             piece = await self._loop.run_in_executor(None, os.pread, fd, size, position)
             if not piece:
+                snapshots.suspect(ref)
                 raise ConnectionResetError("the snapshot file is shorter than it was")
             async with asyncio.timeout(WRITE_STALL_S):
                 await response.write(piece)
@@ -208,5 +194,6 @@ def routes(calls: SnapshotCalls) -> list[Route]:
             (name, Parameter("Range", "resume from a byte", "bytes=5-", place="header")),
             errors=(416,),
             streams=True,
+            access="fetch",
         ),
     ]

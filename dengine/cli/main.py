@@ -12,7 +12,7 @@ from pathlib import Path
 from dengine import __version__
 from dengine.cli import arguments, commands, snapshots
 from dengine.cli.parsers import add_repair, add_snapshot_commands
-from dengine.cli.remote import Remote, resolve_endpoints
+from dengine.cli.remote import Remote, resolve_endpoints, resolve_token
 from dengine.errors import ConfigError, DengineError, FatalError
 from dengine.log import use_utf8
 
@@ -31,6 +31,7 @@ A Raft-replicated key-value engine: start one node, grow to three while clients 
 ENDPOINTS = """\
 Endpoints: --endpoint (repeats), else DENGINE_ENDPOINTS, else the file in CONFIG_PATH, else
 /etc/dengine/dengine.toml, else 127.0.0.1:9081; tried in order, and any node serves any request.
+Token: --token-file, else DENGINE_TOKEN_FILE, else the token_file that the same file names.
 Exit codes: 0 done, 1 the request failed, 2 usage, 78 configuration.
 """
 SERVE_EPILOG = """\
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             endpoints = resolve_endpoints(args.endpoint, os.environ)
         except ValueError as error:
             return _fail(str(error), USAGE)
-        return _request(args, Remote(endpoints, args.timeout))
+        token = resolve_token(args.token_file, os.environ)
+        return _request(args, Remote(endpoints, args.timeout, token))
     except snapshots.FailedHere as failure:
         return _fail(failure.error.message, failure.error.exit_code)
     except FatalError as error:
@@ -104,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     client = argparse.ArgumentParser(add_help=False)
     client.add_argument(
         "--endpoint", action="append", default=[], metavar="HOST:PORT", help="a node; repeats"
+    )
+    client.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="holds the token that the cluster asks for"
     )
     client.add_argument(
         "--timeout",

@@ -87,6 +87,8 @@ class Admission:
             return Refused("protocol", "an address in this Hello is none: host, colon, port")
         if len(theirs.zone) > MAX_ZONE:
             return Refused("protocol", f"a zone has at most {MAX_ZONE} characters")
+        if theirs.boot == self._directory.boot:
+            return Refused("this_node_itself", "that address leads back to this node")
         if not self.cluster_id:
             return self._admit_unfounded(theirs)
         if theirs.cluster_id != self.cluster_id:

@@ -62,6 +62,7 @@ class Cycle:
     """Owns Raft, the log writer and the application of committed entries.
 
     `failed` ends with the error that must end the process: no part of the core dies silently.
+    `turns` counts the turns that were completed: while it grows, the node lives.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Cycle:
         self.raft = raft
         self.proposals = proposals
         self.reads = reads
+        self.turns = 0
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         self._state = state
@@ -115,6 +117,14 @@ class Cycle:
         if self._turn_due is None and self._running:
             self._turn_due = self._loop.call_soon(self._turn)
 
+    def wake_to_propose(self) -> None:
+        """A command was queued. While an entry is on its way a turn could not take it; the one
+        that sees that entry durable or committed will.
+        """
+        raft = self.raft
+        if not raft.is_leader or (not raft.writing and self._gathered()):
+            self.wake()
+
     async def act(self, action: Callable[[Raft], T]) -> T:
         """Run `action` on Raft inside a turn and return, or raise, what it does.
 
@@ -150,6 +160,8 @@ class Cycle:
             self._carry_out(self.raft.ready())
         except Exception as error:
             self.fail(error)
+        else:
+            self.turns += 1
 
     def _take_in(self) -> None:
         raft = self.raft
@@ -212,7 +224,8 @@ class Cycle:
             if entry.kind is EntryKind.CONFIG:
                 old, membership = membership, decode_membership(entry.data)
                 self._owner.membership_committed(entry.index, old, membership)
-        self.wake()  # there may be more: what is applied in one turn is bounded
+        if self.raft.log.may_apply:  # what is applied in one turn is bounded
+            self.wake()
 
     def _written(self, ready: Ready, error: BaseException | None, seconds: float) -> None:
         """The log writer is done with `ready` (called on the loop)."""

@@ -17,13 +17,24 @@ from dengine.errors import DengineError, IdentityError, NotLeader, RateLimited, 
 from dengine.kv.commands import Result, encode_result
 from dengine.node.addresses import AddressBook
 from dengine.node.admission import Admission
+from dengine.node.agreement import Agreement
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.forwarding import Forwarding, refusal
 from dengine.node.founding import Founding
 from dengine.node.peers import Peers
-from dengine.node.wire import ForwardReply, ForwardRequest, Frame, Hello, RaftFrame, Refused
+from dengine.node.wire import (
+    ForwardReply,
+    ForwardRequest,
+    Frame,
+    Hello,
+    RaftFrame,
+    Refused,
+    StateReport,
+    StateVerdict,
+)
 from dengine.raft.messages import AppendRequest, Message
 from dengine.raft.types import MemberId
+from dengine.security import PeerSecret
 from dengine.storage.directory import DataDirectory
 
 log = logging.getLogger("dengine.exchange")
@@ -58,6 +69,8 @@ class Exchange:
         book: AddressBook,
         founding: Founding,
         services: Services,
+        agreement: Agreement,
+        secret: PeerSecret | None,
     ) -> None:
         self._directory = directory
         self._cycle = cycle
@@ -65,6 +78,7 @@ class Exchange:
         self._book = book
         self._founding = founding
         self._services = services
+        self._agreement = agreement
         self._loop = asyncio.get_running_loop()
         self._duplicate_since_ms: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -84,6 +98,7 @@ class Exchange:
             on_connected=self._on_connected,
             on_frame=self._on_frame,
             on_disconnected=self._on_disconnected,
+            secret=secret,
         )
         self.forwarding = Forwarding(self.peers.send)
 
@@ -162,6 +177,10 @@ class Exchange:
                 task.add_done_callback(self._tasks.discard)
             case ForwardReply():
                 self.forwarding.replied(frame)
+            case StateReport(digests):
+                self._agreement.reported(sender, digests, boottime_ms())
+            case StateVerdict():
+                self._agreement.judged(sender, frame)
 
     def _serve_write(self, sender: MemberId, request: ForwardRequest) -> None:
         """A write that a follower forwarded; answered from a callback, without a task."""

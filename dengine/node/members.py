@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,12 +21,14 @@ from dengine.errors import (
     InvalidRequest,
     JoinError,
     NotFound,
+    NotLeader,
     ProposeFailed,
     RequestTimeout,
 )
 from dengine.node.addresses import join_host_port
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.promotion import Promotion, PromotionRules
+from dengine.node.transfers import Transfers, format_bytes
 from dengine.node.wire import COMMAND_VERSION
 from dengine.raft.membership import (
     AddLearner,
@@ -41,7 +43,7 @@ from dengine.raft.membership import (
     UpdateSettings,
 )
 from dengine.raft.raft import Raft
-from dengine.raft.types import LogId, MemberId
+from dengine.raft.types import MemberId
 
 log = logging.getLogger("dengine.members")
 
@@ -50,6 +52,7 @@ RETRY_S = 0.02  # while another change is being committed
 CORRECT_EVERY_MS = 500
 REPEAT_REFUSAL_MS = 60_000  # so long an unchanged refusal is not said again
 
+C = TypeVar("C", bound=Change)
 Correct = Callable[[MemberId, tuple[Member, ...]], Iterable[Member]]
 
 
@@ -57,13 +60,17 @@ class Members:
     """The leader's dealings with the membership.
 
     Args:
+        transfers: snapshots on their way to members.
         correct: names the members whose committed address or zone is out of date.
     """
 
-    def __init__(self, config: Config, cycle: Cycle, correct: Correct) -> None:
+    def __init__(
+        self, config: Config, cycle: Cycle, correct: Correct, transfers: Transfers
+    ) -> None:
         self._config = config
         self._cycle = cycle
         self._correct = correct
+        self._transfers = transfers
         self._loop = asyncio.get_running_loop()
         self._promotion = self._fresh_promotion()
         self._correct_due_ms = 0
@@ -177,12 +184,16 @@ class Members:
                 f"node {member_id.id} understands commands up to version "
                 f"{member.command_version}, the cluster uses {COMMAND_VERSION}: upgrade it first"
             )
+
+        def added(membership: Membership) -> Change:
+            if membership.get(member_id) is None:
+                self._require_silent_twin(raft, member_id)
+            return AddLearner(member)
+
         known = raft.membership.get(member_id)
-        if known is None:
-            self._require_silent_twin(raft, member_id)
-            await self.change(AddLearner(member), deadline)
-        elif _has_moved(known.address, address):  # before it learned that it is a member
-            await self.change(AddLearner(member), deadline)
+        # One that has moved did so before it learned that it is a member.
+        if known is None or _has_moved(known.address, address):
+            await self.change(added, deadline)
         membership = raft.committed_membership
         return {
             "cluster_id": membership.cluster_id,
@@ -207,28 +218,31 @@ class Members:
             if membership.was_removed(node_id):
                 return {"id": node_id, "removed": True}
             raise NotFound(f"node {node_id} is not a member of this cluster")
-        await self.change(Remove(node_id), deadline)
+        await self.change(lambda _: Remove(node_id), deadline)
         return {"id": node_id, "removed": True}
 
     async def _update(self, args: dict[str, Any], deadline: float) -> dict[str, Any]:
-        membership = self._cycle.raft.membership
-        known = membership.find(args["id"])
-        if not known:
-            raise NotFound(f"node {args['id']} is not a member of this cluster")
-        member = max(known, key=lambda m: m.id in membership.learners)  # the newest incarnation
-        status = Status[args["status"].upper()] if "status" in args else member.status
-        updated = msgspec.structs.replace(
-            member,
-            address=args.get("address", member.address),
-            zone=args.get("zone", member.zone),
-            status=status,
-        )
-        await self.change(UpdateMember(updated), deadline)
+        def updated(membership: Membership) -> UpdateMember:
+            known = membership.find(args["id"])
+            if not known:
+                raise NotFound(f"node {args['id']} is not a member of this cluster")
+            member = max(known, key=lambda m: m.id in membership.learners)  # newest incarnation
+            status = Status[args["status"].upper()] if "status" in args else member.status
+            return UpdateMember(
+                msgspec.structs.replace(
+                    member,
+                    address=args.get("address", member.address),
+                    zone=args.get("zone", member.zone),
+                    status=status,
+                )
+            )
+
+        member = (await self.change(updated, deadline)).member
         return {
             "id": member.id.id,
-            "address": updated.address,
-            "zone": updated.zone,
-            "status": updated.status.name.lower(),
+            "address": member.address,
+            "zone": member.zone,
+            "status": member.status.name.lower(),
         }
 
     async def _promote(self, ids: list[int], deadline: float) -> dict[str, Any]:
@@ -248,7 +262,7 @@ class Members:
                 raise Conflict(f"node {node_id} is not ready to vote: {reason}")
             wanted.append(learner)
         if wanted:
-            await self.change(Promote(tuple(wanted)), deadline)
+            await self.change(lambda _: Promote(tuple(wanted)), deadline)
             while raft.membership.joint:  # the change is done when the joint state is left
                 self._require_time(deadline)
                 await asyncio.sleep(RETRY_S)
@@ -278,14 +292,22 @@ class Members:
         return {"leader": node_id}
 
     async def _settings(self, args: dict[str, Any], deadline: float) -> dict[str, Any]:
-        settings = msgspec.convert(
-            {**msgspec.structs.asdict(self._cycle.raft.membership.settings), **args}, Settings
-        )
-        await self.change(UpdateSettings(settings), deadline)
-        return {"settings": msgspec.structs.asdict(settings)}
+        def updated(membership: Membership) -> UpdateSettings:
+            now = msgspec.structs.asdict(membership.settings)
+            return UpdateSettings(msgspec.convert({**now, **args}, Settings))
 
-    async def change(self, change: Change, deadline: float) -> None:
-        """Propose `change`, behind any other that is under way, and wait until it is applied.
+        change = await self.change(updated, deadline)
+        return {"settings": msgspec.structs.asdict(change.settings)}
+
+    async def change(self, make: Callable[[Membership], C], deadline: float) -> C:
+        """Propose a change, behind any other that is under way, and wait until it is applied.
+
+        Args:
+            make: the change to the membership that it is given; called in the turn that proposes
+                it, so that nothing can come between. Whatever it raises refuses the request.
+
+        Returns:
+            The change that was made.
 
         Raises:
             Conflict, JoinError: refused.
@@ -293,20 +315,25 @@ class Members:
             RequestTimeout: not committed in time; the outcome is unknown.
         """
 
-        def propose(raft: Raft) -> LogId | bool | None:
-            if raft.may_propose and _change_under_way(raft):
-                return False
+        def propose(raft: Raft) -> C | None:
+            if not raft.may_propose:
+                raise NotLeader(f"node {raft.me.id} does not lead any more")
+            if _change_under_way(raft):
+                return None
+            change = make(raft.membership)
             log_id = raft.propose_membership(change)
-            if log_id is not None:
+            if log_id is None:
+                applied.set_result(None)
+            else:
                 self._cycle.proposals.watch(log_id, applied, deadline)
-            return log_id
+            return change
 
         applied: asyncio.Future[None] = self._loop.create_future()
-        while (proposed := await self._cycle.act(propose)) is False:
+        while (proposed := await self._cycle.act(propose)) is None:
             self._require_time(deadline, "none")
             await asyncio.sleep(RETRY_S)
-        if proposed is not None:
-            await applied
+        await applied
+        return proposed
 
     def _require_time(self, deadline: float, outcome: Any = "unknown") -> None:
         if self._loop.time() >= deadline:
@@ -359,6 +386,20 @@ class Members:
             if is_learner
             else self._alive(raft, member.id),
             "reason": self._reason(raft, membership, member.id, now_ms),
+            "transfer": self._transfer_view(member.id),
+        }
+
+    def _transfer_view(self, member: MemberId) -> dict[str, Any] | None:
+        """The snapshot on its way to a member, while there is one."""
+        transfer = self._transfers.get(member.id)
+        if transfer is None:
+            return None
+        return {
+            "index": transfer.ref.index,
+            "percent": transfer.percent,
+            "sent_bytes": transfer.sent,
+            "size_bytes": transfer.ref.size_bytes,
+            "bytes_per_s": transfer.bytes_per_s,
         }
 
     def _alive(self, raft: Raft, member: MemberId) -> bool | None:
@@ -372,6 +413,10 @@ class Members:
     ) -> str | None:
         if not raft.is_leader:
             return None
+        transfer = self._transfers.get(member.id)
+        if member in raft.offered_snapshots() and transfer is not None:
+            size, rate = map(format_bytes, (transfer.ref.size_bytes, transfer.bytes_per_s))
+            return f"it gets a snapshot: {transfer.percent} % of {size}, {rate}/s"
         if member in membership.learners:
             return self._promotion.reason(membership, member, now_ms)
         if self._alive(raft, member):

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dengine.node.snapshots import Snapshots
 from dengine.raft.raft import Raft
 
 ROLES = ("follower", "candidate", "leader", "learner")
@@ -19,9 +20,11 @@ REQUEST_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
 class NodeMetrics:
     """The registry behind `/metrics` and what the node counts itself."""
 
-    def __init__(self, status: Callable[[], dict[str, Any]], raft: Raft) -> None:
+    def __init__(
+        self, status: Callable[[], dict[str, Any]], raft: Raft, snapshots: Snapshots
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_StatusCollector(status, raft))
+        self.registry.register(_StatusCollector(status, raft, snapshots))
         self.log_write_seconds = Histogram(
             "dengine_log_fsync_seconds",
             "Durable log writes",
@@ -50,9 +53,12 @@ class NodeMetrics:
 class _StatusCollector(Collector):
     """Turns the node's status into gauges at the moment of the scrape."""
 
-    def __init__(self, status: Callable[[], dict[str, Any]], raft: Raft) -> None:
+    def __init__(
+        self, status: Callable[[], dict[str, Any]], raft: Raft, snapshots: Snapshots
+    ) -> None:
         self._status = status
         self._raft = raft
+        self._snapshots = snapshots
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
@@ -61,6 +67,7 @@ class _StatusCollector(Collector):
             ("dengine_commit_index", "commit_index", "Newest committed entry"),
             ("dengine_applied_index", "last_applied", "Newest applied entry"),
             ("dengine_last_index", "last_index", "Newest entry of the log"),
+            ("dengine_first_index", "first_index", "Oldest entry of the log"),
             ("dengine_revision", "revision", "Revision of the state"),
             ("dengine_pending_writes", "pending_writes", "Writes that wait for their answer"),
             ("dengine_uptime_seconds", "uptime_s", "Since the start of the process"),
@@ -77,6 +84,32 @@ class _StatusCollector(Collector):
             "dengine_proposals", "Commands queued here for the log", value=status["proposals"]
         )
         yield from self._peers()
+        yield from self._snapshot_metrics()
+
+    def _snapshot_metrics(self) -> Iterator[Metric]:
+        snapshots = self._snapshots
+        newest = snapshots.files.refs[-1:]
+        for name, value, text in (
+            ("dengine_snapshots", len(snapshots.files.refs), "Verified snapshots on this node"),
+            (
+                "dengine_snapshot_index",
+                newest[0].index if newest else 0,
+                "Last entry in the newest one",
+            ),
+            ("dengine_snapshot_bytes", newest[0].size_bytes if newest else 0, "Size of it"),
+            ("dengine_snapshot_running", int(bool(snapshots.job)), "1 while the writer works"),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+        yield CounterMetricFamily("dengine_snapshots_taken", "Taken here", value=snapshots.taken)
+        yield CounterMetricFamily(
+            "dengine_snapshot_failures", "Jobs that failed here", value=snapshots.failures
+        )
+        sent = GaugeMetricFamily(
+            "dengine_snapshot_sent_bytes", "Of a snapshot under way to a member", labels=["peer"]
+        )
+        for receiver, transfer in snapshots.files.transfers.items():
+            sent.add_metric([str(receiver)], transfer.sent)
+        yield sent
 
     def _peers(self) -> Iterator[Metric]:
         """Leader only: how far each member is."""

@@ -10,14 +10,15 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import orjson
 
 from dengine.config import Config
 from dengine.errors import (
     ClusterUnavailable,
+    DataCorruption,
     DengineError,
     DiskFull,
     FatalError,
@@ -28,10 +29,12 @@ from dengine.errors import (
 from dengine.kv.commands import Command, Result, decode_result, encode_command
 from dengine.node import announcing
 from dengine.node.addresses import AddressBook
+from dengine.node.agreement import Agreement
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.entrance import Entrance
 from dengine.node.exchange import Exchange
 from dengine.node.founding import Founding
+from dengine.node.leading import AtLeader
 from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
 from dengine.node.proposals import Proposals
@@ -44,13 +47,12 @@ from dengine.raft.membership import Membership
 from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
+from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
-from dengine.storage.recovery import open_stores
+from dengine.storage.recovery import after_damage, open_stores
 
-T = TypeVar("T")
 log = logging.getLogger("dengine.node")
 
-RETRY_S = 0.02  # before a request that certainly did not happen is tried again
 SWEEP_MS = 100
 DISK_CHECK_MS = 1000
 REPORT_MS = 10_000
@@ -64,16 +66,19 @@ class Node:
 
     Args:
         config: validated configuration.
+
+    Raises:
+        ConfigError: a file of [security] is not acceptable.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.secrets = Secrets.read(config.security, config.source)
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._disk_full = False
         self._sweep_due_ms = self._disk_due_ms = 0
         self._report_due_ms = boottime_ms() + REPORT_MS
-        self._leader_waiters: set[asyncio.Future[None]] = set()
         self._watchers = MembershipWatchers()
 
     # --- life ---------------------------------------------------------------------------------
@@ -139,23 +144,43 @@ class Node:
             self.state,
             lead=self._lead,
             source=self._addresses,
+            secrets=self.secrets,
+        )
+        self._agreement = Agreement(
+            raft,
+            self.state,
+            grace_ms=2 * config.election.timeout_ms_max,
+            send=lambda to, frame: self.peers.send(to, frame),
+            distrust=lambda reason: self.snapshots.distrust(reason, files_too=True),
+            fail=self.fail,
         )
         self._exchange = Exchange(
-            config, self._directory, self._cycle, self._book, self._founding, self
+            config,
+            self._directory,
+            self._cycle,
+            self._book,
+            self._founding,
+            self,
+            self._agreement,
+            self.secrets.peer,
         )
         self.peers = self._exchange.peers
-        self._members = Members(config, self._cycle, self._exchange.admission.outdated)
+        self._members = Members(
+            config, self._cycle, self._exchange.admission.outdated, self.snapshots.files.transfers
+        )
         self._entrance = Entrance(
             config,
             self._directory,
             self._cycle,
             self._founding,
             self._book,
+            self.secrets,
             peer_errors=self._exchange.errors,
             belongs=self._exchange.set_targets,
         )
         self._status = Status(raft, self.state, self._proposals, self._exchange.errors)
-        self._metrics = NodeMetrics(self._status.local, raft)
+        self._at_leader = AtLeader(raft, self._status)
+        self._metrics = NodeMetrics(self._status.local, raft, self.snapshots)
         self.metrics = self._metrics.registry
         self.metrics_observe_request = self._metrics.observe_request
 
@@ -180,6 +205,9 @@ class Node:
                 done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 for ended in done:
                     ended.result()
+        except DataCorruption as error:
+            await self._close(clean=False)
+            raise after_damage(error, self._directory, self.raft.membership) from error
         except BaseException:
             await self._close(clean=False)
             raise
@@ -252,7 +280,7 @@ class Node:
                 await self._exchange.forwarding.ask(leader, "write", data, deadline)
             )
 
-        return await self._at_leader(lambda: self.write_here(data, deadline), forward, deadline)
+        return await self._at_leader.do(lambda: self.write_here(data, deadline), forward, deadline)
 
     def write_here(self, data: bytes, deadline: float) -> asyncio.Future[Result]:
         """Queue an encoded command on this node, which leads or is about to be refused."""
@@ -263,7 +291,7 @@ class Node:
             )
         future: asyncio.Future[Result] = self._loop.create_future()
         self._proposals.add(data, future, deadline)
-        self._cycle.wake()
+        self._cycle.wake_to_propose()
         return future
 
     async def read_barrier(self, consistency: str, deadline: float) -> None:
@@ -272,8 +300,10 @@ class Node:
         Args:
             consistency: "linearizable", "lease" or "eventual".
         """
-        if consistency == "eventual" and self.raft.log.applied_index:
-            return
+        applied = self.raft.log.applied_index
+        rebuilt_at = max(self._announce_above, self.snapshots.installer.forgotten_at)
+        if consistency == "eventual" and applied and applied >= rebuilt_at:
+            return  # a state that is being rebuilt would take readers back in time
         while True:
             if self.raft.leader is not None:
                 future: asyncio.Future[None] = self._loop.create_future()
@@ -282,50 +312,13 @@ class Node:
                 try:
                     return await future
                 except LeaderChanged:
-                    await self._pause(deadline)
-            await self._leader_known(deadline)
-
-    async def _at_leader(
-        self,
-        here: Callable[[], Awaitable[T]],
-        forward: Callable[[MemberId], Awaitable[T]],
-        deadline: float,
-    ) -> T:
-        """Have the leader do it, and try again only what certainly did not happen."""
-        while True:
-            leader = await self._leader_known(deadline)
-            try:
-                if leader == self.raft.me:
-                    return await here()
-                return await forward(leader)
-            except (NotLeader, LeaderChanged, ClusterUnavailable) as error:
-                if error.outcome != "none":
-                    raise
-            await self._pause(deadline)
-
-    async def _leader_known(self, deadline: float) -> MemberId:
-        while self.raft.leader is None:
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            self._leader_waiters.add(waiter)
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await waiter
-            except TimeoutError:
-                raise ClusterUnavailable(self._status.no_leader()) from None
-            finally:
-                self._leader_waiters.discard(waiter)
-        return self.raft.leader
-
-    async def _pause(self, deadline: float) -> None:
-        """Let leadership settle; ends the request when its time is up."""
-        if self._loop.time() + RETRY_S >= deadline:
-            raise ClusterUnavailable(self._status.no_leader())
-        await asyncio.sleep(RETRY_S)
+                    await self._at_leader.pause(deadline)
+            await self._at_leader.known(deadline)
 
     async def lead_here(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
         """Carry out an operation of the leader on this node, which leads."""
         if op == "snapshot_turn":
-            return self.snapshots.grant_turn(args["id"])
+            return self.snapshots.grant_turn(args)
         return await self._members.handle(op, args, deadline)
 
     async def _lead(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
@@ -336,7 +329,9 @@ class Node:
             decoded: dict[str, Any] = orjson.loads(answer)
             return decoded
 
-        return await self._at_leader(lambda: self.lead_here(op, args, deadline), forward, deadline)
+        return await self._at_leader.do(
+            lambda: self.lead_here(op, args, deadline), forward, deadline
+        )
 
     async def cluster_view(self, deadline: float) -> dict[str, Any]:
         """GET /v1/cluster: as the leader sees it, or as this node does while there is none."""
@@ -384,6 +379,11 @@ class Node:
         return self.raft.is_leader
 
     @property
+    def turns(self) -> int:
+        """Turns of the cycle so far; a node whose number stands still is stuck."""
+        return self._cycle.turns
+
+    @property
     def leader(self) -> tuple[int, str] | None:
         """Id and announced address of the leader as far as known."""
         return self._status.leader
@@ -410,13 +410,12 @@ class Node:
         announcing.role_changed(self.raft.me, transition)
         if self.raft.is_leader:
             self._members.leadership_began()
+            self._agreement.leadership_began()
 
     def leader_changed(self) -> None:
         if self.raft.leader is not None:
             self._report_due_ms = boottime_ms() + REPORT_MS
-            for waiter in self._leader_waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+            self._at_leader.found()
 
     def membership_committed(self, index: int, old: Membership, new: Membership) -> None:
         me = self.raft.me
@@ -453,6 +452,7 @@ class Node:
         self._reads.expire(now)
         self._exchange.forwarding.expire(now)
         self.snapshots.ticked()
+        self._agreement.ticked(now_ms)
         if now_ms >= self._disk_due_ms:
             self._disk_due_ms = now_ms + DISK_CHECK_MS
             free = os.statvfs(self._directory.path)
@@ -469,6 +469,7 @@ class Node:
 
     def applied(self, entries: Sequence[Entry]) -> None:
         self.snapshots.applied(entries)
+        self._agreement.applied(boottime_ms())
 
     def snapshot_offered(self, sender: MemberId, ref: SnapshotRef) -> None:
         self.snapshots.offered(sender, ref)
@@ -477,7 +478,7 @@ class Node:
         self.snapshots.persist_restore(ready)
 
     def restored(self, restore: Restore) -> None:
-        self.snapshots.installed(restore)
+        self.snapshots.restored(restore)
 
     def _addresses(self, member: MemberId) -> list[str]:
         """Where `member` can be dialled, best first; empty when it is not a known one."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from dengine.raft.membership import Membership, Status
-from dengine.raft.progress import Progress, ProgressState
+from dengine.raft.progress import Progress
 from dengine.raft.raft import Raft
 from dengine.raft.types import MemberId
 
@@ -71,7 +71,7 @@ class Promotion:
         lag = raft.log.commit_index - progress.match_index
         if not raft.heard_within(learner, 2 * rules.heartbeat_ms):
             return f"it has not answered for {now_ms - progress.heard_ms} ms"
-        if progress.state is ProgressState.SNAPSHOT:
+        if progress.wants_snapshot:
             return "it waits for a snapshot"
         if lag > rules.catchup_entries:
             return f"it is {lag} entries behind (at most {rules.catchup_entries} allowed)"

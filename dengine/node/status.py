@@ -62,6 +62,7 @@ class Status:
         checks = {
             "member": raft.committed_membership.get(raft.me) is not None,
             "leader": raft.leader is not None and (not raft.is_leader or raft.committed_in_term),
+            "state": not raft.state_lost,
             "running": running,
         }
         reasons = []
@@ -69,6 +70,8 @@ class Status:
             reasons.append("not a member of a cluster yet")
         elif not checks["leader"]:
             reasons.append(self.no_leader())
+        if raft.state_lost and checks["member"]:
+            reasons.append("its state is lost and waits for a snapshot from the leader")
         if not running:
             reasons.append("stopping")
         return Readiness(not reasons, reasons, checks)
@@ -89,6 +92,7 @@ class Status:
             "commit_index": raft.log.commit_index,
             "last_applied": raft.log.applied_index,
             "last_index": raft.log.last_index,
+            "first_index": raft.log.first_index,
             "revision": self._state.revision,
             "voters": [v.id for v in membership.voters],
             "learners": [m.id for m in membership.learners],

@@ -1,4 +1,4 @@
-"""What this node is sending to members that fetch a snapshot, for people and for holding files."""
+"""Snapshots on their way between members: how far they are, for people and for holding files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Transfer:
 
     @property
     def percent(self) -> int:
-        return min(100, self.sent * 100 // max(self.ref.size_bytes, 1))
+        return percent(self.sent, self.ref.size_bytes)
 
     @property
     def bytes_per_s(self) -> int:
@@ -54,9 +54,12 @@ class Transfers:
         self._forget()
         return sorted(self._by_receiver.items())
 
-    def began(self, receiver: int, ref: SnapshotRef, offset: int) -> None:
+    def began(self, receiver: int, ref: SnapshotRef, offset: int) -> bool:
+        """True when `receiver` has had the very same file to its end, and could not use it."""
         now = time.monotonic()
+        before = self._by_receiver.get(receiver)
         self._by_receiver[receiver] = Transfer(ref, offset, offset, now, now)
+        return before is not None and before.ref == ref and before.sent >= ref.size_bytes
 
     def sent(self, receiver: int, count: int) -> None:
         """`count` more bytes have left for `receiver`."""
@@ -66,7 +69,8 @@ class Transfers:
         transfer.sent += count
         transfer.touched_s = time.monotonic()
         if transfer.percent >= transfer.due_percent:
-            transfer.due_percent = transfer.percent // LOG_EVERY_PERCENT * LOG_EVERY_PERCENT + 10
+            reached = transfer.percent
+            transfer.due_percent = reached - reached % LOG_EVERY_PERCENT + LOG_EVERY_PERCENT
             log.info(
                 "sending snapshot %d-%d to node %d: %d %%, %s/s",
                 transfer.ref.term,
@@ -80,6 +84,34 @@ class Transfers:
         now = time.monotonic()
         for receiver in [r for r, t in self._by_receiver.items() if now - t.touched_s > FORGET_S]:
             del self._by_receiver[receiver]
+
+
+class Report:
+    """Logs how far a transfer to this node is, every ten percent."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._started = time.monotonic()
+        self._first: int | None = None
+        self._done = self._due = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._first is None:
+            self._first = done  # of an earlier attempt
+        self._done = done
+        if (reached := percent(done, total)) >= self._due:
+            self._due = reached - reached % LOG_EVERY_PERCENT + LOG_EVERY_PERCENT
+            log.info("%s: %d %%, %s/s", self._what, reached, format_bytes(self._rate()))
+
+    def finished(self) -> None:
+        log.info("%s: done, %s/s", self._what, format_bytes(self._rate()))
+
+    def _rate(self) -> int:
+        return int((self._done - (self._first or 0)) / max(time.monotonic() - self._started, 0.001))
+
+
+def percent(done: int, total: int) -> int:
+    return min(100, done * 100 // max(total, 1))
 
 
 def format_bytes(count: int) -> str:

@@ -1,7 +1,8 @@
 """What travels on a peer stream: one msgpack-encoded frame per WebSocket message.
 
 The first frame each way is a `Hello` (or a `Refused`, after which the stream is closed); Raft
-messages, forwarded requests and pings follow. Nothing is ever unpickled, and a frame larger than
+messages, forwarded requests and pings follow. Where there is a peer secret, a `Challenge` and a
+proof come before it. Nothing is ever unpickled, and a frame larger than
 `MAX_FRAME_BYTES` closes the stream.
 """
 
@@ -13,6 +14,7 @@ import msgspec
 
 from dengine.raft.messages import Message
 from dengine.raft.types import MemberId
+from dengine.storage.state_store import StateDigest
 
 PROTOCOL_VERSION = 1
 COMMAND_VERSION = 1  # newest kv batch format this build can apply
@@ -53,13 +55,28 @@ class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Why the stream is not wanted.
 
     "removed", "wiped", "rolled_back" and "duplicate" concern the receiver's own identity; "again"
-    asks for a fresh handshake.
+    asks for a fresh handshake; "this_node_itself" says that an address leads back to its dialler;
+    "not_authenticated" is all that who does not know the peer secret is told.
     """
 
     reason: Literal[
-        "foreign_cluster", "removed", "wiped", "rolled_back", "protocol", "duplicate", "again"
+        "foreign_cluster",
+        "removed",
+        "wiped",
+        "rolled_back",
+        "protocol",
+        "duplicate",
+        "again",
+        "this_node_itself",
+        "not_authenticated",
     ]
     message: str
+
+
+class Challenge(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The first frame each way between nodes that have a peer secret (see authentication.py)."""
+
+    nonce: bytes
 
 
 class RaftFrame(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -81,11 +98,34 @@ class ForwardReply(msgspec.Struct, frozen=True, tag=True, array_like=True):
     body: bytes
 
 
+class StateReport(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """To the leader: what the sender's state was after some entries (see agreement.py)."""
+
+    digests: tuple[StateDigest, ...]
+
+
+class StateVerdict(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """From the leader: the receiver's state after `index` is wrong; `split`: nobody knows whose."""
+
+    index: int
+    split: bool
+
+
 class Ping(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Keeps an idle stream provably alive; any frame counts as a sign of life."""
 
 
-Frame = Hello | Refused | RaftFrame | ForwardRequest | ForwardReply | Ping
+Frame = (
+    Challenge
+    | Hello
+    | Refused
+    | RaftFrame
+    | ForwardRequest
+    | ForwardReply
+    | StateReport
+    | StateVerdict
+    | Ping
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
@@ -96,6 +136,6 @@ def encode(frame: Frame) -> bytes:
     return _encoder.encode(frame)
 
 
-def decode(data: bytes) -> Frame:
+def decode(data: bytes | memoryview) -> Frame:
     """Inverse of `encode`; raises `msgspec.MsgspecError` on anything that is not a frame."""
     return _decoder.decode(data)

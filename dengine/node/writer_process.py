@@ -12,7 +12,7 @@ from contextlib import suppress
 import msgspec
 
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
-from dengine.snapshot_writer import Done, Failed, Job, Progress, decode_event, encode_job
+from dengine.storage.snapshot_jobs import Done, Failed, Job, Progress, decode_event, encode_job
 
 STALL_S = 30.0  # without a sign of life it is stuck
 LINE_BYTES_MAX = 65_536

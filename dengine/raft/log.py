@@ -176,14 +176,20 @@ class RaftLog:
             raise InvariantBroken(f"commit {index} is beyond the last entry {self.last_index}")
         self.commit_index = max(self.commit_index, index)
 
-    def to_apply(self) -> Sequence[Entry]:
-        """Committed AND locally durable entries that are not applied yet, bounded in size.
+    @property
+    def may_apply(self) -> bool:
+        """Is an entry committed AND locally durable, and not applied yet?
 
-        Those that have left the tail come from storage; of a lost state nothing can be continued.
+        Of a lost state nothing can be continued.
         """
         high = min(self.commit_index, self.stable_index)
-        if self.applied_index >= high or self.state_lost:
+        return self.applied_index < high and not self.state_lost
+
+    def to_apply(self) -> Sequence[Entry]:
+        """All such entries, bounded in size; those that have left the tail come from storage."""
+        if not self.may_apply:
             return ()
+        high = min(self.commit_index, self.stable_index)
         return self.entries(self.applied_index + 1, high + 1, APPLY_BYTES_MAX)
 
     def applied_to(self, index: int) -> None:

@@ -172,6 +172,11 @@ class Raft:
         self.me = config.me
         self.log = RaftLog(storage, hard_state.commit_index, applied_index)
         self.term = hard_state.term
+        if self.log.last_term > self.term:
+            raise InvariantBroken(
+                f"the log ends in term {self.log.last_term}, which this member has not entered: "
+                f"its term is {self.term}"
+            )
         self.voted_for = hard_state.voted_for
         self.role = Role.FOLLOWER
         self.leader: MemberId | None = None
@@ -233,7 +238,7 @@ class Raft:
     @property
     def may_propose(self) -> bool:
         """Leading, and not about to hand over."""
-        return self.role is Role.LEADER and self._transfer is None
+        return self.role is Role.LEADER and self._transfer is None and not self._leaving
 
     @property
     def committed_in_term(self) -> bool:
@@ -851,6 +856,15 @@ class Raft:
             raise NotLeader("this node does not lead")
         if self._transfer is not None:
             raise LeaderChanged("leadership is being handed over; try again in a moment")
+        if self._leaving:
+            raise LeaderChanged("this leader is being removed; try again in a moment")
+
+    @property
+    def _leaving(self) -> bool:
+        """4.2.2: our removal is in the log. Nothing is appended behind it: that may be committed
+        when we are not there any more to hear of it, and whoever waits would never know.
+        """
+        return self.me not in self.membership.all_voters
 
     def _require_live_quorum(self, new: Membership) -> None:
         votes = {v: self._is_live(v) for v in new.voters}

@@ -17,7 +17,7 @@ import logging
 import shutil
 from typing import NamedTuple
 
-from dengine.errors import DataCorruption
+from dengine.errors import DataCorruption, FatalError, StorageIO
 from dengine.raft.membership import Membership
 from dengine.raft.types import HardState, MemberId
 from dengine.storage.directory import DataDirectory
@@ -55,6 +55,21 @@ def open_stores(directory: DataDirectory) -> Stores:
     except BaseException:
         store.close()
         raise
+
+
+def after_damage(
+    error: DataCorruption, directory: DataDirectory, membership: Membership
+) -> FatalError:
+    """Damage was found while running: what ends the process, and whether a restart heals it.
+
+    The state is rebuilt by any start, and a log by one that has other voters to turn to.
+    """
+    file = str(error.details.get("file", ""))
+    if file.startswith(str(directory.path / "state-")):
+        return StorageIO(f"{error.message}: the next start rebuilds the state", file=file)
+    if file.startswith(str(directory.log_path)) and _others(directory, membership):
+        return StorageIO(f"{error.message}: the next start does so by itself", file=file)
+    return error
 
 
 def _with_log(directory: DataDirectory, store: LogStore) -> Stores:

@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
@@ -40,6 +41,8 @@ from dengine.storage.snapshot_frames import (
 
 SUFFIX: Final = ".dsnap"
 DAMAGED_SUFFIX: Final = ".damaged"  # was complete once; kept for a person until the next one
+
+SYNC_BYTES: Final = 4 * 1024 * 1024  # between two syncs of a file that is being written
 
 _NAME: Final = re.compile(r"snapshot-(\d{1,20})-(\d{1,20})\.dsnap")
 
@@ -106,7 +109,7 @@ class SnapshotWriter:
         self._chunk_bytes = chunk_bytes
         self._pending = bytearray()
         self._sha = hashlib.sha256()
-        self._chunks = self._data_bytes = 0
+        self._chunks = self._data_bytes = self._unsynced_bytes = 0
         encoded = msgspec.msgpack.encode(header)
         with disk(self._partial):
             fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -125,8 +128,12 @@ class SnapshotWriter:
             self._put_chunk(bytes(self._pending[: self._chunk_bytes]))
             del self._pending[: self._chunk_bytes]
 
-    def finish(self) -> SnapshotInfo:
-        """Make the file durable under its final name, after reading it back."""
+    def finish(self, progress: Callable[[int], None] | None = None) -> SnapshotInfo:
+        """Make the file durable under its final name, after reading it back.
+
+        Args:
+            progress: told how many bytes have been read back.
+        """
         if self._pending:
             self._put_chunk(bytes(self._pending))
         self._put(pack_end(self._chunks, self._data_bytes))
@@ -135,19 +142,28 @@ class SnapshotWriter:
             sync_file(self._stream)
             self._stream.close()
         try:
-            return publish(self._partial, self._path, self._sha.hexdigest())
+            return publish(self._partial, self._path, self._sha.hexdigest(), progress)
         except DataCorruption as error:
             raise StorageIO(f"the disk did not keep what was written: {error.message}") from error
 
     def abandon(self) -> None:
-        """Remove the partial file."""
-        self._stream.close()
-        self._partial.unlink(missing_ok=True)
+        """Remove the partial file, as far as the disk still does what it is told."""
+        with suppress(OSError):
+            self._stream.close()  # tries once more to write what it could not
+        with suppress(OSError):
+            self._partial.unlink(missing_ok=True)
 
     def _put_chunk(self, data: bytes) -> None:
         self._chunks += 1
         self._data_bytes += len(data)
         self._put(pack_chunk(data))
+        self._unsynced_bytes += len(data)
+        if self._unsynced_bytes >= SYNC_BYTES:
+            # In small steps: the log's next sync on this disk waits for what is under way.
+            self._unsynced_bytes = 0
+            with disk(self._partial):
+                self._stream.flush()
+                os.fdatasync(self._stream.fileno())
 
     def _put(self, data: bytes) -> None:
         self._sha.update(data)
@@ -155,18 +171,21 @@ class SnapshotWriter:
             self._stream.write(data)
 
 
-def publish(partial: Path, path: Path, sha256: str) -> SnapshotInfo:
+def publish(
+    partial: Path, path: Path, sha256: str, progress: Callable[[int], None] | None = None
+) -> SnapshotInfo:
     """Verify the synced file `partial` and give it its final name, durably.
 
     Args:
         sha256: of the file that it must be.
+        progress: told how many bytes have been read.
 
     Raises:
         DataCorruption: it is damaged; it was removed.
         StorageIO: the disk refused.
     """
     try:
-        info = verify(partial)
+        info = verify(partial, progress=progress)
         if info.sha256 != sha256:
             raise damaged_snapshot(partial, "it is sound, but not the file it should be")
     except DataCorruption:
@@ -174,7 +193,11 @@ def publish(partial: Path, path: Path, sha256: str) -> SnapshotInfo:
         raise
     with disk(path):
         os.replace(partial, path)
-        sync_directory(path.parent)
+        try:
+            sync_directory(path.parent)
+        except OSError:  # it may be gone after a power loss, so nobody must rely on it
+            path.unlink(missing_ok=True)
+            raise
     return info._replace(path=path)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from dengine.errors import DataCorruption, StorageIO
 from dengine.raft.types import SnapshotRef
@@ -29,6 +30,9 @@ from dengine.storage.snapshot_file import (
 )
 from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, damaged_snapshot
 from dengine.storage.state_reader import StateReader, check_state
+
+CHECK_RATE: Final = 4  # times as fast as the file is written, the state may be checked
+VERIFY_RATE: Final = 2  # and what was written be read back
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -54,8 +58,10 @@ def take(
         StorageIO: the disk refused.
     """
     with StateReader(state) as reader:
-        total = (state / DATA_FILE).stat().st_size
-        reader.check(lambda _: progress(0, total))
+        size = (state / DATA_FILE).stat().st_size
+        # Reading costs others less than writing does, in memory less than from the disk.
+        checked, total = size // CHECK_RATE, size // CHECK_RATE + size + size // VERIFY_RATE
+        reader.check(lambda read: progress(min(checked, read // CHECK_RATE), total))
         header = SnapshotHeader(
             cluster_id=reader.membership.cluster_id,
             node_id=node_id,
@@ -73,11 +79,12 @@ def take(
 
         def write(data: bytes) -> None:
             writer.write(data)
-            progress(writer.data_bytes, total)
+            progress(checked + writer.data_bytes, total)
 
         try:
             reader.copy(write)
-            return writer.finish()
+            done = checked + writer.data_bytes
+            return writer.finish(lambda read: progress(done + read // VERIFY_RATE, total))
         except BaseException:
             writer.abandon()
             raise
@@ -96,7 +103,14 @@ def unpack(file: Path, state: Path, progress: Progress) -> SnapshotInfo:
         state.mkdir(mode=0o700, parents=True)
         fd = os.open(state / DATA_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "wb") as stream:
-            info = verify(file, stream.write, lambda done: progress(done, total))
+
+            def write(data: bytes) -> None:
+                try:
+                    stream.write(data)
+                except OSError as error:  # of this file, not of the one that is read
+                    raise StorageIO(f"cannot write {state}: {error.strerror}") from error
+
+            info = verify(file, write, lambda done: progress(done, total))
             stream.flush()
             os.fsync(stream.fileno())
         try:
@@ -144,16 +158,20 @@ def claimed_refs(directory: Path) -> list[tuple[Path, SnapshotRef]]:
 
 def put_aside(file: Path) -> None:
     """A file turned out to be damaged: keep it, under a name that nobody takes for a snapshot."""
-    for older in file.parent.glob(f"*{DAMAGED_SUFFIX}"):
-        older.unlink(missing_ok=True)
     with suppress(OSError):
+        for older in file.parent.glob(f"*{DAMAGED_SUFFIX}"):
+            older.unlink(missing_ok=True)
         file.rename(file.with_name(file.name + DAMAGED_SUFFIX))
 
 
-def remove_partial(directory: Path) -> None:
-    """Remove what an interrupted take or fetch has left."""
-    for path in directory.glob(f"*{PARTIAL_SUFFIX}"):
-        path.unlink(missing_ok=True)
+def remove_partial(directory: Path, *, fetched_too: bool) -> None:
+    """Remove what an interrupted take has left, and of an interrupted fetch if it is of no use.
+
+    What the disk does not let go stays.
+    """
+    for path in directory.glob(f"{'' if fetched_too else 'snapshot-'}*{PARTIAL_SUFFIX}"):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _make_private(directory: Path) -> None:

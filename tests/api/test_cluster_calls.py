@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+from pathlib import Path
+
 import pytest
 
+from tests.api.conftest import start_node
 from tests.api.raw import Wire, assert_error, wire
-from tests.cluster import EventStream, ServeProcess, wait_for
+from tests.cluster import Cluster, EventStream, ServeProcess, wait_for
 
 INCARNATION = "1f3a5c7e9b2d4f60"
 
@@ -160,3 +164,33 @@ def test_the_peers_entrance_takes_websockets_only(client: Wire, node: ServeProce
     half = client.request("GET", "/v1/peer", head=upgrade)
     assert_error(half, 400, "invalid_request")
     assert client.request("GET", "/livez").status == 200
+
+
+def test_changes_at_the_same_time_do_not_undo_each_other(node: ServeProcess) -> None:
+    """Two operators change different settings at the same moment: both changes stand."""
+    fields = ("history_revisions", "history_bytes", "idempotency_window_s")
+    for value in range(1, 11):
+        with concurrent.futures.ThreadPoolExecutor(len(fields)) as pool:
+            replies = pool.map(
+                lambda field, value=value: node.call("PUT", "/v1/cluster/settings", {field: value}),
+                fields,
+            )
+            assert all(reply.ok for reply in replies)
+        settings = node.cluster()["settings"]
+        assert [settings[field] for field in fields] == [value] * len(fields)
+
+
+def test_of_joiners_with_one_id_the_first_stays(tmp_path: Path) -> None:
+    """Asking at the same moment, one is let in and the others are refused: they must not bury the
+    first, which has been told that it is a member."""
+    with Cluster(tmp_path) as cluster:
+        node = start_node(cluster)
+
+        def join(number: int) -> int:
+            body = {"id": 2, "incarnation": f"{number}", "address": f"127.0.0.1:{30_000 + number}"}
+            return node.call("POST", "/v1/cluster/members", body).status
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            statuses = list(pool.map(join, range(1, 9)))
+        assert sorted(statuses) == [200] + [409] * 7
+        assert [m["id"] for m in node.cluster()["members"]] == [1, 2]

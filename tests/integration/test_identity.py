@@ -178,6 +178,19 @@ def test_a_joiner_with_another_address_before_it_was_answered(cluster: Cluster) 
     assert node.status()["last_index"] == before
 
 
+def test_an_address_that_leads_back_to_the_leader_does_not_end_it(cluster: Cluster) -> None:
+    """A joiner, or `dengine move`, may name the leader's own address under another name: the leader
+    meets itself there, and must not take that for a copy of its directory, which would end it."""
+    port = free_port()
+    node = cluster.node(1, config_text(1, {1: port}, 2, 2), port).start()
+    wait_for(node.ready, "node 1 to be ready")
+    body = {"id": 2, "incarnation": "abc", "address": f"localhost:{port}"}
+    assert node.call("POST", "/v1/cluster/members", body).ok
+    met = f"node 2 at localhost:{port}: this node itself"
+    wait_for(lambda: met in node.output(), "the leader to meet itself")
+    assert "duplicate" not in node.output()
+
+
 def test_a_removed_node_stops_and_never_comes_back(cluster: Cluster) -> None:
     """The removed node is told, exits 76, and refuses to start again; its id stays used up even
     with an empty directory, while the rest goes on without it."""

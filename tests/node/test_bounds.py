@@ -18,6 +18,7 @@ from dengine.node.cycle import Cycle
 from dengine.node.exchange import SERVED_MAX, Exchange
 from dengine.node.founding import Founding
 from dengine.node.members import CORRECT_EVERY_MS, REPEAT_REFUSAL_MS, Members
+from dengine.node.transfers import Transfers
 from dengine.node.wire import COMMAND_VERSION, PROTOCOL_VERSION, ForwardRequest, Hello
 from dengine.raft.types import MemberId
 from dengine.storage.directory import DataDirectory
@@ -106,7 +107,7 @@ def test_a_correction_that_is_refused_is_said_once_and_blocks_no_other(
         node = leader(A, membership(A, B, C))
         at_c = msgspec.structs.replace(node.raft.membership.get(B), address=member(C).address)
         corrections = [at_c]
-        members = Members(config, cycle_of(node.raft), lambda *_: corrections)
+        members = Members(config, cycle_of(node.raft), lambda *_: corrections, Transfers())
         refused_over_ms = REPEAT_REFUSAL_MS + 5 * CORRECT_EVERY_MS
         with caplog.at_level(logging.INFO, "dengine.members"):
             for _ in range(0, refused_over_ms, CORRECT_EVERY_MS):
@@ -139,9 +140,17 @@ def test_forwarded_requests_under_way_are_bounded(config: Config, tmp_path: Path
             return {}
 
         services = cast(Any, SimpleNamespace(lead_here=lead_here))
+        no_agreement = cast(Any, None)
         founding = Founding(config, A)
         exchange = Exchange(
-            config, directory, cycle_of(raft), AddressBook(config), founding, services
+            config,
+            directory,
+            cycle_of(raft),
+            AddressBook(config),
+            founding,
+            services,
+            no_agreement,
+            None,
         )
         for number in range(SERVED_MAX + 100):
             exchange._on_frame(B, ForwardRequest(number, "promote", b"{}", 5000))

@@ -12,6 +12,7 @@ from dengine.raft.membership import Membership
 from dengine.raft.messages import (
     AppendResponse,
     HeartbeatResponse,
+    InstallSnapshotRequest,
     Message,
     VoteRequest,
     VoteResponse,
@@ -30,7 +31,7 @@ class Checker:
         self._entries: dict[tuple[int, int], tuple[Entry, int]] = {}
         self._seen_terms: dict[MemberId, list[int]] = {}
         self._commit: dict[MemberId, int] = {}
-        self._applied: dict[MemberId, int] = {}
+        self._applied: dict[MemberId, tuple[list[Entry], int]] = {}  # how much of which was seen
 
     def forget(self, me: MemberId) -> None:
         """`me` has crashed: what it held in memory may go back to what is durable."""
@@ -38,10 +39,26 @@ class Checker:
             seen.pop(me, None)
 
     def look(self, node: Server, disks: dict[MemberId, Disk]) -> None:
+        self._order(node)
         self._log_matching(node)
         self._commitment(node, disks)
         self._leadership(node)
         self._application(node)
+
+    def _order(self, node: Server) -> None:
+        """purged <= applied <= commit <= last, unless the state is lost or being replaced; and
+        what is purged is committed.
+        """
+        raft, log = node.raft, node.raft.log
+        log_is_sound = log.base.index <= log.commit_index <= log.last_index
+        assert log_is_sound, f"{node.me}: {log.base} {log.commit_index} {log.last_index}"
+        assert len(node.applied) == log.applied_index, f"{node.me}: another state than Raft thinks"
+        if node.restoring is None:
+            assert log.applied_index == 0 or log.base.index <= log.applied_index
+            assert log.applied_index <= log.commit_index
+        assert not (raft.is_leader and (raft.state_lost or node.restoring)), f"{node.me} leads"
+        if log.base.index:
+            assert log.base == self.committed[log.base.index - 1].log_id, f"{node.me}: {log.base}"
 
     def _log_matching(self, node: Server) -> None:
         """An (index, term) names one entry, with one predecessor, for ever."""
@@ -49,8 +66,11 @@ class Checker:
         terms = self._seen_terms.setdefault(node.me, [0])
         if len(terms) - 1 == log.last_index and terms[-1] == log.last_term:
             return
+        base = log.base.index  # what is before it is committed
+        if base and (base >= len(terms) or terms[base] != log.base.term):
+            terms[:] = [0, *(entry.term for entry in self.committed[:base])]
         start = log.last_index
-        while start and (start >= len(terms) or log.term(start) != terms[start]):
+        while start > base and (start >= len(terms) or log.term(start) != terms[start]):
             start -= 1
         del terms[start + 1 :]
         if start == log.last_index:
@@ -68,7 +88,7 @@ class Checker:
         self._commit[node.me] = commit
         if commit == before:
             return
-        for entry in node.entries(before + 1, commit):
+        for entry in node.entries(max(before, raft.log.base.index) + 1, commit):
             if entry.index <= len(self.committed):
                 known = self.committed[entry.index - 1]
                 assert entry == known, f"{node.me}: {entry.log_id} committed over {known.log_id}"
@@ -100,16 +120,21 @@ class Checker:
         )
         self.leaders[raft.term] = node.me
         for entry, term in zip(self.committed, self.committed_in, strict=True):
-            if term < raft.term:
+            if term < raft.term and entry.index > raft.log.base.index:
                 assert raft.log.matches(entry.log_id), (
                     f"leader {node.me} of term {raft.term} lacks committed {entry.log_id}"
                 )
 
     def _application(self, node: Server) -> None:
-        done = self._applied.get(node.me, 0)
+        """State Machine Safety: a state is made of what is committed, in order, and nothing else,
+        whether it was applied or came as a snapshot.
+        """
+        state, done = self._applied.get(node.me, (node.applied, 0))
+        if state is not node.applied:
+            done = 0
         if done < len(node.applied):
             assert node.applied[done:] == self.committed[done : len(node.applied)]
-            self._applied[node.me] = len(node.applied)
+        self._applied[node.me] = node.applied, len(node.applied)
 
     def sent(self, m: Message, disk: Disk) -> None:
         """Nothing leaves before what it promises is durable on the sender's disk."""
@@ -127,6 +152,8 @@ class Checker:
                 assert disk.holds(LogId(m.index, m.index_term))
             case HeartbeatResponse():
                 assert disk.hard_state.term >= m.term
+            case InstallSnapshotRequest(snapshot=ref):
+                assert self.committed[ref.index - 1].log_id == ref.log_id
 
 
 class Cluster:
@@ -163,11 +190,13 @@ class Cluster:
         self._moved(node)
         return node
 
-    def crash(self, me: MemberId, *, write_survives: bool = False) -> None:
-        """`write_survives`: the write in flight reached the disk, but nobody heard of it."""
+    def crash(self, me: MemberId, *, write_survives: bool = False, only_swap: bool = False) -> None:
+        """`write_survives`: the write in flight reached the disk, but nobody heard of it;
+        `only_swap`: of an install, only the state did.
+        """
         node = self.servers.pop(me)
-        if write_survives and node.in_flight is not None:
-            node.disk.save(node.in_flight.hard_state, node.in_flight.entries)
+        if (write_survives or only_swap) and node.in_flight is not None:
+            node.write(node.in_flight, only_swap=only_swap)
         self.checker.forget(me)
         self.down[me] = node.disk
 
@@ -195,6 +224,29 @@ class Cluster:
         for m in node.finish_write():
             self._post(m, node.disk)
         self._moved(node)
+
+    def transfer(self, me: MemberId) -> bool:
+        """The file that `me` fetches arrives, or its source fails; False when it fetches none."""
+        node = self.servers[me]
+        if node.fetching is None:
+            return False
+        (source, ref), node.fetching = node.fetching, None
+        file = node.disk.snapshots.get(ref)
+        if file is None and source in self.servers and (source, me) not in self.cut:
+            file = self.disks[source].snapshots.get(ref)
+        if file is not None:
+            node.receive(file)
+            self._moved(node)
+        return True
+
+    def take_snapshot(self, me: MemberId) -> bool:
+        """False when `me` has no state that is newer than its newest file."""
+        node = self.servers[me]
+        newest = max((ref.index for ref in node.disk.snapshots), default=0)
+        if len(node.applied) <= newest or node.raft.state_lost:
+            return False
+        node.take_snapshot()
+        return True
 
     def deliver(self, position: int = 0, *, keep: bool = False) -> None:
         """The message at `position` arrives; with `keep` it will arrive once more."""
@@ -228,6 +280,7 @@ class Cluster:
                     self._boundary()
                 if not self.slow_disks:
                     busy |= self._finish_write(me)
+                busy |= self._snapshots(me)
             for _ in range(len(self.wire)):
                 if self.wire:
                     busy = True
@@ -246,6 +299,18 @@ class Cluster:
         self.finish_write(me)
         self._boundary()
         return True
+
+    def _snapshots(self, me: MemberId) -> bool:
+        """Owners fetch what is offered, and take a snapshot when one is wanted."""
+        node = self.servers.get(me)
+        if node is None:
+            return False
+        moved = self.transfer(me)
+        if node.raft.snapshot_wanted:
+            moved |= self.take_snapshot(me)
+        if moved:
+            self._boundary()
+        return moved
 
     def run(self, ms: int, until: Callable[[], bool] | None = None, step_ms: int = 25) -> bool:
         """Let `ms` pass, or less once `until` holds; True when it does."""

@@ -6,9 +6,10 @@ what the node's cycle does with it, one step at a time. Every message passes thr
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,7 +23,15 @@ from dengine.raft.messages import (
     VoteResponse,
 )
 from dengine.raft.raft import Raft, RaftConfig, Ready, Transition
-from dengine.raft.types import Entry, EntryKind, HardState, LogId, MemberId, ReadState
+from dengine.raft.types import (
+    Entry,
+    EntryKind,
+    HardState,
+    LogId,
+    MemberId,
+    ReadState,
+    SnapshotRef,
+)
 
 START_MS = 10_000  # what the clock says when a test begins
 
@@ -79,14 +88,40 @@ def make_log(members: Membership, terms: Sequence[int]) -> list[Entry]:
     return [config(1, 1, members)] + [normal(i, term) for i, term in enumerate(terms, start=2)]
 
 
+class Snapshot(NamedTuple):
+    """A file, or the state that was unpacked from it: simply all the entries that led to it."""
+
+    ref: SnapshotRef
+    entries: tuple[Entry, ...]
+
+    @property
+    def membership(self) -> Membership:
+        newest = [e for e in self.entries if e.kind is EntryKind.CONFIG][-1]
+        return decode_membership(newest.data)
+
+
+def snapshot_of(entries: Sequence[Entry], name: str = "") -> Snapshot:
+    """The file that `name` writes of the state after `entries`: everybody's file is another."""
+    last = entries[-1].log_id
+    sha256 = hashlib.sha256(f"{name} {last}".encode()).hexdigest()
+    return Snapshot(SnapshotRef(last.index, last.term, sha256, 100 + len(entries)), tuple(entries))
+
+
 class Disk:
-    """What survives a crash. Only `save` changes it, and it is whole or not at all."""
+    """What survives a crash. Each change of it is whole or not at all.
+
+    A start trusts no state but that of a snapshot: the files, or the one whose state was swapped
+    in last (`current`). `past` is what was purged; only the checker remembers it.
+    """
 
     def __init__(self, hard_state: HardState = HardState(), log: Sequence[Entry] = ()) -> None:
         self.hard_state = hard_state
         self.log = list(log)
         self.purged = LogId(0, 0)
         self.purged_membership: tuple[int, Membership] | None = None
+        self.past: list[Entry] = []
+        self.snapshots: dict[SnapshotRef, Snapshot] = {}
+        self.current: Snapshot | None = None
 
     def first_index(self) -> int:
         return self.purged.index + 1
@@ -111,6 +146,8 @@ class Disk:
 
     def holds(self, log_id: LogId) -> bool:
         index = log_id.index
+        if 0 < index <= self.purged.index:
+            return self.past[index - 1].term == log_id.term
         return self.purged.index <= index <= self.last_index() and self.term(index) == log_id.term
 
     def memberships(self) -> list[tuple[int, Membership]]:
@@ -127,8 +164,49 @@ class Disk:
             assert entries[0].index <= self.last_index() + 1, "a gap in the log"
             self.log[entries[0].index - self.first_index() :] = entries
 
+    def refs(self) -> list[SnapshotRef]:
+        """The files, oldest first."""
+        return sorted(self.snapshots, key=lambda ref: (ref.index, ref.sha256))
+
+    def state(self) -> Snapshot | None:
+        """The newest state that the log goes on from."""
+        found = [*self.snapshots.values(), *([self.current] if self.current else [])]
+        usable = [s for s in found if self.continues(s.ref)]
+        return max(usable, key=lambda s: s.ref.index, default=None)
+
+    def continues(self, ref: SnapshotRef) -> bool:
+        return ref.index >= self.purged.index and self.holds(ref.log_id)
+
+    def is_lost(self) -> bool:
+        """Would a start find no state and no way to rebuild it?"""
+        return bool(self.purged.index) and self.state() is None
+
+    def swap_state(self, snapshot: Snapshot) -> None:
+        """CURRENT names another state."""
+        self.current = snapshot
+
+    def reset(self, snapshot: Snapshot) -> None:
+        """The log begins anew after `snapshot`."""
+        self.purged = snapshot.ref.log_id
+        self.purged_membership = (snapshot.ref.index, snapshot.membership)
+        self.past, self.log = list(snapshot.entries), []
+
+    def finish_install(self) -> None:
+        """What a start does: the state was swapped, but the log not reset any more."""
+        current = self.current
+        if current is not None and current.ref.index > self.purged.index:
+            if not self.holds(current.ref.log_id):
+                self.reset(current)
+            if current.ref.term > self.hard_state.term:
+                self.hard_state = HardState(current.ref.term, None, current.ref.index)
+
     def purge(self, index: int) -> None:
-        """Forget the entries up to `index`, as a snapshot will allow it."""
+        """Forget the entries up to `index`; a snapshot is what allows it."""
+        past = [*self.past, *self.log[: index + 1 - self.first_index()]]
+        if not any(ref.index >= index for ref in self.snapshots):
+            file = snapshot_of(past)
+            self.snapshots[file.ref] = file
+        self.past = past
         newest = [pair for pair in self.memberships() if pair[0] <= index][-1:]
         self.purged_membership = newest[0] if newest else None
         purged = LogId(index, self.term(index))
@@ -146,30 +224,39 @@ class Server:
         self.disk = disk
         self.config = RaftConfig(me, **timing)
         self.rng = random.Random(seed)
-        self.applied: list[Entry] = []
+        self.applied: list[Entry] = []  # the state: every entry that made it
         self.read_states: list[ReadState] = []
         self.transitions: list[Transition] = []
         self.in_flight: Ready | None = None
+        self.restoring: Snapshot | None = None  # accepted by Raft
+        self.fetching: tuple[MemberId, SnapshotRef] | None = None  # as Raft wished last
+        self.purge_due = 0  # Raft has forgotten the log up to here, the disk has not
         self.now_ms = now_ms
         self.raft = self._start()
 
     def _start(self) -> Raft:
-        disk, applied_index = self.disk, self.disk.purged.index  # a snapshot covers the rest
-        return Raft(
+        disk = self.disk
+        disk.finish_install()
+        state = disk.state()
+        self.applied = list(state.entries) if state else []
+        raft = Raft(
             self.config,
             disk,
             disk.hard_state,
             disk.memberships(),
-            applied_index,
+            len(self.applied),
             self.rng,
             self.now_ms,
         )
+        raft.snapshots_changed(disk.refs())
+        return raft
 
     def restart(self, now_ms: int | None = None) -> None:
         """kill -9 and a new process: everything that is not on the disk is gone."""
         self.now_ms = self.now_ms if now_ms is None else now_ms
-        self.in_flight = None
-        self.applied, self.read_states = [], []
+        self.in_flight = self.restoring = self.fetching = None
+        self.purge_due = 0
+        self.read_states = []
         self.raft = self._start()
 
     def tick(self, elapsed_ms: int = 0) -> None:
@@ -186,7 +273,10 @@ class Server:
         if ready.number:
             assert self.in_flight is None
             self.in_flight = ready
+        if ready.fetch is not None:
+            self.fetching = ready.fetch
         if ready.committed_entries:
+            assert ready.committed_entries[0].index == len(self.applied) + 1, "a gap in the state"
             self.applied += ready.committed_entries
             self.raft.applied_to(ready.committed_entries[-1].index)
         self.read_states += ready.read_states
@@ -197,9 +287,75 @@ class Server:
         """The write in flight is durable; returns what may be sent because of it."""
         ready, self.in_flight = self.in_flight, None
         assert ready is not None, "no write is in flight"
-        self.disk.save(ready.hard_state, ready.entries)
+        self.write(ready)
+        if ready.snapshot is not None:
+            assert self.restoring is not None
+            self.applied, self.restoring = list(self.restoring.entries), None
         self.raft.advance(ready)
         return ready.messages_after_sync
+
+    def write(self, ready: Ready, *, only_swap: bool = False) -> None:
+        """The durable steps of `ready`; `only_swap`: an install gets no further than the state."""
+        if ready.snapshot is not None:
+            assert self.restoring is not None
+            assert not ready.entries
+            assert ready.hard_state is not None
+            self.disk.swap_state(self.restoring)
+            if only_swap:
+                return
+            if ready.snapshot.reset_log:
+                self.disk.reset(self.restoring)
+        if not only_swap:
+            self.disk.save(ready.hard_state, ready.entries)
+
+    # --- snapshots ------------------------------------------------------------------------------
+
+    def take_snapshot(self) -> SnapshotRef:
+        """Write the state as it is now to a file of its own."""
+        file = snapshot_of(self.applied, str(self.me))
+        self.keep_file(file)
+        return file.ref
+
+    def keep_file(self, file: Snapshot) -> None:
+        """`file` is verified and durable here."""
+        self.disk.snapshots[file.ref] = file
+        self.raft.snapshots_changed(self.disk.refs())
+
+    def lose_file(self, ref: SnapshotRef) -> None:
+        del self.disk.snapshots[ref]
+        self.raft.snapshots_changed(self.disk.refs())
+
+    def purge(self, index: int, *, durably: bool = True) -> None:
+        """Drop the log up to `index`: in memory at once, on the disk when its turn comes."""
+        self.raft.purge(index)
+        self.purge_due = max(self.purge_due, index)
+        if durably:
+            self.finish_purge()
+
+    def finish_purge(self) -> None:
+        if self.purge_due > self.disk.purged.index:
+            self.disk.purge(self.purge_due)
+        self.purge_due = 0
+
+    def receive(self, file: Snapshot) -> bool:
+        """`file` has arrived, is verified and unpacked; does Raft want it installed?"""
+        self.keep_file(file)
+        wanted = self.raft.restore(file.ref.log_id, file.membership)
+        if wanted:
+            self.restoring = file
+        return wanted
+
+    def install(self, file: Snapshot) -> list[Message]:
+        assert self.receive(file)
+        return self.settle()
+
+    def lose_state(self) -> None:
+        """The state and all files are damaged; the log is sound."""
+        self.disk.current = None
+        self.disk.snapshots.clear()
+        self.raft.snapshots_changed([])
+        self.applied = []
+        self.raft.forget_state()
 
     def settle(self) -> list[Message]:
         """Take turns and finish writes until nothing is left to do; returns all that was sent."""
@@ -249,12 +405,20 @@ class Server:
             )
 
     def answer_heartbeats(
-        self, sent: Iterable[Message], *followers: MemberId, timeout_ms_min: int = 1000
+        self,
+        sent: Iterable[Message],
+        *followers: MemberId,
+        timeout_ms_min: int = 1000,
+        needs_snapshot: int | None = None,
     ) -> None:
         """`followers` answer the heartbeats to them among `sent`."""
         for m in sent:
             if isinstance(m, HeartbeatRequest) and m.to in followers and m.round:
-                self.step(HeartbeatResponse(m.to, self.me, m.term, m.round, timeout_ms_min))
+                self.step(
+                    HeartbeatResponse(
+                        m.to, self.me, m.term, m.round, timeout_ms_min, needs_snapshot
+                    )
+                )
 
 
 def server(

@@ -230,6 +230,9 @@ def test_a_removed_leader_leads_until_that_is_committed_and_hands_over() -> None
     node = leader(A, ABC)
     change(node, Remove(A.id))
     node.settle()
+    assert not node.raft.may_propose
+    with pytest.raises(LeaderChanged, match="being removed"):
+        node.raft.propose(b"its answer would be lost")
     node.acknowledge(B)
     assert node.raft.log.commit_index == 2, "its own copy must not count"
     node.acknowledge(C)

@@ -2,7 +2,9 @@
 
 Messages are lost, repeated and reordered; servers crash with or without their unsynced write;
 disks stall; networks split in one or both directions; clients write, read and change the
-membership; a voter's directory is wiped. Then everything heals, and the cluster must go on.
+membership; a voter's directory is wiped. Snapshots are taken, fetched and installed, logs purged,
+files vanish, states are lost, crashes come between the steps. Then everything heals, and the
+cluster must go on.
 
 A failure names its seed: `SEEDS=17 pytest tests/raft/test_random.py` runs that one alone, and
 `SEEDS=0-9999` as many as there is patience for.
@@ -30,7 +32,7 @@ from dengine.raft.membership import (
 from dengine.raft.quorum import VoteResult, joint_vote
 from dengine.raft.types import MemberId, ReadNonce
 from tests.raft.cluster import Cluster
-from tests.raft.harness import Server, membership
+from tests.raft.harness import Disk, Server, membership
 
 BUDGET_S = 45  # without SEEDS: as many seeds, from 0 on, as fit into this time
 SEEDS_MIN = 100
@@ -53,7 +55,7 @@ class Storm:
         self.next_id = size + 1
         self.wiped = False
         self.asked: dict[ReadNonce, int] = {}  # read -> how much was committed when it was asked
-        self.read_count = 0
+        self.read_count = self.installs = self.losses = 0
         self.weights = {
             self.deliver: 100.0,
             self.turn: 40.0,
@@ -74,6 +76,13 @@ class Storm:
             self.transfer: 0.6,
             self.wipe: 0.1,
             self.step_down: 0.3,
+            self.snapshot: 2.0,
+            self.purge: 4.0,
+            self.purge_lands: 4.0,
+            self.fetch: 12.0,
+            self.vanish: 0.6,
+            self.lose_state: 0.3,
+            self.lag: 0.5,
         }
         # Every storm is biased another way, so that rare events also come in quick succession.
         for act, weight in usual.items():
@@ -130,7 +139,10 @@ class Storm:
 
     def propose(self) -> None:
         if node := self.any_leader():
-            self.attempt(lambda: node.raft.propose(b"%d" % next(self.counter)))
+            self.propose_on(node)
+
+    def propose_on(self, node: Server) -> None:
+        self.attempt(lambda: node.raft.propose(b"%d" % next(self.counter)))
 
     def read(self) -> None:
         if node := self.any_server():
@@ -148,8 +160,15 @@ class Storm:
         node.read_states.clear()
 
     def crash(self) -> None:
-        if node := self.any_server():
-            self.cluster.crash(node.me, write_survives=self.rng.random() < 0.5)
+        node = self.any_server()
+        installing = [s for s in self.cluster.servers.values() if s.restoring is not None]
+        if installing and self.rng.random() < 0.7:
+            node = self.rng.choice(installing)
+        if node is not None:
+            survives, only_swap = self.rng.choice(
+                [(False, False), (False, False), (True, False), (True, False), (False, True)]
+            )
+            self.cluster.crash(node.me, write_survives=survives, only_swap=only_swap)
 
     def restart(self) -> None:
         if self.cluster.down:
@@ -233,6 +252,71 @@ class Storm:
         except DengineError:
             pass
 
+    # --- snapshots -------------------------------------------------------------------------------
+
+    def snapshot(self) -> None:
+        if node := self.any_server():
+            self.cluster.take_snapshot(node.me)
+
+    def purge(self) -> None:
+        """Up to a snapshot, whoever may need the entries or the file."""
+        node = self.any_server()
+        if node and node.disk.snapshots and not node.raft.state_lost:
+            index = self.rng.choice(node.disk.refs()).index
+            node.purge(min(index, node.raft.log.applied_index), durably=False)
+
+    def purge_lands(self) -> None:
+        if node := self.any_server():
+            node.finish_purge()
+
+    def fetch(self) -> None:
+        if node := self.any_server():
+            self.installs += node.fetching is not None and self.cluster.transfer(node.me)
+
+    def vanish(self) -> None:
+        """A file is deleted, on a server that is up or down; the state may be lost with it."""
+        disk = self.rng.choice(list(self.cluster.disks.values()))
+        if disk.snapshots:
+            ref = self.rng.choice(disk.refs())
+            file = disk.snapshots.pop(ref)
+            purged = any(s.disk is disk and s.purge_due for s in self.cluster.servers.values())
+            if (purged or disk.is_lost()) and not self.may_lose(disk):
+                disk.snapshots[ref] = file
+            for node in self.cluster.servers.values():
+                if node.disk is disk:
+                    node.raft.snapshots_changed(disk.refs())
+
+    def lose_state(self) -> None:
+        node = self.any_server()
+        if node and self.may_lose(node.disk) and node.restoring is None:
+            self.losses += 1
+            node.lose_state()
+
+    def may_lose(self, disk: Disk) -> bool:
+        """One state at a time, and never the only one: nobody could bring that back."""
+        lost = [d for me, d in self.cluster.disks.items() if d is not disk and self.is_lost(me)]
+        newest = max(
+            (s.raft for s in self.cluster.servers.values()),
+            key=lambda raft: raft.log.commit_index,
+            default=None,
+        )
+        return not lost and newest is not None and len(newest.committed_membership.voters) > 2
+
+    def is_lost(self, me: MemberId) -> bool:
+        """Without state now, or at its next start."""
+        node = self.cluster.servers.get(me)
+        return self.cluster.disks[me].is_lost() or (node is not None and node.raft.state_lost)
+
+    def lag(self) -> None:
+        """The others go on without somebody, who will need a snapshot; if it is the leader, some
+        of its entries will have to go.
+        """
+        if node := self.any_server():
+            self.cluster.isolate(node.me)
+            if node.raft.is_leader:
+                for _ in range(self.rng.randint(1, 8)):
+                    self.propose_on(node)
+
     # --- afterwards ------------------------------------------------------------------------------
 
     def heal(self) -> None:
@@ -249,8 +333,10 @@ class Storm:
         assert self.all_agree(leader), "somebody does not catch up"
 
     def quorum_is_there(self) -> bool:
-        """A wiped voter is gone for good, so a quorum may be, whatever membership is in force."""
-        alive = dict.fromkeys(self.cluster.servers, True)
+        """A wiped voter is gone for good, so a quorum may be, whatever membership is in force. One
+        that lost its state votes, but cannot lead: it must not be the one that is missing.
+        """
+        alive = {m: not self.is_lost(m) for m in self.cluster.servers}
         gone = {m: False for m in self.cluster.disks if m not in alive}
         return all(
             joint_vote(m.voters, m.outgoing, alive | gone) is VoteResult.WON

@@ -13,6 +13,7 @@ from dengine.raft.messages import (
     AppendResponse,
     HeartbeatRequest,
     HeartbeatResponse,
+    InstallSnapshotRequest,
 )
 from dengine.raft.progress import INFLIGHT_MAX, ProgressState
 from dengine.raft.types import HardState, LogId, MemberId
@@ -408,7 +409,7 @@ def test_a_follower_that_needs_purged_entries_waits_for_a_snapshot() -> None:
     node.step(AppendResponse(B, A, 3, False, 5, 0, 3, 1))
     assert AppendRequest(A, B, 3, 3, 1, tuple(disk.log[:2]), 5) in node.settle()
     node.step(AppendResponse(B, A, 3, False, 3, 0, 1, 1))
-    expect(node.take())
+    expect(node.take(), messages=[InstallSnapshotRequest(A, B, 3, disk.refs()[0])])
     assert node.raft.progress[B].state is ProgressState.SNAPSHOT
 
 

@@ -1,0 +1,180 @@
+"""Do all members hold the same state? Each reports after every 256th entry; the leader compares.
+
+Equal entries must give equal states. A member whose digest differs from that of a majority of the
+voters is wrong, be it by a flipped bit or by a bug: it throws its state away and gets another. The
+leader is no exception, and steps down first. Where no majority agrees nobody knows who is right, so
+all stop: no answer is better than a wrong one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dengine.errors import DataCorruption
+from dengine.node.wire import Frame, StateReport, StateVerdict
+from dengine.raft.membership import Membership
+from dengine.raft.quorum import VoteResult, joint_vote
+from dengine.raft.raft import Raft
+from dengine.raft.types import MemberId
+from dengine.storage.state_store import StateDigest, StateStore
+
+log = logging.getLogger("dengine.agreement")
+
+COMPARED_MAX = 64  # indexes that wait for more reports; who lags further is not compared
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`wrong` disagree with a majority at `index`; `split`: they disagree, and none has one."""
+
+    index: int
+    wrong: tuple[MemberId, ...]
+    split: bool = False
+
+
+@dataclass(slots=True)
+class Tally:
+    """The reports of one leadership, by index. Pure: time comes in from outside.
+
+    Args:
+        grace_ms: how long a disagreement without a majority may wait for further reports.
+    """
+
+    grace_ms: int
+    _reports: dict[int, dict[MemberId, StateDigest]] = field(default_factory=dict)
+    _disputed_since_ms: dict[int, int] = field(default_factory=dict)
+
+    def report(self, member: MemberId, digest: StateDigest, now_ms: int) -> None:
+        reports = self._reports.setdefault(digest.index, {})
+        reports[member] = digest
+        if len(set(reports.values())) > 1:
+            self._disputed_since_ms.setdefault(digest.index, now_ms)
+        while len(self._reports) > COMPARED_MAX:
+            self._drop(min(self._reports))
+
+    def judge(self, membership: Membership, now_ms: int) -> list[Verdict]:
+        """What can be decided now. Each index is judged once, and again when more reports come."""
+        verdicts = []
+        for index in sorted(self._disputed_since_ms):
+            reports = self._reports[index]
+            right = self._majority(membership, reports)
+            if right is not None:
+                wrong = tuple(sorted(m for m, digest in reports.items() if digest != right))
+                verdicts.append(Verdict(index, wrong))
+                self._drop(index)
+            elif (
+                membership.all_voters <= reports.keys()
+                or now_ms - self._disputed_since_ms[index] >= self.grace_ms
+            ):
+                verdicts.append(Verdict(index, (), split=True))
+                self._drop(index)
+        return verdicts
+
+    @staticmethod
+    def _majority(
+        membership: Membership, reports: dict[MemberId, StateDigest]
+    ) -> StateDigest | None:
+        for digest in set(reports.values()):
+            agree = {m: True for m, other in reports.items() if other == digest}
+            if joint_vote(membership.voters, membership.outgoing, agree) is VoteResult.WON:
+                return digest
+        return None
+
+    def _drop(self, index: int) -> None:
+        del self._reports[index]
+        self._disputed_since_ms.pop(index, None)
+
+
+class Agreement:
+    """Reports this node's digests to the leader, judges as the leader, obeys the verdict.
+
+    Args:
+        send: one frame to a member; it may be lost.
+        distrust: throws the applied state away, and our snapshots of it.
+        fail: ends the process.
+    """
+
+    def __init__(
+        self,
+        raft: Raft,
+        state: StateStore,
+        *,
+        grace_ms: int,
+        send: Callable[[MemberId, Frame], object],
+        distrust: Callable[[str], None],
+        fail: Callable[[DataCorruption], None],
+    ) -> None:
+        self._raft = raft
+        self._state = state
+        self._grace_ms = grace_ms
+        self._send = send
+        self._distrust = distrust
+        self._fail = fail
+        self._tally = Tally(grace_ms)
+
+    def leadership_began(self) -> None:
+        self._tally = Tally(self._grace_ms)
+
+    def applied(self, now_ms: int) -> None:
+        """Entries were applied: report, or compare."""
+        digests = self._state.take_digests()
+        if not digests or self._raft.leader is None:
+            return
+        if self._raft.is_leader:
+            self.reported(self._raft.me, digests, now_ms)
+        else:
+            self._send(self._raft.leader, StateReport(tuple(digests)))
+
+    def reported(self, sender: MemberId, digests: Sequence[StateDigest], now_ms: int) -> None:
+        """A member has applied up to these. Leader only; from an older one's view it is ignored."""
+        if not self._raft.is_leader:
+            return
+        for digest in digests:
+            self._tally.report(sender, digest, now_ms)
+        self.ticked(now_ms)
+
+    def ticked(self, now_ms: int) -> None:
+        """Leader: act on what can be decided."""
+        if not self._raft.is_leader:
+            return
+        for verdict in self._tally.judge(self._raft.committed_membership, now_ms):
+            self._carry_out(verdict)
+
+    def judged(self, sender: MemberId, verdict: StateVerdict) -> None:
+        """The leader compared our digest with the others'."""
+        if sender == self._raft.leader:
+            self._obey(verdict)
+
+    def _carry_out(self, verdict: Verdict) -> None:
+        """Tell whom it concerns; this node last, since a wrong leader steps down."""
+        me = self._raft.me
+        message = StateVerdict(verdict.index, verdict.split)
+        everyone = tuple(m.id for m in self._raft.membership.members)
+        concerned = everyone if verdict.split else verdict.wrong
+        log.error(
+            "after entry %d %s",
+            verdict.index,
+            "the members hold different states and no majority agrees: all stop"
+            if verdict.split
+            else "another state than the majority's is held by node "
+            + ", ".join(str(m.id) for m in verdict.wrong),
+        )
+        for member in concerned:
+            if member != me:
+                self._send(member, message)
+        if me in concerned:
+            self._obey(message)
+
+    def _obey(self, verdict: StateVerdict) -> None:
+        if verdict.split:
+            self._fail(
+                DataCorruption(
+                    f"after entry {verdict.index} the members hold different states and no "
+                    "majority agrees: compare them with `dengine snapshot save` and "
+                    "`dengine snapshot verify`, and restore the right one"
+                )
+            )
+        else:
+            self._distrust(f"after entry {verdict.index} it differs from that of the majority")

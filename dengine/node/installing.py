@@ -1,0 +1,176 @@
+"""Getting a state from elsewhere: fetched from the leader, or unpacked from an own snapshot.
+
+    offered (Raft)  ->  the writer process fetches, verifies and unpacks the file
+    restore (Raft)  ->  persist, on the thread that writes the log: CURRENT, log reset, marks
+    installed       ->  the loop goes on with the new state
+
+A crash between two steps leaves one good state; recovery.py finishes what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dengine.errors import DataCorruption, FatalError, InvariantBroken, TryAgain
+from dengine.node.cycle import Cycle
+from dengine.node.snapshot_files import SnapshotFiles
+from dengine.node.transfers import Report
+from dengine.node.writer_process import WriterProcess
+from dengine.raft.raft import Raft, Ready, Restore
+from dengine.raft.types import MemberId, SnapshotRef
+from dengine.security import Secrets
+from dengine.storage.directory import DataDirectory
+from dengine.storage.log_store import LogStore
+from dengine.storage.snapshot_file import read_header
+from dengine.storage.snapshot_jobs import Credentials, Fetch, Unpack
+from dengine.storage.state_store import StateStore
+
+log = logging.getLogger("dengine.snapshots")
+
+
+class Installer:
+    """Replaces the state of this node. Called by the one task of `Snapshots`, one job at a time.
+
+    Args:
+        source: addresses of a member, best first.
+        secrets: what it may want to be shown.
+    """
+
+    def __init__(
+        self,
+        directory: DataDirectory,
+        cycle: Cycle,
+        log_store: LogStore,
+        state: StateStore,
+        files: SnapshotFiles,
+        writer: WriterProcess,
+        source: Callable[[MemberId], Sequence[str]],
+        secrets: Secrets,
+    ) -> None:
+        self._directory = directory
+        self._cycle = cycle
+        self._raft: Raft = cycle.raft
+        self._log_store = log_store
+        self._state = state
+        self._files = files
+        self._writer = writer
+        self._source = source
+        self._secrets = secrets
+        self._fetching: tuple[MemberId, SnapshotRef] | None = None
+        self._installed: asyncio.Future[None] | None = None
+        self._attempts = -1  # the first goes to the best address
+        self.forgotten_at = 0  # commit index when the state was last thrown away
+
+    def is_busy_with(self, sender: MemberId, ref: SnapshotRef) -> bool:
+        """Is this very file on its way, or any already being installed?"""
+        return self._fetching == (sender, ref) or self._installed is not None
+
+    async def fetch(self, sender: MemberId, ref: SnapshotRef) -> None:
+        """Get a file from a member, and have it installed.
+
+        Raises:
+            TryAgain, StorageIO, DataCorruption: not this time; what came is kept as far as it is
+                sound.
+        """
+        addresses = self._source(sender)
+        if not addresses:
+            raise TryAgain(f"no address of node {sender.id} is known")
+        self._attempts += 1
+        address = addresses[self._attempts % len(addresses)]
+        path = self._directory.next_state_path()
+        report = Report(f"receiving snapshot {ref.term}-{ref.index} from node {sender.id}")
+        self._fetching = (sender, ref)
+        try:
+            done = await self._writer.run(
+                Fetch(
+                    address,
+                    ref,
+                    self._raft.me.id,
+                    self._directory.identity.cluster_id,
+                    str(self._directory.snapshots_path),
+                    str(path),
+                    Credentials.of(self._secrets),
+                ),
+                report,
+            )
+        except FatalError:  # a writer that was killed leaves what it had unpacked
+            await self._drop(path)
+            raise
+        finally:
+            self._fetching = None
+        report.finished()
+        await self._restore(ref, Path(done.file), path)
+
+    async def rebuild(self, reason: str, *, files_too: bool) -> None:
+        """Throw the state away; then the log, our snapshots or the leader's build it again."""
+        log.error("the state is wrong and is thrown away: %s", reason)
+        await self._cycle.act(self._forget_state)
+        for ref, file in reversed(list(self._files)):
+            if files_too:
+                self._files.put_aside(ref)
+            elif self._raft.state_lost and ref.index >= self._raft.log.base.index:
+                await self._unpack(ref, file)
+        if self._raft.state_lost and self._raft.membership.is_sole_voter(self._raft.me):
+            self._cycle.fail(
+                DataCorruption(
+                    f"{reason}; no snapshot of this node continues in its log, and it is the only "
+                    "voter: restore a backup with `dengine snapshot restore`"
+                )
+            )
+
+    def _forget_state(self, raft: Raft) -> None:
+        self._state.replace(self._directory.discard_state())
+        self._directory.mark_running()
+        self.forgotten_at = raft.log.commit_index
+        raft.forget_state()
+
+    async def _unpack(self, ref: SnapshotRef, file: Path) -> None:
+        path = self._directory.next_state_path()
+        try:
+            await self._writer.run(Unpack(str(file), str(path)), lambda done, total: None)
+        except DataCorruption as error:
+            log.warning("%s; trying an older one", error.message)
+            self._files.put_aside(ref)
+            return
+        await self._restore(ref, file, path)
+
+    async def _restore(self, ref: SnapshotRef, file: Path, state: Path) -> None:
+        """Have Raft install the unpacked `state`, and wait until it is; drop it if not wanted."""
+        header = read_header(file)
+        self._installed = asyncio.get_running_loop().create_future()
+        try:
+            if await self._cycle.act(lambda raft: raft.restore(ref.log_id, header.membership)):
+                await self._installed
+                await self._files.add(ref, file, header.taken_at_s)
+            else:
+                await self._drop(state)
+        finally:
+            self._installed = None
+
+    async def _drop(self, state: Path) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, state, True)
+
+    def persist(self, ready: Ready) -> None:
+        """The durable part of an install, on the thread that writes the log."""
+        restore, hard_state = ready.snapshot, ready.hard_state
+        assert restore is not None
+        assert hard_state is not None
+        self._directory.adopt_state(self._directory.next_state_path())
+        if restore.reset_log:
+            self._log_store.reset(hard_state, restore.log_id, restore.membership)
+        else:
+            self._log_store.save(hard_state, ())
+        self._directory.finish_install()
+
+    def installed(self, restore: Restore) -> None:
+        """On the loop again: the node goes on with the new state."""
+        self._state.replace(self._directory.state_path())
+        if self._state.applied != restore.log_id:
+            raise InvariantBroken(f"the installed state is of {self._state.applied}")
+        log.info("snapshot up to entry %d installed", restore.log_id.index)
+        if self._installed is not None and not self._installed.done():
+            self._installed.set_result(None)

@@ -1,0 +1,102 @@
+"""Members that hold different states find out, and the wrong ones start over or stop."""
+
+from __future__ import annotations
+
+from typing import Any
+from zlib import crc32
+
+import lmdb
+
+from dengine.storage.state_store import (
+    APPLIED_KEY,
+    DATABASES,
+    DATABASES_MAX,
+    StateDigest,
+    read_applied,
+    record_hash,
+)
+from tests.cluster import Cluster, ServeProcess, Writer, static_cluster, wait_for
+
+QUICK = "[raft.snapshot]\nentries = 300\nretained_log_entries = 50\n"
+
+
+def falsify(node: ServeProcess, key: bytes, value: bytes) -> None:
+    """Change a record of a stopped node so that nothing on this node alone can notice: with a
+    right CRC, and a state hash that agrees. Only the other members know better."""
+    path = next(node.directory.glob("state-*"))
+    with lmdb.open(str(path), map_size=1 << 40, max_dbs=DATABASES_MAX) as environment:
+        keys, meta = (environment.open_db(name) for name in DATABASES)
+        with environment.begin(write=True) as txn:
+            old = txn.get(key, db=keys)
+            body = old[:25] + value
+            new = body + crc32(body, crc32(key)).to_bytes(4, "little")
+            txn.put(key, new, db=keys)
+            raw = txn.get(APPLIED_KEY, db=meta)
+            _, digest = read_applied(raw)
+            assert isinstance(digest, StateDigest)
+            wrong = int.from_bytes(digest.state_hash, "big")
+            wrong += record_hash(0, key, new) - record_hash(0, key, old)
+            data = raw[:24] + (wrong % 2**128).to_bytes(16, "big")
+            txn.put(
+                APPLIED_KEY, data + crc32(data, crc32(APPLIED_KEY)).to_bytes(4, "little"), db=meta
+            )
+
+
+def founded(cluster: Cluster) -> dict[int, ServeProcess]:
+    static_cluster(cluster, 1, 2, 3, extra=QUICK)
+    assert cluster.nodes[1].put("color", "blue").ok
+    cluster.wait_applied()
+    return cluster.nodes
+
+
+def falsified(cluster: Cluster, *nodes: ServeProcess, value: bytes = b"FALSE") -> None:
+    for number, node in enumerate(nodes):
+        assert node.stop() == 0, node.tail()
+        falsify(node, b"color", value + b"%d" % number)
+        node.start()
+    cluster.wait_leader()
+
+
+def eventual(node: ServeProcess) -> Any:
+    return node.get("color", "eventual").body
+
+
+def test_a_follower_that_differs_gets_another_state(cluster: Cluster) -> None:
+    """It stops serving what it held, says so, and holds the majority's state a moment later."""
+    founded(cluster)
+    leader = cluster.wait_leader()
+    wrong = next(n for n in cluster.nodes.values() if n is not leader)
+    falsified(cluster, wrong)
+    wait_for(lambda: eventual(wrong) == b"FALSE0", "the false value, while nobody compares")
+    writer = Writer(cluster.wait_leader(), "w", pause_s=0.0).start()
+    wait_for(lambda: "differs from that of the majority" in wrong.output(), "the verdict", 30)
+    wait_for(lambda: eventual(wrong) == b"blue", "the right value", 30)
+    writer.stop()
+    assert not writer.failures
+    cluster.assert_everywhere(writer)
+
+
+def test_a_leader_that_differs_steps_down_first(cluster: Cluster) -> None:
+    """No answer comes from it any more: another leads, and it gets that one's state."""
+    nodes = founded(cluster)
+    falsified(cluster, nodes[1])
+    leader = cluster.wait_leader()
+    if leader is not nodes[1]:
+        assert leader.call("POST", "/v1/cluster/leader", {"id": 1}).ok
+    writer = Writer(nodes[2], "w", pause_s=0.0).start()
+    wait_for(lambda: "differs from that of the majority" in nodes[1].output(), "the verdict", 30)
+    wait_for(lambda: eventual(nodes[1]) == b"blue", "the right value", 30)
+    writer.stop()
+    cluster.assert_everywhere(writer)
+
+
+def test_without_a_majority_all_stop(cluster: Cluster) -> None:
+    """Three different states: nobody knows the right one, so nobody answers."""
+    nodes = founded(cluster)
+    for number, node_id in enumerate((1, 2)):
+        falsified(cluster, nodes[node_id], value=b"FALSE %d" % number)
+    writer = Writer(cluster.wait_leader(), "w", pause_s=0.0).start()
+    for node in nodes.values():
+        assert node.wait_exit(30) == 65, node.tail()
+        assert "no majority agrees" in node.tail()
+    writer.stop()
