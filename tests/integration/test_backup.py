@@ -125,7 +125,7 @@ def test_a_member_of_the_old_cluster_is_refused(cluster: Cluster, tmp_path: Path
         "the old member to be refused",
     )
     assert [m["id"] for m in node.cluster()["members"]] == [1]
-    assert not second.ready()
+    wait_for(lambda: not second.ready(), "the old member to miss its leader")
     assert second.get("color", "eventual").status == 404
 
 
@@ -165,6 +165,23 @@ def test_take_and_list_show_what_is_there(cluster: Cluster) -> None:
     table = snapshot("list", node=node).stdout
     assert "INDEX" in table
     assert listed[0]["file"] in table
+
+
+def test_a_cluster_with_a_token_is_backed_up_too(cluster: Cluster, tmp_path: Path) -> None:
+    """Every request of every snapshot command carries it; without it nothing is given out."""
+    token = tmp_path / "token"
+    token.write_text("a-token-of-the-test-0123456789abcdef\n")
+    token.chmod(0o600)
+    port = free_port()
+    extra = f'\n[security]\ntoken_file = "{token}"\n'
+    node = cluster.node(1, config_text(1, {1: port}, 2, 2, extra), port).start()
+    wait_for(lambda: node.request("GET", "/readyz").ok, "the node to be ready")
+    file = tmp_path / "backup.dsnap"
+    for command in (("take",), ("list",), ("save", file)):
+        assert snapshot(*command, node=node).returncode == 1
+        done = snapshot(*command, "--token-file", token, node=node)
+        assert done.returncode == 0, done
+    assert snapshot("verify", file).returncode == 0
 
 
 def test_nothing_is_overwritten(cluster: Cluster, tmp_path: Path) -> None:
