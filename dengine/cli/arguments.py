@@ -67,17 +67,6 @@ def node_id(text: str) -> int:
     return number
 
 
-def address(text: str) -> str:
-    """host:port."""
-    from dengine.config import parse_address  # only here: it needs more than the client has
-
-    try:
-        parse_address(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
 def change(text: str) -> tuple[str, str]:
     """NAME=VALUE."""
     name, equals, value = text.partition("=")

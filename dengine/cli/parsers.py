@@ -119,7 +119,6 @@ def add_snapshot_commands(
     _directory(restoring, required=True)
     restoring.add_argument(
         "--address",
-        type=arguments.address,
         required=True,
         metavar="HOST:PORT",
         help="of the new node",
@@ -174,7 +173,12 @@ def _snapshot_verify(args: argparse.Namespace) -> int:
 
 def _snapshot_restore(args: argparse.Namespace) -> int:
     from dengine.cli import offline
+    from dengine.config import parse_address
 
+    try:
+        parse_address(args.address)
+    except ValueError as error:
+        return _usage(f"--address: {args.address!r} {error}")
     return offline.restore_snapshot(args)
 
 

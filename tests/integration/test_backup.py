@@ -6,6 +6,8 @@ import json
 import random
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tests.cluster import (
     config_text,
     free_port,
     joiner,
+    node_environment,
     static_cluster,
     wait_for,
 )
@@ -245,7 +248,31 @@ def test_every_damaged_file_is_refused_and_changes_nothing(
     missing = tmp_path / "missing.dsnap"
     assert "No such file" in one_sentence(snapshot("verify", missing), 74)
     assert dengine("snapshot", "verify").returncode == 2
+    nowhere = snapshot("restore", good, "--data-dir", root, "--node-id", 1, "--address", "x")
+    assert "must be an address" in one_sentence(nowhere, 2)
     assert dengine("snapshot", "restore", good, "--data-dir", root).returncode == 2
+
+
+def test_the_installed_client_saves_without_the_packages_of_a_node(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """A machine that only takes backups needs neither lmdb nor msgspec, and checks them too."""
+    node = single(cluster)
+    fill(node, 5)
+    absent = ["lmdb", "msgspec", "prometheus_client", "psutil", "uvloop", "xxhash"]
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "from dengine.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    file = tmp_path / "backup.dsnap"
+    at = ("--endpoint", f"127.0.0.1:{node.port}")
+    for command in (("take",), ("list",), ("save", str(file))):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "snapshot", *command, *at],
+            env=node_environment(), capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done
+    assert snapshot("verify", file).returncode == 0
 
 
 class CuttingProxy:
