@@ -122,8 +122,11 @@ def walk(scenario: Scenario, site: Site, fault: Fault, occurrence: int, log: Pat
             f"{site.name} number {occurrence}, or the end of the path",
             POINT_DEADLINE_S,
         )
-        thread = injection.seen(victim.pid)
-        if thread:
+        reached = thread = injection.seen(victim.pid)
+        if fault is Fault.WRITER_KILLED and process_of(thread) == victim.pid:
+            reached = 0  # the subprocess is past it; the node does the same there, and stands still
+            victim.kill()
+        if reached:
             _carry_out(scenario, site, fault, thread, injection)
     finally:
         injection.detach(victim.pid)
@@ -131,7 +134,7 @@ def walk(scenario: Scenario, site: Site, fault: Fault, occurrence: int, log: Pat
         victim.kill()
     scenario.restart()
     scenario.check()
-    return bool(thread)
+    return bool(reached)
 
 
 def unlisted(scenario: Scenario, sites: Sequence[Site], log: Path) -> set[str]:
@@ -175,7 +178,7 @@ def _carry_out(
         if process:
             wait_gone(process)  # whichever it was: the subprocess dies with its node
         return
-    if fault is Fault.WRITER_KILLED and process != victim.pid:
+    if fault is Fault.WRITER_KILLED:
         os.kill(process, signal.SIGKILL)
     injection.detach(victim.pid)
     if process == victim.pid and site.ends:
