@@ -127,12 +127,22 @@ def _check_port(config: Config) -> None:
 def _greet(config: Config) -> None:
     cluster = config.cluster
     log.info("dengine %s listens on %s", __version__, cluster.listen_address)
-    if not is_loopback(cluster.listen_address):
-        log.warning(
-            "%s is open to everyone who can reach it: nothing checks who reads, writes "
-            "or joins, so keep this port inside a trusted network",
-            cluster.listen_address,
-        )
+    security = config.security
+    if is_loopback(cluster.listen_address):
+        return
+    if security.token_file is None and security.peer_secret_file is None:
+        problem = "nothing checks who reads, writes or joins"
+    elif security.token_file is None:
+        problem = "security.token_file is not set, so nothing checks who reads and writes"
+    elif security.peer_secret_file is None:
+        problem = "security.peer_secret_file is not set, so who speaks as a node needs no token"
+    else:
+        return
+    log.warning(
+        "%s is open to everyone who can reach it: %s; keep this port inside a trusted network",
+        cluster.listen_address,
+        problem,
+    )
 
 
 def _raise_open_files_limit() -> None:

@@ -15,17 +15,18 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dengine.errors import DataCorruption, InvariantBroken, TryAgain
+from dengine.errors import DataCorruption, FatalError, InvariantBroken, TryAgain
 from dengine.node.cycle import Cycle
 from dengine.node.snapshot_files import SnapshotFiles
 from dengine.node.transfers import Report
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
 from dengine.raft.types import MemberId, SnapshotRef
+from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import read_header
-from dengine.storage.snapshot_jobs import Fetch, Unpack
+from dengine.storage.snapshot_jobs import Credentials, Fetch, Unpack
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
@@ -36,6 +37,7 @@ class Installer:
 
     Args:
         source: addresses of a member, best first.
+        secrets: what it may want to be shown.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Installer:
         files: SnapshotFiles,
         writer: WriterProcess,
         source: Callable[[MemberId], Sequence[str]],
+        secrets: Secrets,
     ) -> None:
         self._directory = directory
         self._cycle = cycle
@@ -56,6 +59,7 @@ class Installer:
         self._files = files
         self._writer = writer
         self._source = source
+        self._secrets = secrets
         self._fetching: tuple[MemberId, SnapshotRef] | None = None
         self._installed: asyncio.Future[None] | None = None
         self._attempts = -1  # the first goes to the best address
@@ -89,9 +93,13 @@ class Installer:
                     self._directory.identity.cluster_id,
                     str(self._directory.snapshots_path),
                     str(path),
+                    Credentials.of(self._secrets),
                 ),
                 report,
             )
+        except FatalError:  # a writer that was killed leaves what it had unpacked
+            await self._drop(path)
+            raise
         finally:
             self._fetching = None
         report.finished()
@@ -137,11 +145,14 @@ class Installer:
         try:
             if await self._cycle.act(lambda raft: raft.restore(ref.log_id, header.membership)):
                 await self._installed
-                await self._files.add(ref, file)
+                await self._files.add(ref, file, header.taken_at_s)
             else:
-                await asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, state, True)
+                await self._drop(state)
         finally:
             self._installed = None
+
+    async def _drop(self, state: Path) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, state, True)
 
     def persist(self, ready: Ready) -> None:
         """The durable part of an install, on the thread that writes the log."""

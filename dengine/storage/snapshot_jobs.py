@@ -5,6 +5,24 @@ from __future__ import annotations
 import msgspec
 
 from dengine.raft.types import SnapshotRef
+from dengine.security import Secrets
+
+
+class Credentials(msgspec.Struct, frozen=True):
+    """What a member that is asked for a file may want to be shown. Only ever written to stdin:
+    arguments and environment of a process can be read by others.
+    """
+
+    peer_secret: bytes | None = None
+    token: str | None = None
+
+    @staticmethod
+    def of(secrets: Secrets) -> Credentials:
+        peer = secrets.peer
+        return Credentials(None if peer is None else peer.reveal(), secrets.token)
+
+    def __repr__(self) -> str:
+        return "Credentials(...)"
 
 
 class Take(msgspec.Struct, frozen=True, tag=True):
@@ -24,6 +42,12 @@ class Verify(msgspec.Struct, frozen=True, tag=True):
     max_bytes_per_s: int
 
 
+class Check(msgspec.Struct, frozen=True, tag=True):
+    """Read all of the state in `state`, which a node may be using, and check every record."""
+
+    state: str
+
+
 class Unpack(msgspec.Struct, frozen=True, tag=True):
     """Check a file and unpack it into the new directory `state`."""
 
@@ -40,6 +64,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     cluster_id: str
     directory: str
     state: str
+    credentials: Credentials = Credentials()
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -48,8 +73,11 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
+    """Of a `Check`: the state, and what it has applied, without a SHA-256."""
+
     file: str
     ref: SnapshotRef
+    taken_at_s: int  # Unix time, as the file says
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -57,7 +85,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Job = Take | Verify | Unpack | Fetch
+Job = Take | Verify | Check | Unpack | Fetch
 Event = Progress | Done | Failed
 _jobs: msgspec.json.Decoder[Job] = msgspec.json.Decoder(Job)
 _events: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
