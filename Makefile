@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install run walkthrough test lint fix bench clean test-packages
+.PHONY: help install run walkthrough test crash-sweep lint fix bench clean test-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: lint test-packages ## Install what the tests need and run them all
 
 test-packages:
 	@scripts/system-packages.sh iproute2 strace
+
+crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (half an hour)
+	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v
 
 bench: $(STAMP) ## Compare with a bare aiohttp server and with etcd; prints and saves a table
 	$(PYTHON) bench/run.py

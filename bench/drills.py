@@ -32,7 +32,7 @@ GUIDE_CONFIGS = REPOSITORY / "examples" / "single-node-expansion" / "config"
 
 
 @contextmanager
-def _running(writers: Sequence[threading.Thread], stopping: threading.Event) -> Iterator[None]:
+def running(writers: Sequence[threading.Thread], stopping: threading.Event) -> Iterator[None]:
     """Run `writers` inside the block; they watch `stopping` and have ended when it is left."""
     for writer in writers:
         writer.start()
@@ -64,7 +64,7 @@ def failover_gap_s(cluster: Cluster) -> float:
     writers = [
         threading.Thread(target=write, args=(node,)) for node in cluster.nodes if node is not victim
     ]
-    with _running(writers, stopping):
+    with running(writers, stopping):
         wait_until(lambda: len(acks) >= 10, f"writes to {cluster.name} before the kill", GAP_MAX_S)
         killed = time.monotonic()
         victim.process.kill()
@@ -102,23 +102,23 @@ class Growth:
 def grow_under_load(directory: Path) -> Growth:
     """Start node 1 from the guide's n1.toml, join 2 and 3 under raw writers; count what failed."""
     ports = free_ports(3)
-    nodes = [_start_guide_node(1, ports, directory)]
+    nodes = [start_guide_node(1, ports, directory)]
     try:
         first = nodes[0]
         wait_until(lambda: is_dengine_leader(first), "node 1 to lead", START_S, [first.process])
         growth = Growth()
         stopping = threading.Event()
         writers = [
-            threading.Thread(target=_write_raw, args=(first.address, f"w{i}", growth, stopping))
+            threading.Thread(target=write_raw, args=(first.address, f"w{i}", growth, stopping))
             for i in range(GROWTH_WRITERS)
         ]
-        with _running(writers, stopping):
+        with running(writers, stopping):
             time.sleep(GROWTH_MARGIN_S)
             started = time.monotonic()
-            nodes.append(_start_guide_node(2, ports, directory))
-            nodes.append(_start_guide_node(3, ports, directory))
+            nodes.append(start_guide_node(2, ports, directory))
+            nodes.append(start_guide_node(3, ports, directory))
             wait_until(
-                lambda: _voters(first) == 3,
+                lambda: dengine_voters(first) == 3,
                 "three voters",
                 GROWTH_MAX_S,
                 [node.process for node in nodes],
@@ -132,7 +132,8 @@ def grow_under_load(directory: Path) -> Growth:
         stop(nodes)
 
 
-def _start_guide_node(number: int, ports: Sequence[int], directory: Path) -> Node:
+def start_guide_node(number: int, ports: Sequence[int], directory: Path) -> Node:
+    """Start node `number` of the guide on other ports, with its data in `directory`/grown."""
     source = GUIDE_CONFIGS / f"n{number}.toml"
     try:
         text = source.read_text("utf-8")
@@ -145,7 +146,7 @@ def _start_guide_node(number: int, ports: Sequence[int], directory: Path) -> Nod
     return start_dengine(f"grown{number}", f"127.0.0.1:{ports[number - 1]}", config, directory)
 
 
-def _write_raw(address: str, prefix: str, growth: Growth, stopping: threading.Event) -> None:
+def write_raw(address: str, prefix: str, growth: Growth, stopping: threading.Event) -> None:
     """Write one key after the other, each once; anything but 200 within 5 s is a failure."""
     host, port = address.rsplit(":", 1)
     connection = http.client.HTTPConnection(host, int(port), timeout=GROWTH_WRITE_MAX_S)
@@ -170,7 +171,7 @@ def _write_raw(address: str, prefix: str, growth: Growth, stopping: threading.Ev
     connection.close()
 
 
-def _voters(node: Node) -> int:
+def dengine_voters(node: Node) -> int:
     """Number of voters as `node` knows it; 0 while it is joint or does not answer."""
     answer = http_request(node.address, "GET", "/v1/cluster", timeout_s=2)
     if answer is None or answer[0] != 200:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,7 @@ SCRIPT = Path(__file__).with_name("requests.lua")
 KEYS = 10_000
 PRELOAD_CONNECTIONS = 64
 PRELOAD_MAX_S = 120
+WHILE_MAX_S = 300
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,37 @@ def _wrk(url: str, arguments: list[str], connections: int, seconds: int) -> dict
         done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds + 60)
     except subprocess.TimeoutExpired as error:
         raise BenchError(f"{' '.join(argv)}: still running after {error.timeout:g} s") from error
-    for line in done.stdout.splitlines():
+    return _result(argv, done.stdout, f"exit {done.returncode}:\n{done.stderr}")
+
+
+def wrk_while(
+    address: str, arguments: list[str], connections: int, going_on: Callable[[], bool]
+) -> dict[str, int]:
+    """Load that lasts as long as `going_on` says; what wrk saw in that time."""
+    options = ["-t1", f"-c{connections}", f"-d{WHILE_MAX_S}s", "--timeout", "10s"]
+    argv = ["wrk", *options, "-s", str(SCRIPT), f"http://{address}", "--", *arguments, str(KEYS)]
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while going_on() and child.poll() is None:
+            time.sleep(0.1)
+        child.send_signal(signal.SIGINT)  # wrk ends then, and says what it has seen so far
+        output, _ = child.communicate(timeout=30)
+    except subprocess.TimeoutExpired as error:
+        raise BenchError(f"{' '.join(argv)}: does not end") from error
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait(10)
+    return _result(argv, output, f"exit {child.returncode}:\n{output}")
+
+
+def _result(argv: list[str], output: str, otherwise: str) -> dict[str, int]:
+    """The line of JSON that requests.lua prints."""
+    for line in output.splitlines():
         if line.startswith("{"):
             seen: dict[str, int] = json.loads(line)
             return seen
-    raise BenchError(f"{' '.join(argv)}: no result, exit {done.returncode}:\n{done.stderr}")
+    raise BenchError(f"{' '.join(argv)}: no result, {otherwise}")
 
 
 def preload(system: System) -> None:

@@ -84,7 +84,11 @@ class Process:
 
 
 def wait_until(
-    condition: Callable[[], bool], what: str, within_s: float, processes: Sequence[Process] = ()
+    condition: Callable[[], bool],
+    what: str,
+    within_s: float,
+    processes: Sequence[Process] = (),
+    every_s: float = 0.02,
 ) -> None:
     """Poll `condition`; `BenchError` after `within_s` or when one of `processes` ends."""
     deadline = time.monotonic() + within_s
@@ -98,7 +102,7 @@ def wait_until(
         if time.monotonic() > deadline:
             tails = "\n".join(f"--- {p.log_path}\n{p.log_tail()}" for p in processes)
             raise BenchError(f"{what}: not within {within_s:g} s\n{tails}")
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 def free_ports(count: int) -> list[int]:

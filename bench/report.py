@@ -11,6 +11,7 @@ from pathlib import Path
 
 from drills import Growth
 from load import Round
+from state_drills import LargeState, ManyKeys, Seen
 from systems import Load
 
 QUIET_PERCENT = 20.0
@@ -53,6 +54,8 @@ class Results:
     cases: list[Case] = field(default_factory=list)
     failover_s: dict[str, list[float]] = field(default_factory=dict)
     growth: Growth | None = None
+    large_state: LargeState | None = None
+    many_keys: ManyKeys | None = None
     broken: list[str] = field(default_factory=list)
 
     def case(self, load: Load, connections: int, system: str) -> Case | None:
@@ -158,12 +161,41 @@ def _judge_one_put(results: Results) -> list[str]:
     return _judge("PUT, 1 connection, median", "<= etcd's", measured, met, [ours, etcd])
 
 
-def _judge_growth(results: Results) -> list[str]:
-    growth, measured = results.growth, None
+def _judge_growth(measure: str, growth: Growth | None) -> list[str]:
+    measured = None
     if growth is not None:
         measured = f"{len(growth.failures)} of {growth.acknowledged + len(growth.failures)}"
     met = growth is not None and not growth.failures and growth.acknowledged > 0
-    return _judge("writes failed while 1 grows to 3 under load", "0", measured, met)
+    return _judge(measure, "0", measured, met)
+
+
+def _judge_snapshot(large: LargeState | None) -> list[list[str]]:
+    """p99 of PUT, and the stalls of the loop, against the quiet p99 of PUT in the same run."""
+    size = "1 GiB" if large is None else f"{large.state_bytes / 2**30:g} GiB"
+    measures = (f"PUT p99 while a snapshot of {size} is written", "event loop stall p99 meanwhile")
+    must = "<= 2 x quiet PUT p99"
+    quiet_ms = large.quiet_p99_ms if large is not None else None
+    if large is None or large.during is None or quiet_ms is None:
+        return [_judge(measure, must, None, False) for measure in measures]
+    rows = []
+    for measure, found_ms in zip(
+        measures, (large.during.p99_ms, large.during.stall_p99_ms), strict=True
+    ):
+        measured = f"{found_ms:.1f} ms; quiet {quiet_ms:.1f} ms: {found_ms / quiet_ms:.2f} x"
+        rows.append(_judge(measure, must, measured, found_ms <= 2 * quiet_ms))
+    return rows
+
+
+def _judge_join(large: LargeState | None) -> list[str]:
+    measured = f"{len(large.transfers)} of 2" if large and large.growth else None
+    met = large is not None and len(large.transfers) == 2
+    return _judge("joiners that got there by snapshot", "2 of 2", measured, met)
+
+
+def _judge_memory(many: ManyKeys | None) -> list[str]:
+    idle_mib = many.idle_mib[0] if many is not None else 0.0
+    measured = f"{idle_mib:.0f} MB" if idle_mib else None
+    return _judge("resident memory of an idle node", "<= 90 MB", measured, idle_mib <= 90)
 
 
 def _gaps(gaps: list[float] | None) -> str | None:
@@ -184,16 +216,92 @@ def _judge_failover(results: Results) -> list[str]:
 
 def verdict_table(results: Results) -> str:
     """Each target of the design with what this run measured."""
+    large = results.large_state
     rows = [
         _judge_ratio(results, Load.PUT, 64, "baseline", 0.45),
         _judge_ratio(results, Load.PUT, 64, "etcd", 2.0),
         _judge_ratio(results, Load.GET_LINEARIZABLE, 64, "baseline", 0.5),
         _judge_ratio(results, Load.GET_LINEARIZABLE, 64, "etcd", 2.0),
         _judge_one_put(results),
-        _judge_growth(results),
+        _judge_growth("writes failed while 1 grows to 3 under load", results.growth),
         _judge_failover(results),
+        *_judge_snapshot(large),
+        _judge_growth("writes failed while 1 grows to 3 by snapshots", large and large.growth),
+        _judge_join(large),
+        _judge_memory(results.many_keys),
     ]
     return _table(["measure", "must", "measured", "verdict"], rows, left=4)
+
+
+def _seen_row(when: str, seen: Seen) -> list[str]:
+    figures = (seen.p50_ms, seen.p99_ms, seen.max_ms)
+    stalls = (seen.stall_p50_ms, seen.stall_p99_ms, seen.stall_max_ms)
+    return [
+        when,
+        f"{seen.seconds:.0f}",
+        f"{seen.ops_per_s:.0f}",
+        *(f"{figure:.1f}" for figure in (*figures, *stalls)),
+        str(seen.failed),
+    ]
+
+
+def snapshot_table(large: LargeState) -> str:
+    """PUT and the loop's stalls before, during and after a snapshot."""
+    header = ["snapshot", "s", "ops/s", "p50 ms", "p99 ms", "max ms"]
+    header += ["stall p50", "stall p99", "stall max", "failed"]
+    rounds = (("before", large.before), ("during", large.during), ("after", large.after))
+    return _table(header, [_seen_row(when, seen) for when, seen in rounds if seen], left=1)
+
+
+def _large_lines(large: LargeState) -> list[str]:
+    mib = large.file_bytes / 2**20
+    lines = [
+        f"- large state: {large.state_bytes / 2**20:.0f} MiB of values of 64 KiB, written over "
+        f"HTTP in {large.load_s:.1f} s; snapshot file {mib:.0f} MiB"
+    ]
+    if large.growth is not None:
+        lines.append(
+            f"- growth 1 to 3 by snapshots: {large.growth.acknowledged} writes acknowledged, "
+            f"{len(large.growth.failures)} failed, longest {large.growth.longest_ms:.0f} ms; three "
+            f"voters after {large.growth.three_voters_after_s:.1f} s"
+        )
+        lines += [f"  - failed: {failure}" for failure in large.growth.failures[:10]]
+    lines += [
+        f"  - node {each.node}: received in {each.received_s:.1f} s "
+        f"({mib / max(each.received_s, 0.001):.0f} MiB/s, two transfers at once), "
+        f"verified, unpacked and installed after {each.installed_s:.1f} s"
+        for each in large.transfers
+    ]
+    if large.copy_s:
+        lines.append(
+            f"  - beside it, cp + fsync of the same file on the same disk: {large.copy_s:.1f} s "
+            f"({mib / large.copy_s:.0f} MiB/s)"
+        )
+    if large.take_s:
+        lines.append(f"- snapshot under load: verified and durable after {large.take_s:.1f} s")
+    return lines
+
+
+def _keys_lines(many: ManyKeys) -> list[str]:
+    lines = [
+        f"- {many.keys} keys with values of {many.value_bytes} bytes, written with the node's own "
+        f"stores in {many.build_s:.1f} s; bytes per key: state {many.state_bytes_per_key:.0f}, "
+        f"log {many.log_bytes_per_key:.0f}, snapshot {many.snapshot_bytes_per_key:.0f}",
+        f"- resident MiB (and of that not pages of mapped files): idle {_mib(many.idle_mib)}, "
+        f"with all keys {_mib(many.full_mib)}",
+    ]
+    if many.rebuilt_s:
+        lines.append(
+            f"- restart until ready, log of {many.log_entries} entries: after a clean stop "
+            f"{many.clean_s:.1f} s, after kill -9 {many.killed_s:.1f} s, after a machine stop "
+            f"(rebuilt from the snapshot and about {many.entries_after} entries) "
+            f"{many.rebuilt_s:.1f} s"
+        )
+    return lines
+
+
+def _mib(sizes: tuple[float, float]) -> str:
+    return f"{sizes[0]:.0f} ({sizes[1]:.0f})"
 
 
 def _drill_lines(results: Results) -> list[str]:
@@ -210,6 +318,10 @@ def _drill_lines(results: Results) -> list[str]:
             f"{growth.three_voters_after_s:.1f} s"
         )
         lines += [f"  - failed: {failure}" for failure in growth.failures[:10]]
+    if results.large_state is not None:
+        lines += _large_lines(results.large_state)
+    if results.many_keys is not None:
+        lines += _keys_lines(results.many_keys)
     return lines
 
 
@@ -222,6 +334,8 @@ def markdown(results: Results) -> str:
         parts += [load_table(results), NOTES, _quiet_line(results)]
     if drills := _drill_lines(results):
         parts.append("\n".join(drills))
+    if results.large_state is not None and results.large_state.before is not None:
+        parts += [snapshot_table(results.large_state), SNAPSHOT_NOTES]
     parts.append(verdict_table(results))
     if broken:
         parts.append("\n".join(broken))
@@ -233,6 +347,14 @@ NOTES = (
     "the other. All load goes to the leader; per node, the leader comes first, CPU in percent of "
     "one core. etcd through its JSON gateway: beside GET eventual its serializable range, beside "
     "GET lease its linearizable one (it has no lease reads)."
+)
+
+
+SNAPSHOT_NOTES = (
+    "PUT at full rate over 64 connections to the leader of three nodes; the snapshot is the "
+    "leader's. stall: milliseconds that GET /livez took on a connection of its own, asked for "
+    "every 5 ms from outside. It is answered from memory, so it takes as long as the event loop "
+    "(or the process, for a core) lets it wait."
 )
 
 

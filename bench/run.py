@@ -23,11 +23,12 @@ from load import KEYS, preload, run_round
 from machine import describe, install_missing, make_data_directory
 from processes import BenchError
 from report import Case, Results, markdown, save
+from state_drills import KEY_VALUE_BYTES, LargeState, ManyKeys, large_state, many_keys
 from systems import Baseline, Cluster, Dengine, Etcd, Load, System, stop
 
 RESULTS = Path(__file__).with_name("results")
 SYSTEMS = ("baseline", "dengine", "etcd")
-PARTS = ("load", "failover", "growth")
+PARTS = ("load", "failover", "growth", "state", "restart")
 LOADS = {"put": Load.PUT, **{load.consistency: load for load in Load if load is not Load.PUT}}
 CONNECTIONS = ("1", "64", "256")
 PROFILED_CONNECTIONS = 64
@@ -45,6 +46,8 @@ class Options:
     rounds: int
     seconds: int
     failovers: int
+    state_mib: int
+    keys: int
     data_dir: Path
     keep: bool
     py_spy: bool
@@ -61,10 +64,14 @@ def _names(allowed: Sequence[str], text: str) -> tuple[str, ...]:
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """Options from the command line; exits 2 with a usage message on a mistake."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="1 round of 2 s, 3 failovers")
+    parser.add_argument(
+        "--quick", action="store_true", help="1 round of 2 s, 3 failovers, small states"
+    )
     parser.add_argument("--rounds", type=int, help="rounds of each load (3)")
     parser.add_argument("--seconds", type=int, help="length of a round (5)")
     parser.add_argument("--failovers", type=int, help="failovers of each cluster (10)")
+    parser.add_argument("--state-mib", type=int, help="MiB of the large state (1024)")
+    parser.add_argument("--keys", type=int, help="keys of the restarted node (1000000)")
     choices = {"only": SYSTEMS, "parts": PARTS, "loads": tuple(LOADS), "connections": CONNECTIONS}
     for name, allowed in choices.items():
         parser.add_argument(
@@ -89,6 +96,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     )
     given = parser.parse_args(argv)
     rounds, seconds, failovers = (1, 2, 3) if given.quick else (3, 5, 10)
+    state_mib, keys = (128, 100_000) if given.quick else (1024, 1_000_000)
     options = Options(
         only=given.only,
         parts=given.parts,
@@ -97,12 +105,15 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         rounds=rounds if given.rounds is None else given.rounds,
         seconds=seconds if given.seconds is None else given.seconds,
         failovers=failovers if given.failovers is None else given.failovers,
+        state_mib=state_mib if given.state_mib is None else given.state_mib,
+        keys=keys if given.keys is None else given.keys,
         data_dir=given.data_dir,
         keep=given.keep,
         py_spy=given.py_spy,
     )
-    if min(options.rounds, options.seconds, options.failovers) < 1:
-        parser.error("--rounds, --seconds and --failovers start at 1")
+    numbers = ("rounds", "seconds", "failovers", "state_mib", "keys")
+    if min(getattr(options, name) for name in numbers) < 1:
+        parser.error(", ".join(f"--{n.replace('_', '-')}" for n in numbers) + " start at 1")
     return options
 
 
@@ -158,7 +169,16 @@ def run_all(options: Options, directory: Path, results: Results) -> None:
                 repeat_failover(clusters, options.failovers, results.failover_s, say)
     # Alone on the machine: it has three more nodes of its own.
     if "growth" in options.parts and "dengine" in options.only:
-        results.growth = grow_under_load(directory)
+        with noted(results):
+            results.growth = grow_under_load(directory)
+    if "state" in options.parts and "dengine" in options.only:
+        results.large_state = LargeState(options.state_mib * 2**20)
+        with noted(results):
+            large_state(directory / "large", results.large_state, say)
+    if "restart" in options.parts and "dengine" in options.only:
+        results.many_keys = ManyKeys(options.keys, KEY_VALUE_BYTES)
+        with noted(results):
+            many_keys(directory / "keys", results.many_keys, say)
 
 
 @contextmanager
@@ -192,9 +212,10 @@ def main() -> int:
     directory: Path | None = None
     results: Results | None = None
     try:
-        wanted = ["wrk"] * ("load" in options.parts) + ["etcd", "etcdctl"] * (
-            "etcd" in options.only
-        )
+        wanted = ["wrk"] * bool({"load", "state", "restart"} & set(options.parts)) + [
+            "etcd",
+            "etcdctl",
+        ] * ("etcd" in options.only and bool({"load", "failover"} & set(options.parts)))
         install_missing(wanted)
         directory = make_data_directory(options.data_dir)
         shown = {

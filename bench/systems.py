@@ -115,10 +115,11 @@ class Baseline:
 
     def wrk_arguments(self, load: Load) -> list[str]:
         """Exactly the requests dengine gets; the query is read and ignored."""
-        return _dengine_arguments(load)
+        return dengine_arguments(load)
 
 
-def _dengine_arguments(load: Load) -> list[str]:
+def dengine_arguments(load: Load) -> list[str]:
+    """Arguments of requests.lua for a load on dengine, without the number of keys."""
     return ["put"] if load is Load.PUT else ["get", load.consistency]
 
 
@@ -160,7 +161,7 @@ class Dengine:
 
     def wrk_arguments(self, load: Load) -> list[str]:
         """PUT and GET of DESIGN 8."""
-        return _dengine_arguments(load)
+        return dengine_arguments(load)
 
     def put(self, node: Node, key: str, value: str, timeout_s: float) -> bool:
         """PUT through `node`; whether it was acknowledged in time."""

@@ -16,27 +16,28 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import psutil
 
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.raft.types import SnapshotRef
+from dengine.storage.environment import DATA_FILE
 from dengine.storage.snapshot_file import (
-    PARTIAL_SUFFIX,
     SnapshotInfo,
     publish,
     snapshot_name,
-    sound_prefix,
     verify,
 )
+from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, sound_prefix
 from dengine.storage.snapshot_jobs import (
+    Check,
     Done,
     Event,
     Failed,
     Fetch,
-    Job,
     Progress,
     Take,
     Unpack,
@@ -45,8 +46,10 @@ from dengine.storage.snapshot_jobs import (
     encode_event,
 )
 from dengine.storage.snapshots import take, unpack
+from dengine.storage.state_reader import StateReader
 
 PROGRESS_EVERY_S: Final = 0.2
+BEHIND_S_MAX: Final = 0.05
 FETCH_TIMEOUT_S: Final = 10.0  # without a single byte
 PIECE_BYTES: Final = 256 * 1024
 NICENESS: Final = 10  # low, but not so low that a busy node starves it: an old reader is costly too
@@ -60,7 +63,7 @@ def main(parent: int) -> int:
     _be_modest()
     job = decode_job(sys.stdin.buffer.read())
     try:
-        info = _carry_out(job)
+        done = _check(job) if isinstance(job, Check) else _done(_carry_out(job))
     except FatalError as error:
         _say(Failed(error.exit_code, error.message))
         return error.exit_code
@@ -70,11 +73,24 @@ def main(parent: int) -> int:
     except MemoryError:
         _say(Failed(TryAgain.exit_code, "out of memory"))
         return TryAgain.exit_code
-    _say(Done(str(info.path), info.ref))
+    _say(done)
     return 0
 
 
-def _carry_out(job: Job) -> SnapshotInfo:
+def _done(info: SnapshotInfo) -> Done:
+    return Done(str(info.path), info.ref, info.header.taken_at_s)
+
+
+def _check(job: Check) -> Done:
+    path = Path(job.state)
+    pace, size = _Pace(), (path / DATA_FILE).stat().st_size
+    with StateReader(path) as reader:
+        reader.check(lambda _: pace.report(0, size))
+        applied = reader.applied
+    return Done(job.state, SnapshotRef(applied.index, applied.term, "", size), 0)
+
+
+def _carry_out(job: Take | Verify | Unpack | Fetch) -> SnapshotInfo:
     match job:
         case Take():
             return take(
@@ -95,12 +111,15 @@ def _carry_out(job: Job) -> SnapshotInfo:
 
 
 class _Pace:
-    """Keeps a job to a number of bytes per second and reports how far it is."""
+    """Keeps a job to a number of bytes per second and reports how far it is.
+
+    What it fell behind while the machine was busy is not made up for in one burst.
+    """
 
     def __init__(self, max_bytes_per_s: int | None = None) -> None:
         self._max_bytes_per_s = max_bytes_per_s
-        self._started = time.monotonic()
-        self._report_due = self._started
+        self._since = self._report_due = time.monotonic()
+        self._done_then = 0
 
     def report(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -108,9 +127,11 @@ class _Pace:
             self._report_due = now + PROGRESS_EVERY_S
             _say(Progress(done, max(done, total)))
         if self._max_bytes_per_s:
-            ahead_s = done / self._max_bytes_per_s - (now - self._started)
+            ahead_s = (done - self._done_then) / self._max_bytes_per_s - (now - self._since)
             if ahead_s > 0.001:
                 time.sleep(min(ahead_s, 1.0))
+            elif ahead_s < -BEHIND_S_MAX:
+                self._since, self._done_then = now, done
 
 
 def _fetch(job: Fetch) -> SnapshotInfo:
@@ -148,18 +169,14 @@ def _is_here(file: Path, ref: SnapshotRef) -> bool:
 def _download(job: Fetch, partial: Path) -> None:
     """Append what is missing, make it durable, and keep only what is sound for the next attempt."""
     have = sound_prefix(partial) if partial.exists() else 0
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o600)
-    with os.fdopen(fd, "wb") as stream:
-        stream.truncate(have)
-        stream.seek(have)
-        try:
-            if have < job.ref.size_bytes:
-                _receive(job, have, stream)
-        except (http.client.HTTPException, OSError) as error:
-            raise TryAgain(f"{job.address}: {error or type(error).__name__}") from error
-        finally:
-            stream.flush()
-            os.fsync(stream.fileno())
+    try:
+        _append(job, partial, have)
+    except OSError as error:
+        # The kernel may have dropped what it could not write, and would hide that from a later
+        # fsync of this file: the next attempt must write another one.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise StorageIO(f"cannot write {partial}: {error.strerror or error}") from error
     if partial.stat().st_size != job.ref.size_bytes:
         raise TryAgain(f"{job.address} ended the transfer early")
     try:
@@ -172,8 +189,29 @@ def _download(job: Fetch, partial: Path) -> None:
     raise TryAgain(f"{job.address} sent something else; {have} bytes of it are sound")
 
 
-def _receive(job: Fetch, have: int, stream: BinaryIO) -> None:
-    """The bytes of the file from `have` on; an error or a silence ends it, and what came stays."""
+def _append(job: Fetch, partial: Path, have: int) -> None:
+    """Go on after `have` bytes, durably, as far as the sender does. Raises OSError, TryAgain."""
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o600)
+    with os.fdopen(fd, "wb") as stream:
+        stream.truncate(have)
+        stream.seek(have)
+        try:
+            pace = _Pace()
+            for position, data in _pieces(job, have):
+                stream.seek(position)
+                stream.write(data)
+                pace.report(position + len(data), job.ref.size_bytes)
+        finally:
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _pieces(job: Fetch, have: int) -> Iterator[tuple[int, bytes]]:
+    """Position and bytes of each piece from `have` on. An error of the network, or a silence, is a
+    TryAgain.
+    """
+    if have >= job.ref.size_bytes:
+        return
     sha = job.ref.sha256
     connection = http.client.HTTPConnection(job.address, timeout=FETCH_TIMEOUT_S)
     headers = {"Range": f"bytes={have}-", "Dengine-Receiver": str(job.receiver)}
@@ -185,12 +223,11 @@ def _receive(job: Fetch, have: int, stream: BinaryIO) -> None:
             raise TryAgain(f"{job.address} answered {response.status}: {reason}")
         if response.status == 200:  # all of it, whatever was asked for
             have = 0
-            stream.seek(0)
-        pace = _Pace()
         while data := response.read1(PIECE_BYTES):
-            stream.write(data)
+            yield have, data
             have += len(data)
-            pace.report(have, job.ref.size_bytes)
+    except (http.client.HTTPException, OSError) as error:
+        raise TryAgain(f"{job.address}: {error or type(error).__name__}") from error
     finally:
         connection.close()
 
@@ -212,6 +249,8 @@ def _be_modest() -> None:
     me = psutil.Process()
     with contextlib.suppress(psutil.Error, OSError):
         me.nice(NICENESS)
+    with contextlib.suppress(OSError):  # a batch job that wakes up waits for its turn
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with contextlib.suppress(psutil.Error, OSError):
         me.ionice(psutil.IOPRIO_CLASS_BE, 7)
     with contextlib.suppress(OSError):

@@ -17,7 +17,12 @@ from dengine.api import params
 from dengine.api.params import BodyReader
 from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
 from dengine.api.routes import Body, Parameter, Route
-from dengine.errors import InvalidRequest, NotFound, RangeNotSatisfiable, RequestTimeout
+from dengine.errors import (
+    InvalidRequest,
+    NotFound,
+    RangeNotSatisfiable,
+    RequestTimeout,
+)
 from dengine.raft.types import SnapshotRef
 
 if TYPE_CHECKING:
@@ -98,14 +103,16 @@ class SnapshotCalls:
     ) -> None:
         """Bytes `start` to `stop` at `max_bytes_per_s`; a member's transfer is watched."""
         receiver = _receiver(request)
-        transfers = self._node.snapshots.files.transfers
-        if receiver:
-            transfers.began(receiver, ref, start)
+        snapshots = self._node.snapshots
+        transfers = snapshots.files.transfers
+        if receiver and transfers.began(receiver, ref, start):
+            snapshots.suspect(ref)
         began, position = self._loop.time(), start
         while position < stop:
             size = min(PIECE_BYTES, stop - position)
             piece = await self._loop.run_in_executor(None, os.pread, fd, size, position)
             if not piece:
+                snapshots.suspect(ref)
                 raise ConnectionResetError("the snapshot file is shorter than it was")
             async with asyncio.timeout(WRITE_STALL_S):
                 await response.write(piece)
@@ -150,7 +157,9 @@ _EXAMPLE = {
     "size_bytes": 73_400_320,
 }
 _LIST = {
-    "snapshots": [{**_EXAMPLE, "file": "snapshot-3-120034.dsnap"}],
+    "snapshots": [
+        {**_EXAMPLE, "file": "snapshot-3-120034.dsnap", "taken_at_s": 1_790_000_000},
+    ],
     "job": None,
     "taken": 1,
     "failures": 0,

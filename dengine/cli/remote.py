@@ -115,6 +115,10 @@ class Remote:
         """The same with a single endpoint."""
         return Remote((endpoint,), self._timeout_s)
 
+    def within(self, timeout_s: float) -> Remote:
+        """The same with another time limit."""
+        return Remote(self.endpoints, timeout_s)
+
     def call(
         self,
         method: str,

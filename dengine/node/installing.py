@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dengine.errors import DataCorruption, InvariantBroken, TryAgain
+from dengine.errors import DataCorruption, FatalError, InvariantBroken, TryAgain
 from dengine.node.cycle import Cycle
 from dengine.node.snapshot_files import SnapshotFiles
 from dengine.node.transfers import Report
@@ -92,6 +92,9 @@ class Installer:
                 ),
                 report,
             )
+        except FatalError:  # a writer that was killed leaves what it had unpacked
+            await self._drop(path)
+            raise
         finally:
             self._fetching = None
         report.finished()
@@ -137,11 +140,14 @@ class Installer:
         try:
             if await self._cycle.act(lambda raft: raft.restore(ref.log_id, header.membership)):
                 await self._installed
-                await self._files.add(ref, file)
+                await self._files.add(ref, file, header.taken_at_s)
             else:
-                await asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, state, True)
+                await self._drop(state)
         finally:
             self._installed = None
+
+    async def _drop(self, state: Path) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, state, True)
 
     def persist(self, ready: Ready) -> None:
         """The durable part of an install, on the thread that writes the log."""

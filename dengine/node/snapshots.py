@@ -35,8 +35,8 @@ from dengine.raft.raft import Raft, Ready, Restore
 from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
-from dengine.storage.snapshot_jobs import Done, Take, Verify
-from dengine.storage.snapshots import claimed_refs, put_aside, remove_partial
+from dengine.storage.snapshot_jobs import Check, Done, Take, Verify
+from dengine.storage.snapshots import list_files, put_aside, remove_partial
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
@@ -72,6 +72,7 @@ class _Backoff:
 class _Wanted:
     """What the task has to do next, most urgent first."""
 
+    check: bool = True  # the state, once: what an earlier process left may have rotted since
     distrust: tuple[str, bool] | None = None  # why the state is wrong; are our files wrong too?
     fetch: tuple[MemberId, SnapshotRef] | None = None
     unverified: list[Path] = field(default_factory=list)  # newest last
@@ -126,7 +127,7 @@ class Snapshots:
         """Begin with what lies in the directory: complete files are checked before they count."""
         fetching = not self._raft.log.applied_index  # what came so far is still of use
         remove_partial(self._path, fetched_too=not fetching)
-        self._wanted.unverified = [path for path, _ in claimed_refs(self._path)]
+        self._wanted.unverified = list_files(self._path)
         self._task = self._loop.create_task(self._work(), name="snapshots")
 
     async def stop(self) -> None:
@@ -169,6 +170,8 @@ class Snapshots:
             await self._verify(wanted.unverified.pop())
         elif wanted.takers or (self._take_backoff.is_due and await self._may_take()):
             await self._take()
+        elif wanted.check and self._take_backoff.is_due and self._state.applied.index:
+            await self._check()
         else:
             await self._pause(POLL_S)
 
@@ -197,7 +200,15 @@ class Snapshots:
         """The leader offers a file that this node needs; repeated until it is installed."""
         if not self.installer.is_busy_with(sender, ref):
             self._wanted.fetch = (sender, ref)
-            self._writer.kill("a snapshot from the leader comes first")
+            if self._fetch_backoff.is_due:  # else what is being done has time until it is
+                self._writer.kill("a snapshot from the leader comes first")
+                self._wake.set()
+
+    def suspect(self, ref: SnapshotRef) -> None:
+        """A member cannot use the file that it was sent: look whether it has rotted here."""
+        file = self.files.get(ref)
+        if file is not None and file not in self._wanted.unverified:
+            self._wanted.unverified.append(file)
             self._wake.set()
 
     def distrust(self, reason: str, *, files_too: bool) -> None:
@@ -300,11 +311,14 @@ class Snapshots:
                 raise TryAgain("this node has nothing applied yet")
             return self.files.newest
         self.job = "taking a snapshot"
-        started, taken_at_bytes = time.monotonic(), self.files.applied_bytes
+        started, applied_bytes = time.monotonic(), self.files.applied_bytes
         try:
             done = await self._run_take(started)
-        except DataCorruption as error:
-            self.distrust(error.message, files_too=False)
+        except FatalError as error:
+            if isinstance(error, DataCorruption):
+                self.distrust(error.message, files_too=False)
+            # A writer that was killed leaves its file, and the next one will have another name.
+            remove_partial(self._path, fetched_too=False)
             raise
         self.taken += 1
         seconds = time.monotonic() - started
@@ -315,7 +329,7 @@ class Snapshots:
             seconds,
             format_bytes(int(done.ref.size_bytes / max(seconds, 0.001))),
         )
-        await self.files.add(done.ref, Path(done.file), taken_at_bytes)
+        await self.files.add(done.ref, Path(done.file), done.taken_at_s, applied_bytes)
         return done.ref
 
     async def _run_take(self, started: float) -> Done:
@@ -358,19 +372,44 @@ class Snapshots:
             )
 
     async def _verify(self, file: Path) -> None:
-        """A file from before this start: only what was read in full counts."""
+        """A file from before this start, where only what was read in full counts; or a suspect."""
         self.job = f"verifying {file.name}"
         try:
             done = await self._writer.run(
                 Verify(str(file), self._config.max_bytes_per_s), lambda done, total: None
             )
         except DataCorruption as error:
+            self.files.drop(file)
             put_aside(file)
             raise TryAgain(f"{error.message}; it was put aside") from error
         except TryAgain:
             self._wanted.unverified.append(file)
             raise
-        await self.files.add(done.ref, file)
+        if self.files.get(done.ref) is None:
+            await self.files.add(done.ref, file, done.taken_at_s)
+
+    async def _check(self) -> None:
+        """LMDB's pages carry no checksum: a key that has rotted would just not be found."""
+        self.job = "checking the state"
+        started, age_s = time.monotonic(), self._longest_take_s()
+
+        def watch(done: int, total: int) -> str | None:
+            return (
+                "the check of the state took too long"
+                if (time.monotonic() - started > age_s)
+                else None
+            )
+
+        try:
+            await self._writer.run(Check(str(self._state.path)), watch)
+        except FatalError as error:
+            if isinstance(error, DataCorruption):
+                self.distrust(error.message, files_too=False)
+            self._take_backoff.failed()
+            raise
+        self._take_backoff.succeeded()
+        self._wanted.check = False
+        log.info("the state was read through and is sound")
 
     async def _fetch(self, sender: MemberId, ref: SnapshotRef) -> None:
         self.job = f"fetching a snapshot from node {sender.id}"
@@ -387,16 +426,7 @@ class Snapshots:
     def view(self) -> dict[str, Any]:
         """GET /v1/snapshots."""
         return {
-            "snapshots": [
-                {
-                    "index": ref.index,
-                    "term": ref.term,
-                    "sha256": ref.sha256,
-                    "size_bytes": ref.size_bytes,
-                    "file": path.name,
-                }
-                for ref, path in self.files
-            ],
+            "snapshots": self.files.view(),
             "job": self.job or None,
             "taken": self.taken,
             "failures": self.failures,

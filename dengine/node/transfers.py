@@ -54,9 +54,12 @@ class Transfers:
         self._forget()
         return sorted(self._by_receiver.items())
 
-    def began(self, receiver: int, ref: SnapshotRef, offset: int) -> None:
+    def began(self, receiver: int, ref: SnapshotRef, offset: int) -> bool:
+        """True when `receiver` has had the very same file to its end, and could not use it."""
         now = time.monotonic()
+        before = self._by_receiver.get(receiver)
         self._by_receiver[receiver] = Transfer(ref, offset, offset, now, now)
+        return before is not None and before.ref == ref and before.sent >= ref.size_bytes
 
     def sent(self, receiver: int, count: int) -> None:
         """`count` more bytes have left for `receiver`."""

@@ -24,6 +24,12 @@ class Verify(msgspec.Struct, frozen=True, tag=True):
     max_bytes_per_s: int
 
 
+class Check(msgspec.Struct, frozen=True, tag=True):
+    """Read all of the state in `state`, which a node may be using, and check every record."""
+
+    state: str
+
+
 class Unpack(msgspec.Struct, frozen=True, tag=True):
     """Check a file and unpack it into the new directory `state`."""
 
@@ -48,8 +54,11 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
+    """Of a `Check`: the state, and what it has applied, without a SHA-256."""
+
     file: str
     ref: SnapshotRef
+    taken_at_s: int  # Unix time, as the file says
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -57,7 +66,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Job = Take | Verify | Unpack | Fetch
+Job = Take | Verify | Check | Unpack | Fetch
 Event = Progress | Done | Failed
 _jobs: msgspec.json.Decoder[Job] = msgspec.json.Decoder(Job)
 _events: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

@@ -1,0 +1,116 @@
+"""The steps on disk of every path, in the order in which they happen.
+
+A site is a kind of call on one file. The full sweep goes through all its occurrences until one is
+not reached any more; `about` only tells the sample how many there are. `test_the_list_is_complete`
+fails when a path makes a call that is not listed here.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+# Every call with which a process can change what is on disk.
+CHANGING: Final = (
+    "open,openat,creat,write,pwrite64,writev,pwritev,pwritev2,fsync,fdatasync,msync,"
+    "sync_file_range,truncate,ftruncate,fallocate,rename,renameat,renameat2,unlink,unlinkat,"
+    "rmdir,mkdir,mkdirat,link,linkat,symlink,symlinkat"
+)
+WRITES: Final = "write,pwrite64,writev,pwritev"
+SYNCS: Final = "fsync,fdatasync"
+REMOVES: Final = "unlink,unlinkat,rmdir"
+
+
+class Site(NamedTuple):
+    """One step.
+
+    Attributes:
+        file: what is touched, by the name that a scenario gives a path to.
+        syscalls: as strace takes them.
+        who: "writer" (the subprocess) or "node".
+        about: occurrences to expect.
+        ends: what a node makes of an error here: True exits 74, False goes on, None either.
+    """
+
+    file: str
+    syscalls: str
+    who: str = "writer"
+    about: int = 1
+    ends: bool | None = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.syscalls.split(',')[0]} {self.file}"
+
+
+FIRST_TAKE: Final = (
+    Site("snapshots/ made", "mkdir"),
+    Site("parent of snapshots/", SYNCS),
+)
+
+TAKE: Final = (
+    Site("partial", "openat"),
+    Site("partial", WRITES, about=15),
+    Site("partial", SYNCS),
+    Site("partial", "rename"),
+    Site("snapshots/", SYNCS),
+    Site("oldest snapshot", REMOVES, "node", ends=False),
+)
+
+PURGE: Final = (
+    Site("log", WRITES, "node", about=5),
+    Site("log", SYNCS, "node"),
+)
+
+# What an install does after the state is unpacked, and what any start does before it serves.
+_ADOPT: Final = (
+    Site("CURRENT.tmp", "openat", "node"),
+    Site("CURRENT.tmp", WRITES, "node"),
+    Site("CURRENT.tmp", SYNCS, "node"),
+    Site("CURRENT.tmp", "rename", "node"),
+    Site("CLEAN", REMOVES, "node"),
+    Site("RUN.tmp", "openat", "node", about=2),
+    Site("RUN.tmp", WRITES, "node", about=2),
+    Site("RUN.tmp", SYNCS, "node", about=2),
+    Site("RUN.tmp", "rename", "node", about=2),
+    Site("directory", SYNCS, "node", about=8),
+    Site("new state UNPACKED", REMOVES, "node"),
+    Site("new state/", SYNCS, "node", about=2, ends=None),
+    Site("old state/", REMOVES, "node", about=3, ends=False),
+)
+
+
+def _unpack(who: str) -> tuple[Site, ...]:
+    return (
+        Site("new state/", "mkdir", who, ends=None),  # the last one finds it there already
+        # One of these opens is only for reading, and LMDB tries that one twice.
+        Site("new state data", "openat", who, about=2, ends=None),
+        Site("new state data", WRITES, who, about=15),
+        Site("new state data", SYNCS, who),
+        Site("new state data", "truncate", who, about=2),
+        Site("new state lock", "openat", who),
+        Site("new state lock", WRITES + ",ftruncate", who),
+        Site("new state UNPACKED", "openat", who),
+        Site("new state/", SYNCS, who),
+    )
+
+
+INSTALL: Final = (
+    Site("snapshots/", "mkdir"),
+    Site("fetched", "openat", about=2),
+    Site("fetched", "ftruncate"),
+    Site("fetched", WRITES, about=8),
+    Site("fetched", SYNCS),
+    Site("fetched", "rename"),
+    Site("snapshots/", SYNCS),
+    *_unpack("writer"),
+    *_ADOPT,
+    Site("log", WRITES, "node", about=6),
+    Site("log", SYNCS, "node"),
+)
+
+REBUILD: Final = (
+    Site("log/", "mkdir", "node", ends=None),
+    Site("log lock", "openat", "node"),
+    *_unpack("node"),
+    *_ADOPT,
+)
