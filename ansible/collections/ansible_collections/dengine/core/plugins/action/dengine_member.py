@@ -39,8 +39,8 @@ class ActionModule(ActionBase):
             if stalled or now - began >= timeout:
                 what = f"nothing moved for {now - moved:.0f} s" if stalled else "it took too long"
                 result["failed"] = True
-                result["msg"] = (
-                    f"{what}, after {now - began:.0f} s in all: " + "; ".join(result["progress"])
+                result["msg"] = f"{what}, after {now - began:.0f} s in all: " + "; ".join(
+                    result["progress"]
                 )
                 return result
         result["before"] = before

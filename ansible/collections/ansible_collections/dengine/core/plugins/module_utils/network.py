@@ -12,7 +12,6 @@ import json
 import os
 import select
 import socket
-import sys
 import time
 
 from ansible_collections.dengine.core.plugins.module_utils.client import split_endpoint
@@ -146,9 +145,7 @@ def measure(endpoint, count):
                 connects.append(time.monotonic() - began)
                 link.settimeout(REQUEST_S)
                 asked, asked_at = time.monotonic(), time.time()
-                link.sendall(
-                    b"GET /livez HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n"
-                )
+                link.sendall(b"GET /livez HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n")
                 said = link.recv(4096)
                 took = time.monotonic() - asked
                 answers.append(took)
@@ -190,7 +187,3 @@ def owner_of(port):
                     with open(f"/proc/{name}/comm", encoding="utf-8") as file:
                         return f"process {name} ({file.read().strip()})"
     return "another process"
-
-
-if sys.version_info < (3, 8):
-    raise ImportError("Python 3.8 or newer is needed")

@@ -112,11 +112,11 @@ def reached(view, ids, state):
         if state == "absent":
             if member is not None:
                 return False
-        elif member is None:
-            return False
-        elif state == "voter" and member["status"] != "active":
-            return False
-        elif state == "ready" and not (member["status"] == "active" or member["ready"]):
+        elif (
+            member is None
+            or (state == "voter" and member["status"] != "active")
+            or (state == "ready" and not (member["status"] == "active" or member["ready"]))
+        ):
             return False
     return True
 

@@ -52,9 +52,7 @@ def main():
             after = reply.json()["settings"]
     except ApiError as error:
         module.fail_json(msg=error.message, outcome=error.outcome, error=error.name)
-    module.exit_json(
-        changed=bool(change), settings=after, diff={"before": before, "after": after}
-    )
+    module.exit_json(changed=bool(change), settings=after, diff={"before": before, "after": after})
 
 
 if __name__ == "__main__":

@@ -163,9 +163,7 @@ def sha256(path):
 
 def surplus(dest, name, keep):
     """Copies beyond the newest `keep`, and leftovers of downloads, oldest first."""
-    files = [
-        os.path.join(dest, f) for f in sorted(os.listdir(dest)) if f.startswith(name + "-")
-    ]
+    files = [os.path.join(dest, f) for f in sorted(os.listdir(dest)) if f.startswith(name + "-")]
     copies = sorted((f for f in files if f.endswith(SUFFIX)), key=os.path.getmtime)
     return copies[: max(0, len(copies) - keep)]
 

@@ -122,9 +122,7 @@ def _node_problems(nodes: list[dict[str, Any]], local: bool) -> list[str]:
         elif address in ("0.0.0.0", "::"):
             problems.append(f"{host}: dengine_address is a wildcard, which nobody can dial")
         elif not local and (address.startswith("127.") or address in ("localhost", "::1")):
-            problems.append(
-                f"{host}: dengine_address is {address}, which no other host can reach"
-            )
+            problems.append(f"{host}: dengine_address is {address}, which no other host can reach")
         elif endpoints.setdefault(node["endpoint"], host) != host:
             problems.append(
                 f"{endpoints[node['endpoint']]} and {host} both have {node['endpoint']}"
@@ -284,7 +282,10 @@ class Planner:
             problem = f"{directory} was removed from its cluster"
             hint = f"give {host} a dengine_node_id that was never used, and {aside}"
         elif identity and identity.get("node_id") != node_id:
-            problem, hint = f"{directory} is of node {identity.get('node_id')}, not {node_id}", aside
+            problem, hint = (
+                f"{directory} is of node {identity.get('node_id')}, not {node_id}",
+                aside,
+            )
         elif self.view and self._belongs(host) not in ("", self.view["cluster_id"]):
             problem = f"{directory} belongs to cluster {self._belongs(host)}, a foreign one"
             hint = aside
@@ -310,7 +311,9 @@ class Planner:
         found: dict[str, list[str]] = {}
         for node in self.nodes:
             said = self.infos[node["host"]].get("cluster") or {}
-            cluster_id = said.get("cluster_id") or ("" if self.view else self._belongs(node["host"]))
+            cluster_id = said.get("cluster_id") or (
+                "" if self.view else self._belongs(node["host"])
+            )
             if cluster_id:
                 found.setdefault(cluster_id, []).append(node["host"])
         if len(found) > 1:

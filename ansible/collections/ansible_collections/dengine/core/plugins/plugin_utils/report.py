@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 
@@ -42,7 +43,7 @@ def phases(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Seconds of each phase from marks {name, at} that stand at the phases' ends."""
     return [
         {"name": now["name"], "seconds": round(now["at"] - before["at"], 1)}
-        for before, now in zip(marks, marks[1:], strict=False)
+        for before, now in itertools.pairwise(marks)
     ]
 
 
