@@ -1,4 +1,4 @@
-"""Action plugin: runs `dengine_member` in slices, shows progress, and notices when it stands still."""
+"""Runs `dengine_member` in slices, shows progress, and notices when it stands still."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def sets(view):
 
 
 def newest(view, node_id):
-    """The member of that id that counts for a newcomer: its learner if it has one, else its voter."""
+    """The member of that id that counts for a newcomer: its learner if any, else its voter."""
     found = [m for m in view.get("members", ()) if m["id"] == node_id]
     found.sort(key=lambda m: m["status"] != "active")
     return found[-1] if found else None

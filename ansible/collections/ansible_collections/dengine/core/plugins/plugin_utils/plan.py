@@ -441,7 +441,7 @@ def host_rows(found: dict[str, list[Row]]) -> list[Row]:
 def way_rows(
     nodes: list[dict[str, Any]], ways: dict[str, dict[str, Any]], limits: dict[str, Any]
 ) -> list[Row]:
-    """One row per host and check `connect`, `rtt`, `clock_offset`: the way from it to the others."""
+    """A row per host and check `connect`, `rtt`, `clock_offset`: its way to the others."""
     rows = []
     by_endpoint = {n["endpoint"]: n["host"] for n in nodes}
     for host, found in ways.items():
