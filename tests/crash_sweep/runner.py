@@ -109,7 +109,7 @@ def walk(scenario: Scenario, site: Site, fault: Fault, occurrence: int, log: Pat
     log.unlink(missing_ok=True)
     # A node knows its files by names relative to where it was started.
     names = [file, file.relative_to(victim.cwd)]
-    children = site.who == "writer"
+    children = site.who == "writer" or site.new_thread
     injection = Injection(log, site.syscalls, names, fault, occurrence, children=children)
     try:
         if victim.running:
@@ -172,7 +172,9 @@ def _carry_out(
 ) -> None:
     """The rest of the fault, and how the node takes it."""
     victim = scenario.victim
-    process = process_of(thread)
+    # A thread of the node may be gone by now; what strace follows in the subprocess stands still
+    # or is at its end, and then it is not the node.
+    process = process_of(thread) or (victim.pid if site.who == "node" else 0)
     if fault is Fault.NODE_KILLED:
         victim.kill()
         if process:
