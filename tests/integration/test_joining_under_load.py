@@ -26,7 +26,7 @@ BUSY = """
 entries = 100
 retained_log_entries = 50
 chunk_bytes = 4096
-max_bytes_per_s = 262144
+max_bytes_per_s = 1048576
 """
 VALUE = "x" * 2000
 KEYS = 300
