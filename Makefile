@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install run walkthrough test crash-sweep lint fix bench clean test-packages
+.PHONY: help install run walkthrough test crash-sweep lint fix bench lab lab-expand lab-down lock clean test-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,13 +39,30 @@ test: lint test-packages ## Install what the tests need and run them all
 	$(PYTHON) -m pytest tests -q
 
 test-packages:
-	@scripts/system-packages.sh iproute2 strace
+	@scripts/system-packages.sh iproute2 strace util-linux
 
 crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (half an hour)
 	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v
 
 bench: $(STAMP) ## Compare with a bare aiohttp server and with etcd; prints and saves a table
 	$(PYTHON) bench/run.py
+
+lab: $(STAMP) ## Three machines with the addresses of inventories/vagrant, one voter on n1
+	scripts/lab up
+	@$(call in_lab,site.yml)
+
+lab-expand: $(STAMP) ## One voter in the lab becomes three
+	@$(call in_lab,expand.yml)
+
+lab-down: ## Remove the lab without a trace; only the cached box stays
+	scripts/lab down
+
+# A playbook on the lab, from inside its network.
+in_lab = test ! -e ansible/$(1) || \
+	scripts/lab exec $(VENV)/bin/ansible-playbook -i inventories/vagrant ansible/$(1)
+
+lock: $(STAMP) ## Pin the newest dependencies for the release (with Python 3.11)
+	$(PYTHON) scripts/build-wheelhouse --update-lock
 
 clean: ## Remove the virtual environment, caches and build results
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

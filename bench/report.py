@@ -353,8 +353,8 @@ NOTES = (
 SNAPSHOT_NOTES = (
     "PUT at full rate over 64 connections to the leader of three nodes; the snapshot is the "
     "leader's. stall: milliseconds that GET /livez took on a connection of its own, asked for "
-    "every 5 ms from outside. It is answered from memory, so it takes as long as the event loop (or the "
-    "process, for a core) lets it wait."
+    "every 5 ms from outside. It is answered from memory, so it takes as long as the event loop "
+    "(or the process, for a core) lets it wait."
 )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from dengine.errors import ConfigError
 from dengine.raft.membership import Status
+from dengine.security import Secrets
 
 ENVIRONMENT_PREFIX = "DENGINE__"
 MAX_NODE_ID = 2**32 - 1
@@ -322,12 +323,7 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
         ConfigError: any mistake. Nothing is created or changed on disk.
     """
     config = read(path, environ)
-    for name in ("peer_secret_file", "token_file"):
-        if getattr(config.security, name) is not None:
-            raise ConfigError(
-                f"{config.source}: security.{name} is not supported in this version yet: remove it "
-                "and keep the port inside a trusted network, or wait for a version that checks it"
-            )
+    Secrets.read(config.security, config.source)  # the node reads them again
     _check_directory(config)
     return config
 

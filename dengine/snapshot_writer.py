@@ -24,17 +24,18 @@ import psutil
 
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.raft.types import SnapshotRef
+from dengine.security import PeerSecret
 from dengine.storage.environment import DATA_FILE
 from dengine.storage.snapshot_file import (
-    PARTIAL_SUFFIX,
     SnapshotInfo,
-    publish,
+    name_verified,
     snapshot_name,
-    sound_prefix,
     verify,
 )
+from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, SyncedSteps, sound_prefix
 from dengine.storage.snapshot_jobs import (
     Check,
+    Credentials,
     Done,
     Event,
     Failed,
@@ -50,6 +51,7 @@ from dengine.storage.snapshots import take, unpack
 from dengine.storage.state_reader import StateReader
 
 PROGRESS_EVERY_S: Final = 0.2
+BEHIND_S_MAX: Final = 0.05
 FETCH_TIMEOUT_S: Final = 10.0  # without a single byte
 PIECE_BYTES: Final = 256 * 1024
 NICENESS: Final = 10  # low, but not so low that a busy node starves it: an old reader is costly too
@@ -78,7 +80,7 @@ def main(parent: int) -> int:
 
 
 def _done(info: SnapshotInfo) -> Done:
-    return Done(str(info.path), info.ref)
+    return Done(str(info.path), info.ref, info.header.taken_at_s)
 
 
 def _check(job: Check) -> Done:
@@ -87,7 +89,7 @@ def _check(job: Check) -> Done:
     with StateReader(path) as reader:
         reader.check(lambda _: pace.report(0, size))
         applied = reader.applied
-    return Done(job.state, SnapshotRef(applied.index, applied.term, "", size))
+    return Done(job.state, SnapshotRef(applied.index, applied.term, "", size), 0)
 
 
 def _carry_out(job: Take | Verify | Unpack | Fetch) -> SnapshotInfo:
@@ -111,12 +113,15 @@ def _carry_out(job: Take | Verify | Unpack | Fetch) -> SnapshotInfo:
 
 
 class _Pace:
-    """Keeps a job to a number of bytes per second and reports how far it is."""
+    """Keeps a job to a number of bytes per second and reports how far it is.
+
+    What it fell behind while the machine was busy is not made up for in one burst.
+    """
 
     def __init__(self, max_bytes_per_s: int | None = None) -> None:
         self._max_bytes_per_s = max_bytes_per_s
-        self._started = time.monotonic()
-        self._report_due = self._started
+        self._since = self._report_due = time.monotonic()
+        self._done_then = 0
 
     def report(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -124,9 +129,11 @@ class _Pace:
             self._report_due = now + PROGRESS_EVERY_S
             _say(Progress(done, max(done, total)))
         if self._max_bytes_per_s:
-            ahead_s = done / self._max_bytes_per_s - (now - self._started)
+            ahead_s = (done - self._done_then) / self._max_bytes_per_s - (now - self._since)
             if ahead_s > 0.001:
                 time.sleep(min(ahead_s, 1.0))
+            elif ahead_s < -BEHIND_S_MAX:
+                self._since, self._done_then = now, done
 
 
 def _fetch(job: Fetch) -> SnapshotInfo:
@@ -144,11 +151,11 @@ def _fetch(job: Fetch) -> SnapshotInfo:
             if other != partial:
                 other.unlink(missing_ok=True)
         if not _is_here(file, job.ref):
-            _download(job, partial)
-            info = publish(partial, file, job.ref.sha256)
+            info = _download(job, partial)
             if info.header.cluster_id != job.cluster_id:
-                file.unlink()
-                raise DataCorruption(f"{file} is from cluster {info.header.cluster_id}")
+                partial.unlink()
+                raise DataCorruption(f"{partial} is from cluster {info.header.cluster_id}")
+            name_verified(info, file)
         return unpack(file, Path(job.state), _Pace().report)
     except OSError as error:
         raise StorageIO(f"cannot fetch {file}: {error.strerror or error}") from error
@@ -161,8 +168,10 @@ def _is_here(file: Path, ref: SnapshotRef) -> bool:
     return False
 
 
-def _download(job: Fetch, partial: Path) -> None:
-    """Append what is missing, make it durable, and keep only what is sound for the next attempt."""
+def _download(job: Fetch, partial: Path) -> SnapshotInfo:
+    """Append what is missing, make it durable and verify it; where that fails, only what is sound
+    is kept for the next attempt.
+    """
     have = sound_prefix(partial) if partial.exists() else 0
     try:
         _append(job, partial, have)
@@ -175,8 +184,9 @@ def _download(job: Fetch, partial: Path) -> None:
     if partial.stat().st_size != job.ref.size_bytes:
         raise TryAgain(f"{job.address} ended the transfer early")
     try:
-        if verify(partial).sha256 == job.ref.sha256:
-            return
+        info = verify(partial)
+        if info.sha256 == job.ref.sha256:
+            return info
         have = 0  # sound, but another file
     except DataCorruption:
         have = sound_prefix(partial)
@@ -191,10 +201,11 @@ def _append(job: Fetch, partial: Path, have: int) -> None:
         stream.truncate(have)
         stream.seek(have)
         try:
-            pace = _Pace()
+            pace, steps = _Pace(), SyncedSteps(stream)
             for position, data in _pieces(job, have):
                 stream.seek(position)
                 stream.write(data)
+                steps.wrote(len(data))
                 pace.report(position + len(data), job.ref.size_bytes)
         finally:
             stream.flush()
@@ -211,8 +222,7 @@ def _pieces(job: Fetch, have: int) -> Iterator[tuple[int, bytes]]:
     connection = http.client.HTTPConnection(job.address, timeout=FETCH_TIMEOUT_S)
     headers = {"Range": f"bytes={have}-", "Dengine-Receiver": str(job.receiver)}
     try:
-        connection.request("GET", f"/v1/snapshots/{sha}", headers=headers)
-        response = connection.getresponse()
+        response = _ask(connection, f"/v1/snapshots/{sha}", headers, job.credentials)
         if response.status not in (200, 206) or response.getheader("ETag") != f'"{sha}"':
             reason = response.read(500).decode("utf-8", "replace")
             raise TryAgain(f"{job.address} answered {response.status}: {reason}")
@@ -225,6 +235,31 @@ def _pieces(job: Fetch, have: int) -> Iterator[tuple[int, bytes]]:
         raise TryAgain(f"{job.address}: {error or type(error).__name__}") from error
     finally:
         connection.close()
+
+
+def _ask(
+    connection: http.client.HTTPConnection,
+    target: str,
+    headers: dict[str, str],
+    credentials: Credentials,
+) -> http.client.HTTPResponse:
+    """GET `target`, proving that this is a node, or with the token where there is no peer secret.
+
+    The file needs no proof of the sender: its SHA-256 came over the peer stream.
+    """
+    if credentials.peer_secret is None and credentials.token is not None:
+        headers = {**headers, "Authorization": f"Bearer {credentials.token}"}
+    connection.request("GET", target, headers=headers)
+    response = connection.getresponse()
+    if response.status != 401 or credentials.peer_secret is None:
+        return response
+    challenges = response.msg.get_all("WWW-Authenticate", [])
+    response.read()
+    answer = PeerSecret(credentials.peer_secret).answer(challenges, "GET", target, b"")
+    if answer is None:
+        raise TryAgain(f"{connection.host} asks for a token and knows no peer secret")
+    connection.request("GET", target, headers={**headers, "Authorization": answer.header})
+    return connection.getresponse()
 
 
 def _say(event: Event) -> None:
@@ -244,6 +279,8 @@ def _be_modest() -> None:
     me = psutil.Process()
     with contextlib.suppress(psutil.Error, OSError):
         me.nice(NICENESS)
+    with contextlib.suppress(OSError):  # a batch job that wakes up waits for its turn
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with contextlib.suppress(psutil.Error, OSError):
         me.ionice(psutil.IOPRIO_CLASS_BE, 7)
     with contextlib.suppress(OSError):

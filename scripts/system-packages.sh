@@ -12,6 +12,10 @@ present() {
         python3-venv) python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ;;
         iproute2) command -v ip >/dev/null ;;
         nftables) command -v nft >/dev/null ;;
+        lxc) command -v lxc-start >/dev/null ;;
+        bridge-utils) command -v brctl >/dev/null ;;
+        openssh-client) command -v ssh >/dev/null ;;
+        vagrant-lxc) compgen -G '/usr/share/rubygems-integration/all/gems/vagrant-lxc-*' >/dev/null ;;
         util-linux) command -v unshare >/dev/null ;;
         *) command -v "$1" >/dev/null ;;
     esac

@@ -124,6 +124,11 @@ class ServeProcess:
     host: str = "127.0.0.1"
     prefix: Sequence[str] = ()  # a command that runs the node, such as `ip netns exec NAME`
     process: subprocess.Popen[bytes] | None = None
+    token: str | None = None  # sent with every request
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
 
     @property
     def directory(self) -> Path:
@@ -203,7 +208,9 @@ class ServeProcess:
     ) -> Reply:
         """One request on a connection of its own; raises one of `UNREACHABLE`."""
         with contextlib.closing(self.connect(timeout_s)) as connection:
-            return exchange(connection, method, path, body, headers)
+            return exchange(
+                connection, method, path, body, {**self.authorization, **(headers or {})}
+            )
 
     def call(self, method: str, path: str, body: object = None) -> Reply:
         """A request with a JSON body, as the operator's endpoints take it."""
@@ -294,7 +301,9 @@ class Writer:
             key, value = f"{self.name}/{number:06d}", f"{self.name} wrote {number}"
             began = time.monotonic()
             try:
-                reply = exchange(connection, "PUT", f"/v1/kv/{key}", value.encode())
+                reply = exchange(
+                    connection, "PUT", f"/v1/kv/{key}", value.encode(), self.node.authorization
+                )
                 failure = "" if reply.ok else f"{reply.status} {reply.body[:300]!r}"
             except UNREACHABLE as error:
                 failure = f"{type(error).__name__}: {error}"
@@ -340,7 +349,7 @@ class EventStream:
     def _run(self) -> None:
         # Ends with the node: its death closes the connection, silence ends it after a minute.
         with contextlib.suppress(*UNREACHABLE), contextlib.closing(self.node.connect(60)) as link:
-            link.request("GET", self.path)
+            link.request("GET", self.path, headers=self.node.authorization)
             for line in link.getresponse():
                 if line.startswith(b"data:"):
                     self.events.append(json.loads(line[5:]))
@@ -356,6 +365,7 @@ class Cluster:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.token: str | None = None  # of the nodes that are made from now on
         self.nodes: dict[int, ServeProcess] = {}
         self._strays: list[ServeProcess] = []
 
@@ -377,7 +387,8 @@ class Cluster:
         cwd.mkdir(exist_ok=True)
         config = cwd / f"n{node_id}.toml"
         config.write_text(text, encoding="utf-8")
-        node = ServeProcess(node_id, port, config, cwd, cwd / f"n{node_id}.log")
+        log = cwd / f"n{node_id}.log"
+        node = ServeProcess(node_id, port, config, cwd, log, token=self.token)
         if name:
             self._strays.append(node)
         else:

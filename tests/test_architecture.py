@@ -16,15 +16,18 @@ PACKAGE = ROOT / "dengine"
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "log": set(),
+    "security": {"errors"},
     "raft": {"errors"},
     "kv": {"errors"},
-    "config": {"errors", "raft"},
-    "storage": {"errors", "raft", "kv"},
-    "node": {"errors", "raft", "kv", "storage", "config", "log"},
-    "api": {"errors", "raft", "kv", "storage", "node", "config", "log"},
+    "config": {"errors", "raft", "security"},
+    "storage": {"errors", "raft", "kv", "security"},
+    "node": {"errors", "raft", "kv", "storage", "config", "log", "security"},
+    "api": {"errors", "raft", "kv", "storage", "node", "config", "log", "security"},
     "client": {"errors"},
-    "cli": {"errors", "raft", "kv", "storage", "node", "api", "client", "config", "log"},
-    "snapshot_writer": {"errors", "raft", "storage"},  # a process of its own
+    "cli": {
+        *("errors", "raft", "kv", "storage", "node", "api", "client", "config", "log", "security")
+    },
+    "snapshot_writer": {"errors", "raft", "storage", "security"},  # a process of its own
     "__main__": {"cli"},
     "__init__": set(),
 }

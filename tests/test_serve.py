@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from dengine.cli.serve import _feed_watchdog
 from tests.cluster import ROOT, Cluster, ServeProcess, free_port, node_environment, wait_for
 
 CONFIG = """\
@@ -168,6 +174,82 @@ def test_the_service_manager_is_told(node: ServeProcess, monkeypatch: pytest.Mon
         assert manager.recv(100) == b"READY=1"
         assert node.stop() == 0
         assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_the_watchdog_is_fed_while_the_cycle_turns(
+    node: ServeProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`WatchdogSec=`: an idle node is never killed, and one that hangs falls silent."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(15)
+        manager.bind(str(node.cwd / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(node.cwd / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "400000")
+        node.start()
+        assert manager.recv(100) == b"READY=1"
+        began = time.monotonic()
+        for _ in range(12):
+            assert manager.recv(100) == b"WATCHDOG=1"
+        assert 1.0 < time.monotonic() - began < 10, "four times per interval, also when idle"
+
+        node.signal(signal.SIGSTOP)
+        wait_for(lambda: psutil.Process(node.pid).status() == psutil.STATUS_STOPPED, "the stop")
+        manager.settimeout(0.01)
+        with contextlib.suppress(TimeoutError):  # those sent before
+            while manager.recv(100):
+                pass
+        manager.settimeout(1.0)
+        with pytest.raises(TimeoutError):
+            manager.recv(100)
+        node.signal(signal.SIGCONT)
+        assert manager.recv(100) == b"WATCHDOG=1"
+        assert node.stop() == 0
+
+
+@pytest.mark.parametrize("environ", [{"WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": ""}])
+def test_a_watchdog_of_somebody_else(
+    node: ServeProcess, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]
+) -> None:
+    """Variables that are inherited, or empty, are not meant for this process."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(15)
+        manager.bind(str(node.cwd / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(node.cwd / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "40000")
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        node.start()
+        assert manager.recv(100) == b"READY=1"
+        wait_for(node.ready, "the node to be ready")
+        assert node.stop() == 0
+        assert manager.recv(100) == b"STOPPING=1", "nothing else came between"
+
+
+def test_a_cycle_that_stands_still_feeds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event loop that runs is no sign of life: only turns of the cycle are."""
+    turns = 0
+
+    async def hang() -> None:
+        nonlocal turns
+        feeding = asyncio.create_task(_feed_watchdog(lambda: turns))
+        await asyncio.sleep(0.1)
+        assert not select.select([manager], [], [], 0)[0], "no turn yet, no food"
+        turns = 1
+        await asyncio.sleep(0.1)
+        feeding.cancel()
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "20000")
+        monkeypatch.delenv("WATCHDOG_PID", raising=False)
+        asyncio.run(hang())
+        manager.setblocking(False)
+        assert manager.recv(100) == b"WATCHDOG=1"
+        with pytest.raises(BlockingIOError):
+            manager.recv(100)
 
 
 def test_make_help_and_ci_agree() -> None:

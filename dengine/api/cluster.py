@@ -15,7 +15,7 @@ from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
 from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
 from dengine.api.routes import Body, Handler, Parameter, Route
 from dengine.config import MAX_ZONE, parse_address
-from dengine.errors import InvalidRequest, WatchOverflow
+from dengine.errors import InvalidRequest, Unauthorized, WatchOverflow
 
 if TYPE_CHECKING:
     from dengine.config import Config
@@ -84,7 +84,10 @@ class ClusterCalls:
         return json_response(await self._node.cluster_view(self._deadline(request)))
 
     async def join(self, request: Request) -> Response:
-        body = await self._body(request, Join)
+        text = await self._bodies.read(request, MAX_JSON_BYTES)
+        if request.proof is not None and not request.proof.covers(text):
+            raise Unauthorized("not authenticated: the body is not the one that was proved")
+        body = decode_json(text, request, Join)
         _check_address(body.address)
         view = await self._node.join(
             msgspec.to_builtins(body), request.remote, self._deadline(request)
@@ -285,6 +288,7 @@ def routes(calls: ClusterCalls) -> list[Route]:
             "Peer stream (WebSocket, between nodes only)",
             {101: Body("switching protocols")},
             streams=True,
+            access="open",  # with a challenge of its own
         ),
     ]
 
@@ -347,6 +351,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             (_ID,) if path is member else (),
             None if example is None else Body("JSON object", example),
             _CHANGE_ERRORS if example is None else (*_BODY_ERRORS, *_CHANGE_ERRORS),
+            access="join" if handler == calls.join else "token",
         )
         for method, path, handler, summary, example, reply in table
     ]

@@ -8,7 +8,7 @@ from prometheus_client import generate_latest
 
 from dengine.api import params
 from dengine.api.protocol import Request, Response, json_response
-from dengine.api.routes import Body, Parameter, Route
+from dengine.api.routes import Body, Handler, Parameter, Route
 from dengine.errors import ClusterUnavailable, NotLeader
 
 if TYPE_CHECKING:
@@ -73,10 +73,24 @@ def routes(calls: HealthCalls) -> list[Route]:
     status = {"node_id": 1, "role": "leader", "term": 2, "commit_index": 12, "last_applied": 12}
     metrics = Body("Prometheus text", "dengine_term 2.0\n", "text/plain")
     return [
-        Route("GET", "/livez", calls.livez, "Is the process alive?", {200: ok}),
-        Route("GET", "/readyz", calls.readyz, "Can it serve?", {200: ok}, (verbose,), None, (503,)),
-        Route("GET", "/leader", calls.leader, "Is it the leader?", {200: ok}, errors=(503,)),
-        Route("GET", "/replica", calls.replica, "A replica?", {200: ok}, (lag,), None, (503,)),
+        _open("/livez", calls.livez, "Is the process alive?", ok),
+        _open("/readyz", calls.readyz, "Can it serve?", ok, (verbose,), (503,)),
+        _open("/leader", calls.leader, "Is it the leader?", ok, errors=(503,)),
+        _open("/replica", calls.replica, "A replica?", ok, (lag,), (503,)),
         Route("GET", "/metrics", calls.metrics, "Metrics", {200: metrics}),
         Route("GET", "/v1/status", calls.status, "This node", {200: Body("its state", status)}),
     ]
+
+
+def _open(
+    path: str,
+    handler: Handler,
+    summary: str,
+    reply: Body,
+    parameters: tuple[Parameter, ...] = (),
+    errors: tuple[int, ...] = (),
+) -> Route:
+    """A call for load balancers and supervisors, which have no token."""
+    return Route(
+        "GET", path, handler, summary, {200: reply}, parameters, None, errors, access="open"
+    )

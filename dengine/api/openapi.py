@@ -7,9 +7,31 @@ from http import HTTPStatus
 from typing import Any
 
 from dengine import __version__
-from dengine.api.routes import Body, Parameter, Route
+from dengine.api.routes import Access, Body, Parameter, Route
+from dengine.security import SCHEME
 
 COMMON_ERRORS = (400, 404, 405, 414, 431)
+
+_TOKEN = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "The content of security.token_file, where a node has one; else all is open.",
+}
+_PEER = {
+    "type": "http",
+    "scheme": SCHEME,
+    "description": (
+        "A node's answer to the challenge of a 401, made with the content of "
+        "security.peer_secret_file; between nodes only."
+    ),
+}
+# {} where no scheme is needed: a node without secrets asks nobody.
+_SECURITY: dict[Access, list[dict[str, list[str]]]] = {
+    "token": [{"token": []}, {}],
+    "fetch": [{"token": []}, {"peer": []}, {}],
+    "join": [{"peer": []}, {"token": []}, {}],
+    "open": [],
+}
 
 _ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -48,21 +70,26 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": {"Error": _ERROR_SCHEMA}},
+        "components": {
+            "schemas": {"Error": _ERROR_SCHEMA},
+            "securitySchemes": {"token": _TOKEN, "peer": _PEER},
+        },
     }
 
 
 def _operation(route: Route, prefix: str = "") -> dict[str, Any]:
     name = "".join(part.capitalize() for part in route.summary.replace("?", "").split())
     where = "" if "{" in route.path else "At" + route.path.title().replace("/", "")
+    errors = (*COMMON_ERRORS, *(() if route.access == "open" else (401,)), *route.errors)
     operation: dict[str, Any] = {
         "operationId": f"{prefix}{route.method.capitalize() if not prefix else ''}{name}{where}",
         "summary": route.summary,
         "parameters": [*map(_parameter, route.parameters), _TIMEOUT],
         "responses": {
             **{str(status): _reply(body) for status, body in route.replies.items()},
-            **{str(status): _error(status) for status in (*COMMON_ERRORS, *route.errors)},
+            **{str(status): _error(status) for status in errors},
         },
+        "security": _SECURITY[route.access],
     }
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": _content(route.body)}

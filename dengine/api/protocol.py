@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from aiohttp.http_parser import RawRequestMessage
     from aiohttp.streams import StreamReader
 
+    from dengine.security import Answer
+
 log = logging.getLogger("dengine.api")
 
 MAX_URI_BYTES = 8192
@@ -100,7 +102,7 @@ class Request:
     `params`, the decoded query, before a handler is called.
     """
 
-    __slots__ = ("lost", "message", "params", "payload", "protocol", "tail")
+    __slots__ = ("lost", "message", "params", "payload", "proof", "protocol", "tail")
 
     tail: str
     params: dict[str, bytes]
@@ -116,6 +118,7 @@ class Request:
         self.protocol = protocol
         # A handler that streams may put a future here, which ends when the client leaves.
         self.lost: asyncio.Future[None] | None = None
+        self.proof: Answer | None = None  # of the node that sent it, once that is certain
 
     @property
     def remote(self) -> str | None:

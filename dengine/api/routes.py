@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dengine.api.params import parse_query
 from dengine.api.protocol import ALL_METHODS, Request, Response
 from dengine.errors import InvalidRequest, MethodNotAllowed, NotFound
 
+# Who may call: holders of the token; everybody; these or a node that proves to be one; or, where
+# nodes have a secret, such a node alone (see guard.py).
+Access = Literal["token", "open", "fetch", "join"]
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -55,6 +58,7 @@ class Route:
     body: Body | None = None
     errors: tuple[int, ...] = ()
     streams: bool = False  # a stream, a WebSocket or a large file: no request histogram
+    access: Access = "token"
 
     @property
     def has_head(self) -> bool:
@@ -76,6 +80,7 @@ class Call:
     name: str  # label of the request histogram
     query: frozenset[str]
     streams: bool
+    access: Access
 
 
 Calls = dict[str, Call]
@@ -91,7 +96,8 @@ class RouteTable:
         for route in self.routes:
             prefix, has_tail, _ = route.path.partition("{")
             calls = (self._prefixes if has_tail else self._exact).setdefault(prefix, {})
-            call = Call(route.handler, f"{route.method} {route.path}", route.query, route.streams)
+            name = f"{route.method} {route.path}"
+            call = Call(route.handler, name, route.query, route.streams, route.access)
             calls[route.method] = call
             if route.has_head:
                 calls["HEAD"] = call
@@ -125,6 +131,15 @@ class RouteTable:
         """The Allow header for the path of `request`; raises NotFound when there is none."""
         target = request.message.path.partition("?")[0]
         return ALL_METHODS if target == "*" else allow(self._find(target, request)[0])
+
+    def access(self, request: Request) -> Access:
+        """Who may do what `request` asks for; what does not exist is for nobody without a token."""
+        try:
+            calls, _ = self._find(request.message.path.partition("?")[0], request)
+        except NotFound:
+            return "token"
+        call = calls.get(request.message.method)
+        return "token" if call is None else call.access
 
     def _find(self, target: str, request: Request) -> tuple[Calls, str]:
         if not target.startswith("/") and request.message.method != "CONNECT":

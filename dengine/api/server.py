@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import orjson
 
 from dengine.api import cluster, health, kv, openapi, snapshots
+from dengine.api.guard import Guard
 from dengine.api.params import IDEMPOTENCY_KEY, BodyReader
 from dengine.api.protocol import (
     MAX_HEADER_BYTES,
@@ -35,6 +36,7 @@ from dengine.errors import (
     InvalidRequest,
     MethodNotAllowed,
     TryAgain,
+    Unauthorized,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class HttpServer:
     def __init__(self, node: Node, config: Config) -> None:
         self._node = node
         self._config = config
+        self._guard = Guard(node.secrets)
         self._slow_s = config.log.slow_request_ms / 1000
         self._web: Server | None = None
         self._listener: asyncio.Server | None = None
@@ -71,7 +74,7 @@ class HttpServer:
         self._table = RouteTable(self._routes())
         address = self._config.cluster.listen_address
         host, port = parse_address(address)
-        self._web = Server(self._handle, self._name_leader)
+        self._web = Server(self._handle, self._name_leader_to_anyone)
         try:
             self._listener = await loop.create_server(
                 self._web, host, port, backlog=BACKLOG, reuse_address=True
@@ -125,11 +128,17 @@ class HttpServer:
         started = perf_counter()
         call: Call | None = None
         try:
+            self._guard.check(request, self._table)
             if request.message.method == "OPTIONS":
                 return self._options(request)
             call = self._table.resolve(request)
+            if call.access == "join":
+                self._guard.check_join(request)
             self._check_headers(request)
             response = await call.handler(request)
+        except Unauthorized as error:  # who is a stranger is not told who leads either
+            challenges = self._guard.challenges(self._table.access(request))
+            response = error_response(error, headers=challenges)
         except FatalError as error:  # damaged data, for one: answer, and end the process
             response = self._refusal(error)
             self._node.fail(error)
@@ -139,6 +148,8 @@ class HttpServer:
             raise
         except Exception as error:
             response = _bug(error)
+        if request.proof is not None and isinstance(response, Response):
+            self._guard.sign(request.proof, response)
         if call is not None and not call.streams:
             self._observe(call, request, response, perf_counter() - started)
         return response
@@ -161,6 +172,11 @@ class HttpServer:
         except DengineError as error:
             return self._refusal(error)
         return Response(204, b"", b"Allow: %b\r\n" % allow.encode())
+
+    def _name_leader_to_anyone(self, error: DengineError) -> None:
+        """In an answer to bytes that are no request, so that nobody knows who sent them."""
+        if not self._guard.asks_for_token:
+            self._name_leader(error)
 
     def _name_leader(self, error: DengineError) -> None:
         if error.leader is None and self._node.leader is not None:

@@ -17,7 +17,12 @@ from dengine.api import params
 from dengine.api.params import BodyReader
 from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
 from dengine.api.routes import Body, Parameter, Route
-from dengine.errors import InvalidRequest, NotFound, RangeNotSatisfiable, RequestTimeout
+from dengine.errors import (
+    InvalidRequest,
+    NotFound,
+    RangeNotSatisfiable,
+    RequestTimeout,
+)
 from dengine.raft.types import SnapshotRef
 
 if TYPE_CHECKING:
@@ -152,7 +157,9 @@ _EXAMPLE = {
     "size_bytes": 73_400_320,
 }
 _LIST = {
-    "snapshots": [{**_EXAMPLE, "file": "snapshot-3-120034.dsnap"}],
+    "snapshots": [
+        {**_EXAMPLE, "file": "snapshot-3-120034.dsnap", "taken_at_s": 1_790_000_000},
+    ],
     "job": None,
     "taken": 1,
     "failures": 0,
@@ -187,5 +194,6 @@ def routes(calls: SnapshotCalls) -> list[Route]:
             (name, Parameter("Range", "resume from a byte", "bytes=5-", place="header")),
             errors=(416,),
             streams=True,
+            access="fetch",
         ),
     ]

@@ -39,9 +39,9 @@ def bench(args: Namespace, remote: Remote) -> int:
     keys = [f"{prefix}{number}" for number in range(args.keys)]
     try:
         if args.operation == "get":
-            asyncio.run(_fill(endpoints[0], keys, args.value_bytes))
+            asyncio.run(_fill(remote, endpoints[0], keys, args.value_bytes))
         started = time.monotonic()
-        tally = asyncio.run(_load(args, endpoints, keys))
+        tally = asyncio.run(_load(args, remote, endpoints, keys))
         elapsed_s = time.monotonic() - started
     finally:
         remote.call("DELETE", target("/v1/kv", prefix=prefix))
@@ -57,8 +57,9 @@ def _answers(remote: Remote, endpoint: str) -> bool:
     return True
 
 
-def _session(connections: int) -> aiohttp.ClientSession:
+def _session(remote: Remote, connections: int) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
+        headers=remote.authorization,
         connector=aiohttp.TCPConnector(limit=connections),
         timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
     )
@@ -68,7 +69,7 @@ def _url(endpoint: str, path: str) -> URL:
     return URL(f"http://{endpoint}{path}", encoded=True)
 
 
-async def _fill(endpoint: str, keys: list[str], value_bytes: int) -> None:
+async def _fill(remote: Remote, endpoint: str, keys: list[str], value_bytes: int) -> None:
     """Store every key once, 64 at a time; raises ClusterUnavailable when that fails."""
     waiting = iter(keys)
 
@@ -83,11 +84,11 @@ async def _fill(endpoint: str, keys: list[str], value_bytes: int) -> None:
             if problem:
                 raise ClusterUnavailable(f"{endpoint} did not store the keys to get: {problem}")
 
-    async with _session(64) as session:
+    async with _session(remote, 64) as session:
         await asyncio.gather(*(worker() for _ in range(64)))
 
 
-async def _load(args: Namespace, endpoints: list[str], keys: list[str]) -> _Tally:
+async def _load(args: Namespace, remote: Remote, endpoints: list[str], keys: list[str]) -> _Tally:
     """One task per connection, each with one request under way, until the time is over."""
     tally = _Tally()
     end = time.monotonic() + args.seconds
@@ -118,7 +119,7 @@ async def _load(args: Namespace, endpoints: list[str], keys: list[str]) -> _Tall
                 tally.fail(f"HTTP {reply.status}")
                 await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
 
-    async with _session(args.connections) as session, asyncio.TaskGroup() as group:
+    async with _session(remote, args.connections) as session, asyncio.TaskGroup() as group:
         for number in range(args.connections):
             group.create_task(worker(number))
     return tally

@@ -30,7 +30,7 @@ def get(args: Namespace, remote: Remote) -> int:
     if args.json:
         revision = int(reply.headers.get("ETag", "0").strip('"'))
         named = {**_json_bytes("key", key), **_json_bytes("value", reply.body)}
-        _print_json({**named, "mod_revision": revision})
+        print_json({**named, "mod_revision": revision})
     else:
         sys.stdout.flush()
         sys.stdout.buffer.write(reply.body)
@@ -72,7 +72,7 @@ def list_keys(args: Namespace, remote: Remote) -> int:
         )
         reply = remote.call("GET", where).json()
         if args.json:
-            _print_json(reply)
+            print_json(reply)
         else:
             print(reply["count"])
         return 0
@@ -81,7 +81,7 @@ def list_keys(args: Namespace, remote: Remote) -> int:
     for page in _pages(args, remote):
         items.extend(page["items"])
     if args.json:
-        _print_json({**page, "items": items, "count": len(items)})
+        print_json({**page, "items": items, "count": len(items)})
     elif args.keys_only:
         for item in items:
             print(_printable(_item_bytes(item, "key")))
@@ -95,7 +95,7 @@ def list_keys(args: Namespace, remote: Remote) -> int:
             )
             for item in items
         ]
-        _print_table(("KEY", "REVISION", "VERSION", "VALUE"), rows)
+        print_table(("KEY", "REVISION", "VERSION", "VALUE"), rows)
     return 0
 
 
@@ -130,7 +130,7 @@ def status(args: Namespace, remote: Remote) -> int:
         except DengineError as error:
             answers.append({"endpoint": endpoint, "problem": error.message})
     if args.json:
-        _print_json(answers)
+        print_json(answers)
     else:
         columns = ("role", "term", "leader", "commit_index", "last_applied", "revision")
         rows = [
@@ -143,7 +143,7 @@ def status(args: Namespace, remote: Remote) -> int:
             for answer in answers
         ]
         heads = ("ENDPOINT", "NODE", "ROLE", "TERM", "LEADER", "COMMIT", "APPLIED", "REVISION", "")
-        _print_table(heads, rows)
+        print_table(heads, rows)
     return 0 if any("problem" not in answer for answer in answers) else 1
 
 
@@ -151,11 +151,11 @@ def members(args: Namespace, remote: Remote) -> int:
     """The membership as the leader sees it, and what it can survive."""
     cluster = remote.json("GET", "/v1/cluster")
     if args.json:
-        _print_json(cluster)
+        print_json(cluster)
         return 0
     columns = ("id", "address", "zone", "role", "status", "match", "lag", "ready", "reason")
     rows = [[_cell(member.get(name)) for name in columns] for member in cluster["members"]]
-    _print_table([name.upper() for name in columns], rows)
+    print_table([name.upper() for name in columns], rows)
     print()
     names = ("cluster_id", "leader", "term", "revision", "joint", "fault_tolerance", "advice")
     for name in names:
@@ -171,9 +171,9 @@ def settings(args: Namespace, remote: Remote) -> int:
         remote.json("PUT", "/v1/cluster/settings", body)
     current = remote.json("GET", "/v1/cluster")["settings"]
     if args.json:
-        _print_json(current)
+        print_json(current)
     else:
-        _print_table(("SETTING", "VALUE"), list(current.items()))
+        print_table(("SETTING", "VALUE"), list(current.items()))
     return 0
 
 
@@ -249,11 +249,12 @@ def _cell(value: object) -> str:
     return "-" if value is None or value == "" else str(value)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """What `--json` prints."""
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def _print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Columns as wide as their widest cell, numbers to the right."""
     cells = [[_cell(value) if value != "" else "" for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]

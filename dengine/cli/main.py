@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dengine import __version__
-from dengine.cli import commands
-from dengine.cli.remote import Remote, resolve_endpoints
+from dengine.cli import arguments, commands, snapshots
+from dengine.cli.parsers import add_repair, add_snapshot_commands
+from dengine.cli.remote import Remote, resolve_endpoints, resolve_token
 from dengine.errors import ConfigError, DengineError, FatalError
 from dengine.log import use_utf8
 
@@ -30,6 +31,7 @@ A Raft-replicated key-value engine: start one node, grow to three while clients 
 ENDPOINTS = """\
 Endpoints: --endpoint (repeats), else DENGINE_ENDPOINTS, else the file in CONFIG_PATH, else
 /etc/dengine/dengine.toml, else 127.0.0.1:9081; tried in order, and any node serves any request.
+Token: --token-file, else DENGINE_TOKEN_FILE, else the token_file that the same file names.
 Exit codes: 0 done, 1 the request failed, 2 usage, 78 configuration.
 """
 SERVE_EPILOG = """\
@@ -52,15 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        if not hasattr(args, "endpoint"):
+        if not hasattr(args, "endpoint") or getattr(args, "data_dir", None) is not None:
             return int(args.run(args))
         try:
             endpoints = resolve_endpoints(args.endpoint, os.environ)
         except ValueError as error:
             return _fail(str(error), USAGE)
-        return _request(args, Remote(endpoints, args.timeout))
+        token = resolve_token(args.token_file, os.environ)
+        return _request(args, Remote(endpoints, args.timeout, token))
+    except snapshots.FailedHere as failure:
+        return _fail(failure.error.message, failure.error.exit_code)
     except FatalError as error:
         return _fail(error.message, error.exit_code)
+    except DengineError as error:
+        return _fail(error.message, REQUEST_FAILED)
     except ModuleNotFoundError as error:
         message = (
             f"{error.name} is not installed: pip install 'dengine[node]' has what a node needs"
@@ -101,7 +108,14 @@ def _parser() -> argparse.ArgumentParser:
         "--endpoint", action="append", default=[], metavar="HOST:PORT", help="a node; repeats"
     )
     client.add_argument(
-        "--timeout", type=_seconds, default=5.0, metavar="S", help="seconds in all (default 5)"
+        "--token-file", type=Path, metavar="FILE", help="holds the token that the cluster asks for"
+    )
+    client.add_argument(
+        "--timeout",
+        type=arguments.seconds,
+        default=5.0,
+        metavar="S",
+        help="seconds in all (default 5)",
     )
 
     def add(name: str, about: str, epilog: str, *, parent: bool = True) -> argparse.ArgumentParser:
@@ -118,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_node_commands(functools.partial(add, parent=False))
     _add_key_commands(add)
     _add_cluster_commands(add)
+    add_snapshot_commands(subcommands, ENDPOINTS)
+    add_repair(functools.partial(add, parent=False))
     _add_bench(add)
     return parser
 
@@ -158,7 +174,7 @@ def _add_key_commands(add: Add) -> None:
     value.add_argument("--file", type=Path, help="read the value from this file")
     put.add_argument(
         "--if-match",
-        type=_revision,
+        type=arguments.revision,
         metavar="REV",
         help='only if the key is at this revision ("*")',
     )
@@ -178,7 +194,7 @@ def _add_key_commands(add: Add) -> None:
     delete.add_argument("--all", action="store_true", help="allow the empty prefix")
     delete.add_argument(
         "--if-match",
-        type=_revision,
+        type=arguments.revision,
         metavar="REV",
         help='only if the key is at this revision ("*")',
     )
@@ -192,7 +208,7 @@ def _add_key_commands(add: Add) -> None:
     listing.add_argument("prefix", nargs="?", help="only keys that begin with this")
     listing.add_argument("--start", help="first key")
     listing.add_argument("--end", help="first key after the last")
-    listing.add_argument("--limit", type=_positive, metavar="N", help="at most this many")
+    listing.add_argument("--limit", type=arguments.positive, metavar="N", help="at most this many")
     listing.add_argument("--keys-only", action="store_true")
     listing.add_argument("--count", action="store_true", help="only how many")
     listing.add_argument("--consistency", choices=CONSISTENCY, help="default: the node's")
@@ -216,23 +232,23 @@ def _add_cluster_commands(add: Add) -> None:
         "show or change the replicated settings",
         "  dengine settings\n  dengine settings promotion=odd\n",
     )
-    settings.add_argument("changes", nargs="*", type=_change, metavar="NAME=VALUE")
+    settings.add_argument("changes", nargs="*", type=arguments.change, metavar="NAME=VALUE")
     settings.set_defaults(run=commands.settings)
     for reading in (status, members, settings):
         reading.add_argument("--json", action="store_true", help="for programs")
 
     promote = add("promote", "make learners voters, in one change", "  dengine promote 2 3\n")
-    promote.add_argument("ids", type=_positive, nargs="+", metavar="ID")
+    promote.add_argument("ids", type=arguments.positive, nargs="+", metavar="ID")
     promote.set_defaults(run=commands.promote)
     remove = add("remove", "remove a node for good; its id never returns", "  dengine remove 3\n")
-    remove.add_argument("id", type=_positive, metavar="ID")
+    remove.add_argument("id", type=arguments.positive, metavar="ID")
     remove.set_defaults(run=commands.remove)
     move = add("move", "give a node a new address", "  dengine move 2 192.168.1.21:9081\n")
-    move.add_argument("id", type=_positive, metavar="ID")
+    move.add_argument("id", type=arguments.positive, metavar="ID")
     move.add_argument("address", metavar="ADDRESS")
     move.set_defaults(run=commands.move)
     transfer = add("transfer-leader", "let another voter lead", "  dengine transfer-leader 2\n")
-    transfer.add_argument("id", type=_positive, metavar="ID")
+    transfer.add_argument("id", type=arguments.positive, metavar="ID")
     transfer.set_defaults(run=commands.transfer_leader)
 
 
@@ -245,47 +261,13 @@ def _add_bench(add: Add) -> None:
         "It writes keys under a prefix of its own and deletes them afterwards.\n",
     )
     bench.add_argument("operation", choices=("put", "get"))
-    bench.add_argument("--connections", type=_positive, default=64, metavar="N")
-    bench.add_argument("--seconds", type=_seconds, default=10.0, metavar="S")
-    bench.add_argument("--value-bytes", type=_positive, default=256, metavar="N")
-    bench.add_argument("--keys", type=_bench_keys, default=1000, metavar="N")
+    bench.add_argument("--connections", type=arguments.positive, default=64, metavar="N")
+    bench.add_argument("--seconds", type=arguments.seconds, default=10.0, metavar="S")
+    bench.add_argument("--value-bytes", type=arguments.positive, default=256, metavar="N")
+    bench.add_argument("--keys", type=arguments.bench_keys, default=1000, metavar="N")
     bench.add_argument("--consistency", choices=CONSISTENCY, help="of get")
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(run=_bench)
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _revision(text: str) -> str:
-    return text if text == "*" else str(_positive(text))
-
-
-def _bench_keys(text: str) -> int:
-    """At most what one range delete takes away again."""
-    if (number := _positive(text)) > 10_000:
-        raise argparse.ArgumentTypeError("at most 10000 keys")
-    return number
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 86400")
-    return seconds
-
-
-def _change(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
 
 
 # What follows needs more than the installed client alone, so it is imported when it is called.

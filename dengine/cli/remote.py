@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from dengine.errors import ClusterUnavailable, DengineError, RequestTimeout, from_dict
+from dengine.security import read_token
 
 DEFAULT_ENDPOINT = "127.0.0.1:9081"
 SYSTEM_CONFIG = Path("/etc/dengine/dengine.toml")
@@ -37,10 +39,38 @@ def resolve_endpoints(named: Sequence[str], environ: Mapping[str, str]) -> list[
     given = list(named) or environ.get("DENGINE_ENDPOINTS", "").replace(",", " ").split()
     if given:
         return [_endpoint(text) for text in given]
-    path = Path(environ["CONFIG_PATH"]) if environ.get("CONFIG_PATH") else SYSTEM_CONFIG
-    if not environ.get("CONFIG_PATH") and not path.exists():
-        return [DEFAULT_ENDPOINT]
-    return _configured_endpoints(path, environ)
+    path = _config_path(environ)
+    return [DEFAULT_ENDPOINT] if path is None else _configured_endpoints(path, environ)
+
+
+def resolve_token(named: Path | None, environ: Mapping[str, str]) -> str | None:
+    """The token to send with every request, None without one.
+
+    `named` (`--token-file`), else `DENGINE_TOKEN_FILE`, else the `security.token_file` of this
+    host's configuration. Never an argument or a variable itself: others can read those.
+
+    Raises:
+        ConfigError: the file is not acceptable, or the configuration is wrong.
+    """
+    if named is not None:
+        return read_token(named, "--token-file")
+    if environ.get("DENGINE_TOKEN_FILE"):
+        return read_token(Path(environ["DENGINE_TOKEN_FILE"]), "$DENGINE_TOKEN_FILE")
+    path = _config_path(environ)
+    if path is None or (path == SYSTEM_CONFIG and not os.access(path, os.R_OK)):
+        return None  # not for this user: perhaps that cluster needs no token
+    from dengine import config  # only here: the installed client alone has no msgspec
+
+    loaded = config.read(path, environ)
+    file = loaded.security.token_file
+    return None if file is None else read_token(file, f"{loaded.source}: security.token_file")
+
+
+def _config_path(environ: Mapping[str, str]) -> Path | None:
+    """The configuration of this host, if it has one."""
+    if environ.get("CONFIG_PATH"):
+        return Path(environ["CONFIG_PATH"])
+    return SYSTEM_CONFIG if SYSTEM_CONFIG.exists() else None
 
 
 def _configured_endpoints(path: Path, environ: Mapping[str, str]) -> list[str]:
@@ -105,15 +135,28 @@ class Remote:
     Args:
         endpoints: "host:port", tried in this order.
         timeout_s: for one `call`, every endpoint included.
+        token: sent with every request.
     """
 
-    def __init__(self, endpoints: Sequence[str], timeout_s: float) -> None:
+    def __init__(
+        self, endpoints: Sequence[str], timeout_s: float, token: str | None = None
+    ) -> None:
         self.endpoints = tuple(endpoints)
         self._timeout_s = timeout_s
+        self._token = token
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        """The header that every request carries, if any."""
+        return {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
 
     def only(self, endpoint: str) -> Remote:
         """The same with a single endpoint."""
-        return Remote((endpoint,), self._timeout_s)
+        return Remote((endpoint,), self._timeout_s, self._token)
+
+    def within(self, timeout_s: float) -> Remote:
+        """The same with another time limit."""
+        return Remote(self.endpoints, timeout_s, self._token)
 
     def call(
         self,
@@ -129,6 +172,7 @@ class Remote:
             RequestTimeout: a write was sent and no answer came; its outcome is unknown.
             DengineError: the cluster's own refusal, as the class that the node raised.
         """
+        headers = {**(headers or {}), **self.authorization}
         deadline = time.monotonic() + self._timeout_s
         problems: list[str] = []
         refusal: DengineError | None = None
@@ -174,15 +218,13 @@ def _exchange(
     method: str,
     target: str,
     body: bytes | None,
-    headers: Mapping[str, str] | None,
+    headers: Mapping[str, str],
     wait_s: float,
 ) -> Reply:
     assert connection.sock is not None
     connection.sock.settimeout(wait_s + REPLY_MARGIN_S)
     timeout_ms = min(max(int(wait_s * 1000), 100), 60_000)
-    connection.request(
-        method, target, body, {**(headers or {}), "Dengine-Timeout-Ms": str(timeout_ms)}
-    )
+    connection.request(method, target, body, {**headers, "Dengine-Timeout-Ms": str(timeout_ms)})
     response = connection.getresponse()
     data = response.read()
     if 200 <= response.status < 300:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import faulthandler
 import logging
 import os
 import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import uvloop
@@ -25,6 +27,7 @@ from dengine.node.node import Node
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GIL_SWITCH_S = 0.0002  # the log writer's short steps must not wait 5 ms for a busy event loop
 NOT_OURS = (errno.EADDRNOTAVAIL, socket.EAI_NONAME, socket.EAI_NODATA)  # of a listen address
+WATCHDOG_FEEDS = 4  # per interval: one that is late or lost does not matter
 STOP_GRACE_S = 5.0  # for requests under way after SIGTERM
 
 log = logging.getLogger("dengine.serve")
@@ -38,6 +41,7 @@ def serve(path: Path | None) -> int:
     """
     config = load(path, os.environ)
     sys.setswitchinterval(GIL_SWITCH_S)
+    faulthandler.enable()  # the watchdog's SIGABRT leaves in the journal where it hung
     _raise_open_files_limit()
     with (
         StdoutLog(config.log.level, config.log.format, config.cluster.node_id),
@@ -60,9 +64,11 @@ async def _serve(config: Config) -> None:
     _greet(config)
     running = asyncio.create_task(node.run(), name="node")
     asking = asyncio.create_task(asked.wait(), name="stop signal")
+    feeding = asyncio.create_task(_feed_watchdog(lambda: node.turns), name="watchdog")
     _notify_systemd("READY=1")
     await asyncio.wait({running, asking}, return_when=asyncio.FIRST_COMPLETED)
     asking.cancel()
+    feeding.cancel()
     _notify_systemd("STOPPING=1")
     if running.done():
         await server.stop(0.0)
@@ -121,12 +127,22 @@ def _check_port(config: Config) -> None:
 def _greet(config: Config) -> None:
     cluster = config.cluster
     log.info("dengine %s listens on %s", __version__, cluster.listen_address)
-    if not is_loopback(cluster.listen_address):
-        log.warning(
-            "%s is open to everyone who can reach it: nothing checks who reads, writes "
-            "or joins, so keep this port inside a trusted network",
-            cluster.listen_address,
-        )
+    security = config.security
+    if is_loopback(cluster.listen_address):
+        return
+    if security.token_file is None and security.peer_secret_file is None:
+        problem = "nothing checks who reads, writes or joins"
+    elif security.token_file is None:
+        problem = "security.token_file is not set, so nothing checks who reads and writes"
+    elif security.peer_secret_file is None:
+        problem = "security.peer_secret_file is not set, so who speaks as a node needs no token"
+    else:
+        return
+    log.warning(
+        "%s is open to everyone who can reach it: %s; keep this port inside a trusted network",
+        cluster.listen_address,
+        problem,
+    )
 
 
 def _raise_open_files_limit() -> None:
@@ -134,6 +150,22 @@ def _raise_open_files_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _feed_watchdog(turns: Callable[[], int]) -> None:
+    """Tell the service manager that the cycle turns; silence has it kill and restart the process.
+
+    An event loop that runs proves nothing: only `turns` completed since the last time count.
+    """
+    usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    if not usec.isdecimal() or pid not in ("", str(os.getpid())):
+        return
+    seen = 0
+    while True:
+        if (now := turns()) != seen:
+            seen = now
+            _notify_systemd("WATCHDOG=1")
+        await asyncio.sleep(int(usec) / 1e6 / WATCHDOG_FEEDS)
 
 
 def _notify_systemd(state: str) -> None:

@@ -62,6 +62,7 @@ class Cycle:
     """Owns Raft, the log writer and the application of committed entries.
 
     `failed` ends with the error that must end the process: no part of the core dies silently.
+    `turns` counts the turns that were completed: while it grows, the node lives.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Cycle:
         self.raft = raft
         self.proposals = proposals
         self.reads = reads
+        self.turns = 0
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         self._state = state
@@ -158,6 +160,8 @@ class Cycle:
             self._carry_out(self.raft.ready())
         except Exception as error:
             self.fail(error)
+        else:
+            self.turns += 1
 
     def _take_in(self) -> None:
         raft = self.raft

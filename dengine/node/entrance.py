@@ -14,6 +14,7 @@ from dengine.node.founding import Founding
 from dengine.node.joining import join
 from dengine.node.wire import COMMAND_VERSION
 from dengine.raft.membership import Membership, Status
+from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 
 log = logging.getLogger("dengine.entrance")
@@ -37,6 +38,7 @@ class Entrance:
         cycle: Cycle,
         founding: Founding,
         book: AddressBook,
+        secrets: Secrets,
         *,
         peer_errors: Callable[[list[int]], str],
         belongs: Callable[[], None],
@@ -46,6 +48,7 @@ class Entrance:
         self._cycle = cycle
         self._founding = founding
         self._book = book
+        self._secrets = secrets
         self._peer_errors = peer_errors
         self._belongs = belongs
 
@@ -124,7 +127,7 @@ class Entrance:
                     known[member.id.id] = self._book.dial(member.id.id, member.address)
             return [address for some in known.values() for address in some]
 
-        await join(request, addresses, joined)
+        await join(request, addresses, joined, self._secrets)
 
     def _belong_to(self, cluster_id: str) -> None:
         self._directory.set_cluster_id(cluster_id)

@@ -34,6 +34,7 @@ from dengine.node.wire import (
 )
 from dengine.raft.messages import AppendRequest, Message
 from dengine.raft.types import MemberId
+from dengine.security import PeerSecret
 from dengine.storage.directory import DataDirectory
 
 log = logging.getLogger("dengine.exchange")
@@ -69,6 +70,7 @@ class Exchange:
         founding: Founding,
         services: Services,
         agreement: Agreement,
+        secret: PeerSecret | None,
     ) -> None:
         self._directory = directory
         self._cycle = cycle
@@ -96,6 +98,7 @@ class Exchange:
             on_connected=self._on_connected,
             on_frame=self._on_frame,
             on_disconnected=self._on_disconnected,
+            secret=secret,
         )
         self.forwarding = Forwarding(self.peers.send)
 

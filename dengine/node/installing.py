@@ -22,10 +22,11 @@ from dengine.node.transfers import Report
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
 from dengine.raft.types import MemberId, SnapshotRef
+from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import read_header
-from dengine.storage.snapshot_jobs import Fetch, Unpack
+from dengine.storage.snapshot_jobs import Credentials, Fetch, Unpack
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
@@ -36,6 +37,7 @@ class Installer:
 
     Args:
         source: addresses of a member, best first.
+        secrets: what it may want to be shown.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Installer:
         files: SnapshotFiles,
         writer: WriterProcess,
         source: Callable[[MemberId], Sequence[str]],
+        secrets: Secrets,
     ) -> None:
         self._directory = directory
         self._cycle = cycle
@@ -56,6 +59,7 @@ class Installer:
         self._files = files
         self._writer = writer
         self._source = source
+        self._secrets = secrets
         self._fetching: tuple[MemberId, SnapshotRef] | None = None
         self._installed: asyncio.Future[None] | None = None
         self._attempts = -1  # the first goes to the best address
@@ -89,6 +93,7 @@ class Installer:
                     self._directory.identity.cluster_id,
                     str(self._directory.snapshots_path),
                     str(path),
+                    Credentials.of(self._secrets),
                 ),
                 report,
             )
@@ -140,7 +145,7 @@ class Installer:
         try:
             if await self._cycle.act(lambda raft: raft.restore(ref.log_id, header.membership)):
                 await self._installed
-                await self._files.add(ref, file)
+                await self._files.add(ref, file, header.taken_at_s)
             else:
                 await self._drop(state)
         finally:

@@ -47,6 +47,7 @@ from dengine.raft.membership import Membership
 from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
+from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.recovery import after_damage, open_stores
 
@@ -65,10 +66,14 @@ class Node:
 
     Args:
         config: validated configuration.
+
+    Raises:
+        ConfigError: a file of [security] is not acceptable.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.secrets = Secrets.read(config.security, config.source)
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._disk_full = False
@@ -139,6 +144,7 @@ class Node:
             self.state,
             lead=self._lead,
             source=self._addresses,
+            secrets=self.secrets,
         )
         self._agreement = Agreement(
             raft,
@@ -156,6 +162,7 @@ class Node:
             self._founding,
             self,
             self._agreement,
+            self.secrets.peer,
         )
         self.peers = self._exchange.peers
         self._members = Members(
@@ -167,6 +174,7 @@ class Node:
             self._cycle,
             self._founding,
             self._book,
+            self.secrets,
             peer_errors=self._exchange.errors,
             belongs=self._exchange.set_targets,
         )
@@ -369,6 +377,11 @@ class Node:
     @property
     def is_leader(self) -> bool:
         return self.raft.is_leader
+
+    @property
+    def turns(self) -> int:
+        """Turns of the cycle so far; a node whose number stands still is stuck."""
+        return self._cycle.turns
 
     @property
     def leader(self) -> tuple[int, str] | None:

@@ -1,6 +1,7 @@
 """The other nodes: one identity-checked stream to each, dialled again and again.
 
-**Handshake.** The dialler sends its `Hello`, the acceptor answers with its own, the dialler
+**Handshake.** Where there is a peer secret, both ends first prove that they know it
+(authentication.py). The dialler sends its `Hello`, the acceptor answers with its own, the dialler
 confirms with a `Ping`. Each side may answer `Refused` instead. Only then is the stream in use.
 
 **One stream per pair.** Both ends dial, so two streams can appear at once; both ends apply
@@ -14,15 +15,25 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import aiohttp
 from aiohttp import web
 
+from dengine.node.authentication import (
+    NOT_AUTHENTICATED,
+    SEAL_BYTES,
+    Complaints,
+    NotAuthenticated,
+    Unproven,
+    authenticate,
+)
 from dengine.node.stream import BEAT_S, CLOSE_TIMEOUT_S, Stream, StreamEnded, explain
-from dengine.node.wire import MAX_FRAME_BYTES, Frame, Hello, Ping, Refused
+from dengine.node.wire import MAX_FRAME_BYTES, Challenge, Frame, Hello, Ping, Refused
 from dengine.raft.types import MemberId
+from dengine.security import PeerSecret
 
 log = logging.getLogger("dengine.peers")
 
@@ -32,6 +43,13 @@ REDIAL_MIN_S = 0.5  # between the starts of two dials; the jitter keeps two ends
 REDIAL_MAX_S = 1.0  # in step for ever
 REDIAL_LOST_S = 0.05  # how soon a stream that had lasted is dialled again
 MAX_UNSETTLED = 64  # streams in a handshake or closing
+MAX_MESSAGE_BYTES = SEAL_BYTES + MAX_FRAME_BYTES + 1  # aiohttp's limit is exclusive
+
+_UNKNOWN = (
+    " did not prove that it knows the peer secret and gets nothing: "
+    "security.peer_secret_file must hold the same on every node"
+)
+_WE_HAVE_NONE = " asks for a peer secret, and this node has none: set security.peer_secret_file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +91,7 @@ class Peers:
         on_connected: a stream is in use; its `Hello`.
         on_frame: a frame other than `Ping` and `Refused` from this member.
         on_disconnected: the stream to this member is out of use; what was sent may be lost.
+        secret: what every other node must know too; None: nobody is asked.
 
     Callbacks are called on the loop, must not wait, and may call every method here but `close`.
     When one raises, or a task in here dies, `failed` gets the exception: the node awaits it and
@@ -88,6 +107,7 @@ class Peers:
         on_connected: Callable[[Hello], None],
         on_frame: Callable[[MemberId, Frame], None],
         on_disconnected: Callable[[MemberId], None],
+        secret: PeerSecret | None = None,
     ) -> None:
         self._hello = hello
         self._admit = admit
@@ -95,6 +115,8 @@ class Peers:
         self._on_connected = on_connected
         self._on_frame = on_frame
         self._on_disconnected = on_disconnected
+        self._secret = secret
+        self._complaints = Complaints()
         self._loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self._streams: dict[MemberId, Stream] = {}  # in use, the newest last
@@ -175,7 +197,7 @@ class Peers:
         socket = web.WebSocketResponse(
             timeout=CLOSE_TIMEOUT_S,
             compress=False,
-            max_msg_size=MAX_FRAME_BYTES + 1,  # aiohttp's limit is exclusive
+            max_msg_size=MAX_MESSAGE_BYTES,
         )
         await socket.prepare(request)
         try:
@@ -235,7 +257,7 @@ class Peers:
                 socket = await self._session.ws_connect(
                     f"http://{address}{PATH}",
                     timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
-                    max_msg_size=MAX_FRAME_BYTES + 1,
+                    max_msg_size=MAX_MESSAGE_BYTES,
                 )
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
             return explain(error)
@@ -259,7 +281,9 @@ class Peers:
             self._open.discard(stream)
             try:
                 if not self._drop(stream, reason, garbled=garbled) and garbled:
-                    log.warning("a stranger at %s %s", stream.remote_host, reason)
+                    self._complaints.about(
+                        stream.remote_host, f"a stranger at {stream.remote_host} {reason}"
+                    )
             finally:
                 await stream.finish()
         return reason
@@ -267,12 +291,36 @@ class Peers:
     async def _shake_hands(self, stream: Stream, expects: int | None, deadline: float) -> None:
         try:
             async with asyncio.timeout_at(deadline):
+                if self._secret is not None:
+                    await self._authenticate(stream, self._secret)
                 if expects is None:
                     await self._answer(stream)
                 else:
                     await self._greet(stream, expects)
         except TimeoutError:
             raise StreamEnded("timed out") from None
+
+    async def _authenticate(self, stream: Stream, secret: PeerSecret) -> None:
+        try:
+            await authenticate(stream, secret)
+        except NotAuthenticated:
+            await self._reject(stream, _UNKNOWN)
+
+    async def _reject(self, stream: Stream, complaint: str) -> NoReturn:
+        """End the handshake with a node that has no secret, or another one, or no need of ours."""
+        self._complain(stream, complaint)
+        stream.seal = (
+            Unproven()
+        )  # what follows says nothing, and a code would be something to guess at
+        stream.refuse(NOT_AUTHENTICATED)
+        with suppress(StreamEnded):
+            while True:  # until the other side has read it and closes
+                await stream.receive()
+        raise StreamEnded("not authenticated")
+
+    def _complain(self, stream: Stream, complaint: str) -> None:
+        address = stream.dialled or stream.remote_host
+        self._complaints.about(address, address + complaint)
 
     async def _greet(self, stream: Stream, expects: int) -> None:
         if self.connected(expects) is not None:
@@ -300,7 +348,11 @@ class Peers:
         """Receive the other side's Hello and judge it."""
         theirs = await stream.receive()
         if isinstance(theirs, Refused):
+            if theirs.reason == "not_authenticated":
+                self._complain(stream, _WE_HAVE_NONE)
             raise self._refused(expects, theirs)
+        if isinstance(theirs, Challenge):
+            await self._reject(stream, _WE_HAVE_NONE)
         if not isinstance(theirs, Hello):
             raise StreamEnded("did not begin with a Hello", garbled=True)
         if expects not in (None, theirs.member.id):
@@ -314,6 +366,8 @@ class Peers:
         stream.hello = theirs
 
     def _refused(self, node_id: int | None, refused: Refused) -> StreamEnded:
+        if refused.reason == "not_authenticated":
+            return StreamEnded("not authenticated")  # no member speaks: it concerns nobody else
         self._on_refused(node_id, refused)
         return StreamEnded(refused.reason.replace("_", " "))
 

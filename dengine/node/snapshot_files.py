@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from dengine.config import Snapshot
 from dengine.errors import NotFound
@@ -18,6 +19,12 @@ from dengine.raft.types import SnapshotRef
 from dengine.storage.snapshots import put_aside
 
 log = logging.getLogger("dengine.snapshots")
+
+
+class _Kept(NamedTuple):
+    path: Path
+    taken_at_s: int  # Unix time
+    applied_bytes: int  # of `SnapshotFiles`, when it was taken
 
 
 class SnapshotFiles:
@@ -31,13 +38,12 @@ class SnapshotFiles:
     def __init__(self, config: Snapshot, raft: Raft) -> None:
         self._config = config
         self._raft = raft
-        self._files: dict[SnapshotRef, Path] = {}
-        self._bytes_at: dict[SnapshotRef, int] = {}  # `applied_bytes` when each was taken
+        self._files: dict[SnapshotRef, _Kept] = {}
         self.applied_bytes = 0
         self.transfers = Transfers()
 
     def __iter__(self) -> Iterator[tuple[SnapshotRef, Path]]:
-        return iter(list(self._files.items()))
+        return iter([(ref, kept.path) for ref, kept in self._files.items()])
 
     @property
     def refs(self) -> list[SnapshotRef]:
@@ -48,23 +54,27 @@ class SnapshotFiles:
         return next(reversed(self._files), None)
 
     def get(self, ref: SnapshotRef) -> Path | None:
-        return self._files.get(ref)
+        kept = self._files.get(ref)
+        return None if kept is None else kept.path
 
     def find(self, name: str) -> tuple[Path, SnapshotRef]:
         """A file by its SHA-256, or the newest as "latest". Raises NotFound."""
         for ref in reversed(self._files):
             if name in ("latest", ref.sha256):
-                return self._files[ref], ref
+                return self._files[ref].path, ref
         raise NotFound("this node has no such snapshot; POST /v1/snapshots takes one")
 
     def bytes_since(self, ref: SnapshotRef | None) -> int:
         """Bytes of log applied after `ref`; what came before our start does not count."""
-        return self.applied_bytes - (self._bytes_at.get(ref, 0) if ref is not None else 0)
+        kept = self._files.get(ref) if ref is not None else None
+        return self.applied_bytes - (0 if kept is None else kept.applied_bytes)
 
-    async def add(self, ref: SnapshotRef, file: Path, taken_at_bytes: int = 0) -> None:
+    async def add(
+        self, ref: SnapshotRef, file: Path, taken_at_s: int, applied_bytes: int = 0
+    ) -> None:
         """One more; those that are too many are deleted, but for what is being sent."""
-        self._bytes_at[ref] = taken_at_bytes
-        self._files = dict(sorted({**self._files, ref: file}.items(), key=lambda f: f[0].index))
+        kept = {**self._files, ref: _Kept(file, taken_at_s, applied_bytes)}
+        self._files = dict(sorted(kept.items(), key=lambda f: f[0].index))
         in_use = set(self._raft.offered_snapshots().values()) | self.transfers.refs
         spare = [ref for ref in self.refs[: -self._config.keep] if ref not in in_use]
         gone = [self._forget(ref) for ref in spare]
@@ -74,7 +84,7 @@ class SnapshotFiles:
 
     def drop(self, file: Path) -> None:
         """Rely on `file` no longer, if anybody did."""
-        for ref in [ref for ref, path in self._files.items() if path == file]:
+        for ref in [ref for ref, kept in self._files.items() if kept.path == file]:
             self._forget(ref)
         self._raft.snapshots_changed(self.refs)
 
@@ -82,6 +92,19 @@ class SnapshotFiles:
         """It turned out to be damaged, or of a state that was wrong."""
         put_aside(self._forget(ref))
         self._raft.snapshots_changed(self.refs)
+
+    def view(self) -> list[dict[str, int | str]]:
+        return [
+            {
+                "index": ref.index,
+                "term": ref.term,
+                "sha256": ref.sha256,
+                "size_bytes": ref.size_bytes,
+                "taken_at_s": kept.taken_at_s,
+                "file": kept.path.name,
+            }
+            for ref, kept in self._files.items()
+        ]
 
     def purge_limit(self) -> int:
         """Up to where the log may go: the second-newest snapshot, for should the newest prove
@@ -98,8 +121,7 @@ class SnapshotFiles:
         return limit
 
     def _forget(self, ref: SnapshotRef) -> Path:
-        self._bytes_at.pop(ref, None)
-        return self._files.pop(ref)
+        return self._files.pop(ref).path
 
 
 def _unlink(path: Path) -> None:

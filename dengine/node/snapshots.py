@@ -33,6 +33,7 @@ from dengine.node.transfers import format_bytes, percent
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
 from dengine.raft.types import Entry, MemberId, SnapshotRef
+from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_jobs import Check, Done, Take, Verify
@@ -86,6 +87,7 @@ class Snapshots:
     Args:
         lead: has the leader carry out an operation (asks for the turn to take one).
         source: addresses of a member, best first.
+        secrets: what members that are asked for a file want to be shown.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Snapshots:
         *,
         lead: Lead,
         source: Callable[[MemberId], Sequence[str]],
+        secrets: Secrets,
     ) -> None:
         self._config = config.snapshot
         self._reserve_bytes = config.limits.reserve_bytes
@@ -116,7 +119,7 @@ class Snapshots:
         self._turn = SnapshotTurn()
         self.files = SnapshotFiles(self._config, cycle.raft)
         self.installer = Installer(
-            directory, cycle, log_store, state, self.files, self._writer, source
+            directory, cycle, log_store, state, self.files, self._writer, source, secrets
         )
         self.taken = self.failures = 0
         self.job = ""  # what is being done, for people
@@ -312,7 +315,7 @@ class Snapshots:
                 raise TryAgain("this node has nothing applied yet")
             return self.files.newest
         self.job = "taking a snapshot"
-        started, taken_at_bytes = time.monotonic(), self.files.applied_bytes
+        started, applied_bytes = time.monotonic(), self.files.applied_bytes
         try:
             done = await self._run_take(started)
         except FatalError as error:
@@ -330,7 +333,7 @@ class Snapshots:
             seconds,
             format_bytes(int(done.ref.size_bytes / max(seconds, 0.001))),
         )
-        await self.files.add(done.ref, Path(done.file), taken_at_bytes)
+        await self.files.add(done.ref, Path(done.file), done.taken_at_s, applied_bytes)
         return done.ref
 
     async def _run_take(self, started: float) -> Done:
@@ -387,7 +390,7 @@ class Snapshots:
             self._wanted.unverified.append(file)
             raise
         if self.files.get(done.ref) is None:
-            await self.files.add(done.ref, file)
+            await self.files.add(done.ref, file, done.taken_at_s)
 
     async def _check(self) -> None:
         """LMDB's pages carry no checksum: a key that has rotted would just not be found."""
@@ -427,16 +430,7 @@ class Snapshots:
     def view(self) -> dict[str, Any]:
         """GET /v1/snapshots."""
         return {
-            "snapshots": [
-                {
-                    "index": ref.index,
-                    "term": ref.term,
-                    "sha256": ref.sha256,
-                    "size_bytes": ref.size_bytes,
-                    "file": path.name,
-                }
-                for ref, path in self.files
-            ],
+            "snapshots": self.files.view(),
             "job": self.job or None,
             "taken": self.taken,
             "failures": self.failures,

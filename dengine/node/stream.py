@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from typing import cast
+from typing import Protocol, cast
 
 import aiohttp
 import msgspec
@@ -41,6 +41,13 @@ class StreamEnded(Exception):
     def __init__(self, reason: str, *, garbled: bool = False) -> None:
         super().__init__(reason)
         self.garbled = garbled
+
+
+class Sealing(Protocol):
+    """Protects what travels (see authentication.py)."""
+
+    def close(self, frame: bytes) -> bytes: ...
+    def open(self, data: bytes) -> memoryview: ...
 
 
 class _Cork:
@@ -100,6 +107,7 @@ class Stream:
         peer = self._transport.get_extra_info("peername")
         self.remote_host = str(peer[0]) if isinstance(peer, tuple) else ""
         self.dialled = dialled
+        self.seal: Sealing | None = None
         self._sent = True
         self._heard = True
         self._silent_beats = 0
@@ -133,6 +141,8 @@ class Stream:
                 f"a {type(frame).__name__} of {len(data)} bytes was sent to a peer, the limit is "
                 f"{MAX_FRAME_BYTES}: whoever makes it must split it"
             )
+        if self.seal is not None:
+            data = self.seal.close(data)
         # Uncompressed, aiohttp writes the frame before its first await, which would only wait
         # for a paused writer. So one step of the coroutine is the whole write, without a task.
         writing = self._socket.send_bytes(data)
@@ -150,14 +160,16 @@ class Stream:
         """The next frame.
 
         Raises:
-            StreamEnded: the stream is closed, lost, or carried something that is no frame.
+            StreamEnded: the stream is closed, lost, or carried something that is no frame, or
+                none of the other side's.
         """
         message = await self._socket.receive()
         if message.type is not aiohttp.WSMsgType.BINARY:
             raise self._ended(message.type, message.data)
         self._heard = True
+        data = message.data if self.seal is None else self.seal.open(message.data)
         try:
-            return decode(message.data)
+            return decode(data)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise StreamEnded(f"sent what is no frame: {error}", garbled=True) from None
 

@@ -1,7 +1,8 @@
 """What travels on a peer stream: one msgpack-encoded frame per WebSocket message.
 
 The first frame each way is a `Hello` (or a `Refused`, after which the stream is closed); Raft
-messages, forwarded requests and pings follow. Nothing is ever unpickled, and a frame larger than
+messages, forwarded requests and pings follow. Where there is a peer secret, a `Challenge` and a
+proof come before it. Nothing is ever unpickled, and a frame larger than
 `MAX_FRAME_BYTES` closes the stream.
 """
 
@@ -54,7 +55,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Why the stream is not wanted.
 
     "removed", "wiped", "rolled_back" and "duplicate" concern the receiver's own identity; "again"
-    asks for a fresh handshake; "this_node_itself" says that an address leads back to its dialler.
+    asks for a fresh handshake; "this_node_itself" says that an address leads back to its dialler;
+    "not_authenticated" is all that who does not know the peer secret is told.
     """
 
     reason: Literal[
@@ -66,8 +68,15 @@ class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
         "duplicate",
         "again",
         "this_node_itself",
+        "not_authenticated",
     ]
     message: str
+
+
+class Challenge(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The first frame each way between nodes that have a peer secret (see authentication.py)."""
+
+    nonce: bytes
 
 
 class RaftFrame(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -107,7 +116,15 @@ class Ping(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 Frame = (
-    Hello | Refused | RaftFrame | ForwardRequest | ForwardReply | StateReport | StateVerdict | Ping
+    Challenge
+    | Hello
+    | Refused
+    | RaftFrame
+    | ForwardRequest
+    | ForwardReply
+    | StateReport
+    | StateVerdict
+    | Ping
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -119,6 +136,6 @@ def encode(frame: Frame) -> bytes:
     return _encoder.encode(frame)
 
 
-def decode(data: bytes) -> Frame:
+def decode(data: bytes | memoryview) -> Frame:
     """Inverse of `encode`; raises `msgspec.MsgspecError` on anything that is not a frame."""
     return _decoder.decode(data)

@@ -88,7 +88,7 @@ class DataDirectory:
             root.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700, exist_ok=True)
             sync_directory(root)
-            directory = cls(path, _lock(path))
+            directory = cls(path, lock_directory(path))
             try:
                 directory._load(node_id)
             except BaseException:
@@ -262,7 +262,7 @@ class DataDirectory:
         if not file.exists():
             self._make_log(file)
             self._write_identity(Identity(FORMAT, node_id, _random_63_bits()))
-        self.identity = _read_identity(file)
+        self.identity = read_identity(file)
         if self.identity.node_id != node_id:
             raise IdentityError(
                 f"{self.path} holds the data of node {self.identity.node_id}, but node_id is "
@@ -344,7 +344,8 @@ class DataDirectory:
         sync_directory(self.path)
 
 
-def _lock(path: Path) -> int:
+def lock_directory(path: Path) -> int:
+    """Lock the data directory `path` until the returned descriptor is closed. Raises TryAgain."""
     fd = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -360,7 +361,8 @@ def _lock(path: Path) -> int:
     return fd
 
 
-def _read_identity(file: Path) -> Identity:
+def read_identity(file: Path) -> Identity:
+    """What an identity.json says. Raises DataCorruption, IdentityError, StorageIO."""
     try:
         data = file.read_bytes()
     except OSError as error:

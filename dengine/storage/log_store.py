@@ -42,16 +42,16 @@ from dengine.storage.environment import (
     storage_error,
 )
 
-_HEAD_KEY: Final = b"a"
+HEAD_KEY: Final = b"a"
 _BASE_KEY: Final = b"c"
 _BASE: Final = struct.Struct("<Q")
 # Format, transaction id, purged index and term, last index and term; then the hard state: term,
 # voted (0 or 1), id and incarnation of whom, commit index.
-_HEAD: Final = struct.Struct("<B Q QQ QQ Q BQQ Q")
+HEAD: Final = struct.Struct("<B Q QQ QQ Q BQQ Q")
 _HEAD_FORMAT: Final = 1
-_ENTRY_KEY: Final = struct.Struct(">cQ")
-_ENTRY: Final = struct.Struct("<QB")
-_KINDS: Final = tuple(EntryKind)
+ENTRY_KEY: Final = struct.Struct(">cQ")
+ENTRY: Final = struct.Struct("<QB")
+KINDS: Final = tuple(EntryKind)
 REMEDY: Final = "restore this node from the other members"
 _PURGE_STEP: Final = 256  # entries per transaction of their own; a write waits that long at most
 _PURGE_PER_ENTRY: Final = 3  # old entries that go with every new one: the log cannot outgrow it
@@ -163,12 +163,12 @@ class LogStore:
         try:
             with self._environment.begin() as txn:
                 for index in range(low, high):
-                    key = _ENTRY_KEY.pack(b"e", index)
+                    key = ENTRY_KEY.pack(b"e", index)
                     raw = txn.get(key)
                     if raw is None:
                         raise self._damaged_entry(index, "is missing")
                     term, kind = self._check(index, key, raw)
-                    data = raw[_ENTRY.size : -CRC_BYTES]
+                    data = raw[ENTRY.size : -CRC_BYTES]
                     size += len(data)
                     if size > max_bytes and found:
                         break
@@ -271,7 +271,7 @@ class LogStore:
         if last <= first:
             return extent
         cursor = txn.cursor()
-        if not cursor.set_key(_ENTRY_KEY.pack(b"e", first + 1)):
+        if not cursor.set_key(ENTRY_KEY.pack(b"e", first + 1)):
             raise self._damaged_entry(first + 1, "is missing")
         for _ in range(last - first):
             cursor.delete()  # the cursor is on the next one then
@@ -291,7 +291,7 @@ class LogStore:
         if not extent.starts[0] < first <= extent.last_index + 1:
             raise self._outside(first)
         for index in range(first, extent.last_index + 1):
-            txn.delete(_ENTRY_KEY.pack(b"e", index))
+            txn.delete(ENTRY_KEY.pack(b"e", index))
         extent = extent.cut(first - 1)
         for entry in entries:
             if entry.index != extent.last_index + 1 or entry.term < extent.terms[-1]:
@@ -301,8 +301,8 @@ class LogStore:
                 )
             if len(entry.data) > RECORD_BYTES_MAX // 2:
                 raise InvariantBroken(f"entry {entry.log_id} has {len(entry.data)} bytes")
-            key = _ENTRY_KEY.pack(b"e", entry.index)
-            head = _ENTRY.pack(entry.term, entry.kind)
+            key = ENTRY_KEY.pack(b"e", entry.index)
+            head = ENTRY.pack(entry.term, entry.kind)
             crc = crc32(entry.data, crc32(head, crc32(key)))
             txn.put(key, b"".join((head, entry.data, pack_crc(crc))), append=True)
             extent = extent.extend(entry.index, entry.term)
@@ -312,7 +312,7 @@ class LogStore:
         self, txn: lmdb.Transaction[bytes], hard_state: HardState, extent: _Extent
     ) -> None:
         voted_for = hard_state.voted_for
-        head = _HEAD.pack(
+        head = HEAD.pack(
             _HEAD_FORMAT,
             txn.id(),
             extent.starts[0],
@@ -324,12 +324,12 @@ class LogStore:
             *(voted_for or (0, 0)),
             hard_state.commit_index,
         )
-        txn.put(_HEAD_KEY, head + pack_crc(crc32(head, crc32(_HEAD_KEY))))
+        txn.put(HEAD_KEY, head + pack_crc(crc32(head, crc32(HEAD_KEY))))
 
     def _verify(self) -> None:
         """Read every record once. A new log gets its head, so that none ever lacks one."""
         with padded(self._path), self._environment.begin(buffers=True) as txn:
-            raw = txn.get(_HEAD_KEY)
+            raw = txn.get(HEAD_KEY)
             is_new = raw is None
             if raw is not None:
                 self._read_entries(txn, self._read_head(raw))
@@ -340,7 +340,7 @@ class LogStore:
                 self._put_head(txn, self._hard_state, self._extent)
 
     def _read_head(self, raw: memoryview) -> LogId:
-        if len(raw) != _HEAD.size + CRC_BYTES or crc32(raw, crc32(_HEAD_KEY)) != CRC_RESIDUE:
+        if len(raw) != HEAD.size + CRC_BYTES or crc32(raw, crc32(HEAD_KEY)) != CRC_RESIDUE:
             raise self._damaged("its head fails its CRC")
         (
             version,
@@ -354,7 +354,7 @@ class LogStore:
             voted_id,
             voted_incarnation,
             commit_index,
-        ) = _HEAD.unpack_from(raw)
+        ) = HEAD.unpack_from(raw)
         if version != _HEAD_FORMAT:
             raise DataCorruption(
                 f"{self._file} has format {version}, this dengine reads format {_HEAD_FORMAT}: "
@@ -371,7 +371,7 @@ class LogStore:
     def _read_entries(self, txn: lmdb.Transaction[memoryview], last: LogId) -> None:
         extent = self._extent
         cursor = txn.cursor()
-        cursor.set_key(_HEAD_KEY)
+        cursor.set_key(HEAD_KEY)
         if extent.starts[0]:
             self._read_base(cursor, extent.starts[0])
         while cursor.next():
@@ -379,14 +379,14 @@ class LogStore:
             if index > last.index:
                 raise self._damaged(f"it goes on after its last entry {last.index}")
             key, raw = cursor.item()
-            if key != _ENTRY_KEY.pack(b"e", index):
+            if key != ENTRY_KEY.pack(b"e", index):
                 raise self._damaged_entry(index, "is missing")
             term, kind = self._check(index, key, raw)
             if term < extent.terms[-1]:
                 raise self._damaged_entry(index, "has a lower term than the one before it")
             extent = extent.extend(index, term)
             if kind is EntryKind.CONFIG:
-                data = bytes(raw[_ENTRY.size : -CRC_BYTES])
+                data = bytes(raw[ENTRY.size : -CRC_BYTES])
                 self._configs.append((index, self._membership(index, data)))
         if extent.last_index != last.index:
             raise self._damaged_entry(extent.last_index + 1, "is missing")
@@ -412,14 +412,14 @@ class LogStore:
         self, index: int, key: bytes | memoryview, raw: bytes | memoryview
     ) -> tuple[int, EntryKind]:
         """Term and kind of a sound record; the length comes first, see `padded`."""
-        if not _ENTRY.size + CRC_BYTES <= len(raw) <= RECORD_BYTES_MAX:
+        if not ENTRY.size + CRC_BYTES <= len(raw) <= RECORD_BYTES_MAX:
             raise self._damaged_entry(index, f"has {len(raw)} bytes")
         if crc32(raw, crc32(key)) != CRC_RESIDUE:
             raise self._damaged_entry(index, "fails its CRC")
-        term, kind = _ENTRY.unpack_from(raw)
-        if kind >= len(_KINDS):
+        term, kind = ENTRY.unpack_from(raw)
+        if kind >= len(KINDS):
             raise self._damaged_entry(index, f"is of the unknown kind {kind}")
-        return term, _KINDS[kind]
+        return term, KINDS[kind]
 
     def _membership(self, index: int, data: bytes) -> Membership:
         try:

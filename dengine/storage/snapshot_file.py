@@ -15,12 +15,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
-from zlib import crc32
 
 import msgspec
 
@@ -28,19 +26,23 @@ from dengine.errors import DataCorruption, StorageIO
 from dengine.raft.membership import Membership
 from dengine.raft.types import LogId, SnapshotRef
 from dengine.storage.environment import sync_directory
+from dengine.storage.snapshot_frames import (
+    DIGEST_BYTES,
+    PARTIAL_SUFFIX,
+    SyncedSteps,
+    damaged_snapshot,
+    disk,
+    pack_chunk,
+    pack_end,
+    pack_header,
+    read_header_bytes,
+    scan,
+    sync_file,
+)
 
 SUFFIX: Final = ".dsnap"
-PARTIAL_SUFFIX: Final = ".partial"  # written or fetched, not complete
 DAMAGED_SUFFIX: Final = ".damaged"  # was complete once; kept for a person until the next one
-FORMAT: Final = 1
-CHUNK_BYTES_MAX: Final = 4 * 1024 * 1024
 
-_MAGIC: Final = b"DENGSNAP"
-_PREFIX: Final = struct.Struct("<8sHII")
-_CHUNK: Final = struct.Struct("<II")
-_END: Final = struct.Struct("<IIQQ")
-_HEADER_BYTES_MAX: Final = 16 * 1024 * 1024
-_DIGEST_BYTES: Final = 32
 _NAME: Final = re.compile(r"snapshot-(\d{1,20})-(\d{1,20})\.dsnap")
 
 
@@ -108,10 +110,11 @@ class SnapshotWriter:
         self._sha = hashlib.sha256()
         self._chunks = self._data_bytes = 0
         encoded = msgspec.msgpack.encode(header)
-        with _disk(self._partial):
+        with disk(self._partial):
             fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             self._stream: BinaryIO = os.fdopen(fd, "wb")
-        self._put(_PREFIX.pack(_MAGIC, FORMAT, len(encoded), crc32(encoded)) + encoded)
+        self._steps = SyncedSteps(self._stream)
+        self._put(pack_header(encoded))
 
     @property
     def data_bytes(self) -> int:
@@ -125,20 +128,21 @@ class SnapshotWriter:
             self._put_chunk(bytes(self._pending[: self._chunk_bytes]))
             del self._pending[: self._chunk_bytes]
 
-    def finish(self) -> SnapshotInfo:
-        """Make the file durable under its final name, after reading it back."""
+    def finish(self, progress: Callable[[int], None] | None = None) -> SnapshotInfo:
+        """Make the file durable under its final name, after reading it back.
+
+        Args:
+            progress: told how many bytes have been read back.
+        """
         if self._pending:
             self._put_chunk(bytes(self._pending))
-        self._put(_END.pack(0, 0, self._chunks, self._data_bytes))
-        with _disk(self._partial):
+        self._put(pack_end(self._chunks, self._data_bytes))
+        with disk(self._partial):
             self._stream.write(self._sha.digest())
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            # Verify what the disk holds, not what the page cache remembers.
-            os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            sync_file(self._stream)
             self._stream.close()
         try:
-            return publish(self._partial, self._path, self._sha.hexdigest())
+            return publish(self._partial, self._path, self._sha.hexdigest(), progress)
         except DataCorruption as error:
             raise StorageIO(f"the disk did not keep what was written: {error.message}") from error
 
@@ -152,33 +156,43 @@ class SnapshotWriter:
     def _put_chunk(self, data: bytes) -> None:
         self._chunks += 1
         self._data_bytes += len(data)
-        self._put(_CHUNK.pack(len(data), crc32(data)) + data)
+        self._put(pack_chunk(data))
+        with disk(self._partial):
+            self._steps.wrote(len(data))
 
     def _put(self, data: bytes) -> None:
         self._sha.update(data)
-        with _disk(self._partial):
+        with disk(self._partial):
             self._stream.write(data)
 
 
-def publish(partial: Path, path: Path, sha256: str) -> SnapshotInfo:
+def publish(
+    partial: Path, path: Path, sha256: str, progress: Callable[[int], None] | None = None
+) -> SnapshotInfo:
     """Verify the synced file `partial` and give it its final name, durably.
 
     Args:
         sha256: of the file that it must be.
+        progress: told how many bytes have been read.
 
     Raises:
         DataCorruption: it is damaged; it was removed.
         StorageIO: the disk refused.
     """
     try:
-        info = verify(partial)
+        info = verify(partial, progress=progress)
         if info.sha256 != sha256:
             raise damaged_snapshot(partial, "it is sound, but not the file it should be")
     except DataCorruption:
         partial.unlink(missing_ok=True)
         raise
-    with _disk(path):
-        os.replace(partial, path)
+    return name_verified(info, path)
+
+
+def name_verified(info: SnapshotInfo, path: Path) -> SnapshotInfo:
+    """Give a file that is synced and was verified its final name, durably. Raises StorageIO."""
+    with disk(path):
+        os.replace(info.path, path)
         try:
             sync_directory(path.parent)
         except OSError:  # it may be gone after a power loss, so nobody must rely on it
@@ -194,8 +208,8 @@ def read_header(path: Path) -> SnapshotHeader:
         DataCorruption: this is no snapshot, or one of a newer format.
         StorageIO: it cannot be read.
     """
-    with _disk(path), open(path, "rb") as stream:
-        return _header(path, stream, hashlib.sha256())
+    with disk(path), open(path, "rb") as stream:
+        return _decoded(path, read_header_bytes(path, stream, hashlib.sha256()))
 
 
 def read_ref(path: Path) -> SnapshotRef:
@@ -203,11 +217,11 @@ def read_ref(path: Path) -> SnapshotRef:
 
     Raises: as `read_header`.
     """
-    with _disk(path), open(path, "rb") as stream:
-        header = _header(path, stream, hashlib.sha256())
+    with disk(path), open(path, "rb") as stream:
+        header = _decoded(path, read_header_bytes(path, stream, hashlib.sha256()))
         size = os.fstat(stream.fileno()).st_size
-        stream.seek(max(0, size - _DIGEST_BYTES))
-        digest = stream.read(_DIGEST_BYTES)
+        stream.seek(max(0, size - DIGEST_BYTES))
+        digest = stream.read(DIGEST_BYTES)
     return SnapshotRef(header.index, header.term, digest.hex(), size)
 
 
@@ -226,105 +240,13 @@ def verify(
         DataCorruption: damaged, cut off, of a newer format, or no snapshot at all.
         StorageIO: it cannot be read.
     """
-    sha = hashlib.sha256()
-    with _disk(path), open(path, "rb") as stream:
-        header = _header(path, stream, sha)
-        data_bytes = chunks = 0
-        for data in _chunks(path, stream, sha):
-            chunks += 1
-            data_bytes += len(data)
-            if sink is not None:
-                sink(data)
-            if progress is not None:
-                progress(stream.tell())
-        end = _read(path, stream, _END.size - _CHUNK.size)
-        if struct.unpack("<QQ", end) != (chunks, data_bytes):
-            raise damaged_snapshot(path, "its sizes do not add up")
-        sha.update(end)
-        if _read(path, stream, _DIGEST_BYTES) != sha.digest():
-            raise damaged_snapshot(path, "its SHA-256 is not that of its content")
-        if stream.read(1):
-            raise damaged_snapshot(path, "it goes on after its end")
-        size = stream.tell()
-    return SnapshotInfo(path, header, sha.hexdigest(), size, data_bytes)
+    frames = scan(path, sink, progress)
+    header = _decoded(path, frames.header)
+    return SnapshotInfo(path, header, frames.sha256, frames.size_bytes, frames.data_bytes)
 
 
-def sound_prefix(path: Path) -> int:
-    """How many bytes of a partial file may be kept: up to the end of its last sound chunk."""
-    kept = 0
-    try:
-        with _disk(path), open(path, "rb") as stream:
-            sha = hashlib.sha256()
-            _header(path, stream, sha)
-            kept = stream.tell()
-            for _ in _chunks(path, stream, sha):
-                kept = stream.tell()
-    except DataCorruption:
-        pass
-    return kept
-
-
-def damaged_snapshot(path: Path, what: str) -> DataCorruption:
-    return DataCorruption(
-        f"{path} is damaged: {what}; take or fetch another snapshot", file=str(path)
-    )
-
-
-def _header(path: Path, stream: BinaryIO, sha: hashlib._Hash) -> SnapshotHeader:
-    prefix = stream.read(_PREFIX.size)
-    if prefix[: len(_MAGIC)] != _MAGIC:
-        raise DataCorruption(f"{path} is not a dengine snapshot", file=str(path))
-    if len(prefix) < _PREFIX.size:
-        raise damaged_snapshot(path, "it ends inside its header")
-    _, version, length, crc = _PREFIX.unpack(prefix)
-    if version != FORMAT:
-        raise DataCorruption(
-            f"{path} has snapshot format {version}, this dengine reads format {FORMAT}: "
-            "use the version that wrote it",
-            file=str(path),
-        )
-    if length > _HEADER_BYTES_MAX:
-        raise damaged_snapshot(path, "its header cannot be that long")
-    encoded = _read(path, stream, length)
-    if crc32(encoded) != crc:
-        raise damaged_snapshot(path, "its header fails its CRC")
-    sha.update(prefix + encoded)
+def _decoded(path: Path, encoded: bytes) -> SnapshotHeader:
     try:
         return msgspec.msgpack.decode(encoded, type=SnapshotHeader)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise damaged_snapshot(path, f"its header cannot be read ({error})") from error
-
-
-def _chunks(path: Path, stream: BinaryIO, sha: hashlib._Hash) -> Iterator[bytes]:
-    """The data of each chunk up to the end mark, which is read."""
-    while True:
-        head = _read(path, stream, _CHUNK.size)
-        length, crc = _CHUNK.unpack(head)
-        sha.update(head)
-        if not length:
-            if crc:
-                raise damaged_snapshot(path, "its end mark is wrong")
-            return
-        if length > CHUNK_BYTES_MAX:
-            raise damaged_snapshot(path, f"a chunk before byte {stream.tell()} is too long")
-        data = _read(path, stream, length)
-        if crc32(data) != crc:
-            raise damaged_snapshot(path, f"the chunk before byte {stream.tell()} fails its CRC")
-        sha.update(data)
-        yield data
-
-
-def _read(path: Path, stream: BinaryIO, length: int) -> bytes:
-    data = stream.read(length)
-    if len(data) < length:
-        raise damaged_snapshot(path, f"it ends after {stream.tell()} bytes, in the middle")
-    return data
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Turn an OSError about `path` into a StorageIO."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageIO(f"{path}: {error.strerror or error}") from error

@@ -5,6 +5,24 @@ from __future__ import annotations
 import msgspec
 
 from dengine.raft.types import SnapshotRef
+from dengine.security import Secrets
+
+
+class Credentials(msgspec.Struct, frozen=True):
+    """What a member that is asked for a file may want to be shown. Only ever written to stdin:
+    arguments and environment of a process can be read by others.
+    """
+
+    peer_secret: bytes | None = None
+    token: str | None = None
+
+    @staticmethod
+    def of(secrets: Secrets) -> Credentials:
+        peer = secrets.peer
+        return Credentials(None if peer is None else peer.reveal(), secrets.token)
+
+    def __repr__(self) -> str:
+        return "Credentials(...)"
 
 
 class Take(msgspec.Struct, frozen=True, tag=True):
@@ -46,6 +64,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     cluster_id: str
     directory: str
     state: str
+    credentials: Credentials = Credentials()
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -58,6 +77,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
     file: str
     ref: SnapshotRef
+    taken_at_s: int  # Unix time, as the file says
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from dengine.errors import DataCorruption, StorageIO
 from dengine.raft.types import SnapshotRef
@@ -19,17 +20,19 @@ from dengine.storage.directory import UNPACKED_MARK
 from dengine.storage.environment import DATA_FILE, sync_directory
 from dengine.storage.snapshot_file import (
     DAMAGED_SUFFIX,
-    PARTIAL_SUFFIX,
     SnapshotHeader,
     SnapshotInfo,
     SnapshotWriter,
-    damaged_snapshot,
     parse_name,
     read_ref,
     snapshot_name,
     verify,
 )
+from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, SyncedSteps, damaged_snapshot
 from dengine.storage.state_reader import StateReader, check_state
+
+CHECK_RATE: Final = 4  # times as fast as the file is written, the state may be checked
+VERIFY_RATE: Final = 2  # and what was written be read back
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -41,8 +44,11 @@ def take(
     node_id: int,
     chunk_bytes: int,
     progress: Progress,
+    name: str | None = None,
 ) -> SnapshotInfo:
     """Write the state in directory `state`, which may be in use, to a file in `directory`.
+
+    `name` is that file's; None names it after the last entry it includes.
 
     One read transaction gives everything; its records are checked against the state hash before
     a byte is written, so that rot is never signed into a snapshot.
@@ -52,8 +58,10 @@ def take(
         StorageIO: the disk refused.
     """
     with StateReader(state) as reader:
-        total = (state / DATA_FILE).stat().st_size
-        reader.check(lambda _: progress(0, total))
+        size = (state / DATA_FILE).stat().st_size
+        # Reading costs others less than writing does, in memory less than from the disk.
+        checked, total = size // CHECK_RATE, size // CHECK_RATE + size + size // VERIFY_RATE
+        reader.check(lambda read: progress(min(checked, read // CHECK_RATE), total))
         header = SnapshotHeader(
             cluster_id=reader.membership.cluster_id,
             node_id=node_id,
@@ -66,15 +74,17 @@ def take(
             taken_at_s=int(time.time()),
         )
         _make_private(directory)
-        writer = SnapshotWriter(directory / snapshot_name(header.log_id), header, chunk_bytes)
+        file = directory / (name or snapshot_name(header.log_id))
+        writer = SnapshotWriter(file, header, chunk_bytes)
 
         def write(data: bytes) -> None:
             writer.write(data)
-            progress(writer.data_bytes, total)
+            progress(checked + writer.data_bytes, total)
 
         try:
             reader.copy(write)
-            return writer.finish()
+            done = checked + writer.data_bytes
+            return writer.finish(lambda read: progress(done + read // VERIFY_RATE, total))
         except BaseException:
             writer.abandon()
             raise
@@ -93,17 +103,23 @@ def unpack(file: Path, state: Path, progress: Progress) -> SnapshotInfo:
         state.mkdir(mode=0o700, parents=True)
         fd = os.open(state / DATA_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "wb") as stream:
+            steps = SyncedSteps(stream)
 
             def write(data: bytes) -> None:
                 try:
                     stream.write(data)
+                    steps.wrote(len(data))
                 except OSError as error:  # of this file, not of the one that is read
                     raise StorageIO(f"cannot write {state}: {error.strerror}") from error
 
             info = verify(file, write, lambda done: progress(done, total))
             stream.flush()
             os.fsync(stream.fileno())
-        reader = check_state(state, lambda _: progress(total, total))
+        try:
+            reader = check_state(state, lambda _: progress(total, total))
+        except DataCorruption as error:
+            what = error.message.removeprefix(f"{state / DATA_FILE} is damaged: ").split("; ")[0]
+            raise damaged_snapshot(file, f"the state in it is unsound ({what})") from error
         header = info.header
         if (reader.applied, reader.digest.state_hash, reader.membership) != (
             header.log_id,

@@ -6,9 +6,11 @@ lives, so the data file grows; whoever opens one must be bounded in time.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -40,7 +42,7 @@ from dengine.storage.state_store import (
 )
 
 PIPE_BYTES: Final = 1024 * 1024
-PROGRESS_EVERY: Final = 10_000  # records
+PROGRESS_BYTES: Final = 256 * 1024  # of records
 _REMEDY: Final = "the node throws this state away and rebuilds it"
 
 
@@ -60,7 +62,11 @@ class StateReader:
         self._path = path
         try:
             self._environment = lmdb.open(
-                str(path), map_size=MAP_BYTES, max_dbs=DATABASES_MAX, readonly=True
+                str(path),
+                map_size=MAP_BYTES,
+                mode=0o700,  # of the lock file, which this may be the first to make
+                max_dbs=DATABASES_MAX,
+                readonly=True,
             )
         except lmdb.Error as error:
             raise storage_error(error, path, _REMEDY) from error
@@ -93,12 +99,12 @@ class StateReader:
         """Read every record, and recompute the state hash from them.
 
         Args:
-            progress: told now and then how many records have been read.
+            progress: told now and then how many bytes of records have been read.
 
         Raises:
             DataCorruption: a record fails its CRC, or together they are not what was applied.
         """
-        total = count = 0
+        total = read = told = 0
         try:
             for name, database in self._databases.items():
                 number = DATABASES[name]
@@ -106,9 +112,10 @@ class StateReader:
                     for key, raw in cursor:
                         if crc32(raw, crc32(key)) != CRC_RESIDUE:
                             raise self._damaged(f"the record of {key!r} fails its CRC")
-                        count += 1
-                        if not count % PROGRESS_EVERY and progress is not None:
-                            progress(count)
+                        read += len(raw)
+                        if read - told >= PROGRESS_BYTES and progress is not None:
+                            progress(read)
+                            told = read
                         if key != APPLIED_KEY or name != b"meta":
                             total += record_hash(number, key, raw)
         except lmdb.Error as error:
@@ -124,6 +131,8 @@ class StateReader:
         LMDB writes into a pipe from a thread of its own, so a slow `write` slows it down.
         """
         source, target = os.pipe()
+        with suppress(OSError):  # more than the system allows: then more often less
+            fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         failure: list[lmdb.Error] = []
 
         def fill() -> None:

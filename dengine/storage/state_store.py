@@ -204,6 +204,23 @@ class StateStore:
         self._digests += digests
         return outcome
 
+    def found_anew(self, membership: Membership, revision: int) -> None:
+        """Make this the state that a new cluster begins with: the keys stay, `applied` too.
+
+        One transaction, not synced. Raises as `apply`.
+        """
+        self._read.abort()
+        try:
+            with self._environment.begin(write=True) as txn:
+                state_hash = self._hash + self._put_membership(txn, membership.encode())
+                _put_applied(txn, self._meta, self.applied, revision, state_hash)
+        except lmdb.Error as error:
+            raise _state_error(error, self._path) from error
+        finally:
+            self._read = self._environment.begin(self._keys)
+        self.membership, self.revision = membership, revision
+        self._hash = state_hash & _HASH_MASK
+
     def get(self, key: bytes) -> Record | None:
         """The record of `key` as of `applied`; None when there is none."""
         try:

@@ -75,7 +75,9 @@ class Wire:
 @contextmanager
 def wire(node: ServeProcess, timeout_s: float = 5.0) -> Iterator[Wire]:
     with socket.create_connection((node.host, node.port), timeout_s) as sock:
-        yield Wire(sock)
+        connection = Wire(sock)
+        with connection._stream:
+            yield connection
 
 
 def assert_error(answer: Answer, status: int, name: str) -> dict[str, Any]:

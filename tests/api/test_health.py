@@ -68,6 +68,7 @@ def test_the_document_and_the_routes_are_the_same(client: Wire) -> None:
     method is a 405 with that Allow."""
     document = _document(client)
     assert document["openapi"] == "3.1.0"
+    assert set(document["components"]["securitySchemes"]) == {"token", "peer"}
     assert {"/v1/kv/{key}", "/v1/kv", "/v1/cluster", "/v1/peer"} <= set(document["paths"])
     for path, operations in document["paths"].items():
         target = path.replace("{key}", "k").replace("{id}", "1")

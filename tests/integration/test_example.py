@@ -98,7 +98,7 @@ def test_sigterm_and_the_exit_code_pass_through_make(example: Path) -> None:
 def test_what_is_missing_is_named(example: Path, target: str) -> None:
     """Before `make build` every target says in one sentence what to do."""
     run = subprocess.run(
-        ["make", target, "PYTHON=/nowhere/python"],
+        ["make", "--no-print-directory", target, "PYTHON=/nowhere/python"],
         cwd=example,
         capture_output=True,
         text=True,

@@ -16,6 +16,7 @@ from aiohttp import web
 from dengine.node.peers import Peers
 from dengine.node.wire import ForwardRequest, Frame, Hello, Refused, encode
 from dengine.raft.types import MemberId
+from dengine.security import PeerSecret
 
 WAIT_S = 10.0
 STRANGER = MemberId(9, 1009)
@@ -57,7 +58,16 @@ class Host:
     may put its own in place of `admit` and `on_...`.
     """
 
-    def __init__(self, node_id: int, *, port: int = 0, boot: int = 1, cluster: str = "c") -> None:
+    def __init__(
+        self,
+        node_id: int,
+        *,
+        port: int = 0,
+        boot: int = 1,
+        cluster: str = "c",
+        secret: bytes | None = None,
+    ) -> None:
+        self.secret = None if secret is None else PeerSecret(secret)
         self.member = MemberId(node_id, 1000 + node_id)
         self.boot = boot
         self.cluster = cluster
@@ -88,6 +98,7 @@ class Host:
             on_connected=lambda hello: self.on_connected(hello),
             on_frame=lambda *frame: self.on_frame(*frame),
             on_disconnected=lambda member: self.on_disconnected(member),
+            secret=self.secret,
         )
         self._server = web.Server(self.peers.accept)
         loop = asyncio.get_running_loop()

@@ -143,7 +143,14 @@ def test_forwarded_requests_under_way_are_bounded(config: Config, tmp_path: Path
         no_agreement = cast(Any, None)
         founding = Founding(config, A)
         exchange = Exchange(
-            config, directory, cycle_of(raft), AddressBook(config), founding, services, no_agreement
+            config,
+            directory,
+            cycle_of(raft),
+            AddressBook(config),
+            founding,
+            services,
+            no_agreement,
+            None,
         )
         for number in range(SERVED_MAX + 100):
             exchange._on_frame(B, ForwardRequest(number, "promote", b"{}", 5000))

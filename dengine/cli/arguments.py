@@ -1,0 +1,61 @@
+"""What an argument of the command line may be; argparse makes a usage error of everything else."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isascii() or not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def revision(text: str) -> str:
+    """A revision, or "*"."""
+    return text if text == "*" else str(positive(text))
+
+
+def bench_keys(text: str) -> int:
+    """At most what one range delete takes away again."""
+    if (number := positive(text)) > 10_000:
+        raise argparse.ArgumentTypeError("at most 10000 keys")
+    return number
+
+
+def seconds(text: str) -> float:
+    """From a tenth of a second to a day."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 86400")
+    return seconds
+
+
+def node_id(text: str) -> int:
+    """1 to 2^32 - 1."""
+    if (number := positive(text)) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is above 2^32 - 1")
+    return number
+
+
+def address(text: str) -> str:
+    """host:port."""
+    from dengine.config import parse_address  # only here: it needs more than the client has
+
+    try:
+        parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def change(text: str) -> tuple[str, str]:
+    """NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
