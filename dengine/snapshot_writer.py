@@ -28,11 +28,11 @@ from dengine.security import PeerSecret
 from dengine.storage.environment import DATA_FILE
 from dengine.storage.snapshot_file import (
     SnapshotInfo,
-    publish,
+    name_verified,
     snapshot_name,
     verify,
 )
-from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, sound_prefix
+from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, SyncedSteps, sound_prefix
 from dengine.storage.snapshot_jobs import (
     Check,
     Credentials,
@@ -151,11 +151,11 @@ def _fetch(job: Fetch) -> SnapshotInfo:
             if other != partial:
                 other.unlink(missing_ok=True)
         if not _is_here(file, job.ref):
-            _download(job, partial)
-            info = publish(partial, file, job.ref.sha256)
+            info = _download(job, partial)
             if info.header.cluster_id != job.cluster_id:
-                file.unlink()
-                raise DataCorruption(f"{file} is from cluster {info.header.cluster_id}")
+                partial.unlink()
+                raise DataCorruption(f"{partial} is from cluster {info.header.cluster_id}")
+            name_verified(info, file)
         return unpack(file, Path(job.state), _Pace().report)
     except OSError as error:
         raise StorageIO(f"cannot fetch {file}: {error.strerror or error}") from error
@@ -168,8 +168,10 @@ def _is_here(file: Path, ref: SnapshotRef) -> bool:
     return False
 
 
-def _download(job: Fetch, partial: Path) -> None:
-    """Append what is missing, make it durable, and keep only what is sound for the next attempt."""
+def _download(job: Fetch, partial: Path) -> SnapshotInfo:
+    """Append what is missing, make it durable and verify it; where that fails, only what is sound
+    is kept for the next attempt.
+    """
     have = sound_prefix(partial) if partial.exists() else 0
     try:
         _append(job, partial, have)
@@ -182,8 +184,9 @@ def _download(job: Fetch, partial: Path) -> None:
     if partial.stat().st_size != job.ref.size_bytes:
         raise TryAgain(f"{job.address} ended the transfer early")
     try:
-        if verify(partial).sha256 == job.ref.sha256:
-            return
+        info = verify(partial)
+        if info.sha256 == job.ref.sha256:
+            return info
         have = 0  # sound, but another file
     except DataCorruption:
         have = sound_prefix(partial)
@@ -198,10 +201,11 @@ def _append(job: Fetch, partial: Path, have: int) -> None:
         stream.truncate(have)
         stream.seek(have)
         try:
-            pace = _Pace()
+            pace, steps = _Pace(), SyncedSteps(stream)
             for position, data in _pieces(job, have):
                 stream.seek(position)
                 stream.write(data)
+                steps.wrote(len(data))
                 pace.report(position + len(data), job.ref.size_bytes)
         finally:
             stream.flush()

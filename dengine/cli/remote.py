@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ def resolve_token(named: Path | None, environ: Mapping[str, str]) -> str | None:
     if environ.get("DENGINE_TOKEN_FILE"):
         return read_token(Path(environ["DENGINE_TOKEN_FILE"]), "$DENGINE_TOKEN_FILE")
     path = _config_path(environ)
-    if path is None:
-        return None
+    if path is None or (path == SYSTEM_CONFIG and not os.access(path, os.R_OK)):
+        return None  # not for this user: perhaps that cluster needs no token
     from dengine import config  # only here: the installed client alone has no msgspec
 
     loaded = config.read(path, environ)

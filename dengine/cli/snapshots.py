@@ -295,7 +295,8 @@ class _Download:
     def _receive(self, connection: http.client.HTTPConnection, bar: ProgressBar) -> None:
         have = self._partial.size
         path = f"/v1/snapshots/{self._sha256}"
-        connection.request("GET", path, headers={"Range": f"bytes={have}-"})
+        headers = {"Range": f"bytes={have}-", **self._node.authorization}
+        connection.request("GET", path, headers=headers)
         response = connection.getresponse()
         if response.status == 404:
             raise NotFound(

@@ -26,6 +26,7 @@ from dengine.security import NONCE_BYTES, PeerSecret
 log = logging.getLogger("dengine.peers")
 
 SEAL_BYTES = 32
+UNPROVEN_BYTES_MAX = 256
 REPEAT_S = 60.0  # so long nothing more is said of the same address
 ADDRESSES_MAX = 256
 
@@ -78,6 +79,18 @@ class Seal:
         return frame
 
 
+class Unproven:
+    """Before the proof and after a failed one: nothing is sealed, nothing long is looked at."""
+
+    def close(self, frame: bytes) -> bytes:
+        return frame
+
+    def open(self, data: bytes) -> memoryview:
+        if len(data) > UNPROVEN_BYTES_MAX:
+            raise NotAuthenticated
+        return memoryview(data)
+
+
 async def authenticate(stream: Stream, secret: PeerSecret) -> None:
     """Leave `stream` sealed, with the other side known to be a node that knows `secret`.
 
@@ -85,6 +98,7 @@ async def authenticate(stream: Stream, secret: PeerSecret) -> None:
         NotAuthenticated: it is none, or somebody interferes.
         StreamEnded: the stream is lost.
     """
+    stream.seal = Unproven()
     dials, ours = stream.dialled is not None, Challenge(os.urandom(NONCE_BYTES))
     if dials:
         stream.send(ours)

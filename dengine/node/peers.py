@@ -27,6 +27,7 @@ from dengine.node.authentication import (
     SEAL_BYTES,
     Complaints,
     NotAuthenticated,
+    Unproven,
     authenticate,
 )
 from dengine.node.stream import BEAT_S, CLOSE_TIMEOUT_S, Stream, StreamEnded, explain
@@ -308,7 +309,9 @@ class Peers:
     async def _reject(self, stream: Stream, complaint: str) -> NoReturn:
         """End the handshake with a node that has no secret, or another one, or no need of ours."""
         self._complain(stream, complaint)
-        stream.seal = None  # what follows says nothing, and a code would be something to guess at
+        stream.seal = (
+            Unproven()
+        )  # what follows says nothing, and a code would be something to guess at
         stream.refuse(NOT_AUTHENTICATED)
         with suppress(StreamEnded):
             while True:  # until the other side has read it and closes

@@ -98,7 +98,7 @@ class Report:
     def __call__(self, done: int, total: int) -> None:
         if self._first is None:
             self._first = done  # of an earlier attempt
-        self._done = done
+        self._done = max(self._done, done)  # unpacking what has come begins at 0 again
         if (reached := percent(done, total)) >= self._due:
             self._due = reached - reached % LOG_EVERY_PERCENT + LOG_EVERY_PERCENT
             log.info("%s: %d %%, %s/s", self._what, reached, format_bytes(self._rate()))

@@ -14,6 +14,7 @@ Nothing here guesses. Where a person has to decide, the error says so and names 
 from __future__ import annotations
 
 import logging
+import shutil
 from typing import NamedTuple
 
 from dengine.errors import DataCorruption, FatalError, StorageIO
@@ -94,8 +95,6 @@ def _with_log(directory: DataDirectory, store: LogStore) -> Stores:
         state.close()
         log.warning("the state is older than the log: rebuilding it")
         state = _rebuilt_state(directory, store)
-    if state.applied.index < store.first_index() - 1:
-        _require_others(directory, store)
     return Stores(store, state)
 
 
@@ -157,6 +156,8 @@ def _rebuilt_state(directory: DataDirectory, store: LogStore) -> StateStore:
         directory.adopt_state(path)
         directory.finish_install()
         return StateStore(path)
+    if store.first_index() > 1:
+        _require_others(directory, store)  # first: a person may find a use for what is discarded
     directory.discard_state()
     directory.mark_running()
     return StateStore(directory.state_path())
@@ -168,21 +169,25 @@ def _without_log(directory: DataDirectory, error: DataCorruption) -> Stores:
     if state is None or not state.applied.index:
         if state is not None:
             state.close()
-        state = _newest_snapshot(directory)
+        state = _newest_snapshot(directory, error)
     if state is None:
         raise _needs_person(directory, error)
     return _begin_anew(directory, state, error)
 
 
-def _newest_snapshot(directory: DataDirectory) -> StateStore | None:
+def _newest_snapshot(directory: DataDirectory, error: DataCorruption) -> StateStore | None:
+    """As the state in use; nothing is touched where a person has to decide."""
     for file in reversed(list_files(directory.snapshots_path)):
         path = directory.next_state_path()
         try:
-            unpack(file, path, lambda done, total: None)
-        except DataCorruption as error:
-            log.warning("%s; trying an older one", error.message)
+            info = unpack(file, path, lambda done, total: None)
+        except DataCorruption as damage:
+            log.warning("%s; trying an older one", damage.message)
             put_aside(file)
             continue
+        if not _others(directory, info.header.membership):
+            shutil.rmtree(path, ignore_errors=True)
+            raise _needs_person(directory, error)
         directory.adopt_state(path)
         return StateStore(path)
     return None

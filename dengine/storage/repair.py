@@ -33,11 +33,12 @@ from dengine.raft.membership import Member, Membership
 from dengine.raft.types import Entry, LogId
 from dengine.storage.directory import DataDirectory, Identity, lock_directory, read_identity
 from dengine.storage.environment import DATA_FILE, sync_directory
+from dengine.storage.probe import probe
 from dengine.storage.restore import Founded, building, found_cluster, give_to
 from dengine.storage.salvage import SalvagedLog
 from dengine.storage.snapshot_file import read_header
 from dengine.storage.snapshots import Progress, list_files, unpack
-from dengine.storage.state_reader import check_state
+from dengine.storage.state_reader import StateReader
 from dengine.storage.state_store import StateStore
 
 APPLY_ENTRIES: Final = 256
@@ -261,8 +262,9 @@ class _Builder:
         try:
             copy.mkdir(mode=0o700)
             shutil.copyfile(path / DATA_FILE, copy / DATA_FILE)
-            StateStore(copy).close()  # its file gets all the pages it should have
-            reader = check_state(copy)
+            probe(copy)
+            with StateReader(copy) as reader:
+                applied = reader.applied
         except DataCorruption as error:
             what = error.message.split(" is damaged: ", 1)[-1].split("; ")[0]
             if "does not say what it has applied" not in what:  # a new one is merely empty
@@ -271,7 +273,7 @@ class _Builder:
             return None
         except OSError as error:
             raise StorageIO(f"cannot copy {path}: {error.strerror}") from error
-        return _Candidate(reader.applied, f"the applied state ({path.name})", state=copy)
+        return _Candidate(applied, f"the applied state ({path.name})", state=copy)
 
     def _make(self, candidate: _Candidate, damage: list[str]) -> StateStore | None:
         """The candidate as the next state of the new directory; None when it is damaged."""

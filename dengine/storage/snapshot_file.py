@@ -29,6 +29,7 @@ from dengine.storage.environment import sync_directory
 from dengine.storage.snapshot_frames import (
     DIGEST_BYTES,
     PARTIAL_SUFFIX,
+    SyncedSteps,
     damaged_snapshot,
     disk,
     pack_chunk,
@@ -41,8 +42,6 @@ from dengine.storage.snapshot_frames import (
 
 SUFFIX: Final = ".dsnap"
 DAMAGED_SUFFIX: Final = ".damaged"  # was complete once; kept for a person until the next one
-
-SYNC_BYTES: Final = 4 * 1024 * 1024  # between two syncs of a file that is being written
 
 _NAME: Final = re.compile(r"snapshot-(\d{1,20})-(\d{1,20})\.dsnap")
 
@@ -109,11 +108,12 @@ class SnapshotWriter:
         self._chunk_bytes = chunk_bytes
         self._pending = bytearray()
         self._sha = hashlib.sha256()
-        self._chunks = self._data_bytes = self._unsynced_bytes = 0
+        self._chunks = self._data_bytes = 0
         encoded = msgspec.msgpack.encode(header)
         with disk(self._partial):
             fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             self._stream: BinaryIO = os.fdopen(fd, "wb")
+        self._steps = SyncedSteps(self._stream)
         self._put(pack_header(encoded))
 
     @property
@@ -157,13 +157,8 @@ class SnapshotWriter:
         self._chunks += 1
         self._data_bytes += len(data)
         self._put(pack_chunk(data))
-        self._unsynced_bytes += len(data)
-        if self._unsynced_bytes >= SYNC_BYTES:
-            # In small steps: the log's next sync on this disk waits for what is under way.
-            self._unsynced_bytes = 0
-            with disk(self._partial):
-                self._stream.flush()
-                os.fdatasync(self._stream.fileno())
+        with disk(self._partial):
+            self._steps.wrote(len(data))
 
     def _put(self, data: bytes) -> None:
         self._sha.update(data)
@@ -191,8 +186,13 @@ def publish(
     except DataCorruption:
         partial.unlink(missing_ok=True)
         raise
+    return name_verified(info, path)
+
+
+def name_verified(info: SnapshotInfo, path: Path) -> SnapshotInfo:
+    """Give a file that is synced and was verified its final name, durably. Raises StorageIO."""
     with disk(path):
-        os.replace(partial, path)
+        os.replace(info.path, path)
         try:
             sync_directory(path.parent)
         except OSError:  # it may be gone after a power loss, so nobody must rely on it

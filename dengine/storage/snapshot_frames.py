@@ -20,6 +20,7 @@ PARTIAL_SUFFIX: Final = ".partial"  # written or fetched, not complete
 FORMAT: Final = 1
 CHUNK_BYTES_MAX: Final = 4 * 1024 * 1024
 DIGEST_BYTES: Final = 32
+SYNC_BYTES: Final = 4 * 1024 * 1024  # between two syncs of a file that is being written
 
 _MAGIC: Final = b"DENGSNAP"
 _PREFIX: Final = struct.Struct("<8sHII")
@@ -173,3 +174,20 @@ def sync_file(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class SyncedSteps:
+    """Syncs a large file every few MiB while it is written. One sync at the end would make the
+    log's next one, on the same disk, wait until all of it is out. Errors are those of the disk.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._unsynced_bytes = 0
+
+    def wrote(self, count: int) -> None:
+        self._unsynced_bytes += count
+        if self._unsynced_bytes >= SYNC_BYTES:
+            self._unsynced_bytes = 0
+            self._stream.flush()
+            os.fdatasync(self._stream.fileno())

@@ -28,7 +28,7 @@ from dengine.storage.snapshot_file import (
     snapshot_name,
     verify,
 )
-from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, damaged_snapshot
+from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, SyncedSteps, damaged_snapshot
 from dengine.storage.state_reader import StateReader, check_state
 
 CHECK_RATE: Final = 4  # times as fast as the file is written, the state may be checked
@@ -103,10 +103,12 @@ def unpack(file: Path, state: Path, progress: Progress) -> SnapshotInfo:
         state.mkdir(mode=0o700, parents=True)
         fd = os.open(state / DATA_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "wb") as stream:
+            steps = SyncedSteps(stream)
 
             def write(data: bytes) -> None:
                 try:
                     stream.write(data)
+                    steps.wrote(len(data))
                 except OSError as error:  # of this file, not of the one that is read
                     raise StorageIO(f"cannot write {state}: {error.strerror}") from error
 

@@ -62,7 +62,11 @@ class StateReader:
         self._path = path
         try:
             self._environment = lmdb.open(
-                str(path), map_size=MAP_BYTES, max_dbs=DATABASES_MAX, readonly=True
+                str(path),
+                map_size=MAP_BYTES,
+                mode=0o700,  # of the lock file, which this may be the first to make
+                max_dbs=DATABASES_MAX,
+                readonly=True,
             )
         except lmdb.Error as error:
             raise storage_error(error, path, _REMEDY) from error

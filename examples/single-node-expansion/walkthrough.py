@@ -29,6 +29,10 @@ ROOT = HERE.parent.parent
 STEP_S = 20.0  # the longest wait for one thing
 TOTAL_S = 90.0  # the longest walkthrough; it usually takes a third of that
 GAP_PROMISED_S = 5.0  # a pause in writes after the kill longer than this is a broken promise
+# For nodes that ask for a token (DENGINE__SECURITY__TOKEN_FILE), as `dengine` finds it.
+TOKEN_FILE = os.environ.get("DENGINE_TOKEN_FILE")
+TOKEN = Path(TOKEN_FILE).read_text("ascii").strip() if TOKEN_FILE else ""
+AUTHORIZATION = {"Authorization": f"Bearer {TOKEN}"} if TOKEN else {}
 T = TypeVar("T")
 started = time.monotonic()
 
@@ -83,7 +87,7 @@ def request(port: int, method: str, path: str, body: bytes | None = None) -> tup
     """One HTTP exchange with the node on `port`: (status, body)."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     with contextlib.closing(connection):
-        connection.request(method, path, body)
+        connection.request(method, path, body, AUTHORIZATION)
         response = connection.getresponse()
         return response.status, response.read()
 
@@ -198,7 +202,7 @@ class Client(threading.Thread):
             number = len(self.acknowledged) + 1
             key, value = f"orders/{number:06d}", f"order {number}"
             try:
-                link.request("PUT", f"/v1/kv/{key}", value.encode())
+                link.request("PUT", f"/v1/kv/{key}", value.encode(), AUTHORIZATION)
                 response = link.getresponse()
                 body = response.read()
             except (OSError, http.client.HTTPException) as error:
@@ -234,7 +238,7 @@ class MembershipReporter(threading.Thread):
     def run(self) -> None:
         link = http.client.HTTPConnection("127.0.0.1", self.node.port, timeout=TOTAL_S)
         with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(link):
-            link.request("GET", "/v1/cluster/watch")
+            link.request("GET", "/v1/cluster/watch", headers=AUTHORIZATION)
             for line in link.getresponse():
                 if line.startswith(b"data:"):
                     self.show(json.loads(line[5:]))

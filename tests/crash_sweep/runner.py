@@ -109,7 +109,7 @@ def walk(scenario: Scenario, site: Site, fault: Fault, occurrence: int, log: Pat
     log.unlink(missing_ok=True)
     # A node knows its files by names relative to where it was started.
     names = [file, file.relative_to(victim.cwd)]
-    children = site.who == "writer"
+    children = site.who == "writer" or site.new_thread
     injection = Injection(log, site.syscalls, names, fault, occurrence, children=children)
     try:
         if victim.running:
@@ -122,8 +122,11 @@ def walk(scenario: Scenario, site: Site, fault: Fault, occurrence: int, log: Pat
             f"{site.name} number {occurrence}, or the end of the path",
             POINT_DEADLINE_S,
         )
-        thread = injection.seen(victim.pid)
-        if thread:
+        reached = thread = injection.seen(victim.pid)
+        if fault is Fault.WRITER_KILLED and process_of(thread) == victim.pid:
+            reached = 0  # the subprocess is past it; the node does the same there, and stands still
+            victim.kill()
+        if reached:
             _carry_out(scenario, site, fault, thread, injection)
     finally:
         injection.detach(victim.pid)
@@ -131,7 +134,7 @@ def walk(scenario: Scenario, site: Site, fault: Fault, occurrence: int, log: Pat
         victim.kill()
     scenario.restart()
     scenario.check()
-    return bool(thread)
+    return bool(reached)
 
 
 def unlisted(scenario: Scenario, sites: Sequence[Site], log: Path) -> set[str]:
@@ -169,13 +172,15 @@ def _carry_out(
 ) -> None:
     """The rest of the fault, and how the node takes it."""
     victim = scenario.victim
-    process = process_of(thread)
+    # A thread of the node may be gone by now; what strace follows in the subprocess stands still
+    # or is at its end, and then it is not the node.
+    process = process_of(thread) or (victim.pid if site.who == "node" else 0)
     if fault is Fault.NODE_KILLED:
         victim.kill()
         if process:
             wait_gone(process)  # whichever it was: the subprocess dies with its node
         return
-    if fault is Fault.WRITER_KILLED and process != victim.pid:
+    if fault is Fault.WRITER_KILLED:
         os.kill(process, signal.SIGKILL)
     injection.detach(victim.pid)
     if process == victim.pid and site.ends:

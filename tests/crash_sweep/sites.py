@@ -28,6 +28,7 @@ class Site(NamedTuple):
         syscalls: as strace takes them.
         who: "writer" (the subprocess) or "node".
         about: occurrences to expect.
+        new_thread: done by a thread that may not be there yet when strace attaches.
         ends: what a node makes of an error here: True exits 74, False goes on, None either.
     """
 
@@ -36,6 +37,7 @@ class Site(NamedTuple):
     who: str = "writer"
     about: int = 1
     ends: bool | None = True
+    new_thread: bool = False
 
     @property
     def name(self) -> str:
@@ -53,7 +55,7 @@ TAKE: Final = (
     Site("partial", SYNCS),
     Site("partial", "rename"),
     Site("snapshots/", SYNCS),
-    Site("oldest snapshot", REMOVES, "node", ends=False),
+    Site("oldest snapshot", REMOVES, "node", ends=False, new_thread=True),
 )
 
 PURGE: Final = (

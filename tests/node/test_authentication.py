@@ -135,6 +135,8 @@ def test_nodes_without_the_same_secret_never_talk(
         ["short challenge"],
         ["challenge", "nothing"],
         ["garbage"],
+        ["long", "long"],
+        ["challenge", "long", "long"],
         ["text"],
         ["raft"],
         ["refused"],
@@ -154,6 +156,7 @@ def test_a_stranger_gets_nothing(frames: list[str], caplog: pytest.LogCaptureFix
                 "nothing": b"",
                 "garbage": b"\xff\xff",
                 "text": "text",
+                "long": RaftFrame((b"x" * 1_000_000,)),  # type: ignore[arg-type]
                 "raft": RaftFrame(()),
                 "refused": Refused("removed", "node 1 was removed"),
             }

@@ -1,0 +1,163 @@
+"""HTTP to a dengine cluster, for the modules: standard library only, honest about writes.
+
+A request goes to the first endpoint that answers. It is sent again, to the next one, only when it
+reads or when the answer says that it did nothing ("outcome": "none").
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.parse
+
+PAUSE_S = 0.2  # between two rounds over all endpoints
+
+API_SPEC = {
+    "endpoints": {"type": "list", "elements": "str", "required": True},
+    "token": {"type": "str", "no_log": True, "default": ""},
+    "request_timeout": {"type": "float", "default": 5.0},
+    "patience": {"type": "float", "default": 10.0},
+}
+
+
+class ApiError(Exception):
+    """The cluster refused, or nobody answered (`status` 0)."""
+
+    def __init__(self, message, status=0, name="unreachable", outcome="none", retryable=True):
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.name = name
+        self.outcome = outcome
+        self.retryable = retryable
+
+
+class Reply:
+    """One answer; `endpoint` is who gave it."""
+
+    def __init__(self, endpoint, status, headers, body):
+        self.endpoint = endpoint
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+    def json(self):
+        return json.loads(self.body.decode("utf-8"))
+
+
+def key_path(key):
+    """The request target of a single key; every byte of it survives the way."""
+    return "/v1/kv/" + urllib.parse.quote(key, safe="")
+
+
+def split_endpoint(endpoint):
+    """("host", port) of "host:port"; an IPv6 host stands in brackets."""
+    url = urllib.parse.urlsplit("//" + endpoint)
+    if not url.hostname or not url.port:
+        raise ApiError(f"{endpoint!r} is not an endpoint: write it like 192.168.1.10:9081")
+    return url.hostname, url.port
+
+
+class Client:
+    """The cluster as one addressable thing.
+
+    Args:
+        endpoints: "host:port", tried in this order.
+        patience: seconds in all for one call, every endpoint and repetition included.
+    """
+
+    def __init__(self, endpoints, token="", request_timeout=5.0, patience=10.0):
+        self.endpoints = list(endpoints)
+        self.request_timeout = request_timeout
+        self.patience = patience
+        self._token = token
+
+    @classmethod
+    def of(cls, params):
+        """From the parameters that every module shares."""
+        return cls(
+            params["endpoints"], params["token"], params["request_timeout"], params["patience"]
+        )
+
+    def only(self, endpoint, patience=0.0):
+        """The same for a single endpoint."""
+        return Client([endpoint], self._token, self.request_timeout, patience)
+
+    def open(self, endpoint, method, path, body=None, headers=None):
+        """(connection, response) of one exchange; the caller closes the connection."""
+        host, port = split_endpoint(endpoint)
+        connection = http.client.HTTPConnection(host, port, timeout=self.request_timeout)
+        sent = {"Dengine-Timeout-Ms": str(int(min(max(self.request_timeout, 0.1), 60) * 1000))}
+        if self._token:
+            sent["Authorization"] = "Bearer " + self._token
+        sent.update(headers or {})
+        try:
+            connection.request(method, path, body, sent)
+            return connection, connection.getresponse()
+        except BaseException:
+            connection.close()
+            raise
+
+    def get(self, path):
+        """The JSON body of a GET."""
+        return self.call("GET", path).json()
+
+    def call(self, method, path, body=None, headers=None, accept=()):
+        """One request to whoever answers; raises ApiError for everything but 2xx and `accept`.
+
+        A dict as `body` is sent as JSON.
+        """
+        headers = dict(headers or {})
+        if isinstance(body, dict):
+            body = json.dumps(body).encode("utf-8")
+            headers["Content-Type"] = "application/json"
+        deadline = time.monotonic() + self.patience
+        while True:
+            error = None
+            for endpoint in self.endpoints:
+                try:
+                    reply = self._once(endpoint, method, path, body, headers)
+                except (OSError, http.client.HTTPException) as failure:
+                    error = _unreachable(endpoint, method, failure)
+                else:
+                    if reply.status < 300 or reply.status in accept:
+                        return reply
+                    error = _refusal(reply)
+                if not (error.retryable and (method == "GET" or error.outcome == "none")):
+                    raise error
+            if error is None:
+                raise ApiError("no endpoint is given")
+            if time.monotonic() + PAUSE_S >= deadline:
+                raise error
+            time.sleep(PAUSE_S)
+
+    def _once(self, endpoint, method, path, body, headers):
+        connection, response = self.open(endpoint, method, path, body, headers)
+        try:
+            return Reply(endpoint, response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+
+def _unreachable(endpoint, method, failure):
+    refused = isinstance(failure, ConnectionRefusedError)
+    reason = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
+    outcome = "none" if refused or method == "GET" else "unknown"
+    return ApiError(f"{endpoint}: {reason}", outcome=outcome)
+
+
+def _refusal(reply):
+    try:
+        said = reply.json()
+    except ValueError:
+        said = {}
+    if not isinstance(said, dict):
+        said = {}
+    return ApiError(
+        "{}: {} ({})".format(reply.endpoint, said.get("message", "no reason given"), reply.status),
+        status=reply.status,
+        name=said.get("error", "http_error"),
+        outcome=said.get("outcome", "unknown"),
+        retryable=bool(said.get("retryable", reply.status == 503)),
+    )

@@ -1,0 +1,96 @@
+"""What one host says about its dengine: process, directory, file. Works on any Python 3.8."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+IDENTITY = "identity.json"
+
+
+def find_process(config):
+    """Pid and start time (clock ticks after boot) of `dengine serve --config <config>`, or None.
+
+    Looked up by what runs, never by a file that an earlier run wrote.
+    """
+    wanted = [b"serve", b"--config", os.fsencode(config)]
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                argv = file.read().split(b"\0")[:-1]
+            if argv[-3:] != wanted:
+                continue
+            with open(f"/proc/{name}/stat", encoding="utf-8") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:  # it has just ended, or is somebody else's
+            continue
+        if fields[0] not in ("Z", "X"):
+            return {"pid": int(name), "started": int(fields[19])}
+    return None
+
+
+def read_identity(directory):
+    """What `<data dir>/<node id>/identity.json` says, or {} where there is none."""
+    try:
+        with open(os.path.join(directory, IDENTITY), encoding="utf-8") as file:
+            found = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        return {"error": "it is not JSON"}
+    return found if isinstance(found, dict) else {"error": "it is not an object"}
+
+
+def is_empty(directory):
+    """No directory, or nothing in it but a lock."""
+    try:
+        return not set(os.listdir(directory)) - {"LOCK"}
+    except FileNotFoundError:
+        return True
+
+
+def digest(path):
+    """SHA-256 of a file, or "" where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError:
+        return ""
+
+
+def nearest(path):
+    """`path`, or its nearest ancestor that exists."""
+    path = os.path.abspath(path)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def mount_of(path):
+    """(mount point, file system type) of what holds `path`."""
+    path = os.path.realpath(nearest(path))
+    best = ("/", "")
+    with open("/proc/self/mounts", encoding="utf-8") as file:
+        for line in file:
+            _, point, kind = line.split()[:3]
+            point = point.encode().decode("unicode_escape")
+            inside = path == point or path.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= len(best[0]):
+                best = (point, kind)
+    return best
+
+
+def machine_id():
+    """Which machine this is; boot id where it has no name of its own."""
+    for path in ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"):
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        if text:
+            return text
+    return ""

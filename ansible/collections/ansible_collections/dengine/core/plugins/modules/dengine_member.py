@@ -1,0 +1,270 @@
+#!/usr/bin/python
+"""Ansible module: bring members to a state, and say how far they are."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: dengine_member
+short_description: Wait for, promote, change or remove members of a dengine cluster
+description:
+  - Nodes join by themselves as learners. This module follows them until they are what O(state)
+    says, promotes them when all are ready and the cluster's own policy has not done so, and removes
+    members for good.
+  - An action plugin of the same name runs the module again and again, shows a line of progress in
+    between, and fails when nothing moves for O(stall_timeout) seconds.
+extends_documentation_fragment: dengine.core.api
+options:
+  ids:
+    description: Node ids.
+    type: list
+    elements: int
+    required: true
+  state:
+    description:
+      - V(learner) is a member of any kind, V(ready) a learner that has caught up, or a voter.
+      - V(voter) is a voter of a membership that is not in the middle of a change.
+      - V(absent) was removed; its id never returns.
+      - V(present) changes address, zone or status of a member that is there.
+    type: str
+    choices: [learner, ready, voter, absent, present]
+    default: voter
+  expect_cluster_id:
+    description: Refuse to deal with any other cluster.
+    type: str
+    default: ''
+  address:
+    description: For O(state=present), the address that the others dial.
+    type: str
+  zone:
+    description: For O(state=present), the availability zone.
+    type: str
+  slice:
+    description: Seconds of waiting in one execution; the action plugin repeats executions.
+    type: float
+    default: 5.0
+  timeout:
+    description: Seconds of waiting in all.
+    type: float
+    default: 3600.0
+  stall_timeout:
+    description: Seconds without any progress after which to give up.
+    type: float
+    default: 60.0
+"""
+EXAMPLES = r"""
+- name: Nodes 2 and 3 vote
+  dengine.core.dengine_member:
+    endpoints: [10.0.0.1:9081]
+    ids: [2, 3]
+    state: voter
+
+- name: Node 3 is gone for good
+  dengine.core.dengine_member:
+    endpoints: [10.0.0.1:9081]
+    ids: [3]
+    state: absent
+"""
+RETURN = r"""
+before:
+  description: Voters and learners as they were.
+  type: dict
+  returned: always
+after:
+  description: Voters and learners as they are, or in check mode as they would be.
+  type: dict
+  returned: always
+done:
+  description: Whether O(state) is reached.
+  type: bool
+  returned: always
+progress:
+  description: One line for each id.
+  type: list
+  elements: str
+  returned: always
+"""
+
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dengine.core.plugins.module_utils.client import (
+    API_SPEC,
+    ApiError,
+    Client,
+)
+from ansible_collections.dengine.core.plugins.module_utils.view import (
+    newest,
+    progress_line,
+    progress_mark,
+    sets,
+)
+
+POLL_S = 0.2
+SELF_PROMOTION_S = 3.0  # so long the cluster's own policy goes first
+
+
+def reached(view, ids, state):
+    """Is every id what `state` says?"""
+    if state == "voter" and view["joint"]:
+        return False
+    for node_id in ids:
+        member = newest(view, node_id)
+        if state == "absent":
+            if member is not None:
+                return False
+        elif (
+            member is None
+            or (state == "voter" and member["status"] != "active")
+            or (state == "ready" and not (member["status"] == "active" or member["ready"]))
+        ):
+            return False
+    return True
+
+
+def predicted(view, ids, state):
+    """The member sets as they would be."""
+    found = sets(view)
+    if state == "absent":
+        return {kind: [i for i in found[kind] if i not in ids] for kind in found}
+    if state == "voter":
+        return {
+            "voters": sorted({*found["voters"], *ids}),
+            "learners": [i for i in found["learners"] if i not in ids],
+        }
+    new = [i for i in ids if i not in found["voters"]]
+    return {"voters": found["voters"], "learners": sorted({*found["learners"], *new})}
+
+
+def follow(client, view, ids, state, seconds):
+    """Wait until `state` is reached or `seconds` are over; returns the last view."""
+    deadline = time.monotonic() + seconds
+    ready_since = None
+    while not reached(view, ids, state) and time.monotonic() < deadline:
+        now = time.monotonic()
+        if state == "voter" and not view["joint"] and reached(view, ids, "ready"):
+            ready_since = ready_since or now
+            if now - ready_since >= SELF_PROMOTION_S:
+                ready_since = None
+                _promote(client, view, ids)
+        else:
+            ready_since = None
+        time.sleep(POLL_S)
+        view = client.get("/v1/cluster")
+    return view
+
+
+def _promote(client, view, ids):
+    waiting = [i for i in ids if newest(view, i)["status"] != "active"]
+    try:
+        client.call("POST", "/v1/cluster/promote", {"ids": waiting})
+    except ApiError as error:
+        if error.status != 409:  # not ready any more, or the policy was faster
+            raise
+
+
+def remove(client, view, ids):
+    """Remove those of `ids` that are members; returns the view afterwards."""
+    for node_id in ids:
+        if newest(view, node_id) is not None:
+            client.call("DELETE", f"/v1/cluster/members/{node_id}")
+    return client.get("/v1/cluster")
+
+
+def wrong_fields(view, params):
+    """What of address and zone differs, by node id. A missing member is an error."""
+    wanted = {k: params[k] for k in ("address", "zone") if params[k] is not None}
+    differing = {}
+    for node_id in params["ids"]:
+        member = newest(view, node_id)
+        if member is None:
+            raise ApiError(f"node {node_id} is not a member of this cluster")
+        change = {k: v for k, v in wanted.items() if member[k] != v}
+        if change:
+            differing[node_id] = change
+    return differing
+
+
+def apply_fields(client, differing):
+    for node_id, change in differing.items():
+        client.call("PUT", f"/v1/cluster/members/{node_id}", change)
+    return client.get("/v1/cluster")
+
+
+def run(module, client):
+    params = module.params
+    ids, state = params["ids"], params["state"]
+    view = client.get("/v1/cluster")
+    expected = params["expect_cluster_id"]
+    if expected and view["cluster_id"] != expected:
+        module.fail_json(
+            msg="this is cluster {}, not {}: correct the endpoints".format(
+                view["cluster_id"], expected
+            )
+        )
+    before = sets(view)
+    if state == "present":
+        differing = wrong_fields(view, params)
+        fields = ("address", "zone")
+        old = {i: {k: newest(view, i)[k] for k in fields} for i in differing}
+        new = {i: {**old[i], **change} for i, change in differing.items()}
+        if differing and not module.check_mode:
+            view = apply_fields(client, differing)
+        return {
+            "changed": bool(differing),
+            "before": before,
+            "after": sets(view),
+            "done": True,
+            "diff": {"before": old, "after": new},
+        }
+    if module.check_mode:
+        after = predicted(view, ids, state)
+        changed = after != before
+        done = True
+    else:
+        if state == "absent":
+            view = remove(client, view, ids)
+        else:
+            view = follow(client, view, ids, state, params["slice"])
+        after = sets(view)
+        changed = after != before
+        done = reached(view, ids, state)
+    return {
+        "changed": changed,
+        "before": before,
+        "after": after,
+        "done": done,
+        "diff": {"before": before, "after": after},
+        "progress": [progress_line(view, i) for i in ids],
+        "mark": progress_mark(view, ids),
+        "cluster": view,
+    }
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            **API_SPEC,
+            "ids": {"type": "list", "elements": "int", "required": True},
+            "state": {
+                "type": "str",
+                "default": "voter",
+                "choices": ["learner", "ready", "voter", "absent", "present"],
+            },
+            "expect_cluster_id": {"type": "str", "default": ""},
+            "address": {"type": "str"},
+            "zone": {"type": "str"},
+            "slice": {"type": "float", "default": 5.0},
+            "timeout": {"type": "float", "default": 3600.0},
+            "stall_timeout": {"type": "float", "default": 60.0},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        result = run(module, Client.of(module.params))
+    except ApiError as error:
+        module.fail_json(msg=error.message, outcome=error.outcome, error=error.name)
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+#!/usr/bin/python
+"""Ansible module: do all nodes agree?"""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: dengine_verify
+short_description: Check that all nodes of a dengine cluster agree, under load as well
+description:
+  - Compares every node's view, its members and zones, writes one canary key through each node and
+    reads it from all others, and compares the keys that the nodes hold.
+  - The canaries are the only thing that it writes; they always hold the same value and are left
+    alone when they do already.
+extends_documentation_fragment: dengine.core.api
+options:
+  voters:
+    description: Node ids that must be the voters.
+    type: list
+    elements: int
+    required: true
+  zones:
+    description: Zone by node id, as the inventory has them.
+    type: dict
+    default: {}
+  max_keys:
+    description: Most keys to compare on each node; 0 compares none.
+    type: int
+    default: 20000
+  canary_prefix:
+    description: Keys of the canaries begin with this. Empty writes none.
+    type: str
+    default: .dengine/canary/
+"""
+EXAMPLES = r"""
+- name: All three agree
+  dengine.core.dengine_verify:
+    endpoints: [10.0.0.1:9081, 10.0.0.2:9082, 10.0.0.3:9083]
+    voters: [1, 2, 3]
+"""
+RETURN = r"""
+problems:
+  description: One sentence for each thing that is not as it must be.
+  type: list
+  elements: str
+  returned: always
+compared_keys:
+  description: How many keys were compared on each node.
+  type: int
+  returned: always
+cluster:
+  description: The view of the first node.
+  type: dict
+  returned: always
+"""
+
+import http.client
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.dengine.core.plugins.module_utils.client import (
+    API_SPEC,
+    ApiError,
+    Client,
+    key_path,
+)
+from ansible_collections.dengine.core.plugins.module_utils.view import voters
+
+PAGE = 1000
+VALUE = b"dengine"
+
+
+def view_problems(views, wanted, zones):
+    """What is wrong with the membership, as every endpoint sees it."""
+    problems = []
+    first = next(iter(views.values()))
+    for endpoint, view in views.items():
+        if view["cluster_id"] != first["cluster_id"]:
+            problems.append(
+                "{} belongs to cluster {}, not {}".format(
+                    endpoint, view["cluster_id"], first["cluster_id"]
+                )
+            )
+        if voters(view) != sorted(wanted):
+            problems.append(f"{endpoint} sees the voters {voters(view)}, not {sorted(wanted)}")
+        if view["joint"]:
+            problems.append(f"{endpoint} sees a change of members under way")
+    for member in first["members"]:
+        zone = zones.get(str(member["id"]))
+        if zone is not None and member["zone"] != zone:
+            problems.append(
+                "node {} is in zone {!r}, the inventory says {!r}".format(
+                    member["id"], member["zone"], zone
+                )
+            )
+        if member["status"] == "active" and member["ready"] is False:
+            problems.append("node {}: {}".format(member["id"], member["reason"]))
+    tolerance = (len(wanted) - 1) // 2
+    if first["fault_tolerance"] < tolerance:
+        problems.append(
+            "only {} more voters may fail, not {}".format(first["fault_tolerance"], tolerance)
+        )
+    return problems
+
+
+def canary_problems(client, prefix):
+    """A key written through each node is read from all others."""
+    problems = []
+    for endpoint in client.endpoints:
+        path = key_path(prefix + endpoint)
+        writer = client.only(endpoint, client.patience)
+        if writer.call("GET", path, accept=(404,)).body != VALUE:
+            writer.call("PUT", path, VALUE)
+        for other in client.endpoints:
+            reply = client.only(other, client.patience).call("GET", path, accept=(404,))
+            if reply.status != 200 or reply.body != VALUE:
+                problems.append(f"what was written through {endpoint} is not there on {other}")
+    return problems
+
+
+def held(client, endpoint, max_keys):
+    """Revision by key of at most `max_keys` keys on one node, and where the listing ended."""
+    node, found, after = client.only(endpoint, client.patience), {}, ""
+    while True:
+        page = node.get(f"/v1/kv?limit={PAGE}&keys_only=true{after}")
+        for item in page["items"]:
+            name = item.get("key")
+            found[name if name is not None else item["key_base64"]] = item["mod_revision"]
+        if page["next"] is None:
+            return found, None
+        if len(found) >= max_keys:
+            return found, max(found)
+        after = "&after=" + page["next"]
+
+
+def data_problems(client, max_keys):
+    """Every node holds the same keys at the same revisions, while clients write.
+
+    Two listings are not of one moment, so a key that differs is looked up again on both nodes, with
+    reads that are linearizable: if it still differs without having changed, the nodes differ.
+    """
+    listings = {e: held(client, e, max_keys) for e in client.endpoints}
+    first, (reference, end) = next(iter(listings.items()))
+    problems = []
+    for endpoint, (found, own_end) in listings.items():
+        stop = min(x for x in (end, own_end, "\U0010ffff") if x is not None)
+        keys = [k for k in {*reference, *found} if k <= stop]
+        for key in sorted(k for k in keys if reference.get(k) != found.get(k)):
+            one, other = (_settled(client, e, key) for e in (first, endpoint))
+            if one != other and _settled(client, first, key) == one:
+                problems.append(f"{first} and {endpoint} differ at key {key!r}")
+                break
+    return problems, len(reference)
+
+
+def _settled(client, endpoint, key):
+    reply = client.only(endpoint, client.patience).call("GET", key_path(key), accept=(404,))
+    return reply.headers["ETag"] if reply.status == 200 else None
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            **API_SPEC,
+            "voters": {"type": "list", "elements": "int", "required": True},
+            "zones": {"type": "dict", "default": {}},
+            "max_keys": {"type": "int", "default": 20000, "no_log": False},
+            "canary_prefix": {"type": "str", "default": ".dengine/canary/"},
+        },
+        supports_check_mode=True,
+    )
+    params, client = module.params, Client.of(module.params)
+    views, problems, compared = {}, [], 0
+    for endpoint in client.endpoints:
+        try:
+            views[endpoint] = client.only(endpoint, client.patience).get("/v1/cluster")
+        except ApiError as error:
+            problems.append(error.message)
+    if views:
+        problems += view_problems(views, params["voters"], params["zones"])
+    if len(views) == len(client.endpoints):
+        try:
+            if params["canary_prefix"] and not module.check_mode:
+                problems += canary_problems(client, params["canary_prefix"])
+            if params["max_keys"]:
+                differing, compared = data_problems(client, params["max_keys"])
+                problems += differing
+        except (ApiError, OSError, http.client.HTTPException) as error:
+            problems.append(str(error))
+    # A canary is no change that an operator cares about: it never is one of their keys.
+    module.exit_json(
+        changed=False,
+        problems=problems,
+        compared_keys=compared,
+        cluster=next(iter(views.values()), {}),
+    )
+
+
+if __name__ == "__main__":
+    main()

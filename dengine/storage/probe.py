@@ -1,0 +1,52 @@
+"""Checks one state in a process of its own: `python -m dengine.storage.probe DIRECTORY`.
+
+LMDB believes its pages. One that a power loss has filled with something else can end the process
+that reads it, which must then not be the one that decides what to do about it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from dengine.errors import DataCorruption, FatalError, StorageIO
+from dengine.storage.environment import DATA_FILE
+from dengine.storage.state_reader import check_state
+from dengine.storage.state_store import StateStore
+
+
+def probe(path: Path) -> None:
+    """Check all of the state in directory `path`, which is a copy and may be changed.
+
+    Raises:
+        DataCorruption, StorageIO: as `check_state`.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "dengine.storage.probe", str(path)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if done.returncode == StorageIO.exit_code:
+        raise StorageIO(done.stdout.strip())
+    if done.returncode == DataCorruption.exit_code:
+        raise DataCorruption(done.stdout.strip(), file=str(path))
+    if done.returncode:
+        raise DataCorruption(f"{path / DATA_FILE} is damaged: LMDB cannot read it", file=str(path))
+
+
+def _main(path: Path) -> int:
+    try:
+        StateStore(path).close()  # its file gets all the pages it should have
+        check_state(path)
+    except FatalError as error:
+        print(error.message)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(Path(sys.argv[1])))

@@ -1,0 +1,165 @@
+"""The subprocess that writes snapshots, attacked while clients write: only that snapshot fails."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import psutil
+import pytest
+
+from dengine.node.writer_process import STALL_S
+from tests.cluster import Cluster, ServeProcess, Writer, static_cluster, wait_for
+
+FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))
+# As slow as can be, so that there is time to attack: half a megabyte takes about five seconds.
+SLOW = """
+[raft.snapshot]
+chunk_bytes = 4096
+max_bytes_per_s = 65536
+"""
+VALUE = "x" * 2000
+KEYS = 150
+
+
+class Attack:
+    """Three nodes under load; the leader takes a snapshot, slowly."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = static_cluster(cluster, 1, 2, 3, extra=SLOW)
+        self.leader = cluster.wait_leader()
+        for key in range(KEYS):
+            assert self.leader.put(f"filled/{key}", VALUE).ok
+        self.term = self.leader.status()["term"]
+        self.writers = [Writer(node, f"w{i}").start() for i, node in cluster.nodes.items()]
+        for writer in self.writers:
+            writer.wait_more(10)
+        self.subprocess = self.take()
+
+    def take(self) -> psutil.Process:
+        """Have the leader begin; the subprocess, once it writes."""
+        node = self.leader
+        reply = node.request("POST", "/v1/snapshots", b"", {"Dengine-Timeout-Ms": "100"})
+        assert reply.status == 202, reply
+        wait_for(lambda: list(partials(node)), "a partial file")
+        wait_for(lambda: next(iter(partials(node))).stat().st_size, "some of it on disk")
+        (child,) = psutil.Process(node.pid).children()
+        return child
+
+    def survived(self) -> None:
+        """No election, no failed write, nothing left over; the next snapshot succeeds."""
+        dead = self.subprocess.pid
+        wait_for(lambda: snapshots(self.leader)["failures"], "the failure to be counted")
+        wait_for(lambda: not psutil.pid_exists(dead), "no zombie")
+        wait_for(lambda: not list(partials(self.leader)), "the partial file to be removed")
+        wait_for(lambda: str(dead) not in readers(self.leader), "its reader to be released")
+        for writer in self.writers:
+            writer.wait_more(20)
+        self.take()
+        wait_for(lambda: snapshots(self.leader)["taken"], "the next snapshot", 60)
+        for writer in self.writers:
+            assert not writer.stop().failures
+        assert {node.status()["term"] for node in self.cluster.running()} == {self.term}
+        self.cluster.assert_everywhere(*self.writers)
+        assert "Traceback" not in self.leader.output()
+
+
+def partials(node: ServeProcess) -> list[Path]:
+    return list((node.directory / "snapshots").glob("*.partial"))
+
+
+def snapshots(node: ServeProcess) -> dict[str, Any]:
+    view: dict[str, Any] = node.call("GET", "/v1/snapshots").json()
+    return view
+
+
+def readers(node: ServeProcess) -> list[str]:
+    """The processes that LMDB keeps pages of the state for."""
+    current = (node.directory / "CURRENT").read_text(encoding="utf-8").strip()
+    path = str(node.directory / current)
+    with lmdb.open(path, readonly=True, map_size=1 << 40) as state:
+        return [line.split()[0] for line in state.readers().splitlines()[1:] if line.split()]
+
+
+def kill(process: psutil.Process) -> None:
+    process.kill()
+
+
+def starve(process: psutil.Process) -> None:
+    """No further page of memory for it."""
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (1, 1))
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("attack", [kill, starve])
+def test_a_killed_or_starved_writer_costs_one_snapshot(
+    cluster: Cluster, attack: Callable[[psutil.Process], None]
+) -> None:
+    """kill -9 of the subprocess, or no memory for it, while clients write through every node."""
+    stage = Attack(cluster)
+    attack(stage.subprocess)
+    stage.survived()
+
+
+@pytest.mark.skipif(not FULL, reason="takes as long as the real limit: make crash-sweep")
+@pytest.mark.timeout(240)
+def test_a_writer_that_stands_still_is_noticed(cluster: Cluster) -> None:
+    """A stopped subprocess holds pages of the state: it is ended after the limit."""
+    stage = Attack(cluster)
+    stage.subprocess.suspend()
+    wait_for(
+        lambda: "gave no sign of life" in stage.leader.output(), "the limit to pass", STALL_S + 15
+    )
+    stage.survived()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_writer_dies_with_its_node(cluster: Cluster, stopped: bool) -> None:
+    """kill -9 of the node ends the subprocess too, even one that is stopped."""
+    stage = Attack(cluster)
+    if stopped:
+        stage.subprocess.suspend()
+    stage.leader.kill()
+    wait_for(lambda: ended(stage.subprocess), "the subprocess to be gone", 5)
+    stage.leader.start()
+    wait_for(lambda: not partials(stage.leader), "the partial file to be removed")
+    for writer in stage.writers:
+        writer.stop()
+    cluster.wait_leader()
+    cluster.assert_everywhere(*stage.writers)
+
+
+def ended(process: psutil.Process) -> bool:
+    """Gone, or waiting for whoever adopted it."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.timeout(180)
+def test_a_killed_writer_does_not_make_the_state_grow(cluster: Cluster) -> None:
+    """LMDB keeps what a reader can see; once it is dead, overwriting the same keys reuses it."""
+    stage = Attack(cluster)
+    for writer in stage.writers:
+        writer.stop()
+    os.kill(stage.subprocess.pid, signal.SIGKILL)
+    wait_for(lambda: snapshots(stage.leader)["failures"], "the failure to be counted")
+
+    def overwrite() -> int:
+        for key in range(KEYS):
+            assert stage.leader.put(f"filled/{key}", VALUE).ok
+        return int(state_file(stage.leader).stat().st_size)
+
+    first = overwrite()
+    assert [overwrite() for _ in range(3)][-1] <= first + 128 * 1024
+
+
+def state_file(node: ServeProcess) -> Path:
+    current = (node.directory / "CURRENT").read_text(encoding="utf-8").strip()
+    return node.directory / current / "data.mdb"

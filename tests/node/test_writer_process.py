@@ -1,0 +1,78 @@
+"""The owner of the snapshot writer, with a subprocess that behaves badly in its place."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from dengine.errors import DataCorruption, FatalError, TryAgain
+from dengine.node import writer_process
+from dengine.node.writer_process import WriterProcess
+from dengine.storage.snapshot_jobs import Verify
+
+
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> FatalError:
+    """What becomes of a job when the subprocess is this shell script, with a limit of 0.5 s."""
+    program = tmp_path / "writer"
+    program.write_text(f"#!/bin/sh\ncat > /dev/null\necho $$ > {tmp_path}/pid\n{script}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(writer_process, "STALL_S", 0.5)
+
+    async def job() -> FatalError:
+        with pytest.raises(FatalError) as caught:
+            await WriterProcess().run(Verify("file", 1), lambda done, total: None)
+        return caught.value
+
+    error = asyncio.run(job())
+    pid = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)  # neither it nor a zombie of it is left
+    return error
+
+
+def test_a_silent_one_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a sign of life for the limit it is killed, and the job may be tried again."""
+    error = run(monkeypatch, tmp_path, "exec sleep 60")
+    assert isinstance(error, TryAgain)
+    assert "no sign of life" in error.message
+
+
+def test_one_that_is_stopped_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SIGSTOP looks like silence, and SIGKILL ends a stopped process as well."""
+    assert "no sign of life" in run(monkeypatch, tmp_path, "kill -STOP $$").message
+
+
+def test_one_that_says_it_is_done_and_stays_is_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its last word does not make it hold anything for ever."""
+    failed = '{"type":"Failed","exit_code":65,"message":"rotten"}'
+    error = run(monkeypatch, tmp_path, f"echo '{failed}'\nexec sleep 60")
+    assert "no sign of life" in error.message
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "message"),
+    [
+        ("kill -KILL $$", TryAgain, "signal SIGKILL"),
+        ("exit 3", TryAgain, "exit code 3"),
+        ("echo nonsense", TryAgain, "nonsense"),
+        ('echo \'{"type":"Failed","exit_code":65,"message":"rotten"}\'', DataCorruption, "rotten"),
+    ],
+)
+def test_every_bad_end_has_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    script: str,
+    kind: type[FatalError],
+    message: str,
+) -> None:
+    """The error says how it ended, and its class whether another attempt helps."""
+    error = run(monkeypatch, tmp_path, script)
+    assert isinstance(error, kind)
+    assert message in error.message

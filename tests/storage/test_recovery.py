@@ -1,0 +1,266 @@
+"""What a start makes of each directory it may find, also after a crash between any two steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from dengine.errors import DataCorruption
+from dengine.raft.types import HardState, LogId, MemberId
+from dengine.storage.directory import DataDirectory
+from dengine.storage.log_store import LogStore
+from dengine.storage.recovery import Stores, open_stores
+from dengine.storage.snapshots import list_files, unpack
+from dengine.storage.state_store import StateStore
+from tests.storage.states import (
+    OTHER,
+    everything,
+    keys_of,
+    lived,
+    me,
+    membership,
+    purge,
+    put,
+    snapshot_at,
+)
+
+
+def restarted(directory: DataDirectory) -> DataDirectory:
+    """Another process opens the directory."""
+    directory.close()
+    return DataDirectory.open(directory.path.parent, 1)
+
+
+def lose_power(directory: DataDirectory) -> None:
+    """Nothing says any more that the state can be trusted."""
+    (directory.path / "RUN").unlink(missing_ok=True)
+    (directory.path / "CLEAN").unlink(missing_ok=True)
+
+
+def rot(file: Path) -> None:
+    """The tree of an LMDB file is gone; both meta pages are there."""
+    with file.open("r+b") as stream:
+        stream.seek(8192)
+        stream.write(b"\x00" * max(0, file.stat().st_size - 8192))
+
+
+def opened(directory: DataDirectory, check: Callable[[Stores], None]) -> None:
+    stores = open_stores(directory)
+    try:
+        check(stores)
+    finally:
+        stores.state.close()
+        stores.log.close()
+
+
+def has(applied: int, last: int, first: int = 1) -> Callable[[Stores], None]:
+    def check(stores: Stores) -> None:
+        assert stores.state.applied.index == applied
+        assert (stores.log.first_index(), stores.log.last_index()) == (first, last)
+        assert keys_of(stores.state) == [b"k%03d" % n for n in range(2, applied + 1)]
+        if first - 1 <= applied < last:
+            stores.state.apply(stores.log.entries(applied + 1, last + 1, 2**30))
+
+    return check
+
+
+def test_a_trusted_state_is_opened_as_it_is(tmp_path: Path) -> None:
+    """After a kill the state is that of the moment, and after a clean stop too."""
+    directory = restarted(lived(tmp_path, 9, applied=7))
+    opened(directory, has(7, 9))
+    directory.mark_clean()
+    directory = restarted(directory)
+    opened(directory, has(9, 9))
+    assert directory.state_path().name == "state-1"
+    directory.close()
+
+
+def test_without_trust_or_snapshot_the_log_builds_it_again(tmp_path: Path) -> None:
+    """A power loss costs the state, and no entry."""
+    directory = lived(tmp_path, 9)
+    lose_power(directory)
+    directory = restarted(directory)
+    opened(directory, has(0, 9))
+    opened(directory, has(9, 9))
+    directory.close()
+
+
+def test_a_damaged_state_is_built_again(tmp_path: Path) -> None:
+    """Rot in the state of a node that was only killed."""
+    directory = lived(tmp_path, 9)
+    rot(directory.state_path() / "data.mdb")
+    directory = restarted(directory)
+    opened(directory, has(0, 9))
+    directory.close()
+
+
+def test_the_newest_sound_snapshot_in_the_log_is_used(tmp_path: Path) -> None:
+    """A damaged one is put aside, one of another history is left alone."""
+    directory = lived(tmp_path, 30)
+    for index in (10, 20, 25):
+        snapshot_at(directory, index)
+    foreign = directory.snapshots_path / "snapshot-7-28.dsnap"
+    shutil.copy(directory.snapshots_path / "snapshot-1-25.dsnap", foreign)
+    newest = directory.snapshots_path / "snapshot-1-25.dsnap"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    purge(directory, 12)
+    lose_power(directory)
+    directory = restarted(directory)
+    opened(directory, has(20, 30, first=13))
+    assert [f.name for f in list_files(directory.snapshots_path)] == [
+        "snapshot-1-10.dsnap",
+        "snapshot-1-20.dsnap",
+        "snapshot-7-28.dsnap",
+    ]
+    assert newest.with_name(newest.name + ".damaged").exists()
+    opened(directory, has(30, 30, first=13))
+    directory.close()
+
+
+def test_a_lost_state_waits_for_the_others(tmp_path: Path) -> None:
+    """Nothing reaches the beginning of the log: the other members have a snapshot."""
+    directory = lived(tmp_path, 30, others=[OTHER])
+    purge(directory, 12)
+    lose_power(directory)
+    directory = restarted(directory)
+    opened(directory, has(0, 30, first=13))
+    directory.close()
+
+
+@pytest.mark.parametrize("damage", ["state lost", "log", "log and state lost", "log missing tree"])
+def test_alone_a_person_decides_and_nothing_is_destroyed(tmp_path: Path, damage: str) -> None:
+    """A single node that cannot recover says so at each start, and leaves all of it in place."""
+    directory = lived(tmp_path, 30)
+    snapshot_at(directory, 8)
+    purge(directory, 12)
+    state = directory.state_path()
+    before = everything(state)
+    if "state lost" in damage:
+        lose_power(directory)
+    if "log" in damage:
+        rot(directory.log_path / "data.mdb")
+    for _ in range(3):
+        directory = restarted(directory)
+        with pytest.raises(DataCorruption, match="dengine repair --accept-data-loss") as caught:
+            open_stores(directory)
+        assert caught.value.exit_code == 65
+        assert everything(state) == before
+    directory.close()
+
+
+def test_a_state_older_than_the_log_is_built_again(tmp_path: Path) -> None:
+    """An old copy of the state beside a log that was purged further."""
+    directory = lived(tmp_path, 30, applied=5, others=[OTHER])
+    snapshot_at(directory, 20)
+    purge(directory, 15)
+    directory = restarted(directory)
+    opened(directory, has(20, 30, first=16))
+    directory.close()
+
+
+@pytest.mark.parametrize("source", ["state", "snapshot"])
+def test_with_others_a_damaged_log_is_replaced(tmp_path: Path, source: str) -> None:
+    """The promises of the old log are broken: it goes on as another incarnation, with its data."""
+    directory = lived(tmp_path, 30, others=[OTHER])
+    snapshot_at(directory, 20)
+    old = directory.identity
+    if source == "snapshot":
+        lose_power(directory)
+    rot(directory.log_path / "data.mdb")
+    directory = restarted(directory)
+    applied = 30 if source == "state" else 20
+    opened(directory, has(applied, applied, first=applied + 1))
+    assert directory.identity.incarnation != old.incarnation
+    assert (directory.path / "log.damaged" / "data.mdb").exists()
+    again = directory.identity
+    directory = restarted(directory)
+    opened(directory, has(applied, applied, first=applied + 1))
+    assert directory.identity == again
+    directory.close()
+
+
+def test_a_log_older_than_the_state_is_replaced(tmp_path: Path) -> None:
+    """Somebody put back an old copy of the log: what it promised since cannot be known."""
+    directory = lived(tmp_path, 9, others=[OTHER])
+    copy = tmp_path / "copy"
+    shutil.copytree(directory.log_path, copy)
+    with (
+        closing(LogStore(directory.log_path)) as log,
+        closing(StateStore(directory.state_path())) as state,
+    ):
+        log.save(HardState(1, None, 10), [put(10)])
+        state.apply([put(10)])
+    shutil.rmtree(directory.log_path)
+    copy.rename(directory.log_path)
+    old = directory.identity.incarnation
+    directory = restarted(directory)
+    opened(directory, has(10, 10, first=11))
+    assert directory.identity.incarnation != old
+    directory.close()
+
+
+@pytest.mark.parametrize("crash_after", ["unpack", "adopt", "reset", "running", "finish"])
+def test_an_install_is_done_or_not(tmp_path: Path, crash_after: str) -> None:
+    """A crash between any two steps leaves the old state or the new one, with its log."""
+    source = lived(tmp_path / "source", 30, others=[OTHER])
+    file = snapshot_at(source, 25).path
+    source.close()
+    directory = lived(tmp_path / "target", 9, others=[OTHER])
+    path = directory.next_state_path()
+    info = unpack(file, path, lambda done, total: None)
+    steps: dict[str, Callable[[], object]] = {
+        "unpack": lambda: None,
+        "adopt": lambda: directory.adopt_state(path),
+        "reset": lambda: reset(directory, info.header.log_id),
+        "running": directory.mark_running,
+        "finish": directory.finish_install,
+    }
+    for name, step in steps.items():
+        step()
+        if name == crash_after:
+            break
+    directory = restarted(directory)
+    for _ in range(2):
+        if crash_after == "unpack":
+            opened(directory, has(9, 9))
+        else:
+            opened(directory, has(25, 25, first=26))
+        assert not directory.installing
+        directory = restarted(directory)
+    assert len(list(directory.path.glob("state-*"))) == 1
+    directory.close()
+
+
+def reset(directory: DataDirectory, base: LogId) -> None:
+    with closing(LogStore(directory.log_path)) as log:
+        log.reset(HardState(1, None, base.index), base, membership(me(directory), OTHER))
+
+
+@pytest.mark.parametrize("crash_after", ["reincarnate", "new log", "aside", "in place"])
+def test_a_log_is_replaced_or_not(tmp_path: Path, crash_after: str) -> None:
+    """A crash between any two steps of the replacement ends in the same directory."""
+    directory = lived(tmp_path, 30, others=[OTHER])
+    rot(directory.log_path / "data.mdb")
+    old = directory.identity.incarnation
+    directory.reincarnate()
+    new = directory.path / "log.new"
+    if crash_after != "reincarnate":
+        with closing(LogStore(new)) as log:
+            log.reset(HardState(1, None, 30), LogId(30, 1), membership(MemberId(1, old), OTHER))
+    if crash_after in ("aside", "in place"):
+        os.rename(directory.log_path, directory.path / "log.damaged")
+    if crash_after == "in place":
+        os.rename(new, directory.log_path)
+    directory = restarted(directory)
+    for _ in range(2):
+        opened(directory, has(30, 30, first=31))
+        assert directory.identity.incarnation != old
+        assert (directory.path / "log.damaged").exists()
+        assert not new.exists()
+        directory = restarted(directory)
+    directory.close()

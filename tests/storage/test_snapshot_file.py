@@ -1,0 +1,155 @@
+"""The `.dsnap` file: what goes in comes out, and whatever else it is, is found out."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dengine.errors import DataCorruption, StorageIO
+from dengine.raft.types import LogId, MemberId
+from dengine.storage.snapshot_file import (
+    SnapshotHeader,
+    SnapshotInfo,
+    SnapshotWriter,
+    parse_name,
+    publish,
+    read_header,
+    read_ref,
+    snapshot_name,
+    verify,
+)
+from dengine.storage.snapshot_frames import sound_prefix
+from tests.storage.states import membership
+
+HEADER = SnapshotHeader(
+    cluster_id="c-1",
+    node_id=3,
+    index=12,
+    term=4,
+    revision=9,
+    state_hash=bytes(range(16)),
+    membership=membership(MemberId(1, 11)),
+    records=5,
+    taken_at_s=1_700_000_000,
+)
+
+
+def written(path: Path, pieces: list[bytes], chunk_bytes: int) -> SnapshotInfo:
+    writer = SnapshotWriter(path, HEADER, chunk_bytes)
+    for piece in pieces:
+        writer.write(piece)
+    return writer.finish()
+
+
+@settings(max_examples=40)
+@given(st.lists(st.binary(max_size=300), max_size=8), st.integers(1, 200))
+def test_what_was_written_is_read(pieces: list[bytes], chunk_bytes: int) -> None:
+    """Header and data come back whatever pieces and chunks they went in by."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "s.dsnap"
+        info = written(path, pieces, chunk_bytes)
+        data = bytearray()
+        assert verify(path, data.extend) == info
+        assert bytes(data) == b"".join(pieces)
+        assert info.header == read_header(path) == HEADER
+        assert info.ref == read_ref(path)
+        assert info.size_bytes == path.stat().st_size
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert list(Path(directory).iterdir()) == [path]
+
+
+@pytest.fixture(scope="module")
+def sound() -> bytes:
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "s.dsnap"
+        written(path, [bytes(range(256)) * 4], 100)
+        return path.read_bytes()
+
+
+def is_refused(data: bytes) -> DataCorruption:
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "s.dsnap"
+        path.write_bytes(data)
+        with pytest.raises(DataCorruption) as caught:
+            verify(path)
+        assert str(path) in caught.value.message
+        assert path.read_bytes() == data
+        return caught.value
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_any_flipped_byte_is_found(sound: bytes, data: st.DataObject) -> None:
+    """No single byte of a file can change without being noticed."""
+    at = data.draw(st.integers(0, len(sound) - 1))
+    mask = data.draw(st.integers(1, 255))
+    is_refused(sound[:at] + bytes([sound[at] ^ mask]) + sound[at + 1 :])
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_any_truncation_is_found(sound: bytes, data: st.DataObject) -> None:
+    """A file that was cut off anywhere is no snapshot; what is kept of it is sound."""
+    cut = sound[: data.draw(st.integers(0, len(sound) - 1))]
+    is_refused(cut)
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "s.partial"
+        path.write_bytes(cut)
+        kept = sound_prefix(path)
+        assert kept <= len(cut)
+        path.write_bytes(sound[:kept])
+        assert sound_prefix(path) == kept
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_only_the_sound_beginning_of_a_partial_file_is_kept(
+    sound: bytes, data: st.DataObject
+) -> None:
+    """After a transfer that went wrong, everything up to the damage is used again."""
+    at = data.draw(st.integers(0, len(sound) - 1))
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "s.partial"
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+        kept = sound_prefix(path)
+        assert sound[:kept] == path.read_bytes()[:kept]
+        # The trailer is no chunk: it is checked by `verify` only.
+        assert kept <= at or at >= len(sound) - 56
+
+
+def test_other_files_are_named_for_what_they_are(sound: bytes, tmp_path: Path) -> None:
+    """A newer format, a foreign file, one that goes on, one that is not there."""
+    assert "format 2" in is_refused(sound[:8] + b"\x02\x00" + sound[10:]).message
+    assert "not a dengine snapshot" in is_refused(b"").message
+    assert "not a dengine snapshot" in is_refused(b"PK\x03\x04" * 99).message
+    assert "goes on after its end" in is_refused(sound + b"x").message
+    assert "not a dengine snapshot" in is_refused(b"x" + sound).message
+    with pytest.raises(StorageIO, match="No such file"):
+        verify(tmp_path / "absent")
+    with pytest.raises(StorageIO, match="Is a directory"):
+        read_header(tmp_path)
+
+
+def test_a_file_is_published_only_as_what_it_should_be(sound: bytes, tmp_path: Path) -> None:
+    """A sound file with another SHA-256 never takes the name of the one that was asked for."""
+    partial, path = tmp_path / "p.partial", tmp_path / snapshot_name(LogId(12, 4))
+    partial.write_bytes(sound)
+    with pytest.raises(DataCorruption, match="not the file it should be"):
+        publish(partial, path, "0" * 64)
+    assert list(tmp_path.iterdir()) == []
+    assert parse_name(path.name) == LogId(12, 4)
+    assert parse_name("snapshot-4-12.dsnap.partial") is None
+
+
+def test_an_abandoned_file_is_gone(tmp_path: Path) -> None:
+    """Nothing is left of a snapshot that was given up."""
+    writer = SnapshotWriter(tmp_path / "s.dsnap", HEADER, 10)
+    writer.write(b"x" * 25)
+    assert writer.data_bytes == 25
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
