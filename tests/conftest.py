@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 
 # The lowest layer first: a broken quorum function is easier to read than a broken cluster.
-LAYERS = ("raft", "kv", "storage", "node", "api", "integration")
+LAYERS = ("raft", "kv", "storage", "node", "api", "integration", "lab")
 
 # The machine is shared, so time per example means nothing; a failure prints how to repeat it.
 hypothesis.settings.register_profile("dengine", deadline=None, print_blob=True)
