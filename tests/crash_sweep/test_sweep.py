@@ -32,7 +32,7 @@ def _name(path: str, site: Site, fault: Fault) -> str:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("path", "site", "fault"),
-    [pytest.param(*case, id=_name(*case)) for case in (ALL if FULL else ())],
+    [pytest.param(*case, id=_name(*case)) for case in ALL],
 )
 def test_every_point(
     stage: Stage, capsys: pytest.CaptureFixture[str], path: str, site: Site, fault: Fault
