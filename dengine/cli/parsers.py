@@ -89,6 +89,9 @@ def add_snapshot_commands(
         "--endpoint", action="append", default=[], metavar="HOST:PORT", help="a node; repeats"
     )
     client.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="holds the token that the cluster asks for"
+    )
+    client.add_argument(
         "--timeout",
         type=arguments.seconds,
         default=SNAPSHOT_S,
