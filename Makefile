@@ -59,8 +59,7 @@ lab-down: ## Remove the lab without a trace; only the cached box stays
 
 # A playbook on the lab, from inside its network. From there no index can be reached: what the
 # machines get is built before, and found to be up to date.
-in_lab = test ! -e ansible/$(1) || \
-	scripts/build-wheelhouse inventories/vagrant/.dengine/wheelhouse/cp311-$$(uname -m) --python 3.11 --arch $$(uname -m) && \
+in_lab = scripts/build-wheelhouse inventories/vagrant/.dengine/wheelhouse/cp311-$$(uname -m) --python 3.11 --arch $$(uname -m) && \
 	scripts/lab exec $(VENV)/bin/ansible-playbook -i inventories/vagrant ansible/$(1)
 
 lock: $(STAMP) ## Pin the newest dependencies for the release (with Python 3.11)

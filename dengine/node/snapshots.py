@@ -43,6 +43,7 @@ from dengine.storage.state_store import StateStore
 log = logging.getLogger("dengine.snapshots")
 
 POLL_S = 1.0
+WAITING_MS = 5000  # a member that waits for its turn asks more often
 RETRY_S_MIN, RETRY_S_MAX = 1.0, 60.0
 GROWTH_BYTES_MIN = 1024 * 1024 * 1024  # by so much a state may grow behind the writer's reader
 AGE_S_MIN = 120.0  # so old may the reader of even the smallest state become
@@ -443,15 +444,31 @@ class Snapshots:
 
 
 class SnapshotTurn:
-    """Two members never take a snapshot at once, unless the leader changes: it alone remembers."""
+    """Two members never take a snapshot at once, unless the leader changes: it alone remembers.
+
+    Whoever has waited longest is next. Else a member that is due again as soon as it is done would
+    keep the turn, and the logs of the others would grow for ever.
+    """
 
     def __init__(self) -> None:
         self._holder = 0
         self._until_ms = 0
+        self._waiting: dict[int, int] = {}  # when each asked last; who has waited longest first
 
     def grant(self, node_id: int, now_ms: int, for_ms: int) -> bool:
         """Let `node_id` have the turn for `for_ms` from now on; 0 ends it."""
-        if node_id != self._holder and now_ms < self._until_ms:
-            return False
+        held = now_ms < self._until_ms
+        if not for_ms:
+            self._waiting.pop(node_id, None)
+            if node_id == self._holder:
+                self._until_ms = now_ms
+            return True
+        if not held or node_id != self._holder:
+            self._waiting[node_id] = now_ms
+            asking = {n: at for n, at in self._waiting.items() if now_ms - at <= WAITING_MS}
+            self._waiting = asking
+            if held or next(iter(asking)) != node_id:
+                return False
+            del asking[node_id]
         self._holder, self._until_ms = node_id, now_ms + for_ms
         return True

@@ -118,11 +118,12 @@ def walk(scenario: Scenario, site: Site, fault: Fault, occurrence: int, log: Pat
             victim.prefix = injection.prefix
         scenario.go()
         wait_for(
-            lambda: injection.seen(victim.pid) or scenario.done(),
+            lambda: injection.seen(victim.pid) or not victim.running or scenario.done(),
             f"{site.name} number {occurrence}, or the end of the path",
             POINT_DEADLINE_S,
         )
         reached = thread = injection.seen(victim.pid)
+        assert thread or victim.running, f"it ended for another reason: {victim.lines()[-1]}"
         if fault is Fault.WRITER_KILLED and process_of(thread) == victim.pid:
             reached = 0  # the subprocess is past it; the node does the same there, and stands still
             victim.kill()

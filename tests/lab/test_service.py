@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from dengine import __version__
-from tests.cluster import ROOT, wait_for
+from tests.cluster import wait_for
 from tests.lab.machines import Machine
 
 EXPOSURE_MAX = 1.5
@@ -249,10 +249,6 @@ def test_an_interrupt_is_a_clean_end_too(node: Machine) -> None:
     assert node.unit()["NRestarts"] == "0"
 
 
-@pytest.mark.skipif(
-    not (ROOT / "dengine" / "cli" / "snapshots.py").exists(),
-    reason="this version has no `dengine snapshot save` yet",
-)
 def test_backups_are_made_and_the_oldest_go(node: Machine) -> None:
     """The timer's service saves a verified snapshot, keeps the newest and removes old leftovers."""
     assert node.request("PUT", "/v1/kv/color", b"blue").ok
