@@ -114,9 +114,8 @@ def run(directory: Path) -> int:
     say(summary(directory / "reports" / "expand.md"))
     say()
     say(f"voters over time   {' -> '.join(str(set(v)) for v in watch.voters())}")
-    say(
-        f"writes             {len(writer.acknowledged)} acknowledged, {len(writer.failures)} failed"
-    )
+    acknowledged, failed = len(writer.acknowledged), len(writer.failures)
+    say(f"writes             {acknowledged} acknowledged, {failed} failed")
     latencies = sorted(writer.latencies_ms) or [0.0]
     say(f"latency            p99 {latencies[len(latencies) * 99 // 100]:.1f} ms")
     for failure in writer.failures[:3]:
