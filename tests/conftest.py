@@ -12,7 +12,11 @@ import pytest
 
 # The lowest layer first: a broken quorum function is easier to read than a broken cluster.
 LAYERS = ("raft", "kv", "storage", "node", "api", "integration", "crash_sweep", "ansible", "lab")
-FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # `make crash-sweep`
+FULL_TARGETS = (
+    "DENGINE_CRASH_SWEEP",
+    "DENGINE_ANSIBLE_FULL",
+)  # make crash-sweep, make ansible-full
+FULL = any(os.environ.get(name) for name in FULL_TARGETS)
 # Here everything can be installed and every right is there, so nothing has a reason to be skipped.
 MAY_NOT_SKIP = (
     os.geteuid() == 0

@@ -1,4 +1,4 @@
-"""The pure part of the playbooks: what an inventory may not be, and what follows from what is seen."""
+"""The pure part of the playbooks: what an inventory may not be, what follows from what is seen."""
 
 from __future__ import annotations
 
@@ -239,10 +239,11 @@ def test_growing_does_not_shrink() -> None:
 def test_ways_are_judged_in_both_directions() -> None:
     nodes = plan.topology(HOSTS, hostvars())
     good = {"error": "", "rtt_ms": 0.4, "rtt_p99_ms": 0.5, "offset_ms": 3}
+    late = {**good, "offset_ms": -900}
     ways = {
         "n1": {"10.0.0.2:9082": {**good, "rtt_ms": 12.5}, "10.0.0.3:9083": good},
-        "n2": {"10.0.0.1:9081": {"error": "timed out"}, "10.0.0.3:9083": {**good, "offset_ms": -900}},
-    }  # fmt: skip
+        "n2": {"10.0.0.1:9081": {"error": "timed out"}, "10.0.0.3:9083": late},
+    }
     rows = plan.way_rows(nodes, ways, {"rtt_ms": 10, "clock_offset_ms": 100})
     bad = {(r["host"], r["check"]) for r in plan.failures(rows)}
     assert bad == {("n1", "rtt"), ("n2", "connect"), ("n2", "clock_offset")}

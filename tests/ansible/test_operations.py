@@ -1,0 +1,92 @@
+"""The playbooks of every day, on three nodes of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.ansible.local import Local
+from tests.cluster import wait_for
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+
+
+def test_the_life_of_a_cluster(site: Local) -> None:
+    """Verify, drift, backup, switchover, rolling restart, diagnose, destroy do what they say,
+    one after the other on one cluster."""
+    site.play("expand").ok()
+    assert site.play("verify").ok().changed == {"n1": 0, "n2": 0, "n3": 0}
+
+    config = site.state / "hosts" / "n2" / "dengine.toml"
+    was = config.read_text()
+    config.write_text(was.replace("az-b", "az-x"))
+    assert "The configuration is that of the inventory" in site.play("verify").failed().output
+    config.write_text(was)
+
+    site.play("backup").ok()
+    (copy,) = (site.state / "backups").glob("*.dsnap")
+    assert not list((site.state / "hosts" / "n1" / "backups").iterdir()), "the leader was spared"
+    site.set_group(dengine_backup_same_disk=False)
+    group = site.inventory / "group_vars" / "dengine.yml"
+    group.write_text(group.read_text().replace("dengine_backup_same_disk: true\n", ""))
+    assert "is on the disk that holds the data" in site.play("backup").failed().output
+
+    site.play("switchover", "-e", "dengine_leader=3").ok()
+    assert site.get("n1", "/v1/cluster")["leader"]["id"] == 3
+    assert not any(site.play("switchover", "-e", "dengine_leader=3").ok().changed.values())
+    assert "leads; before it was node 3" in site.play("switchover").ok().output
+
+    before = {host: site.pid(host) for host in site.hosts}
+    leader = site.get("n1", "/v1/cluster")["leader"]["id"]
+    said = site.play("rolling_restart").ok().output
+    assert all(site.pid(host) != pid for host, pid in before.items())
+    order = [line for line in said.splitlines() if "Run the node as a process" in line]
+    assert len(order) == 3
+    assert site.get("n1", "/v1/cluster")["leader"]["id"] != leader
+    site.play("verify").ok()
+
+    secrets = site.secrets
+    site.play("diagnose").ok()
+    for host in site.hosts:
+        text = (site.state / "diagnose" / f"{host}.json").read_text()
+        assert json.loads(text)["cluster"]["members"]
+        assert not any(secret in text for secret in secrets.values())
+
+    assert "-e dengine_confirm=local" in site.play("destroy").failed().output
+    assert len(site.node_pids()) == 3
+    site.play("destroy", "-e", "dengine_confirm=local").ok()
+    assert site.node_pids() == []
+    assert not Path(site.data("n1")).exists()
+    assert not (site.state / "secrets.json").exists()
+    assert copy.exists(), "backups stay"
+
+
+def test_a_single_voter_is_not_restarted_by_accident(site: Local) -> None:
+    site.play("site").ok()
+    pid = site.pid("n1")
+    assert "A single voter cannot be restarted" in site.play("rolling_restart").failed().output
+    assert site.pid("n1") == pid
+    site.play("rolling_restart", "-e", '{"rolling_allow_downtime": true}').ok()
+    wait_for(lambda: site.voters() == [1], "the node to be back")
+    assert site.pid("n1") != pid
+
+
+def test_a_node_that_was_stopped_comes_back_under_another_address(site: Local) -> None:
+    """The inventory says where it is now, and one run of expand.yml makes it so."""
+    site.play("expand").ok()
+    os.kill(site.pid("n3"), signal.SIGTERM)
+    wait_for(lambda: len(site.node_pids()) == 2, "node 3 to stop")
+    site.set_host("n3", dengine_port=site.base + 7)
+    site.play("expand").ok()
+    wait_for(
+        lambda: (
+            {m["id"]: m["address"] for m in site.get("n1", "/v1/cluster")["members"]}[3]
+            == f"127.0.0.1:{site.base + 7}"
+        ),
+        "the new address to be committed",
+    )
+    assert site.voters() == [1, 2, 3]
