@@ -17,14 +17,14 @@ from dengine.node.writer_process import STALL_S
 from tests.cluster import Cluster, ServeProcess, Writer, static_cluster, wait_for
 
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))
-# As slow as can be, so that there is time to attack: half a megabyte takes about five seconds.
+# Slow, so that there is time to attack: a megabyte takes several seconds.
 SLOW = """
 [raft.snapshot]
 chunk_bytes = 4096
-max_bytes_per_s = 65536
+max_bytes_per_s = 262144
 """
 VALUE = "x" * 2000
-KEYS = 150
+KEYS = 600
 
 
 class Attack:
