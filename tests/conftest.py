@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from collections.abc import Generator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 # The lowest layer first: a broken quorum function is easier to read than a broken cluster.
-LAYERS = ("raft", "kv", "storage", "node", "api", "integration")
+LAYERS = ("raft", "kv", "storage", "node", "api", "integration", "crash_sweep", "ansible", "lab")
+FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # `make crash-sweep`
+# Here everything can be installed and every right is there, so nothing has a reason to be skipped.
+MAY_NOT_SKIP = (
+    os.geteuid() == 0
+    and platform.freedesktop_os_release().get("ID") == "debian"
+    and platform.freedesktop_os_release().get("VERSION_ID") == "12"
+)
 
 # The machine is shared, so time per example means nothing; a failure prints how to repeat it.
 hypothesis.settings.register_profile("dengine", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("dengine")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests/*.py first, then the layers from the bottom to the top."""
+def belongs(item: pytest.Item) -> bool:
+    """Is `item` part of this run?
+
+    `full` tests belong to a target of their own, `sample` tests stand for them in `make test`, and
+    `recorded` tests read data that may not be on this machine.
+    """
+    if item.get_closest_marker("sample" if FULL else "full"):
+        return False
+    recorded = item.get_closest_marker("recorded")
+    return recorded is None or Path(recorded.args[0]).is_dir()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A skipped test is a failure where it could have run."""
+    report = yield
+    if report.skipped and MAY_NOT_SKIP and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which must not happen here: {report.longrepr}"
+    return report
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what does not belong; run tests/*.py first, then from the bottom to the top."""
+    left_out = [item for item in items if not belongs(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if belongs(item)]
     here = Path(__file__).parent
 
     def rank(item: pytest.Item) -> int:

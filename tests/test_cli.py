@@ -456,7 +456,7 @@ def test_check_config(tmp_path: Path) -> None:
 def test_the_client_commands_need_no_node_packages(serving: Serving) -> None:
     """`pip install dengine` alone reads and writes; what is missing is named by what needs it."""
     server = serving(Answer(body=b"v"))
-    absent = ["lmdb", "msgspec", "prometheus_client", "psutil", "uvloop"]
+    absent = ["lmdb", "msgspec", "prometheus_client", "psutil", "uvloop", "xxhash"]
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "from dengine.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -468,9 +468,15 @@ def test_the_client_commands_need_no_node_packages(serving: Serving) -> None:
         return subprocess.run(command, env=environ, capture_output=True, timeout=30, check=False)
 
     assert run("get", "k", "--endpoint", server.endpoint).stdout == b"v"
-    done = run("check-config", "n1.toml")
-    assert done.returncode == 78
-    assert b"pip install 'dengine[node]'" in done.stderr
+    restore = ("restore", "f", "--data-dir", "d", "--node-id", "1", "--address", "h:1")
+    for needing in (
+        ("check-config", "n1.toml"),
+        ("snapshot", *restore),
+        ("snapshot", "verify", "f"),
+    ):
+        done = run(*needing)
+        assert done.returncode == 78
+        assert b"pip install 'dengine[node]'" in done.stderr
 
 
 def test_a_reader_that_leaves_early_is_no_error(serving: Serving) -> None:

@@ -3,6 +3,31 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+
+def client(timeout_s: float, what: str) -> argparse.ArgumentParser:
+    """What every command that asks a node takes; a parent for its parser.
+
+    Args:
+        timeout_s: the default of `--timeout`.
+        what: the seconds that `--timeout` means.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--endpoint", action="append", default=[], metavar="HOST:PORT", help="a node; repeats"
+    )
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="holds the token that the cluster asks for"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=timeout_s,
+        metavar="S",
+        help=f"seconds {what} (default {timeout_s:g})",
+    )
+    return parser
 
 
 def positive(text: str) -> int:
@@ -40,17 +65,6 @@ def node_id(text: str) -> int:
     if (number := positive(text)) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text} is above 2^32 - 1")
     return number
-
-
-def address(text: str) -> str:
-    """host:port."""
-    from dengine.config import parse_address  # only here: it needs more than the client has
-
-    try:
-        parse_address(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def change(text: str) -> tuple[str, str]:

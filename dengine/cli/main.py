@@ -103,20 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dengine {__version__}")
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
-    client = argparse.ArgumentParser(add_help=False)
-    client.add_argument(
-        "--endpoint", action="append", default=[], metavar="HOST:PORT", help="a node; repeats"
-    )
-    client.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="holds the token that the cluster asks for"
-    )
-    client.add_argument(
-        "--timeout",
-        type=arguments.seconds,
-        default=5.0,
-        metavar="S",
-        help="seconds in all (default 5)",
-    )
+    client = arguments.client(5.0, "in all")
 
     def add(name: str, about: str, epilog: str, *, parent: bool = True) -> argparse.ArgumentParser:
         return subcommands.add_parser(

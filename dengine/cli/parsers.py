@@ -84,17 +84,7 @@ def add_snapshot_commands(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     ).add_subparsers(metavar="COMMAND", required=True, title="commands")
-    client = argparse.ArgumentParser(add_help=False)
-    client.add_argument(
-        "--endpoint", action="append", default=[], metavar="HOST:PORT", help="a node; repeats"
-    )
-    client.add_argument(
-        "--timeout",
-        type=arguments.seconds,
-        default=SNAPSHOT_S,
-        metavar="S",
-        help=f"seconds for the snapshot to be taken (default {SNAPSHOT_S:g})",
-    )
+    client = arguments.client(SNAPSHOT_S, "for the snapshot to be taken")
 
     def add(name: str, about: str, epilog: str, *, parent: bool) -> argparse.ArgumentParser:
         return group.add_parser(
@@ -129,7 +119,6 @@ def add_snapshot_commands(
     _directory(restoring, required=True)
     restoring.add_argument(
         "--address",
-        type=arguments.address,
         required=True,
         metavar="HOST:PORT",
         help="of the new node",
@@ -184,7 +173,12 @@ def _snapshot_verify(args: argparse.Namespace) -> int:
 
 def _snapshot_restore(args: argparse.Namespace) -> int:
     from dengine.cli import offline
+    from dengine.config import parse_address
 
+    try:
+        parse_address(args.address)
+    except ValueError as error:
+        return _usage(f"--address: {args.address!r} {error}")
     return offline.restore_snapshot(args)
 
 

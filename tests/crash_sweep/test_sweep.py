@@ -6,7 +6,6 @@ seed. DENGINE_TEST_SEED repeats one.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from pathlib import Path
@@ -17,7 +16,6 @@ from tests.crash_sweep.runner import SITES, Stage, faults, unlisted
 from tests.crash_sweep.sites import PURGE, TAKE, Site
 from tests.crash_sweep.strace import Fault
 
-FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))
 SAMPLE_S = 60.0
 OCCURRENCES_MAX = 200
 
@@ -30,11 +28,11 @@ def _name(path: str, site: Site, fault: Fault) -> str:
     return f"{path}: {site.who} {site.name}: {fault.value}"
 
 
-@pytest.mark.skipif(not FULL, reason="make crash-sweep")
+@pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("path", "site", "fault"),
-    [pytest.param(*case, id=_name(*case)) for case in (ALL if FULL else ())],
+    [pytest.param(*case, id=_name(*case)) for case in ALL],
 )
 def test_every_point(
     stage: Stage, capsys: pytest.CaptureFixture[str], path: str, site: Site, fault: Fault
@@ -62,7 +60,7 @@ def test_the_list_of_steps_is_complete(stage: Stage, tmp_path: Path) -> None:
     assert not missing, missing
 
 
-@pytest.mark.skipif(FULL, reason="the full sweep has them all")
+@pytest.mark.sample
 @pytest.mark.timeout(300)
 def test_a_sample_of_the_points(stage: Stage, rng: random.Random) -> None:
     """The same for a random few of each path."""

@@ -6,6 +6,8 @@ import json
 import random
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tests.cluster import (
     config_text,
     free_port,
     joiner,
+    node_environment,
     static_cluster,
     wait_for,
 )
@@ -125,7 +128,7 @@ def test_a_member_of_the_old_cluster_is_refused(cluster: Cluster, tmp_path: Path
         "the old member to be refused",
     )
     assert [m["id"] for m in node.cluster()["members"]] == [1]
-    assert not second.ready()
+    wait_for(lambda: not second.ready(), "the old member to miss its leader")
     assert second.get("color", "eventual").status == 404
 
 
@@ -165,6 +168,23 @@ def test_take_and_list_show_what_is_there(cluster: Cluster) -> None:
     table = snapshot("list", node=node).stdout
     assert "INDEX" in table
     assert listed[0]["file"] in table
+
+
+def test_a_cluster_with_a_token_is_backed_up_too(cluster: Cluster, tmp_path: Path) -> None:
+    """Every request of every snapshot command carries it; without it nothing is given out."""
+    token = tmp_path / "token"
+    token.write_text("a-token-of-the-test-0123456789abcdef\n")
+    token.chmod(0o600)
+    port = free_port()
+    extra = f'\n[security]\ntoken_file = "{token}"\n'
+    node = cluster.node(1, config_text(1, {1: port}, 2, 2, extra), port).start()
+    wait_for(lambda: node.request("GET", "/readyz").ok, "the node to be ready")
+    file = tmp_path / "backup.dsnap"
+    for command in (("take",), ("list",), ("save", file)):
+        assert snapshot(*command, node=node).returncode == 1
+        done = snapshot(*command, "--token-file", token, node=node)
+        assert done.returncode == 0, done
+    assert snapshot("verify", file).returncode == 0
 
 
 def test_nothing_is_overwritten(cluster: Cluster, tmp_path: Path) -> None:
@@ -228,7 +248,31 @@ def test_every_damaged_file_is_refused_and_changes_nothing(
     missing = tmp_path / "missing.dsnap"
     assert "No such file" in one_sentence(snapshot("verify", missing), 74)
     assert dengine("snapshot", "verify").returncode == 2
+    nowhere = snapshot("restore", good, "--data-dir", root, "--node-id", 1, "--address", "x")
+    assert "must be an address" in one_sentence(nowhere, 2)
     assert dengine("snapshot", "restore", good, "--data-dir", root).returncode == 2
+
+
+def test_the_installed_client_saves_without_the_packages_of_a_node(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """A machine that only takes backups needs neither lmdb nor msgspec, and checks them too."""
+    node = single(cluster)
+    fill(node, 5)
+    absent = ["lmdb", "msgspec", "prometheus_client", "psutil", "uvloop", "xxhash"]
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "from dengine.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    file = tmp_path / "backup.dsnap"
+    at = ("--endpoint", f"127.0.0.1:{node.port}")
+    for command in (("take",), ("list",), ("save", str(file))):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "snapshot", *command, *at],
+            env=node_environment(), capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done
+    assert snapshot("verify", file).returncode == 0
 
 
 class CuttingProxy:

@@ -274,12 +274,16 @@ def test_the_command_line_finds_the_token(guarded: Cluster, tmp_path: Path) -> N
         (at, {"CONFIG_PATH": str(node.config)}),
         ((), {"CONFIG_PATH": str(node.config)}),
     ]
-    for options, environ in ways:
+    for number, (options, environ) in enumerate(ways):
         put = dengine("put", "color", "blue", *options, cwd=tmp_path, **environ)
         assert put.returncode == 0, put
         for command in (("get", "color"), ("members",), ("status",), ("list",), ("settings",)):
             done = dengine(*command, *options, cwd=tmp_path, **environ)
             assert (done.returncode, done.stderr) == (0, ""), done
+        backup = ("snapshot", "save", f"backup-{number}.dsnap")
+        for command in (("snapshot", "list"), ("snapshot", "take"), backup):
+            done = dengine(*command, *options, cwd=tmp_path, **environ)
+            assert done.returncode == 0, done
     bench = ("bench", "get", "--seconds", "0.3", "--connections", "2", "--keys", "10")
     done = dengine(*bench, *at, "--token-file", file, cwd=tmp_path)
     assert done.returncode == 0, done

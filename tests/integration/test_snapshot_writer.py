@@ -108,7 +108,7 @@ def test_a_killed_or_starved_writer_costs_one_snapshot(
     stage.survived()
 
 
-@pytest.mark.skipif(not FULL, reason="takes as long as the real limit: make crash-sweep")
+@pytest.mark.full  # takes as long as the real limit
 @pytest.mark.timeout(240)
 def test_a_writer_that_stands_still_is_noticed(cluster: Cluster) -> None:
     """A stopped subprocess holds pages of the state: it is ended after the limit."""

@@ -58,7 +58,7 @@ def recorded(path: Path) -> list[Operation]:
     return history + list(open_calls.values())
 
 
-@pytest.mark.skipif(not RECORDED.is_dir(), reason=f"the recordings are not at {RECORDED}")
+@pytest.mark.recorded(RECORDED)
 def test_recorded_histories_of_etcd() -> None:
     """Every verdict that others reached on these recordings is reached here."""
     verdicts = json.loads((RECORDED / "verdicts.json").read_text(encoding="utf-8"))

@@ -140,7 +140,7 @@ def parse(
     return tuple(new), tuple(old), known
 
 
-@pytest.mark.skipif(not TABLES.is_dir(), reason=f"etcd's tables are not at {TABLES}")
+@pytest.mark.recorded(TABLES)
 @pytest.mark.parametrize("name", ["majority_commit.txt", "joint_commit.txt"])
 def test_etcd_agrees_on_committed_indexes(name: str) -> None:
     """Every case of etcd-io/raft's quorum tests, which nobody here wrote."""
@@ -156,7 +156,7 @@ def test_etcd_agrees_on_committed_indexes(name: str) -> None:
             assert majority_value(new, reached) == wanted, case[0]
 
 
-@pytest.mark.skipif(not TABLES.is_dir(), reason=f"etcd's tables are not at {TABLES}")
+@pytest.mark.recorded(TABLES)
 @pytest.mark.parametrize("name", ["majority_vote.txt", "joint_vote.txt"])
 def test_etcd_agrees_on_votes(name: str) -> None:
     """Every case of etcd-io/raft's quorum tests, which nobody here wrote."""

@@ -16,6 +16,9 @@ options:
     description: Node ids that must be the voters, all of them alive.
     type: list
     elements: int
+  max_lag:
+    description: Most entries that a voter may be behind, and every endpoint must be ready.
+    type: int
   wait:
     description: Seconds to wait for that. 0 looks once.
     type: float
@@ -74,7 +77,7 @@ from ansible_collections.dengine.core.plugins.module_utils.view import sets, vot
 POLL_S = 0.3
 
 
-def look(client, wanted):
+def look(client, wanted, max_lag):
     """Everything as it is now, with what is missing as `message`."""
     nodes = {}
     for endpoint in client.endpoints:
@@ -88,7 +91,7 @@ def look(client, wanted):
             nodes[endpoint] = {"status": {}, "ready": False, "reason": error.message}
     try:
         view = client.get("/v1/cluster")
-        message = missing(view, wanted)
+        message = missing(view, wanted) or behind(view, nodes, max_lag)
     except ApiError as error:
         view, message = {}, error.message
     return {
@@ -111,11 +114,22 @@ def missing(view, wanted):
     return ""
 
 
+def behind(view, nodes, max_lag):
+    """Who has not caught up; "" when all have, or when nobody asked."""
+    if max_lag is None:
+        return ""
+    late = [m for m in view["members"] if (m["lag"] or 0) > max_lag]
+    said = ["node {} is {} entries behind".format(m["id"], m["lag"]) for m in late]
+    said += [f"{e}: {node['reason']}" for e, node in nodes.items() if not node["ready"]]
+    return "; ".join(said)
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
             **API_SPEC,
             "voters": {"type": "list", "elements": "int"},
+            "max_lag": {"type": "int"},
             "wait": {"type": "float", "default": 0.0},
             "required": {"type": "bool", "default": True},
         },
@@ -126,7 +140,7 @@ def main():
     client.patience = min(client.patience, params["wait"])
     deadline = time.monotonic() + params["wait"]
     while True:
-        seen = look(client, params["voters"])
+        seen = look(client, params["voters"], params["max_lag"])
         if not seen["message"] or time.monotonic() + POLL_S >= deadline:
             break
         time.sleep(POLL_S)

@@ -71,7 +71,7 @@ def inventory_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> 
     local (all on one machine), secrets (peer_secret and token where the inventory sets them).
     """
     problems = []
-    if options.get("limit"):
+    if options.get("limit") not in (None, "", "all"):
         problems.append(
             "--limit is refused: quorums are counted over all hosts. Leave it out; hosts that are "
             "not concerned are not touched"

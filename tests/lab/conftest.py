@@ -1,0 +1,99 @@
+"""One lab for all tests of this directory: brought up once, destroyed at the end by its name.
+
+`DENGINE_TEST_LAB=NAME` uses a lab that is up already (`DENGINE_LAB=NAME scripts/lab up`), and
+leaves it up.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dengine import __version__
+from tests.cluster import ROOT
+from tests.lab.machines import LABS, Lab, Machine
+
+HOSTS_PYTHON, HOSTS_ARCH = "3.11", "x86_64"  # Debian 12
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.timeout(1200, func_only=False))
+
+
+def why_not() -> str:
+    """Why there can be no lab here; empty where there can."""
+    if os.geteuid() != 0:
+        return "the lab's containers need root"
+    release = Path("/etc/os-release")
+    if "ID=debian" not in release.read_text().splitlines():
+        return "the lab is built for Debian"
+    return ""
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Three Debian machines that have just booted and hold nothing of dengine."""
+    if reason := why_not():
+        pytest.skip(reason)
+    if name := os.environ.get("DENGINE_TEST_LAB"):
+        running = Lab(name)
+        running.up()
+        yield running
+        return
+    remove_orphans()
+    fresh = Lab(f"t{os.getpid()}")
+    try:
+        fresh.up()
+        yield fresh
+    finally:
+        fresh.down()
+
+
+def remove_orphans() -> None:
+    """Labs of test runs that were killed."""
+    for left in LABS.glob("t*"):
+        number = left.name.removeprefix("t")
+        if number.isdecimal() and not Path(f"/proc/{number}").exists():
+            Lab(left.name).down()
+
+
+@pytest.fixture(scope="session")
+def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of this checkout for the lab's machines."""
+    out = tmp_path_factory.mktemp("lab") / "wheelhouse"
+    command = [sys.executable, str(ROOT / "scripts" / "build-wheelhouse"), str(out)]
+    command += ["--python", HOSTS_PYTHON, "--arch", HOSTS_ARCH]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done
+    return out
+
+
+@pytest.fixture(scope="session")
+def machines(lab: Lab, wheelhouse: Path) -> dict[int, Machine]:
+    """All three with the release installed by hand, and nothing started."""
+    with ThreadPoolExecutor(len(lab.machines)) as hands:
+        list(hands.map(lambda m: m.install(wheelhouse, __version__), lab.machines.values()))
+    return lab.machines
+
+
+@pytest.fixture
+def node(machines: dict[int, Machine]) -> Iterator[Machine]:
+    """n1, alone in its cluster, running and ready. What a test does to its unit is undone."""
+    n1 = machines[1]
+    n1.start()
+    try:
+        yield n1
+    finally:
+        print(n1.run("journalctl --quiet --no-pager -u dengine --lines=60"))
+        n1.run("systemctl stop dengine; rm -rf /run/systemd/system/dengine.service.d")
+        n1.configure()
+        n1.run("systemctl daemon-reload")
