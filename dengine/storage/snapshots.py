@@ -58,7 +58,7 @@ def take(
         StorageIO: the disk refused.
     """
     with StateReader(state) as reader:
-        size = (state / DATA_FILE).stat().st_size
+        size = reader.data_bytes
         # Reading costs others less than writing does, in memory less than from the disk.
         checked, total = size // CHECK_RATE, size // CHECK_RATE + size + size // VERIFY_RATE
         reader.check(lambda read: progress(min(checked, read // CHECK_RATE), total))

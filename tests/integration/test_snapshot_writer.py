@@ -36,7 +36,9 @@ class Attack:
         for key in range(KEYS):
             assert self.leader.put(f"filled/{key}", VALUE).ok
         self.term = self.leader.status()["term"]
-        self.writers = [Writer(node, f"w{i}").start() for i, node in cluster.nodes.items()]
+        self.writers = [
+            Writer(node, f"w{i}", pause_s=0.02).start() for i, node in cluster.nodes.items()
+        ]
         for writer in self.writers:
             writer.wait_more(10)
         self.subprocess = self.take()
@@ -61,7 +63,7 @@ class Attack:
         for writer in self.writers:
             writer.wait_more(20)
         self.take()
-        wait_for(lambda: snapshots(self.leader)["taken"], "the next snapshot", 60)
+        wait_for(lambda: snapshots(self.leader)["taken"], "the next snapshot", 90)
         for writer in self.writers:
             assert not writer.stop().failures
         assert {node.status()["term"] for node in self.cluster.running()} == {self.term}
