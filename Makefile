@@ -11,9 +11,10 @@ STAMP  := $(VENV)/.installed
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: walkthrough ## Set up and run the walkthrough: one node grows to three and survives a kill
+run: $(STAMP) ## Set up, and let Ansible take a cluster from nothing to three while a client writes
+	@$(PYTHON) examples/ansible/run.py
 
-walkthrough: $(STAMP) ## The same by its lasting name
+walkthrough: $(STAMP) ## By hand, driven by itself: one node grows to three and survives a kill
 	@$(PYTHON) examples/single-node-expansion/walkthrough.py
 
 install: $(STAMP) ## Make .venv with dengine and everything that development needs
@@ -23,13 +24,15 @@ install: $(STAMP) ## Make .venv with dengine and everything that development nee
 $(STAMP): pyproject.toml
 	@scripts/system-packages.sh python3-venv
 	python3 -m venv --clear $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[node,dev]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[node,dev,ops]'
 	@touch $@
 
-lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
+lint: $(STAMP) ## ruff, mypy --strict, yamllint, ansible-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --strict dengine
+	$(VENV)/bin/yamllint --strict .
+	ANSIBLE_COLLECTIONS_PATH=ansible/collections PATH=$(VENV)/bin:$$PATH $(VENV)/bin/ansible-lint --offline --strict -q ansible inventories
 
 fix: $(STAMP) ## Let ruff repair and format what it can
 	$(VENV)/bin/ruff check --fix .

@@ -122,31 +122,33 @@ def large_state(directory: Path, result: LargeState, say: Callable[[str], None])
     try:
         first = nodes[0]
         wait_until(lambda: is_dengine_leader(first), "node 1 to lead", START_S, [first.process])
-        started = time.monotonic()
-        _fill(first.address, result.state_bytes)
-        result.load_s = time.monotonic() - started
+        values = -(-result.state_bytes // VALUE_BYTES)
+        result.load_s = _fill(first.address, range(values // 2))
+        take_snapshot(first)  # the log goes up to the second-newest one
+        result.load_s += _fill(first.address, range(values // 2, values))
         say(f"{result.state_bytes // MIB} MiB written to node 1 in {result.load_s:.1f} s")
         result.file_bytes = _purge_log(first)
+        say("log purged")
         result.growth = _grow(nodes, ports, directory, result)
         say(f"grown to 3 in {result.growth.three_voters_after_s:.1f} s")
         _calm(nodes)
         result.copy_s = _copy(directory, first)
-        _take_under_load(nodes, result)
+        _take_under_load(nodes, result, say)
     finally:
         stop(nodes)
         shutil.rmtree(directory / "grown", ignore_errors=True)
 
 
-def _fill(address: str, state_bytes: int) -> None:
-    """PUT values of 64 KiB over a few connections until the state has `state_bytes` of them."""
-    count = -(-state_bytes // VALUE_BYTES)
+def _fill(address: str, numbers: range) -> float:
+    """PUT a value of 64 KiB for each number, over a few connections; how many seconds it took."""
     failures: list[str] = []
+    started = time.monotonic()
 
-    def load(first: int) -> None:
+    def load(share: range) -> None:
         value = bytearray(os.urandom(VALUE_BYTES))
         connection = _connect(address)
         with contextlib.closing(connection):
-            for number in range(first, count, LOADERS):
+            for number in share:
                 value[:8] = number.to_bytes(8, "big")
                 connection.request("PUT", f"/v1/kv/large-{number:08d}", bytes(value))
                 response = connection.getresponse()
@@ -155,13 +157,15 @@ def _fill(address: str, state_bytes: int) -> None:
                     failures.append(f"{response.status} {body!r}")
                     return
 
-    threads = [threading.Thread(target=load, args=(n,), daemon=True) for n in range(LOADERS)]
+    shares = [numbers[n::LOADERS] for n in range(LOADERS)]
+    threads = [threading.Thread(target=load, args=(each,), daemon=True) for each in shares]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(JOIN_MAX_S)
     if failures or any(thread.is_alive() for thread in threads):
         raise BenchError(f"loading {address}: {failures[:3] or 'still running'}")
+    return time.monotonic() - started
 
 
 def _connect(address: str) -> http.client.HTTPConnection:
@@ -198,23 +202,19 @@ def take_snapshot(node: Node) -> dict[str, Any]:
 
 
 def _purge_log(node: Node) -> int:
-    """Two snapshots with enough entries between and after them; bytes of the newest file."""
-    take_snapshot(node)
-    wrk_while(node.address, dengine_arguments(Load.PUT), 1, _applied(node, PURGE_BEYOND))
+    """The second snapshot, of enough entries that some may go; bytes of its file."""
+    more = PURGE_BEYOND - _status(node)["last_applied"]
+    if more > 0:
+        wrk_while(node.address, dengine_arguments(Load.PUT), 1, _applied(node, more))
     size = int(take_snapshot(node)["size_bytes"])
     wait_until(lambda: _view(node)["purged_index"] > 0, "a purged log", TAKE_MAX_S)
     return size
 
 
 def _applied(node: Node, more: int) -> Callable[[], bool]:
-    """Have `more` entries been applied since this call?"""
-
-    def applied() -> int:
-        answer = http_request(node.address, "GET", "/v1/status")
-        return json.loads(answer[1])["last_applied"] if answer and answer[0] == 200 else 0
-
-    goal = applied() + more
-    return lambda: applied() < goal
+    """Are `more` entries, from this call on, still to be applied?"""
+    goal = _status(node)["last_applied"] + more
+    return lambda: _status(node)["last_applied"] < goal
 
 
 def _grow(nodes: list[Node], ports: Sequence[int], directory: Path, result: LargeState) -> Growth:
@@ -289,9 +289,10 @@ def _calm(nodes: Sequence[Node]) -> None:
     time.sleep(1)
 
 
-def _take_under_load(nodes: Sequence[Node], result: LargeState) -> None:
+def _take_under_load(nodes: Sequence[Node], result: LargeState, say: Callable[[str], None]) -> None:
     leader = next(node for node in nodes if is_dengine_leader(node))
     result.before = _observe(leader, _for_seconds(QUIET_S))
+    say(f"before the snapshot: p99 {result.before.p99_ms:.1f} ms")
     _calm(nodes)
     taken: list[float] = []
 
@@ -309,6 +310,7 @@ def _take_under_load(nodes: Sequence[Node], result: LargeState) -> None:
     if not taken:
         raise BenchError("no snapshot was taken under load")
     result.take_s = taken[0]
+    say(f"during the snapshot, {taken[0]:.1f} s: p99 {result.during.p99_ms:.1f} ms")
     _calm(nodes)
     result.after = _observe(leader, _for_seconds(QUIET_S))
 
@@ -347,8 +349,11 @@ def _probing(address: str) -> Iterator[list[float]]:
         with contextlib.closing(_connect(address)) as connection:
             while not stopping.wait(PROBE_EVERY_S):
                 started = time.perf_counter()
-                connection.request("GET", "/livez")
-                connection.getresponse().read()
+                try:
+                    connection.request("GET", "/livez")
+                    connection.getresponse().read()
+                except (OSError, http.client.HTTPException):
+                    return  # the node ends: whoever observes it says so
                 delays_ms.append((time.perf_counter() - started) * 1000)
 
     thread = threading.Thread(target=probe, daemon=True)

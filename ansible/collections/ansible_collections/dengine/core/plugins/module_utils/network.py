@@ -1,7 +1,8 @@
 """Reachability and clocks between hosts: a listener that stands in for a node not started yet.
 
-The stand-in answers one request per connection with what it is and what its clock says. It ends by
-itself, and at once when it is told to by somebody on its own machine.
+The stand-in answers one request per connection with 503, so that no load balancer takes it for a
+node, and says what it is and what its clock shows. It ends by itself, and at once when it is told
+to by somebody on its own machine.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _serve(server, seconds):
                 said = {"server": STAND_IN, "pid": os.getpid(), "time": time.time()}
                 body = json.dumps(said).encode()
                 link.sendall(
-                    b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+                    b"HTTP/1.1 503 Not a node\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
                     % (len(body), body)
                 )
                 own = link.getsockname()[0] == peer[0]

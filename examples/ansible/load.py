@@ -1,0 +1,135 @@
+"""Clients beside a playbook: writers that never retry, and an eye on the membership."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+REQUEST_S = 10.0
+READY_EVERY_S = 0.2
+
+
+def request(
+    endpoint: str, method: str, path: str, token: str, body: bytes | None = None
+) -> tuple[int, bytes]:
+    """One HTTP exchange: (status, body). Raises OSError or HTTPException when there is none."""
+    connection = http.client.HTTPConnection(endpoint, timeout=REQUEST_S)
+    with contextlib.closing(connection):
+        connection.request(method, path, body, {"Authorization": f"Bearer {token}"})
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+class Clients:
+    """What all clients share: the endpoints that are ready, and the token once there is one.
+
+    Args:
+        endpoints: all that there will be; one is used as soon as it says that it is ready.
+        secrets: the file that the playbook generates.
+    """
+
+    def __init__(self, endpoints: list[str], secrets: Path) -> None:
+        self.ready: list[str] = []
+        self.stopping = threading.Event()
+        self._endpoints = endpoints
+        self._secrets = secrets
+        self._looking = threading.Thread(target=self._look, daemon=True)
+        self._looking.start()
+
+    @property
+    def token(self) -> str:
+        try:
+            return str(json.loads(self._secrets.read_text())["token"])
+        except (OSError, ValueError):
+            return ""
+
+    def _look(self) -> None:
+        while not self.stopping.wait(READY_EVERY_S) and len(self.ready) < len(self._endpoints):
+            for endpoint in self._endpoints:
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    is_new = endpoint not in self.ready
+                    if is_new and request(endpoint, "GET", "/readyz", "")[0] == 200:
+                        self.ready.append(endpoint)
+
+
+class Writer(threading.Thread):
+    """Writes key after key, each to the next ready node, `per_second` at most. Nothing is retried:
+    every write that is not acknowledged with 200 is a failure."""
+
+    def __init__(self, clients: Clients, name: str, per_second: float) -> None:
+        super().__init__(name=name, daemon=True)
+        self.failures: list[str] = []
+        self.acknowledged: dict[str, str] = {}
+        self.latencies_ms: list[float] = []
+        self._clients = clients
+        self._pause_s = 1 / per_second
+
+    def run(self) -> None:
+        while not self._clients.ready and not self._clients.stopping.wait(0.02):
+            pass  # the first node is not up yet
+        links: dict[str, http.client.HTTPConnection] = {}
+        token = self._clients.token
+        headers = {"Authorization": f"Bearer {token}"}
+        for number in itertools.count():
+            if self._clients.stopping.wait(self._pause_s):
+                break
+            endpoint = self._clients.ready[number % len(self._clients.ready)]
+            link = links.setdefault(
+                endpoint, http.client.HTTPConnection(endpoint, timeout=REQUEST_S)
+            )
+            key, value = f"{self.name}/{number:06d}", f"{self.name} {number}"
+            began = time.monotonic()
+            try:
+                link.request("PUT", f"/v1/kv/{key}", value.encode(), headers)
+                response = link.getresponse()
+                body = response.read()
+            except (OSError, http.client.HTTPException) as error:
+                link.close()
+                self.failures.append(f"{key} to {endpoint}: {error!r}")
+                continue
+            if response.status == 200:
+                self.acknowledged[key] = value
+                self.latencies_ms.append(1000 * (time.monotonic() - began))
+            else:
+                self.failures.append(f"{key} to {endpoint}: {response.status} {body[:200]!r}")
+        for link in links.values():
+            link.close()
+
+
+class Watch(threading.Thread):
+    """Every membership that the cluster commits, as GET /v1/cluster/watch on one node shows it."""
+
+    def __init__(self, clients: Clients, endpoint: str) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.seen: list[dict[str, Any]] = []
+        self._clients = clients
+        self._endpoint = endpoint
+
+    def run(self) -> None:
+        while self._endpoint not in self._clients.ready:
+            if self._clients.stopping.wait(0.02):
+                return
+        link = http.client.HTTPConnection(self._endpoint, timeout=60)
+        headers = {"Authorization": f"Bearer {self._clients.token}"}
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(link):
+            link.request("GET", "/v1/cluster/watch", headers=headers)
+            for line in link.getresponse():
+                if line.startswith(b"data:"):
+                    self.seen.append(json.loads(line[5:]))
+                if self._clients.stopping.is_set():
+                    return
+
+    def voters(self) -> list[tuple[int, ...]]:
+        """The voter sets in the order in which they came, without repetition."""
+        found: list[tuple[int, ...]] = []
+        for view in self.seen:
+            voters = tuple(sorted({m["id"] for m in view["members"] if m["status"] == "active"}))
+            if not view["joint"] and (not found or found[-1] != voters):
+                found.append(voters)
+        return found
