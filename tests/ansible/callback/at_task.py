@@ -1,8 +1,8 @@
 """Callback for the tests: writes down every task that starts, and kills the run at one of them.
 
 TASKS_FILE takes one line per started task: number, seconds since the start, name.
-KILL_AT is the number at whose start the process kills itself with SIGKILL, as a power cut of the
-operator's machine would; KILL_AFTER_S lets so much of the task happen first.
+KILL_AT is the number, or the name, at whose start the process kills itself with SIGKILL, as a power
+cut of the operator's machine would; KILL_AFTER_S lets so much of the task happen first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CallbackModule(CallbackBase):
         super().__init__(*args, **kwargs)
         self._count = 0
         self._began = time.monotonic()
-        self._kill_at = int(os.environ.get("KILL_AT", "0"))
+        self._kill_at = os.environ.get("KILL_AT", "")
         self._kill_after_s = float(os.environ.get("KILL_AFTER_S", "0"))
 
     def _started(self, task):
@@ -41,7 +41,7 @@ class CallbackModule(CallbackBase):
             seconds = time.monotonic() - self._began
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f"{self._count}\t{seconds:.2f}\t{task.get_name()}\n")
-        if self._count == self._kill_at:
+        if self._kill_at in (str(self._count), task.get_name()):
             if self._kill_after_s:
                 timer = threading.Timer(self._kill_after_s, _die)
                 timer.daemon = True

@@ -1,0 +1,193 @@
+"""Playbooks on this machine: a copy of inventories/local, its runs, and what they leave.
+
+Everything lies in one temporary directory and is ended by pid. No fault is pretended: an
+interpreter is wrong, a port is taken, a clock is off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.ansible.load import Clients, request
+from examples.ansible.run import nodes_of, stop_nodes
+
+ROOT = Path(__file__).resolve().parents[2]
+CALLBACKS = Path(__file__).with_name("callback")
+PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
+RUN_S = 240
+_RECAP = re.compile(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.M)
+_CHANGED = re.compile(r"^changed: \[(\w+)", re.M)
+
+
+@dataclass
+class Run:
+    """One finished run of ansible-playbook."""
+
+    code: int
+    output: str
+
+    @property
+    def changed(self) -> dict[str, int]:
+        """Changed tasks by host, as the recap counts them."""
+        return {host: int(count) for host, count, _, _ in _RECAP.findall(self.output)}
+
+    def ok(self) -> Run:
+        assert self.code == 0, self.output[-6000:]
+        return self
+
+    def failed(self) -> Run:
+        assert self.code not in (0, -9), self.output[-6000:]
+        assert not any(self.changed.values()), self.output[-6000:]
+        return self
+
+
+class Local:
+    """A site of `count` nodes on free ports."""
+
+    def __init__(self, directory: Path, count: int = 3) -> None:
+        self.directory = directory
+        self.state = directory / "state"
+        self.inventory = directory / "inventory"
+        shutil.copytree(
+            ROOT / "inventories" / "local",
+            self.inventory,
+            ignore=shutil.ignore_patterns(".dengine"),
+        )
+        self.base = free_base(count)
+        self.set_group(dengine_port_base=self.base)
+        self.hosts = [f"n{i}" for i in range(1, count + 1)]
+        if count > 3:
+            self._grow(count)
+
+    def _grow(self, count: int) -> None:
+        hosts = {
+            f"n{i}": {"dengine_node_id": i, "dengine_zone": f"az-{'abc'[(i - 1) % 3]}"}
+            for i in range(1, count + 1)
+        }
+        (self.inventory / "hosts.yml").write_text(yaml.safe_dump({"dengine": {"hosts": hosts}}))
+
+    def set_group(self, **values: Any) -> None:
+        self._set(self.inventory / "group_vars" / "all.yml", values)
+
+    def set_host(self, host: str, **values: Any) -> None:
+        self._set(self.inventory / "host_vars" / f"{host}.yml", values)
+
+    @staticmethod
+    def _set(file: Path, values: dict[str, Any]) -> None:
+        file.parent.mkdir(exist_ok=True)
+        known = yaml.safe_load(file.read_text()) if file.exists() else {}
+        file.write_text(yaml.safe_dump({**known, **values}))
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            **os.environ,
+            "DENGINE_LOCAL_DIR": str(self.state),
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_HOME": str(self.directory / "ansible"),
+            "ANSIBLE_CALLBACK_PLUGINS": str(CALLBACKS),
+            "ANSIBLE_CALLBACKS_ENABLED": "at_task",
+            **more,
+        }
+
+    def play(self, playbook: str, *arguments: str, **environment: str) -> Run:
+        """Run ansible/`playbook`.yml to its end."""
+        done = subprocess.run(
+            [
+                str(PLAYBOOK),
+                "-i",
+                str(self.inventory),
+                str(ROOT / "ansible" / f"{playbook}.yml"),
+                *arguments,
+            ],
+            cwd=ROOT,
+            env=self.environment(**environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=RUN_S,
+            check=False,
+        )
+        return Run(done.returncode, done.stdout)
+
+    def port(self, host: str) -> int:
+        return self.base + int(host[1:])
+
+    def endpoint(self, host: str) -> str:
+        return f"127.0.0.1:{self.port(host)}"
+
+    @property
+    def endpoints(self) -> list[str]:
+        return [self.endpoint(host) for host in self.hosts]
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        found: dict[str, str] = json.loads((self.state / "secrets.json").read_text())
+        return found
+
+    def clients(self) -> Clients:
+        return Clients(self.endpoints, self.state / "secrets.json")
+
+    def get(self, host: str, path: str) -> Any:
+        status, body = request(self.endpoint(host), "GET", path, self.secrets["token"])
+        assert status == 200, body
+        return json.loads(body)
+
+    def voters(self, host: str = "n1") -> list[int]:
+        members = self.get(host, "/v1/cluster")["members"]
+        return sorted(m["id"] for m in members if m["status"] == "active")
+
+    def report(self, name: str = "expand") -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.state / "reports" / f"{name}.json").read_text())
+        return found
+
+    def node_pids(self) -> list[int]:
+        return nodes_of(self.state)
+
+    def pid(self, host: str) -> int:
+        (pid,) = nodes_of(self.state / "hosts" / host)
+        return pid
+
+    def data(self, host: str) -> Path:
+        return self.state / "hosts" / host / "db" / host[1:]
+
+    def close(self) -> None:
+        stop_nodes(self.directory)
+
+
+def free_base(count: int) -> int:
+    """A number after which `count` ports are free; below the range of outgoing connections."""
+    start = 20_000 + os.getpid() % 1000 * 10
+    for base in range(start, 32_000, 10):
+        with contextlib.ExitStack() as held:
+            try:
+                for number in range(base + 1, base + 1 + count):
+                    probe = held.enter_context(socket.socket())
+                    probe.bind(("127.0.0.1", number))
+            except OSError:
+                continue
+            return base
+    raise AssertionError("no free ports")
+
+
+@contextlib.contextmanager
+def local(directory: Path, count: int = 3) -> Iterator[Local]:
+    site = Local(directory, count)
+    try:
+        yield site
+    finally:
+        site.close()

@@ -1,0 +1,174 @@
+"""site.yml and expand.yml on this machine, with clients beside them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from examples.ansible.load import Watch, Writer
+from tests.ansible.local import Local, local
+from tests.cluster import wait_for
+
+pytestmark = pytest.mark.timeout(600)
+WRITERS = 4
+PER_SECOND = 50
+
+
+# Where a kill leaves the most: a stand-in on the port, files half there, one learner waiting.
+KILLS = (
+    "dengine.core.preflight : Measure the way to the other nodes",
+    "dengine.core.node : Configuration",
+    "dengine.core.rollout : Wait until it has everything, node 2",
+)
+
+
+def test_one_node_becomes_three_under_four_writers_through_three_kills_of_the_run(
+    site: Local,
+) -> None:
+    """The story of the appliance: site.yml gives one voter that serves, after `--check` has told
+    exactly what it would change. expand.yml makes it three while four clients write to every node
+    that is ready, and is killed with -9 three times on the way: no write fails, node 1 stays the
+    same process, the membership is never two voters, the data is equal. One more run changes
+    nothing, and no secret was ever shown. `make ansible-full` kills at every task."""
+    predicted = site.play("site", "--check", "--diff").ok()
+    assert not site.state.exists()
+    assert site.node_pids() == []
+    real = site.play("site", "-vvv", "--diff").ok()
+    said = real.output
+    assert real.changed == predicted.changed
+    assert site.voters() == [1]
+    first_pid = site.pid("n1")
+
+    clients = site.clients()
+    watch = Watch(clients, site.endpoint("n1"))
+    writers = [Writer(clients, f"w{i}", PER_SECOND) for i in range(WRITERS)]
+    watch.start()
+    for writer in writers:
+        writer.start()
+    wait_for(lambda: all(len(w.acknowledged) > 5 for w in writers), "writers to write")
+    for name in KILLS:
+        killed = site.play("expand", KILL_AT=name, KILL_AFTER_S="0.3")
+        assert killed.code == -9, killed.output[-3000:]
+        assert site.voters() == [1], name
+    said += site.play("expand", "-vvv", "--diff").ok().output
+    through_all = [len(w.acknowledged) + 2 * len(site.hosts) for w in writers]
+    wait_for(
+        lambda: all(len(w.acknowledged) >= n for w, n in zip(writers, through_all, strict=True)),
+        "writes through all three",
+    )
+    clients.stopping.set()
+    for writer in writers:
+        writer.join(20)
+
+    assert [f for w in writers for f in w.failures] == []
+    assert set(clients.ready) == set(site.endpoints)
+    assert site.pid("n1") == first_pid
+    assert watch.voters() == [(1,), (1, 2, 3)]
+    view = site.get("n2", "/v1/cluster")
+    assert not view["joint"]
+    assert {m["id"]: m["zone"] for m in view["members"]} == {1: "az-a", 2: "az-b", 3: "az-c"}
+    for writer in writers:
+        key, value = max(writer.acknowledged.items())
+        page = site.get("n3", f"/v1/kv?prefix={key}")
+        assert [item["value"] for item in page["items"]] == [value]
+    report = site.report()
+    assert report["verdict"] == "Verified."
+    assert "the same process throughout" in report["facts"]["node 1"]
+    assert list((site.state / "backups").glob("backup-*.dsnap"))
+
+    again = site.play("expand").ok()
+    assert again.changed == {"n1": 0, "n2": 0, "n3": 0}
+    assert site.pid("n1") == first_pid
+
+    said += again.output
+    for name, secret in site.secrets.items():
+        assert len(secret) >= 32
+        assert secret not in said, f"{name} was shown"
+        files = [p for p in site.state.rglob("*") if p.is_file() and "db" not in p.parts]
+        holders = [p for p in files if secret.encode() in p.read_bytes()]
+        assert {stat.S_IMODE(p.stat().st_mode) for p in holders} == {0o600}
+        assert {p.name for p in holders} == {"secrets.json", name}
+
+
+@pytest.mark.full
+def test_check_mode_tells_what_a_run_from_nothing_changes(site: Local) -> None:
+    """`--check --diff` on blank hosts writes nothing and predicts as many changes on each host as
+    the real run from nothing to three then makes."""
+    predicted = site.play("expand", "--check", "--diff").ok()
+    assert not site.state.exists()
+    assert site.play("expand").ok().changed == predicted.changed
+    assert site.voters() == [1, 2, 3]
+
+
+@pytest.mark.full
+def test_check_mode_tells_what_growing_changes(site: Local) -> None:
+    """The same from one voter to three; the cluster stays what it is."""
+    site.play("site").ok()
+    predicted = site.play("expand", "--check", "--diff").ok()
+    assert site.voters() == [1]
+    assert "voters" in predicted.output
+    real = site.play("expand").ok()
+    # The backup's verification and fetch can only be told when there is a backup.
+    assert {h: c for h, c in real.changed.items() if h != "n1"} == {
+        h: c for h, c in predicted.changed.items() if h != "n1"
+    }
+
+
+@pytest.mark.full
+def test_three_become_five(tmp_path: Path) -> None:
+    """The inventory gets two more hosts, and expand.yml goes from three voters to five directly."""
+    with local(tmp_path, 5) as site:
+        site.set_group(dengine_shared_zones=True)
+        site.play("expand", "-e", "dengine_target_voters=3").ok()
+        assert site.voters() == [1, 2, 3]
+        clients = site.clients()
+        watch = Watch(clients, site.endpoint("n1"))
+        watch.start()
+        wait_for(lambda: watch.seen, "the watch to begin")
+        site.play("expand").ok()
+        clients.stopping.set()
+        assert site.voters("n5") == [1, 2, 3, 4, 5]
+        assert watch.voters() == [(1, 2, 3), (1, 2, 3, 4, 5)]
+        assert set(site.play("expand").ok().changed.values()) == {0}
+
+
+def tasks_of(site: Local, playbook: str) -> list[str]:
+    """Names of the tasks that a run starts, in order; the run is a real one."""
+    file = site.directory / "tasks.txt"
+    site.play(playbook, TASKS_FILE=str(file)).ok()
+    return [line.split("\t")[2] for line in file.read_text().splitlines()]
+
+
+def kill_and_resume(site: Local, number: int, name: str, after_s: float) -> None:
+    killed = site.play("expand", KILL_AT=str(number), KILL_AFTER_S=str(after_s))
+    assert killed.code == -9, killed.output[-3000:]
+    voters = site.voters()
+    assert voters in ([1], [1, 2, 3]), name
+    site.play("expand").ok()
+    assert site.voters() == [1, 2, 3], name
+    assert site.report()["verdict"] == "Verified."
+
+
+@pytest.mark.full
+@pytest.mark.timeout(4 * 3600)
+def test_the_kill_matrix(tmp_path: Path) -> None:
+    """The same at the start of every task from install on, each from a cluster of its own; and in
+    the middle of those that wait or start something."""
+    with local(tmp_path / "names") as site:
+        site.play("site").ok()
+        names = tasks_of(site, "expand")
+    begin = next(i for i, name in enumerate(names) if name == "Backup")
+    step = int(os.environ.get("DENGINE_ANSIBLE_STEP", "1"))
+    for number in range(begin + 1, len(names) + 1, step):
+        name = names[number - 1]
+        if "Validating arguments" in name:
+            continue
+        middle = "Wait" in name or "All become" in name or "process" in name
+        with local(tmp_path / f"at-{number}") as site:
+            site.play("site").ok()
+            first = site.pid("n1")
+            kill_and_resume(site, number, name, 0.5 if middle else 0.0)
+            assert site.pid("n1") == first, name

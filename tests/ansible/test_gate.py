@@ -1,0 +1,280 @@
+"""What is refused before anything is touched: the gate, the preflight, a second operator.
+
+Each fault is a real one. A refusal changes nothing (`Run.failed` says so) and names what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ansible.local import PLAYBOOK, ROOT, Local, Run
+from tests.cluster import wait_for
+
+pytestmark = pytest.mark.timeout(400)
+DELAY_S = 0.03
+
+
+def failed_rows(run: Run) -> set[tuple[str, str]]:
+    """(host, check) of every row of the table that says FAILED."""
+    return set(re.findall(r"([\w-]+) +(\w+) +FAILED", run.failed().output))
+
+
+@contextlib.contextmanager
+def taken(port: int) -> Iterator[None]:
+    """Somebody else's web server on a port."""
+    handler = http.server.SimpleHTTPRequestHandler
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+        handler.log_message = lambda *_: None  # type: ignore[method-assign]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def far_away(port: int, behind: int) -> Iterator[None]:
+    """A proxy on `port` that needs DELAY_S to pass on to `behind`."""
+    with socket.create_server(("127.0.0.1", port)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    link, _ = server.accept()
+                    threading.Thread(target=forward, args=(link,), daemon=True).start()
+
+        def forward(link: socket.socket) -> None:
+            with (
+                contextlib.suppress(OSError),
+                link,
+                socket.create_connection(("127.0.0.1", behind)) as onward,
+            ):
+                asked = link.recv(65536)
+                threading.Event().wait(DELAY_S)  # the way is long
+                onward.sendall(asked)
+                while said := onward.recv(65536):
+                    link.sendall(said)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+
+
+def python_with(directory: Path, name: str, code: str) -> str:
+    """An interpreter that runs `code` first."""
+    place = directory / name
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(code)
+    wrapper = place / "python3"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={place} exec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    return str(wrapper)
+
+
+OLD_PYTHON = "import sys\nsys.version_info = (3, 9, 2, 'final', 0)\n"
+WRONG_CLOCK = "import time\nright = time.time\ntime.time = lambda: right() - 5\n"
+
+
+def test_every_check_that_fails_is_a_row_of_one_table_and_nothing_is_changed(
+    site: Local, tmp_path: Path
+) -> None:
+    """A taken port, a clock that is five seconds off, a disk too small, an old Python, a long way:
+    one run tells all of it, on the right hosts, and says how to go on."""
+    site.set_host("n2", dengine_preflight_limits={"disk_free_mb": 10**9})
+    site.set_host("n3", ansible_python_interpreter=python_with(tmp_path, "clock", WRONG_CLOCK))
+    with taken(site.port("n1")):
+        rows = failed_rows(run := site.play("expand"))
+    assert ("n1", "port") in rows
+    assert ("n2", "disk_space") in rows
+    clocks = {host for host, check in rows if check == "clock_offset"}
+    assert {"n2", "n3"} <= clocks
+    assert {check for _, check in rows} <= {"port", "disk_space", "clock_offset"}
+    assert "-> make room" in run.output
+    assert "dengine_preflight_skip" in run.output
+    assert site.node_pids() == []
+    assert not (site.state / "hosts" / "n2").exists()
+
+
+FAULTS = {
+    "port": "taken",
+    "disk_space": {"dengine_preflight_limits": {"disk_free_mb": 10**9}},
+    "memory": {"dengine_preflight_limits": {"memory_mb": 10**9}},
+    "fsync": {"dengine_preflight_limits": {"fsync_p99_ms": 0.000001}},
+    "open_files": {"dengine_preflight_limits": {"open_files": 10**9}},
+    "python": OLD_PYTHON,
+    "clock_offset": WRONG_CLOCK,
+    "rtt": "far away",
+    "connect": "closed",
+    "filesystem": "tmpfs",
+    "time_sync": "unsynchronized",
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("check", FAULTS)
+def test_each_check_alone_fails_exactly_its_row_and_can_be_skipped_by_name(
+    check: str, site: Local, tmp_path: Path
+) -> None:
+    """One fault on n3, one row; with its name in dengine_preflight_skip, `--check` goes through."""
+    fault, port = FAULTS[check], site.port("n3")
+    skip = [c for c in ("time_sync", "filesystem", "fsync", "memory") if c != check]
+    if check == "time_sync":
+        pytest.importorskip("ctypes")
+    elsewhere = [] if check == "time_sync" else ["time_sync"]
+    site.set_group(dengine_preflight_skip=sorted({*skip, *elsewhere} - {check}))
+    settings = yaml_of(site)
+    settings.pop("dengine_preflight_skip", None)
+    with contextlib.ExitStack() as stack:
+        if isinstance(fault, dict):
+            site.set_host("n3", **fault)
+        elif fault in (OLD_PYTHON, WRONG_CLOCK):
+            site.set_host("n3", ansible_python_interpreter=python_with(tmp_path, check, fault))
+        elif fault == "taken":
+            stack.enter_context(taken(port))
+        elif fault == "far away":
+            site.set_host("n3", dengine_port=port + 5, dengine_listen_address=f"127.0.0.1:{port}")
+            stack.enter_context(far_away(port + 5, port))
+        elif fault == "closed":
+            site.set_host("n3", dengine_port=port + 5, dengine_listen_address=f"127.0.0.1:{port}")
+        elif fault == "tmpfs":
+            place = Path("/dev/shm") / f"dengine-test-{os.getpid()}"
+            stack.callback(shutil.rmtree, place, ignore_errors=True)
+            site.set_host("n3", dengine_process_dir=str(place))
+        rows = failed_rows(site.play("expand"))
+        assert {c for _, c in rows} == {check}
+        if check not in ("clock_offset", "rtt", "connect", "time_sync"):
+            assert rows == {("n3", check)}
+        site.set_group(dengine_preflight_skip=[*skip, "time_sync", check])
+        site.play("expand", "--check").ok()
+
+
+def yaml_of(site: Local) -> dict[str, object]:
+    """The group's own skip list must not hide what the test provokes: it goes."""
+    import yaml
+
+    file = site.inventory / "group_vars" / "dengine.yml"
+    values: dict[str, object] = yaml.safe_load(file.read_text())
+    values.pop("dengine_preflight_skip", None)
+    file.write_text(yaml.safe_dump(values))
+    return values
+
+
+@pytest.mark.full
+def test_a_wiped_voter_stops_the_run_with_the_command_to_run_next(site: Local) -> None:
+    site.play("expand", "-e", "dengine_target_voters=3").ok()
+    os.kill(site.pid("n2"), 15)
+    wait_for(lambda: len(site.node_pids()) == 2, "node 2 to stop")
+    shutil.rmtree(site.data("n2"))
+    run = site.play("expand")
+    assert failed_rows(run) == {("n2", "identity")}
+    assert "dengine remove 2" in run.output
+    assert site.voters() == [1, 2, 3]
+
+
+@pytest.mark.full
+def test_a_foreign_directory_stops_the_run_with_the_command_to_run_next(site: Local) -> None:
+    site.play("site").ok()
+    directory = site.data("n2")
+    directory.mkdir(parents=True)
+    identity = json.loads((site.data("n1") / "identity.json").read_text())
+    identity.update(node_id=2, cluster_id="f" * 32)
+    (directory / "identity.json").write_text(json.dumps(identity))
+    run = site.play("expand")
+    assert failed_rows(run) == {("n2", "identity")}
+    assert "mv " in run.output
+    assert site.voters() == [1]
+
+
+def test_the_gate_refuses_within_seconds_and_touches_no_host(site: Local) -> None:
+    """--limit, an even target and two hosts with one id are refused together or alone."""
+    for arguments, said in (
+        (("--limit", "n1"), "--limit is refused"),
+        (("-e", "dengine_target_voters=2"), "it must be odd"),
+    ):
+        began = time.monotonic()
+        assert said in site.play("expand", *arguments).failed().output
+        assert time.monotonic() - began < 30
+    site.set_host("n3", dengine_node_id=2)
+    assert "both have dengine_node_id 2" in site.play("expand").failed().output
+    assert not site.state.exists()
+
+
+def test_one_zone_file_of_production_alone_is_refused(tmp_path: Path) -> None:
+    """With one of the three files the quorum would be counted wrongly."""
+    shutil.copytree(ROOT / "inventories" / "production", tmp_path / "production")
+    done = subprocess.run(
+        [
+            str(PLAYBOOK),
+            "-i",
+            str(tmp_path / "production" / "10-az-a.yml"),
+            str(ROOT / "ansible" / "expand.yml"),
+            "-e",
+            "dengine_target_voters=1",
+        ],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "zone az-b of dengine_zones has no host" in done.stdout
+    assert "Nobody else changes" not in done.stdout
+
+
+def test_a_second_operator_is_refused_while_the_first_is_at_work(site: Local) -> None:
+    """The lock names who has it; a run on this machine that was killed gives it up by itself."""
+    lock = site.state / "hosts" / "n1" / "dengine-deploy.json"
+    lock.parent.mkdir(parents=True)
+    other = {
+        "controller": "elsewhere", "boot": "x", "pid": 7, "started": "1", "user": "alice",
+        "nonce": "elsewhere/x/7/1", "refreshed": time.time(),
+    }  # fmt: skip
+    lock.write_text(json.dumps(other))
+    run = site.play("expand").failed()
+    assert "alice on elsewhere (process 7)" in run.output
+    assert "dengine_take_lock=true" in run.output
+    own = other | {"controller": socket.gethostname(), "nonce": "gone"}
+    lock.write_text(json.dumps(own))
+    site.play("expand", KILL_AT="dengine.core.discover : Look at the host")
+    assert json.loads(lock.read_text())["pid"] != 7
+
+
+def test_every_playbook_is_sound_with_every_inventory(tmp_path: Path) -> None:
+    """ansible-playbook --syntax-check, from the root and from ansible/, in any combination."""
+    playbooks = sorted(p.name for p in (ROOT / "ansible").glob("*.yml"))
+    assert len(playbooks) == 8
+    for inventory in ("local", "vagrant", "production"):
+        for place, prefix in ((ROOT, "ansible/"), (ROOT / "ansible", "")):
+            path = os.path.relpath(ROOT / "inventories" / inventory, place)
+            done = subprocess.run(
+                [str(PLAYBOOK), "--syntax-check", "-i", path, *[prefix + p for p in playbooks]],
+                cwd=place,
+                env={**os.environ, "ANSIBLE_HOME": str(tmp_path)},
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
