@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install run walkthrough test crash-sweep lint fix bench lab lab-expand lab-down lock clean test-packages
+.PHONY: help install run walkthrough test crash-sweep lint fix bench lab lab-expand lab-full lab-down lock clean test-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ lab: $(STAMP) ## Three machines with the addresses of inventories/vagrant, one v
 
 lab-expand: $(STAMP) ## One voter in the lab becomes three
 	@$(call in_lab,expand.yml)
+
+lab-full: $(STAMP) test-packages ## The tests on three booted machines; they bring up a lab of their own
+	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/lab -q
 
 lab-down: ## Remove the lab without a trace; only the cached box stays
 	scripts/lab down

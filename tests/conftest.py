@@ -13,6 +13,7 @@ import pytest
 # The lowest layer first: a broken quorum function is easier to read than a broken cluster.
 LAYERS = ("raft", "kv", "storage", "node", "api", "integration", "crash_sweep", "ansible", "lab")
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # `make crash-sweep`
+LAB = bool(os.environ.get("DENGINE_LAB_TESTS"))  # `make lab-full`
 # Here everything can be installed and every right is there, so nothing has a reason to be skipped.
 MAY_NOT_SKIP = (
     os.geteuid() == 0
@@ -32,6 +33,8 @@ def belongs(item: pytest.Item) -> bool:
     `recorded` tests read data that may not be on this machine.
     """
     if item.get_closest_marker("sample" if FULL else "full"):
+        return False
+    if "lab" in item.path.parts and not LAB:
         return False
     recorded = item.get_closest_marker("recorded")
     return recorded is None or Path(recorded.args[0]).is_dir()
