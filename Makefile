@@ -57,8 +57,8 @@ lab: $(STAMP) ## Three machines with the addresses of inventories/vagrant, one v
 lab-expand: $(STAMP) ## One voter in the lab becomes three
 	@$(call in_lab,expand.yml)
 
-lab-full: $(STAMP) test-packages ## The tests on three booted machines; they bring up a lab of their own
-	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/lab -q
+lab-full: $(STAMP) test-packages ## The playbooks here, and the tests on three booted machines of their own
+	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible tests/lab -q
 
 lab-down: ## Remove the lab without a trace; only the cached box stays
 	scripts/lab down
