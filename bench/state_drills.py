@@ -130,7 +130,11 @@ def large_state(directory: Path, result: LargeState, say: Callable[[str], None])
         result.file_bytes = _purge_log(first)
         say("log purged")
         result.growth = _grow(nodes, ports, directory, result)
-        say(f"grown to 3 in {result.growth.three_voters_after_s:.1f} s")
+        installed = ", ".join(f"{each.installed_s:.1f} s" for each in result.transfers)
+        say(
+            f"grown to 3 in {result.growth.three_voters_after_s:.1f} s, snapshots installed after "
+            f"{installed}; longest write {result.growth.longest_ms:.0f} ms"
+        )
         _calm(nodes)
         result.copy_s = _copy(directory, first)
         _take_under_load(nodes, result, say)

@@ -51,7 +51,7 @@ from dengine.storage.snapshots import take, unpack
 from dengine.storage.state_reader import StateReader
 
 PROGRESS_EVERY_S: Final = 0.2
-BEHIND_S_MAX: Final = 0.05
+BEHIND_S_MAX: Final = 0.25  # longer than a sync on a busy disk takes
 FETCH_TIMEOUT_S: Final = 10.0  # without a single byte
 PIECE_BYTES: Final = 256 * 1024
 NICENESS: Final = 10  # low, but not so low that a busy node starves it: an old reader is costly too
