@@ -1,0 +1,120 @@
+"""A little HTTP server that says what it is told to, and writes down what it was asked."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+COLLECTIONS = Path(__file__).resolve().parents[2] / "ansible" / "collections"
+MODULES = "ansible_collections.dengine.core.plugins.modules"
+MODULE_S = 60
+
+
+@dataclass
+class Asked:
+    method: str
+    path: str
+    body: bytes
+    headers: dict[str, str]
+
+    @property
+    def line(self) -> str:
+        return f"{self.method} {self.path}"
+
+
+@dataclass
+class Say:
+    """One answer."""
+
+    body: Any = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+Answers = dict[str, "Say | list[Say] | Callable[[Asked], Say]"]
+
+
+class Server:
+    """Answers by "METHOD /path". A list is given out one by one; its last answer stays."""
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
+        self.asked: list[Asked] = []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                asked = Asked(
+                    self.command, self.path, self.rfile.read(length), dict(self.headers.items())
+                )
+                server.asked.append(asked)
+                say = server.choose(asked)
+                body = say.body if isinstance(say.body, bytes) else json.dumps(say.body).encode()
+                self.send_response(say.status)
+                for name, value in say.headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_PUT = do_POST = do_DELETE = answer
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"127.0.0.1:{self._http.server_address[1]}"
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
+
+    def choose(self, asked: Asked) -> Say:
+        found = self.answers.get(asked.line)
+        if found is None:
+            return Say({"error": "not_found", "message": asked.line, "outcome": "none"}, 404)
+        if isinstance(found, list):
+            return found.pop(0) if len(found) > 1 else found[0]
+        return found if isinstance(found, Say) else found(asked)
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+    @property
+    def lines(self) -> list[str]:
+        return [a.line for a in self.asked]
+
+    @property
+    def changes(self) -> list[str]:
+        """What was asked that is no reading."""
+        return [a.line for a in self.asked if a.method != "GET"]
+
+
+def run_module(name: str, check: bool = False, **arguments: Any) -> dict[str, Any]:
+    """Run a module as Ansible does: a process of its own, arguments on standard input."""
+    options = {**arguments, "_ansible_check_mode": check, "_ansible_diff": True}
+    done = subprocess.run(
+        [sys.executable, "-m", f"{MODULES}.{name}"],
+        input=json.dumps({"ANSIBLE_MODULE_ARGS": options}),
+        env={"PYTHONPATH": str(COLLECTIONS), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=MODULE_S,
+        check=False,
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    result["raw"] = done.stdout + done.stderr
+    return result

@@ -1,0 +1,560 @@
+"""The modules against a little HTTP server: exactly these calls, and in check mode no write."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ansible.server import COLLECTIONS, Answers, Asked, Say, Server, run_module
+
+TOKEN = "a-token-that-nobody-may-see-0123456789"
+
+
+def member(node_id: int, status: str = "active", **more: Any) -> dict[str, Any]:
+    return {
+        "id": node_id,
+        "address": f"10.0.0.{node_id}:9081",
+        "zone": "az-a",
+        "role": "follower",
+        "status": status,
+        "incarnation": f"{node_id:016x}",
+        "match": 12,
+        "lag": 0,
+        "ready": True,
+        "reason": None,
+        "transfer": None,
+        **more,
+    }
+
+
+def view(*members: dict[str, Any], joint: bool = False) -> Say:
+    return Say(
+        {
+            "cluster_id": "c1",
+            "leader": {"id": 1, "address": "10.0.0.1:9081"},
+            "term": 2,
+            "commit_index": 12,
+            "applied_index": 12,
+            "revision": 3,
+            "settings": {"promotion": "immediate", "history_revisions": 10},
+            "members": list(members),
+            "joint": joint,
+            "fault_tolerance": (len(members) - 1) // 2,
+            "advice": "",
+        }
+    )
+
+
+REFUSED = Say(
+    {"error": "conflict", "message": "not now", "outcome": "none", "retryable": False}, 409
+)
+BUSY = Say({"error": "not_leader", "message": "not me", "outcome": "none", "retryable": True}, 503)
+LOST = Say(
+    {"error": "timeout", "message": "who knows", "outcome": "unknown", "retryable": True}, 504
+)
+
+
+# --- the client that all of them share ---------------------------------------------------------
+
+
+def test_a_write_is_repeated_only_when_it_certainly_did_nothing() -> None:
+    """503 with outcome none is asked again; an unknown outcome is reported, never repeated."""
+    answers: Answers = {
+        "GET /v1/kv/a": Say({"error": "key_not_found"}, 404),
+        "PUT /v1/kv/a": [BUSY, Say({"revision": 4})],
+    }
+    with Server(answers) as server:
+        result = run_module("dengine_kv", endpoints=[server.endpoint], key="a", value="x")
+        assert result["revision"] == 4
+        assert server.changes == ["PUT /v1/kv/a"] * 2
+    with Server({**answers, "PUT /v1/kv/a": LOST}) as server:
+        result = run_module("dengine_kv", endpoints=[server.endpoint], key="a", value="x")
+        assert result["failed"]
+        assert result["outcome"] == "unknown"
+        assert server.changes == ["PUT /v1/kv/a"]
+
+
+def test_the_next_endpoint_is_asked_when_the_first_is_gone() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"127.0.0.1:{free.getsockname()[1]}"
+        with Server({"GET /v1/cluster": view(member(1))}) as server:
+            result = run_module(
+                "dengine_settings",
+                endpoints=[dead, server.endpoint],
+                settings={"promotion": "immediate"},
+            )
+            assert not result["changed"]
+
+
+def test_the_token_is_sent_and_never_shown() -> None:
+    """Also when the node is so unkind as to repeat it."""
+    echo = Say({"error": "unauthorized", "message": f"bad {TOKEN}", "outcome": "none"}, 401)
+    with Server({"GET /v1/cluster": echo}) as server:
+        result = run_module(
+            "dengine_leader", endpoints=[server.endpoint], token=TOKEN, node_id=1, patience=0
+        )
+    assert server.asked[0].headers["Authorization"] == f"Bearer {TOKEN}"
+    assert result["failed"]
+    assert TOKEN not in result["raw"]
+
+
+# --- dengine_cluster_info ----------------------------------------------------------------------
+
+
+def healthy(*members: dict[str, Any]) -> Answers:
+    return {
+        "GET /v1/status": Say({"node_id": 1}),
+        "GET /readyz": Say({"status": "ok"}),
+        "GET /v1/cluster": view(*members),
+    }
+
+
+def test_info_only_reads() -> None:
+    with Server(healthy(member(1), member(2, "promotable"))) as server:
+        result = run_module("dengine_cluster_info", endpoints=[server.endpoint])
+        assert server.lines == ["GET /v1/status", "GET /readyz", "GET /v1/cluster"]
+    assert result["voters"] == [1]
+    assert result["learners"] == [2]
+    assert result["nodes"][server.endpoint]["ready"]
+
+
+def test_info_waits_until_all_vote_and_answer_and_says_who_does_not() -> None:
+    answers = healthy()
+    answers["GET /v1/cluster"] = [view(member(1), joint=True), view(member(1), member(2))]
+    with Server(answers) as server:
+        result = run_module(
+            "dengine_cluster_info", endpoints=[server.endpoint], voters=[1, 2], wait=10
+        )
+        assert result["message"] == ""
+    late = member(2, ready=False, reason="it has not answered for 9 s")
+    with Server(healthy(member(1), late)) as server:
+        result = run_module(
+            "dengine_cluster_info", endpoints=[server.endpoint], voters=[1, 2], wait=0.5
+        )
+        assert result["failed"]
+        assert "node 2: it has not answered" in result["msg"]
+        behind = run_module(
+            "dengine_cluster_info",
+            endpoints=[server.endpoint],
+            max_lag=5,
+            required=False,
+        )
+        assert behind["message"] == ""
+
+
+def test_info_without_an_answer_fails_only_where_one_is_required() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoints = [f"127.0.0.1:{free.getsockname()[1]}"]
+        assert run_module("dengine_cluster_info", endpoints=endpoints)["failed"]
+        result = run_module("dengine_cluster_info", endpoints=endpoints, required=False)
+        assert not result["answered"]
+
+
+# --- dengine_member ----------------------------------------------------------------------------
+
+
+def test_member_waits_for_the_clusters_own_promotion() -> None:
+    before = view(member(1), member(2, "promotable"), member(3, "promotable"))
+    joint = view(member(1), member(2), member(3), joint=True)
+    after = view(member(1), member(2), member(3))
+    with Server({"GET /v1/cluster": [before, before, joint, after]}) as server:
+        result = run_module("dengine_member", endpoints=[server.endpoint], ids=[1, 2, 3])
+        assert server.changes == []
+    assert result["done"]
+    assert result["changed"]
+    assert result["diff"]["before"] == {"voters": [1], "learners": [2, 3]}
+    assert result["after"] == {"voters": [1, 2, 3], "learners": []}
+
+
+def test_member_promotes_both_in_one_call_when_the_cluster_does_not() -> None:
+    before = view(member(1), member(2, "promotable"), member(3, "promotable"))
+    answers: Answers = {"GET /v1/cluster": before}
+
+    def promoted(_: Asked) -> Say:
+        answers["GET /v1/cluster"] = view(member(1), member(2), member(3))
+        return Say({"promoted": [2, 3]})
+
+    answers["POST /v1/cluster/promote"] = promoted
+    with Server(answers) as server:
+        result = run_module("dengine_member", endpoints=[server.endpoint], ids=[2, 3], slice=20)
+        (call,) = [a for a in server.asked if a.method == "POST"]
+    assert json.loads(call.body) == {"ids": [2, 3]}
+    assert result["done"]
+
+
+def test_member_tells_percent_and_speed_and_comes_back_when_its_slice_is_over() -> None:
+    transfer = {"index": 9, "percent": 43, "sent_bytes": 1, "size_bytes": 120_000_000}
+    learner = member(2, "promotable", ready=False, transfer={**transfer, "bytes_per_s": 12_000_000})
+    with Server({"GET /v1/cluster": view(member(1), learner)}) as server:
+        result = run_module(
+            "dengine_member", endpoints=[server.endpoint], ids=[2], state="ready", slice=0.3
+        )
+    assert not result["done"]
+    assert result["progress"] == ["node 2: snapshot 43 % of 120.0 MB, 12.0 MB/s"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call", "body"),
+    [
+        ({"ids": [2], "state": "absent"}, "DELETE /v1/cluster/members/2", b""),
+        (
+            {"ids": [2], "state": "present", "zone": "az-b"},
+            "PUT /v1/cluster/members/2",
+            b'{"zone": "az-b"}',
+        ),
+    ],
+)
+def test_member_removes_and_changes_with_one_call_and_none_in_check_mode(
+    arguments: dict[str, Any], call: str, body: bytes
+) -> None:
+    answers: Answers = {
+        "GET /v1/cluster": [view(member(1), member(2)), view(member(1))],
+        call: Say({"id": 2}),
+    }
+    with Server(answers) as server:
+        result = run_module("dengine_member", endpoints=[server.endpoint], **arguments)
+        assert result["changed"]
+        assert [(a.line, a.body) for a in server.asked if a.method != "GET"] == [(call, body)]
+    with Server({"GET /v1/cluster": view(member(1), member(2))}) as server:
+        result = run_module("dengine_member", check=True, endpoints=[server.endpoint], **arguments)
+        assert result["changed"]
+        assert result["diff"]["before"] != result["diff"]["after"]
+        assert server.changes == []
+
+
+def test_member_refuses_another_cluster() -> None:
+    with Server({"GET /v1/cluster": view(member(1))}) as server:
+        result = run_module(
+            "dengine_member", endpoints=[server.endpoint], ids=[1], expect_cluster_id="c2"
+        )
+    assert "this is cluster c1, not c2" in result["msg"]
+
+
+# --- dengine_settings, dengine_leader, dengine_kv ------------------------------------------------
+
+
+def test_settings_change_what_differs_and_nothing_else() -> None:
+    answers: Answers = {
+        "GET /v1/cluster": view(member(1)),
+        "PUT /v1/cluster/settings": Say({"settings": {"promotion": "odd"}}),
+    }
+    wanted = {"promotion": "odd", "history_revisions": 10}
+    with Server(answers) as server:
+        result = run_module("dengine_settings", endpoints=[server.endpoint], settings=wanted)
+        assert result["changed"]
+        assert json.loads(server.asked[-1].body) == {"promotion": "odd"}
+        count = len(server.asked)
+        dry = run_module("dengine_settings", True, endpoints=[server.endpoint], settings=wanted)
+        assert dry["diff"]["after"]["promotion"] == "odd"
+        assert [a.method for a in server.asked[count:]] == ["GET"]
+
+
+def test_leader_is_moved_to_who_is_named_or_away_to_the_best() -> None:
+    led_by_two = Say({**view(member(1), member(2)).body, "leader": {"id": 2}})
+    answers: Answers = {
+        "GET /v1/cluster": [view(member(1), member(2)), led_by_two],
+        "POST /v1/cluster/leader": Say({"leader": 2}),
+    }
+    with Server(answers) as server:
+        result = run_module("dengine_leader", endpoints=[server.endpoint], node_id=2)
+        assert result["changed"]
+        assert json.loads(server.asked[1].body) == {"id": 2}
+        again = run_module("dengine_leader", endpoints=[server.endpoint], node_id=2)
+        assert not again["changed"]
+    three = view(member(1), member(2, lag=40), member(3))
+    with Server({"GET /v1/cluster": three}) as server:
+        result = run_module("dengine_leader", True, endpoints=[server.endpoint], not_node_id=1)
+        assert result["leader"] == 3
+        assert server.changes == []
+    with Server({"GET /v1/cluster": view(member(1))}) as server:
+        result = run_module("dengine_leader", endpoints=[server.endpoint], not_node_id=1)
+        assert "no other voter is alive" in result["msg"]
+
+
+def test_kv_writes_under_the_condition_that_it_read() -> None:
+    answers: Answers = {
+        "GET /v1/kv/a%2Fb": Say(b"old", headers={"ETag": '"7"'}),
+        "PUT /v1/kv/a%2Fb": Say({"revision": 8, "created": False}),
+        "DELETE /v1/kv/a%2Fb": Say({"revision": 8, "deleted": 1}),
+    }
+    with Server(answers) as server:
+        ask = {"endpoints": [server.endpoint], "key": "a/b"}
+        result = run_module("dengine_kv", value="new", **ask)
+        assert result["changed"]
+        assert result["diff"] == {"before": "old\n", "after": "new\n"}
+        put = server.asked[-1]
+        assert (put.line, put.body, put.headers["If-Match"]) == ("PUT /v1/kv/a%2Fb", b"new", '"7"')
+        assert not run_module("dengine_kv", value="old", **ask)["changed"]
+        assert run_module("dengine_kv", state="absent", **ask)["changed"]
+        assert server.asked[-1].headers["If-Match"] == '"7"'
+        count = len(server.changes)
+        assert run_module("dengine_kv", check=True, value="new", **ask)["changed"]
+        assert len(server.changes) == count
+        hidden = run_module("dengine_kv", value="s3cr3t-value", secret=True, **ask)
+        assert "s3cr3t-value" not in hidden["raw"]
+
+
+# --- dengine_snapshot --------------------------------------------------------------------------
+
+
+def snapshot_file(size: int = 3000) -> tuple[bytes, dict[str, Any]]:
+    """A file that ends with the SHA-256 of the rest, as a snapshot does, and what a node says."""
+    rest = os.urandom(size)
+    digest = hashlib.sha256(rest)
+    file = rest + digest.digest()
+    said = {"index": 12, "term": 2, "sha256": digest.hexdigest(), "size_bytes": len(file)}
+    return file, said
+
+
+def test_snapshot_is_taken_downloaded_checked_and_not_taken_twice(tmp_path: Path) -> None:
+    file, said = snapshot_file()
+    listing = {"snapshots": [], "job": None, "last_error": None}
+    answers: Answers = {
+        "GET /v1/snapshots": [Say(listing), Say({**listing, "snapshots": [said]})],
+        "GET /v1/status": Say({"last_applied": 12}),
+        "POST /v1/snapshots": Say({"state": "running"}, 202),
+        f"GET /v1/snapshots/{said['sha256']}": Say(file),
+    }
+    with Server(answers) as server:
+        ask = {"endpoints": [server.endpoint], "dest": str(tmp_path)}
+        result = run_module("dengine_snapshot", **ask)
+        assert result["changed"], result
+        assert server.changes == ["POST /v1/snapshots"]
+        kept = Path(result["file"])
+        assert kept.read_bytes() == file
+        assert kept.stat().st_mode & 0o777 == 0o600
+        again = run_module("dengine_snapshot", **ask)
+        assert not again["changed"]
+        assert server.changes == ["POST /v1/snapshots"]
+        dry = run_module("dengine_snapshot", check=True, **ask)
+        assert dry["changed"]
+        assert server.changes == ["POST /v1/snapshots"]
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_snapshot_download_goes_on_where_an_earlier_one_was_cut(tmp_path: Path) -> None:
+    file, said = snapshot_file()
+    part = tmp_path / f"backup-{12:012d}-{said['sha256'][:16]}.dsnap.{said['sha256'][:16]}.part"
+    part.write_bytes(file[:1000])
+    answers: Answers = {
+        "GET /v1/snapshots": Say({"snapshots": [said]}),
+        "GET /v1/status": Say({"last_applied": 12}),
+        f"GET /v1/snapshots/{said['sha256']}": Say(file[1000:], 206),
+    }
+    with Server(answers) as server:
+        result = run_module("dengine_snapshot", endpoints=[server.endpoint], dest=str(tmp_path))
+        assert server.asked[-1].headers["Range"] == "bytes=1000-"
+    assert Path(result["file"]).read_bytes() == file
+
+
+def test_snapshot_that_arrives_damaged_is_no_backup(tmp_path: Path) -> None:
+    file, said = snapshot_file()
+    answers: Answers = {
+        "GET /v1/snapshots": Say({"snapshots": [said]}),
+        "GET /v1/status": Say({"last_applied": 12}),
+        f"GET /v1/snapshots/{said['sha256']}": Say(bytes([file[0] ^ 1]) + file[1:]),
+    }
+    with Server(answers) as server:
+        result = run_module("dengine_snapshot", endpoints=[server.endpoint], dest=str(tmp_path))
+    assert "does not have the SHA-256" in result["msg"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_snapshot_prunes_the_oldest_and_only_its_own(tmp_path: Path) -> None:
+    for number in range(4):
+        file = tmp_path / f"backup-{number}.dsnap"
+        file.write_bytes(b"")
+        os.utime(file, (number, number))
+    (tmp_path / "dengine-20260101.dsnap").write_bytes(b"")
+    ask = {"endpoints": [], "state": "pruned", "dest": str(tmp_path), "keep": 2}
+    assert len(run_module("dengine_snapshot", check=True, **ask)["removed"]) == 2
+    assert len(list(tmp_path.iterdir())) == 5
+    assert run_module("dengine_snapshot", **ask)["changed"]
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["backup-2.dsnap", "backup-3.dsnap", "dengine-20260101.dsnap"]
+    assert not run_module("dengine_snapshot", **ask)["changed"]
+
+
+# --- dengine_verify ----------------------------------------------------------------------------
+
+
+def holding(revision: int) -> Answers:
+    """A node of two that holds one key at `revision`."""
+    item = {"key": "k", "mod_revision": revision}
+    return {
+        "GET /v1/cluster": view(member(1), member(2), member(3)),
+        "GET /v1/kv?limit=1000&keys_only=true": Say({"items": [item], "next": None}),
+        "GET /v1/kv/k": Say(b"x", headers={"ETag": f'"{revision}"'}),
+    }
+
+
+def test_verify_finds_a_node_that_holds_something_else() -> None:
+    with Server(holding(5)) as one, Server(holding(5)) as other:
+        ask = {
+            "endpoints": [one.endpoint, other.endpoint],
+            "voters": [1, 2, 3],
+            "canary_prefix": "",
+        }
+        result = run_module("dengine_verify", **ask)
+        assert result["problems"] == []
+        assert result["compared_keys"] == 1
+        other.answers.update(holding(6))
+        (problem,) = run_module("dengine_verify", **ask)["problems"]
+        assert "differ at key 'k'" in problem
+        assert one.changes == other.changes == []
+
+
+def test_verify_compares_members_with_the_inventory() -> None:
+    with Server({"GET /v1/cluster": view(member(1))}) as server:
+        result = run_module(
+            "dengine_verify",
+            endpoints=[server.endpoint],
+            voters=[1, 2, 3],
+            zones={"1": "az-z"},
+            max_keys=0,
+            canary_prefix="",
+        )
+    text = "; ".join(result["problems"])
+    assert "sees the voters [1], not [1, 2, 3]" in text
+    assert "node 1 is in zone 'az-a', the inventory says 'az-z'" in text
+    assert "only 0 more voters may fail, not 1" in text
+
+
+# --- dengine_probe, dengine_lock, dengine_process ------------------------------------------------
+
+
+def test_probe_stands_in_for_a_node_and_is_taken_for_none(tmp_path: Path) -> None:
+    """The stand-in answers 503, tells the way and the clock, and ends when it is told to, or when
+    the next run starts one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    ask = {"listen_address": endpoint, "config": str(tmp_path / "c"), "data_dir": str(tmp_path)}
+    try:
+        assert run_module("dengine_probe", action="listen", seconds=30, **ask)["listening"]
+        assert run_module("dengine_probe", action="listen", seconds=30, **ask)["listening"]
+        way = run_module("dengine_probe", action="connect", targets=[endpoint])["ways"][endpoint]
+        assert way["error"] == ""
+        assert 0 < way["rtt_ms"] < 1000
+        assert abs(way["offset_ms"]) < 1000
+        (row,) = run_module("dengine_probe", action="checks", checks=["port"], **ask)["rows"]
+        assert row["status"] == "ok"
+        info = run_module("dengine_cluster_info", endpoints=[endpoint], required=False)
+        assert not info["nodes"][endpoint]["ready"]
+    finally:
+        assert run_module("dengine_probe", action="hush", **ask)["ended"]
+    way = run_module("dengine_probe", action="connect", targets=[endpoint])["ways"][endpoint]
+    assert "refused" in way["error"]
+
+
+def test_probe_tells_identity_and_checks_without_leaving_anything(tmp_path: Path) -> None:
+    data = tmp_path / "1"
+    data.mkdir()
+    (data / "identity.json").write_text('{"node_id": 1, "cluster_id": "c1"}')
+    facts = run_module("dengine_probe", action="facts", data_dir=str(data))["facts"]
+    assert facts["identity"]["cluster_id"] == "c1"
+    assert not facts["data_empty"]
+    rows = run_module(
+        "dengine_probe",
+        action="checks",
+        checks=["python", "architecture", "memory", "disk_space", "fsync", "open_files"],
+        data_dir=str(data / "not" / "there"),
+        backend="process",
+        limits={"memory_mb": 10**9},
+    )["rows"]
+    assert [r["check"] for r in rows if r["status"] != "ok"][:1] == ["memory"]
+    assert [p.name for p in data.iterdir()] == ["identity.json"]
+    assert run_module("dengine_probe", action="checks", checks=["luck"])["failed"]
+
+
+def test_lock_has_one_holder_and_goes_stale(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock" / "l.json")
+    first, second = {"nonce": "a"}, {"nonce": "b"}
+    assert run_module("dengine_lock", check=True, path=path, owner=first)["held"]
+    assert not (tmp_path / "lock").exists()
+    assert run_module("dengine_lock", path=path, owner=first)["held"]
+    assert run_module("dengine_lock", path=path, owner=first)["held"]
+    refused = run_module("dengine_lock", path=path, owner=second)
+    assert not refused["held"]
+    assert refused["holder"]["nonce"] == "a"
+    assert run_module("dengine_lock", path=path, owner=second, ttl=0)["held"]
+    assert run_module("dengine_lock", path=path, owner=first, take_from="b")["held"]
+    assert run_module("dengine_lock", path=path, owner=first, state="released")["held"]
+    assert run_module("dengine_lock", path=path, owner=second)["held"]
+
+
+def test_process_is_found_by_what_runs_and_outlives_the_module(tmp_path: Path) -> None:
+    """Started once, whatever an earlier run knew; check mode starts and stops nothing."""
+    node = tmp_path / "node.py"
+    node.write_text("import time\ntime.sleep(60)\n")
+    ask = {
+        "config": str(tmp_path / "c.toml"),
+        "command": [sys.executable, str(node)],
+        "log": str(tmp_path / "log"),
+    }
+    assert run_module("dengine_process", check=True, **ask)["changed"]
+    assert not (tmp_path / "log").exists()
+    try:
+        started = run_module("dengine_process", **ask)
+        assert started["changed"]
+        again = run_module("dengine_process", **ask)
+        assert not again["changed"]
+        assert again["process"] == started["process"]
+        other = run_module("dengine_process", state="restarted", **ask)
+        assert other["process"]["pid"] != started["process"]["pid"]
+        assert run_module("dengine_process", check=True, state="stopped", **ask)["process"]
+    finally:
+        assert run_module("dengine_process", state="stopped", **ask)["process"] is None
+    node.write_text("import sys\nsys.exit('no such file')\n")
+    failed = run_module("dengine_process", **ask)
+    assert "no such file" in failed["msg"]
+
+
+def test_modules_need_the_standard_library_alone() -> None:
+    """On a host nothing is installed but python3: no import of a module leaves Ansible's own."""
+    plugins = COLLECTIONS / "ansible_collections" / "dengine" / "core" / "plugins"
+    allowed = ("ansible.module_utils.", "ansible_collections.dengine.")
+    files = [*plugins.glob("modules/*.py"), *plugins.glob("module_utils/*.py")]
+    assert len(files) >= 15
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.partition(".")[0]
+                assert name.startswith(allowed) or top in sys.stdlib_module_names, (file, name)
+
+
+def test_documentation_of_every_module_can_be_read() -> None:
+    """ansible-doc shows each of them, with the shared parameters and an example."""
+    names = [
+        f"dengine.core.{p.stem}"
+        for p in (COLLECTIONS / "ansible_collections/dengine/core/plugins/modules").glob("*.py")
+    ]
+    began = time.monotonic()
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("ansible-doc")), "--json", *names],
+        env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(COLLECTIONS)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    documents = json.loads(done.stdout)
+    assert set(documents) == set(names), time.monotonic() - began
+    for name, document in documents.items():
+        assert document["doc"]["short_description"], name
+        assert document["examples"], name
