@@ -83,11 +83,16 @@ def take(
 
         try:
             reader.copy(write)
-            done = checked + writer.data_bytes
-            return writer.finish(lambda read: progress(done + read // VERIFY_RATE, total))
         except BaseException:
             writer.abandon()
             raise
+    # The reader is gone: while the file is read back, the node may use its old pages again.
+    done = checked + writer.data_bytes
+    try:
+        return writer.finish(lambda read: progress(done + read // VERIFY_RATE, total))
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def unpack(file: Path, state: Path, progress: Progress) -> SnapshotInfo:
