@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install run walkthrough test crash-sweep ansible-full lint fix bench lab lab-expand lab-down lock clean test-packages
+.PHONY: help install run walkthrough test crash-sweep ansible-full lint fix bench lab lab-expand lab-full lab-down lock clean test-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +48,7 @@ crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk
 	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v
 
 ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to fail (hours)
-	DENGINE_ANSIBLE_FULL=1 $(PYTHON) -m pytest tests/ansible -v
+	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v
 
 bench: $(STAMP) ## Compare with a bare aiohttp server and with etcd; prints and saves a table
 	$(PYTHON) bench/run.py
@@ -59,6 +59,9 @@ lab: $(STAMP) ## Three machines with the addresses of inventories/vagrant, one v
 
 lab-expand: $(STAMP) ## One voter in the lab becomes three
 	@$(call in_lab,expand.yml)
+
+lab-full: $(STAMP) test-packages ## The playbooks here, and the tests on three booted machines of their own
+	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible tests/lab -q
 
 lab-down: ## Remove the lab without a trace; only the cached box stays
 	scripts/lab down

@@ -130,7 +130,11 @@ def large_state(directory: Path, result: LargeState, say: Callable[[str], None])
         result.file_bytes = _purge_log(first)
         say("log purged")
         result.growth = _grow(nodes, ports, directory, result)
-        say(f"grown to 3 in {result.growth.three_voters_after_s:.1f} s")
+        installed = ", ".join(f"{each.installed_s:.1f} s" for each in result.transfers)
+        say(
+            f"grown to 3 in {result.growth.three_voters_after_s:.1f} s, snapshots installed after "
+            f"{installed}; longest write {result.growth.longest_ms:.0f} ms"
+        )
         _calm(nodes)
         result.copy_s = _copy(directory, first)
         _take_under_load(nodes, result, say)
@@ -186,7 +190,8 @@ def _idle(node: Node) -> bool:
 def take_snapshot(node: Node) -> dict[str, Any]:
     """Have `node` take a snapshot, wait for it, and return what the list says of it."""
     wait_until(lambda: _idle(node), f"{node.name} to have no snapshot job", TAKE_MAX_S)
-    taken = _view(node)["taken"]
+    view = _view(node)
+    taken, failures = view["taken"], view["failures"]
     answer = http_request(node.address, "POST", "/v1/snapshots", b"", timeout_s=TAKE_MAX_S)
     if answer is None or answer[0] not in (200, 202):
         raise BenchError(f"{node.name} takes no snapshot: {answer}")
@@ -197,7 +202,10 @@ def take_snapshot(node: Node) -> dict[str, Any]:
         [node.process],
         every_s=0.2,
     )
-    newest: dict[str, Any] = _view(node)["snapshots"][-1]
+    view = _view(node)
+    if view["failures"] > failures:
+        raise BenchError(f"{node.name}: a snapshot had to be taken again: {view['last_error']}")
+    newest: dict[str, Any] = view["snapshots"][-1]
     return newest
 
 
@@ -295,12 +303,16 @@ def _take_under_load(nodes: Sequence[Node], result: LargeState, say: Callable[[s
     say(f"before the snapshot: p99 {result.before.p99_ms:.1f} ms")
     _calm(nodes)
     taken: list[float] = []
+    problems: list[str] = []
 
     def take() -> None:
         time.sleep(1)  # wrk has begun
         started = time.monotonic()
-        with contextlib.suppress(BenchError):
+        try:
             take_snapshot(leader)
+        except BenchError as error:
+            problems.append(str(error))
+        else:
             taken.append(time.monotonic() - started)
 
     taker = threading.Thread(target=take)
@@ -308,7 +320,7 @@ def _take_under_load(nodes: Sequence[Node], result: LargeState, say: Callable[[s
     result.during = _observe(leader, taker.is_alive)
     taker.join()
     if not taken:
-        raise BenchError("no snapshot was taken under load")
+        raise BenchError(f"no snapshot was taken under load: {problems}")
     result.take_s = taken[0]
     say(f"during the snapshot, {taken[0]:.1f} s: p99 {result.during.p99_ms:.1f} ms")
     _calm(nodes)

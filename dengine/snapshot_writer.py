@@ -51,7 +51,6 @@ from dengine.storage.snapshots import take, unpack
 from dengine.storage.state_reader import StateReader
 
 PROGRESS_EVERY_S: Final = 0.2
-BEHIND_S_MAX: Final = 0.05
 FETCH_TIMEOUT_S: Final = 10.0  # without a single byte
 PIECE_BYTES: Final = 256 * 1024
 NICENESS: Final = 10  # low, but not so low that a busy node starves it: an old reader is costly too
@@ -115,13 +114,13 @@ def _carry_out(job: Take | Verify | Unpack | Fetch) -> SnapshotInfo:
 class _Pace:
     """Keeps a job to a number of bytes per second and reports how far it is.
 
-    What it fell behind while the machine was busy is not made up for in one burst.
+    What it falls behind while the machine is busy it makes up for when it can: a take that lasts
+    costs more than one in a hurry, for the state grows until its reader is gone.
     """
 
     def __init__(self, max_bytes_per_s: int | None = None) -> None:
         self._max_bytes_per_s = max_bytes_per_s
-        self._since = self._report_due = time.monotonic()
-        self._done_then = 0
+        self._started = self._report_due = time.monotonic()
 
     def report(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -129,11 +128,9 @@ class _Pace:
             self._report_due = now + PROGRESS_EVERY_S
             _say(Progress(done, max(done, total)))
         if self._max_bytes_per_s:
-            ahead_s = (done - self._done_then) / self._max_bytes_per_s - (now - self._since)
+            ahead_s = done / self._max_bytes_per_s - (now - self._started)
             if ahead_s > 0.001:
                 time.sleep(min(ahead_s, 1.0))
-            elif ahead_s < -BEHIND_S_MAX:
-                self._since, self._done_then = now, done
 
 
 def _fetch(job: Fetch) -> SnapshotInfo:

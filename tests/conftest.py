@@ -12,11 +12,9 @@ import pytest
 
 # The lowest layer first: a broken quorum function is easier to read than a broken cluster.
 LAYERS = ("raft", "kv", "storage", "node", "api", "integration", "crash_sweep", "ansible", "lab")
-FULL_TARGETS = (
-    "DENGINE_CRASH_SWEEP",
-    "DENGINE_ANSIBLE_FULL",
-)  # make crash-sweep, make ansible-full
+FULL_TARGETS = ("DENGINE_CRASH_SWEEP", "DENGINE_ANSIBLE_FULL")
 FULL = any(os.environ.get(name) for name in FULL_TARGETS)
+LAB = bool(os.environ.get("DENGINE_LAB_TESTS"))  # `make lab-full`
 # Here everything can be installed and every right is there, so nothing has a reason to be skipped.
 MAY_NOT_SKIP = (
     os.geteuid() == 0
@@ -36,6 +34,8 @@ def belongs(item: pytest.Item) -> bool:
     `recorded` tests read data that may not be on this machine.
     """
     if item.get_closest_marker("sample" if FULL else "full"):
+        return False
+    if not LAB and ("lab" in item.path.parts or item.get_closest_marker("playbooks")):
         return False
     recorded = item.get_closest_marker("recorded")
     return recorded is None or Path(recorded.args[0]).is_dir()

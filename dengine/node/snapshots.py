@@ -46,6 +46,7 @@ POLL_S = 1.0
 WAITING_MS = 5000  # a member that waits for its turn asks more often
 RETRY_S_MIN, RETRY_S_MAX = 1.0, 60.0
 GROWTH_BYTES_MIN = 1024 * 1024 * 1024  # by so much a state may grow behind the writer's reader
+TURN_S = 10.0  # so long a turn lasts if its end is not heard of; renewed while the writer works
 AGE_S_MIN = 120.0  # so old may the reader of even the smallest state become
 
 Lead = Callable[[str, dict[str, Any], float], Awaitable[dict[str, Any]]]
@@ -259,7 +260,7 @@ class Snapshots:
             return self._is_newer()
         if not self._is_newer() or not self._is_due():
             return False
-        return await self._ask_turn(self._longest_take_s())
+        return await self._ask_turn(TURN_S)
 
     async def _ask_turn(self, seconds: float) -> bool:
         """Have the leader keep all others from taking one for so long; 0 ends our turn."""
@@ -269,6 +270,11 @@ class Snapshots:
             return bool(answer["granted"])
         except DengineError:
             return False  # without a leader nothing is written, so nothing is urgent
+
+    async def _keep_turn(self) -> None:
+        while True:
+            await asyncio.sleep(TURN_S / 3)
+            await self._ask_turn(TURN_S)
 
     def _longest_take_s(self) -> float:
         """After so long the writer's reader is too old: the job is ended and tried again."""
@@ -294,6 +300,7 @@ class Snapshots:
 
     async def _take(self) -> None:
         takers, self._wanted.takers = self._wanted.takers, []
+        turn = self._loop.create_task(self._keep_turn(), name="keep the turn")
         try:
             ref = await self._take_one()
         except FatalError as error:
@@ -303,6 +310,7 @@ class Snapshots:
                     taker.set_exception(ClusterUnavailable(f"no snapshot: {error.message}"))
             raise
         finally:
+            turn.cancel()
             await self._ask_turn(0)
         self._take_backoff.succeeded()
         for taker in takers:

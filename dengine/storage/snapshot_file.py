@@ -28,6 +28,7 @@ from dengine.raft.types import LogId, SnapshotRef
 from dengine.storage.environment import sync_directory
 from dengine.storage.snapshot_frames import (
     DIGEST_BYTES,
+    PACED_SYNC_BYTES,
     PARTIAL_SUFFIX,
     SyncedSteps,
     damaged_snapshot,
@@ -113,7 +114,7 @@ class SnapshotWriter:
         with disk(self._partial):
             fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             self._stream: BinaryIO = os.fdopen(fd, "wb")
-        self._steps = SyncedSteps(self._stream)
+        self._steps = SyncedSteps(self._stream, PACED_SYNC_BYTES)
         self._put(pack_header(encoded))
 
     @property

@@ -58,7 +58,7 @@ def take(
         StorageIO: the disk refused.
     """
     with StateReader(state) as reader:
-        size = (state / DATA_FILE).stat().st_size
+        size = reader.data_bytes
         # Reading costs others less than writing does, in memory less than from the disk.
         checked, total = size // CHECK_RATE, size // CHECK_RATE + size + size // VERIFY_RATE
         reader.check(lambda read: progress(min(checked, read // CHECK_RATE), total))
@@ -83,11 +83,16 @@ def take(
 
         try:
             reader.copy(write)
-            done = checked + writer.data_bytes
-            return writer.finish(lambda read: progress(done + read // VERIFY_RATE, total))
         except BaseException:
             writer.abandon()
             raise
+    # The reader is gone: while the file is read back, the node may use its old pages again.
+    done = checked + writer.data_bytes
+    try:
+        return writer.finish(lambda read: progress(done + read // VERIFY_RATE, total))
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def unpack(file: Path, state: Path, progress: Progress) -> SnapshotInfo:

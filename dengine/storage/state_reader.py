@@ -42,6 +42,7 @@ from dengine.storage.state_store import (
 )
 
 PIPE_BYTES: Final = 1024 * 1024
+_OWN_PAGES: Final = 3  # two meta pages, and the list of databases
 PROGRESS_BYTES: Final = 256 * 1024  # of records
 _REMEDY: Final = "the node throws this state away and rebuilds it"
 
@@ -52,6 +53,8 @@ class StateReader:
     Attributes:
         applied, digest, membership: of the moment it was opened.
         records: in all databases.
+        data_bytes: of the file that `copy` makes. The one that is read may be much larger: most of
+            it is free for use again where much was written while somebody read.
 
     Raises:
         DataCorruption: its own description is damaged.
@@ -168,9 +171,10 @@ class StateReader:
             self.membership: Membership = decode_membership(raw[:-4])
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise self._damaged(f"its membership cannot be read ({error})") from error
-        self.records = sum(
-            self._txn.stat(database)["entries"] for database in self._databases.values()
-        )
+        stats = [self._txn.stat(database) for database in self._databases.values()]
+        self.records = sum(stat["entries"] for stat in stats)
+        used = sum(s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"] for s in stats)
+        self.data_bytes = (used + _OWN_PAGES) * stats[0]["psize"]
 
     def _damaged(self, what: str) -> DataCorruption:
         return damaged(self._path / DATA_FILE, what, _REMEDY)

@@ -25,6 +25,7 @@ KILLS = (
 )
 
 
+@pytest.mark.playbooks
 def test_one_node_becomes_three_under_four_writers_through_three_kills_of_the_run(
     site: Local,
 ) -> None:
@@ -93,7 +94,7 @@ def test_one_node_becomes_three_under_four_writers_through_three_kills_of_the_ru
         assert {p.name for p in holders} == {"secrets.json", name}
 
 
-@pytest.mark.full
+@pytest.mark.playbooks
 def test_check_mode_tells_what_a_run_from_nothing_changes(site: Local) -> None:
     """`--check --diff` on blank hosts writes nothing and predicts as many changes on each host as
     the real run from nothing to three then makes."""
@@ -103,7 +104,7 @@ def test_check_mode_tells_what_a_run_from_nothing_changes(site: Local) -> None:
     assert site.voters() == [1, 2, 3]
 
 
-@pytest.mark.full
+@pytest.mark.playbooks
 def test_check_mode_tells_what_growing_changes(site: Local) -> None:
     """The same from one voter to three; the cluster stays what it is."""
     site.play("site").ok()
@@ -117,7 +118,7 @@ def test_check_mode_tells_what_growing_changes(site: Local) -> None:
     }
 
 
-@pytest.mark.full
+@pytest.mark.playbooks
 def test_three_become_five(tmp_path: Path) -> None:
     """The inventory gets two more hosts, and expand.yml goes from three voters to five directly."""
     with local(tmp_path, 5) as site:
@@ -152,7 +153,7 @@ def kill_and_resume(site: Local, number: int, name: str, after_s: float) -> None
     assert site.report()["verdict"] == "Verified."
 
 
-@pytest.mark.full
+@pytest.mark.playbooks
 @pytest.mark.timeout(4 * 3600)
 def test_the_kill_matrix(tmp_path: Path) -> None:
     """The same at the start of every task from install on, each from a cluster of its own; and in

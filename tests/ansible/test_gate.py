@@ -130,7 +130,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.full
+@pytest.mark.playbooks
 @pytest.mark.parametrize("check", FAULTS)
 def test_each_check_alone_fails_exactly_its_row_and_can_be_skipped_by_name(
     check: str, site: Local, tmp_path: Path
@@ -179,7 +179,7 @@ def yaml_of(site: Local) -> dict[str, object]:
     return values
 
 
-@pytest.mark.full
+@pytest.mark.playbooks
 def test_a_wiped_voter_stops_the_run_with_the_command_to_run_next(site: Local) -> None:
     site.play("expand", "-e", "dengine_target_voters=3").ok()
     os.kill(site.pid("n2"), 15)
@@ -191,7 +191,7 @@ def test_a_wiped_voter_stops_the_run_with_the_command_to_run_next(site: Local) -
     assert site.voters() == [1, 2, 3]
 
 
-@pytest.mark.full
+@pytest.mark.playbooks
 def test_a_foreign_directory_stops_the_run_with_the_command_to_run_next(site: Local) -> None:
     site.play("site").ok()
     directory = site.data("n2")

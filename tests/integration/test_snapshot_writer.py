@@ -17,14 +17,14 @@ from dengine.node.writer_process import STALL_S
 from tests.cluster import Cluster, ServeProcess, Writer, static_cluster, wait_for
 
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))
-# As slow as can be, so that there is time to attack: half a megabyte takes about five seconds.
+# Slow, so that there is time to attack: a megabyte takes several seconds.
 SLOW = """
 [raft.snapshot]
 chunk_bytes = 4096
-max_bytes_per_s = 65536
+max_bytes_per_s = 262144
 """
 VALUE = "x" * 2000
-KEYS = 150
+KEYS = 600
 
 
 class Attack:
@@ -36,7 +36,9 @@ class Attack:
         for key in range(KEYS):
             assert self.leader.put(f"filled/{key}", VALUE).ok
         self.term = self.leader.status()["term"]
-        self.writers = [Writer(node, f"w{i}").start() for i, node in cluster.nodes.items()]
+        self.writers = [
+            Writer(node, f"w{i}", pause_s=0.02).start() for i, node in cluster.nodes.items()
+        ]
         for writer in self.writers:
             writer.wait_more(10)
         self.subprocess = self.take()
@@ -61,7 +63,7 @@ class Attack:
         for writer in self.writers:
             writer.wait_more(20)
         self.take()
-        wait_for(lambda: snapshots(self.leader)["taken"], "the next snapshot", 60)
+        wait_for(lambda: snapshots(self.leader)["taken"], "the next snapshot", 90)
         for writer in self.writers:
             assert not writer.stop().failures
         assert {node.status()["term"] for node in self.cluster.running()} == {self.term}

@@ -204,7 +204,7 @@ class Machine:
             install -D -m 644 tmpfiles.d/dengine.conf -t /etc/tmpfiles.d
             systemd-sysusers
             systemd-tmpfiles --create dengine.conf
-            python3 -m venv {release}
+            python3 -m venv --clear {release}
             {release}/bin/pip install --quiet --no-index --find-links /tmp/wheelhouse \
                 --require-hashes --requirement /tmp/wheelhouse/requirements.txt
             ln -sfn releases/{version} /opt/dengine/current.new
@@ -218,7 +218,10 @@ class Machine:
 
     def wipe(self) -> None:
         """Nothing runs, and no data is left."""
-        self.run("systemctl stop dengine 2>/dev/null || true; rm -rf /var/lib/dengine")
+        self.run(
+            "systemctl stop dengine 2>/dev/null || true; rm -rf /var/lib/dengine; "
+            "systemctl reset-failed"
+        )
 
     def configure(self, extra: str = "") -> None:
         members = [(self.node_id, 2 if self.node_id == 1 else 3, 2 if self.node_id == 1 else 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dengine.errors import DataCorruption, StorageIO
+from dengine.kv.commands import DeleteRange, Put
 from dengine.raft.types import LogId, MemberId
 from dengine.storage.snapshot_file import (
     SnapshotHeader,
@@ -24,7 +26,9 @@ from dengine.storage.snapshot_file import (
     verify,
 )
 from dengine.storage.snapshot_frames import sound_prefix
-from tests.storage.states import membership
+from dengine.storage.snapshots import take
+from dengine.storage.state_store import StateStore
+from tests.storage.states import commands, config, membership
 
 HEADER = SnapshotHeader(
     cluster_id="c-1",
@@ -153,3 +157,28 @@ def test_an_abandoned_file_is_gone(tmp_path: Path) -> None:
     assert writer.data_bytes == 25
     writer.abandon()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_counts_what_is_used_not_what_is_free(tmp_path: Path) -> None:
+    """Of a file that is mostly free pages only what is in use is copied, and progress goes to its
+    end: what paces by it would wait for bytes that never come."""
+    value = b"x" * 2000
+    state = StateStore(tmp_path / "state")
+    for index in range(1, 600):
+        state.apply([commands(index, Put(b"%d" % index, value))])
+    state.apply([config(600, membership(MemberId(1, 1)))])
+    state.apply([commands(601, DeleteRange(b"", b"4", 1000))])
+    size = state.data_bytes()
+    state.close()
+    seen: list[tuple[int, int]] = []
+    info = take(
+        tmp_path / "state",
+        tmp_path / "snapshots",
+        node_id=1,
+        chunk_bytes=4096,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert info.data_bytes < size / 2
+    done, total = seen[-1]
+    assert 0.9 * total <= done <= 1.01 * total  # the chunks have heads
+    assert all(before <= after for (before, _), (after, _) in pairwise(seen))
