@@ -12,7 +12,7 @@ import pytest
 from tests.ansible.local import Local
 from tests.cluster import wait_for
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.playbooks, pytest.mark.timeout(900)]
 
 
 def test_the_life_of_a_cluster(site: Local) -> None:
