@@ -83,7 +83,7 @@ class Cycle:
         self._loop = asyncio.get_running_loop()
         self._state = state
         self._owner = owner
-        self._writer = LogWriter(log, owner.persist_restore, self._loop, self._written)
+        self._writer = LogWriter(log, owner.persist_restore, self._loop, self._written, self.fail)
         self._inbox: deque[Message] = deque()
         self._actions: deque[Callable[[], None]] = deque()
         self._turn_due: asyncio.Handle | None = None

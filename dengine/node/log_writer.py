@@ -10,9 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
-from dengine.errors import FatalError
 from dengine.raft.raft import Ready
 from dengine.storage.log_store import LogStore
 
@@ -29,6 +27,8 @@ class LogWriter:
         store: where to.
         restore: the durable part of installing a snapshot.
         loop: the loop on which `written` is called.
+        failed: called on the loop when a purge failed, which must end the process as a failed write
+            does: nothing is tried on that disk again.
         written: `(ready, error or None, seconds the durable write took)`.
     """
 
@@ -38,11 +38,13 @@ class LogWriter:
         restore: Callable[[Ready], None],
         loop: asyncio.AbstractEventLoop,
         written: Written,
+        failed: Callable[[BaseException], None],
     ) -> None:
         self._store = store
         self._restore = restore
         self._loop = loop
         self._written = written
+        self._failed = failed
         self._jobs: queue.SimpleQueue[Ready | None] = queue.SimpleQueue()  # Raft allows one at once
         # A daemon: a disk that never answers must not keep a stopped process alive.
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
@@ -72,7 +74,7 @@ class LogWriter:
             self._loop.call_soon_threadsafe(self._written, ready, error, seconds)
 
     def _next(self) -> Ready | None:
-        """The next job; while there is none, purge. A purge that fails makes the next save fail."""
+        """The next job; while there is none, purge."""
         while True:
             try:
                 return self._jobs.get(
@@ -80,5 +82,8 @@ class LogWriter:
                 )
             except queue.Empty:
                 if self._store.purge_pending:
-                    with suppress(FatalError):
+                    try:
                         self._store.purge_step()
+                    except BaseException as error:  # carried to the loop, where it ends the process
+                        self._loop.call_soon_threadsafe(self._failed, error)
+                        return self._jobs.get()

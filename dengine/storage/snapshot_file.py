@@ -27,7 +27,6 @@ from dengine.raft.membership import Membership
 from dengine.raft.types import LogId, SnapshotRef
 from dengine.storage.environment import sync_directory
 from dengine.storage.snapshot_frames import (
-    DIGEST_BYTES,
     PACED_SYNC_BYTES,
     PARTIAL_SUFFIX,
     SyncedSteps,
@@ -211,19 +210,6 @@ def read_header(path: Path) -> SnapshotHeader:
     """
     with disk(path), open(path, "rb") as stream:
         return _decoded(path, read_header_bytes(path, stream, hashlib.sha256()))
-
-
-def read_ref(path: Path) -> SnapshotRef:
-    """What a file claims to be, by its header and its last bytes; see `verify` for the truth.
-
-    Raises: as `read_header`.
-    """
-    with disk(path), open(path, "rb") as stream:
-        header = _decoded(path, read_header_bytes(path, stream, hashlib.sha256()))
-        size = os.fstat(stream.fileno()).st_size
-        stream.seek(max(0, size - DIGEST_BYTES))
-        digest = stream.read(DIGEST_BYTES)
-    return SnapshotRef(header.index, header.term, digest.hex(), size)
 
 
 def verify(

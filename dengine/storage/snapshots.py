@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Final
 
 from dengine.errors import DataCorruption, StorageIO
-from dengine.raft.types import SnapshotRef
 from dengine.storage.directory import UNPACKED_MARK
 from dengine.storage.environment import DATA_FILE, sync_directory
 from dengine.storage.snapshot_file import (
@@ -24,7 +23,6 @@ from dengine.storage.snapshot_file import (
     SnapshotInfo,
     SnapshotWriter,
     parse_name,
-    read_ref,
     snapshot_name,
     verify,
 )
@@ -149,18 +147,6 @@ def list_files(directory: Path) -> list[Path]:
     found = [(parse_name(path.name), path) for path in directory.glob("snapshot-*")]
     complete = [(log_id.index, log_id.term, path) for log_id, path in found if log_id is not None]
     return [path for _, _, path in sorted(complete)]
-
-
-def claimed_refs(directory: Path) -> list[tuple[Path, SnapshotRef]]:
-    """What the complete files in `directory` claim to be, oldest first; damaged ones are left out.
-
-    Enough to list them. Before one is relied on, `verify` it.
-    """
-    refs = []
-    for path in list_files(directory):
-        with suppress(DataCorruption, StorageIO):
-            refs.append((path, read_ref(path)))
-    return refs
 
 
 def put_aside(file: Path) -> None:

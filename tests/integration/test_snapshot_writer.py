@@ -16,7 +16,6 @@ import pytest
 from dengine.node.writer_process import STALL_S
 from tests.cluster import Cluster, ServeProcess, Writer, static_cluster, wait_for
 
-FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))
 # Slow, so that there is time to attack: a megabyte takes several seconds.
 SLOW = """
 [raft.snapshot]
