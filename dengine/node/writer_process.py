@@ -12,10 +12,21 @@ from contextlib import suppress
 import msgspec
 
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
-from dengine.storage.snapshot_jobs import Done, Failed, Job, Progress, decode_event, encode_job
+from dengine.storage.snapshot_jobs import (
+    Check,
+    Done,
+    Failed,
+    Job,
+    Progress,
+    Take,
+    decode_event,
+    encode_job,
+)
 
 STALL_S = 30.0  # without a sign of life it is stuck
 LINE_BYTES_MAX = 65_536
+# How LMDB ends a process that reads a damaged page: an assertion, or an address that is none.
+LMDB_SIGNALS = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS}
 
 Watch = Callable[[int, int], str | None]
 
@@ -27,6 +38,7 @@ class WriterProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._busy = False
         self._killed_for = ""
+        self._crashes = 0  # in a row
 
     @property
     def pid(self) -> int | None:
@@ -49,7 +61,7 @@ class WriterProcess:
                 anything, is the reason for which the job is killed.
 
         Raises:
-            DataCorruption: what was read is damaged.
+            DataCorruption: what was read is damaged, or ended its reader twice in a row.
             StorageIO: the disk refused.
             TryAgain: it hung, was killed, ran out of memory, or its peer failed.
         """
@@ -61,8 +73,9 @@ class WriterProcess:
         finally:
             self._busy = False
         if isinstance(ended, Done):
+            self._crashes = 0
             return ended
-        raise self._failure(ended, returncode)
+        raise self._failure(job, ended, returncode)
 
     async def _run(self, job: Job, watch: Watch) -> tuple[Done | Failed | None, int]:
         """The last event and the exit code. Raises TimeoutError; no process is left behind."""
@@ -112,13 +125,17 @@ class WriterProcess:
             if reason is not None:
                 self.kill(reason)
 
-    def _failure(self, ended: Failed | None, returncode: int) -> FatalError:
+    def _failure(self, job: Job, ended: Failed | None, returncode: int) -> FatalError:
         if self._killed_for:
             return TryAgain(self._killed_for)
         if ended is None:
             how = f"exit code {returncode}"
             if returncode < 0:
                 how = f"signal {signal.Signals(-returncode).name}"
+            self._crashes += -returncode in LMDB_SIGNALS and isinstance(job, Take | Check)
+            if self._crashes > 1:  # one could be for want of memory
+                self._crashes = 0
+                return DataCorruption(f"{job.state} is damaged: LMDB cannot read it ({how})")
             return TryAgain(f"the snapshot writer ended with {how}")
         kinds: dict[int, type[FatalError]] = {65: DataCorruption, 74: StorageIO}
         return kinds.get(ended.exit_code, TryAgain)(ended.message)

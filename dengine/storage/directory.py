@@ -5,6 +5,7 @@
     log/            LogStore
     state-N/        StateStore; CURRENT names the one in use
     RUN, CLEAN      whether the state, which is not synced per commit, can be trusted
+    OPENING         a start reads the log; left behind when that ended the process
     snapshots/      verified snapshots, and what is on its way to become one
 
 The state is what the disk says only if the kernel that holds its unwritten pages still runs (RUN
@@ -19,6 +20,8 @@ import fcntl
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -201,6 +204,28 @@ class DataDirectory:
         except OSError as error:
             raise StorageIO(f"cannot finish {path}: {error.strerror}") from error
         self._delete_other_states(path)
+
+    @contextmanager
+    def opening(self) -> Iterator[bool]:
+        """While the log is opened and read: LMDB ends the process over some kinds of damage.
+
+        Yields:
+            Did that happen to the start before this one?
+
+        Raises:
+            StorageIO: the disk refused.
+        """
+        mark = self.path / "OPENING"
+        died = mark.exists()
+        try:
+            mark.touch(mode=0o600)
+        except OSError as error:
+            raise StorageIO(f"cannot write {mark}: {error.strerror}") from error
+        try:
+            yield died
+        finally:
+            with suppress(OSError):  # one that stays costs the next start a little time
+                mark.unlink()
 
     def replace_log(self, hard_state: HardState, base: LogId, membership: Membership) -> LogStore:
         """Begin a new log after `base`; the damaged one stays as `log.damaged`, as evidence.

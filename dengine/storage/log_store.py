@@ -369,17 +369,18 @@ class LogStore:
         return LogId(last_index, last_term)
 
     def _read_entries(self, txn: lmdb.Transaction[memoryview], last: LogId) -> None:
+        """One look-up for each entry: a cursor that walks into a damaged page can end the process
+        (an assertion of LMDB), where a look-up reports it.
+        """
         extent = self._extent
-        cursor = txn.cursor()
-        cursor.set_key(HEAD_KEY)
+        records = 1 + last.index - extent.last_index
         if extent.starts[0]:
-            self._read_base(cursor, extent.starts[0])
-        while cursor.next():
-            index = extent.last_index + 1
-            if index > last.index:
-                raise self._damaged(f"it goes on after its last entry {last.index}")
-            key, raw = cursor.item()
-            if key != ENTRY_KEY.pack(b"e", index):
+            self._read_base(txn, extent.starts[0])
+            records += 1
+        for index in range(extent.last_index + 1, last.index + 1):
+            key = ENTRY_KEY.pack(b"e", index)
+            raw = txn.get(key)
+            if raw is None:
                 raise self._damaged_entry(index, "is missing")
             term, kind = self._check(index, key, raw)
             if term < extent.terms[-1]:
@@ -388,16 +389,16 @@ class LogStore:
             if kind is EntryKind.CONFIG:
                 data = bytes(raw[ENTRY.size : -CRC_BYTES])
                 self._configs.append((index, self._membership(index, data)))
-        if extent.last_index != last.index:
-            raise self._damaged_entry(extent.last_index + 1, "is missing")
         if extent.terms[-1] != last.term:
             raise self._damaged_entry(last.index, f"has not the term {last.term} of the head")
+        if (found := txn.stat()["entries"]) != records:
+            raise self._damaged(f"it holds {found} records and not {records}")
         self._extent = extent
 
-    def _read_base(self, cursor: lmdb.Cursor[memoryview], purged_index: int) -> None:
-        if not cursor.next() or bytes(cursor.key()) != _BASE_KEY:
+    def _read_base(self, txn: lmdb.Transaction[memoryview], purged_index: int) -> None:
+        raw = txn.get(_BASE_KEY)
+        if raw is None:
             raise self._damaged("the membership at its beginning is missing")
-        raw = cursor.value()
         if not _BASE.size <= len(raw) <= RECORD_BYTES_MAX or (
             crc32(raw, crc32(_BASE_KEY)) != CRC_RESIDUE
         ):

@@ -22,6 +22,7 @@ from dengine.raft.membership import Membership
 from dengine.raft.types import HardState, MemberId
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import REMEDY, LogStore
+from dengine.storage.probe import probe_log
 from dengine.storage.snapshot_file import parse_name
 from dengine.storage.snapshots import list_files, put_aside, unpack
 from dengine.storage.state_store import StateStore
@@ -47,7 +48,11 @@ def open_stores(directory: DataDirectory) -> Stores:
         StorageIO: the disk refused.
     """
     try:
-        store = LogStore(directory.log_path)
+        with directory.opening() as died:
+            if died:
+                log.warning("the last start ended while it read the log: reading it with care")
+                probe_log(directory.log_path)
+            store = LogStore(directory.log_path)
     except DataCorruption as error:
         return _without_log(directory, error)
     try:

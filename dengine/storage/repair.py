@@ -33,7 +33,7 @@ from dengine.raft.membership import Member, Membership
 from dengine.raft.types import Entry, LogId
 from dengine.storage.directory import DataDirectory, Identity, lock_directory, read_identity
 from dengine.storage.environment import DATA_FILE, sync_directory
-from dengine.storage.probe import probe
+from dengine.storage.probe import probe_state
 from dengine.storage.restore import Founded, building, found_cluster, give_to
 from dengine.storage.salvage import SalvagedLog
 from dengine.storage.snapshot_file import read_header
@@ -262,7 +262,7 @@ class _Builder:
         try:
             copy.mkdir(mode=0o700)
             shutil.copyfile(path / DATA_FILE, copy / DATA_FILE)
-            probe(copy)
+            probe_state(copy)
             with StateReader(copy) as reader:
                 applied = reader.applied
         except DataCorruption as error:

@@ -23,6 +23,7 @@ from dengine.storage.environment import (
     RECORD_BYTES_MAX,
 )
 from dengine.storage.log_store import ENTRY, ENTRY_KEY, HEAD, HEAD_KEY, KINDS, LogStore
+from dengine.storage.probe import probe_log
 
 _BATCH = 256  # entries per transaction
 
@@ -45,6 +46,7 @@ class SalvagedLog:
             self.damage = "the log is missing"
             return
         try:
+            probe_log(path)
             store = LogStore(path)
         except DataCorruption as error:
             self.damage = error.message.split(" is damaged: ", 1)[-1].split("; ")[0]

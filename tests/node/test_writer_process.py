@@ -12,23 +12,34 @@ import pytest
 from dengine.errors import DataCorruption, FatalError, TryAgain
 from dengine.node import writer_process
 from dengine.node.writer_process import WriterProcess
-from dengine.storage.snapshot_jobs import Verify
+from dengine.storage.snapshot_jobs import Check, Job, Verify
+
+A_JOB = Verify("file", 1)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> FatalError:
-    """What becomes of a job when the subprocess is this shell script, with a limit of 0.5 s."""
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    script: str,
+    job: Job = A_JOB,
+    times: int = 1,
+) -> FatalError:
+    """What becomes of a job, tried so often, when the subprocess is this shell script, with a
+    limit of 0.5 s."""
     program = tmp_path / "writer"
     program.write_text(f"#!/bin/sh\ncat > /dev/null\necho $$ > {tmp_path}/pid\n{script}\n")
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(writer_process, "STALL_S", 0.5)
 
-    async def job() -> FatalError:
-        with pytest.raises(FatalError) as caught:
-            await WriterProcess().run(Verify("file", 1), lambda done, total: None)
+    async def attempts() -> FatalError:
+        writer = WriterProcess()
+        for _ in range(times):
+            with pytest.raises(FatalError) as caught:
+                await writer.run(job, lambda done, total: None)
         return caught.value
 
-    error = asyncio.run(job())
+    error = asyncio.run(attempts())
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)  # neither it nor a zombie of it is left
@@ -76,3 +87,16 @@ def test_every_bad_end_has_a_reason(
     error = run(monkeypatch, tmp_path, script)
     assert isinstance(error, kind)
     assert message in error.message
+
+
+@pytest.mark.parametrize("signal", ["ABRT", "SEGV", "BUS"])
+def test_a_state_that_ends_its_reader_twice_is_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, signal: str
+) -> None:
+    """LMDB ends a process that reads some kinds of damage. Once could be for want of memory."""
+    script, check = f"kill -{signal} $$", Check("db/state-1")
+    assert isinstance(run(monkeypatch, tmp_path, script, check), TryAgain)
+    error = run(monkeypatch, tmp_path, script, check, times=2)
+    assert isinstance(error, DataCorruption)
+    assert "db/state-1 is damaged" in error.message
+    assert isinstance(run(monkeypatch, tmp_path, script, times=3), TryAgain), "that read a file"

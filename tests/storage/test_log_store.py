@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,3 +257,35 @@ def test_a_cut_off_file_is_damage_and_no_crash(path: Path, keep: float) -> None:
         stream.truncate(max(int(file.stat().st_size * keep), 100))
     with pytest.raises(DataCorruption):
         LogStore(path)
+
+
+EVERY_PAGE = """
+import sys
+from pathlib import Path
+from dengine.errors import DataCorruption
+from dengine.storage.log_store import LogStore
+
+file = Path(sys.argv[1]) / "data.mdb"
+sound, found = file.read_bytes(), 0
+for start in range(2 * 4096, len(sound), 4096):
+    file.write_bytes(sound[:start] + bytes(4096) + sound[start + 4096 :])
+    try:
+        LogStore(file.parent).close()
+    except DataCorruption:
+        found += 1
+    file.write_bytes(sound)
+print(found)
+"""
+
+
+def test_a_page_of_zeros_anywhere_is_damage_and_no_crash(path: Path) -> None:
+    """What a cut or a lost write leaves in the middle of the tree ends no process."""
+    store = LogStore(path)
+    for begin in range(1, 2000, 50):
+        store.save(None, [normal(index, 1, b"x" * 100) for index in range(begin, begin + 50)])
+    store.close()
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_PAGE, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50, "the pages in use"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -264,3 +267,53 @@ def test_a_log_is_replaced_or_not(tmp_path: Path, crash_after: str) -> None:
         assert not new.exists()
         directory = restarted(directory)
     directory.close()
+
+
+def make_deadly(file: Path) -> None:
+    """Damage the root page of an LMDB file such that LMDB ends the process which reads it: a
+    branch with a single child, which its assertions exclude."""
+    with file.open("r+b") as stream:
+        metas = [stream.read(4096), stream.read(4096)]
+        newest = max(metas, key=lambda meta: int.from_bytes(meta[136:144], "little"))
+        root = int.from_bytes(newest[128:136], "little")
+        stream.seek(root * 4096 + 12)  # where its list of children ends
+        stream.write((16 + 2).to_bytes(2, "little"))
+
+
+def begins_after(stores: Stores, index: int) -> None:
+    assert stores.log.first_index() == index + 1
+    assert stores.state.applied.index == index
+
+
+START = """
+import sys
+from pathlib import Path
+from dengine.storage.directory import DataDirectory
+from dengine.storage.recovery import open_stores
+
+open_stores(DataDirectory.open(Path(sys.argv[1]), 1))
+"""
+
+
+@pytest.mark.parametrize("others", [(OTHER,), ()])
+def test_a_log_that_ends_its_reader_is_damage_for_the_next_start(
+    tmp_path: Path, others: tuple[MemberId, ...]
+) -> None:
+    """LMDB aborts the process over some damage. The next start has another process read the log,
+    and then does what it does for any damage: go on anew with other voters, else stop."""
+    directory = lived(tmp_path, 400, others=others)
+    directory.close()
+    make_deadly(directory.log_path / "data.mdb")
+    start = [sys.executable, "-c", START, str(tmp_path)]
+    assert subprocess.run(start, capture_output=True, check=False).returncode == -signal.SIGABRT
+
+    again = DataDirectory.open(tmp_path, 1)
+    if others:
+        opened(again, lambda stores: begins_after(stores, 400))
+        assert me(again) != me(directory)
+        assert (again.path / "log.damaged").exists()
+    else:
+        with pytest.raises(DataCorruption, match=r"LMDB cannot read it.*dengine repair"):
+            open_stores(again)
+    assert not (again.path / "OPENING").exists()
+    again.close()
