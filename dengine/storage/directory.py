@@ -11,7 +11,8 @@
 The state is what the disk says only if the kernel that holds its unwritten pages still runs (RUN
 carries its boot id), if everything was synced before the last stop (CLEAN), or if it has just been
 unpacked from a snapshot (UNPACKED, inside it: nothing was applied to it yet), and if no damage was
-found in it (DAMAGED, inside it). Otherwise the state is discarded and built again.
+found in it (DAMAGED, inside it). Otherwise the state is discarded and built again. A log can be
+DAMAGED as well: with other voters a new one is begun.
 """
 
 from __future__ import annotations
@@ -226,6 +227,16 @@ class DataDirectory:
         finally:
             with suppress(OSError):  # one that stays costs the next start a little time
                 mark.unlink()
+
+    def distrust_log(self, reason: str) -> None:
+        """Have the next start begin a new log, whether or not it can find what is wrong with it."""
+        with suppress(OSError):  # a disk that refuses this as well has another error to tell
+            (self.log_path / DAMAGED_MARK).write_text(reason, encoding="utf-8")
+            sync_directory(self.log_path)
+
+    def distrusted_log(self) -> str | None:
+        """Why, if the log is not to be used again."""
+        return self._mark(f"{self.log_path.name}/{DAMAGED_MARK}")
 
     def replace_log(self, hard_state: HardState, base: LogId, membership: Membership) -> LogStore:
         """Begin a new log after `base`; the damaged one stays as `log.damaged`, as evidence.

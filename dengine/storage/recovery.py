@@ -48,11 +48,7 @@ def open_stores(directory: DataDirectory) -> Stores:
         StorageIO: the disk refused.
     """
     try:
-        with directory.opening() as died:
-            if died:
-                log.warning("the last start ended while it read the log: reading it with care")
-                probe_log(directory.log_path)
-            store = LogStore(directory.log_path)
+        store = _sound_log(directory)
     except DataCorruption as error:
         return _without_log(directory, error)
     try:
@@ -73,8 +69,23 @@ def after_damage(
     if file.startswith(str(directory.path / "state-")):
         return StorageIO(f"{error.message}: the next start rebuilds the state", file=file)
     if file.startswith(str(directory.log_path)) and _others(directory, membership):
+        directory.distrust_log(
+            error.message
+        )  # all its entries may be sound: then no start finds it
         return StorageIO(f"{error.message}: the next start does so by itself", file=file)
     return error
+
+
+def _sound_log(directory: DataDirectory) -> LogStore:
+    if reason := directory.distrusted_log():
+        raise DataCorruption(reason, file=str(directory.log_path))
+    with directory.opening() as died:
+        if died:
+            log.warning(
+                "the last start ended while it read the log: another process reads it first"
+            )
+            probe_log(directory.log_path)
+        return LogStore(directory.log_path)
 
 
 def _with_log(directory: DataDirectory, store: LogStore) -> Stores:

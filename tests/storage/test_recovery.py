@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from dengine.errors import DataCorruption
+from dengine.errors import DataCorruption, StorageIO
 from dengine.raft.types import HardState, LogId, MemberId
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
-from dengine.storage.recovery import Stores, open_stores
+from dengine.storage.recovery import Stores, after_damage, open_stores
 from dengine.storage.snapshots import list_files, unpack
 from dengine.storage.state_store import StateStore
 from tests.storage.states import (
@@ -269,14 +269,22 @@ def test_a_log_is_replaced_or_not(tmp_path: Path, crash_after: str) -> None:
     directory.close()
 
 
+FIRST_TREE = 16 + 24  # in a meta page: where its description of the free pages' tree begins
+
+
+def root_page(file: Path, tree: int) -> int:
+    """The root of a tree, by where the meta page describes it."""
+    content = file.read_bytes()
+    metas = [content[:4096], content[4096:8192]]
+    newest = max(metas, key=lambda meta: int.from_bytes(meta[136:144], "little"))
+    return int.from_bytes(newest[tree + 40 : tree + 48], "little")
+
+
 def make_deadly(file: Path) -> None:
     """Damage the root page of an LMDB file such that LMDB ends the process which reads it: a
     branch with a single child, which its assertions exclude."""
     with file.open("r+b") as stream:
-        metas = [stream.read(4096), stream.read(4096)]
-        newest = max(metas, key=lambda meta: int.from_bytes(meta[136:144], "little"))
-        root = int.from_bytes(newest[128:136], "little")
-        stream.seek(root * 4096 + 12)  # where its list of children ends
+        stream.seek(root_page(file, FIRST_TREE + 48) * 4096 + 12)  # where its list of children ends
         stream.write((16 + 2).to_bytes(2, "little"))
 
 
@@ -317,3 +325,28 @@ def test_a_log_that_ends_its_reader_is_damage_for_the_next_start(
             open_stores(again)
     assert not (again.path / "OPENING").exists()
     again.close()
+
+
+def test_a_log_that_can_only_not_be_written_is_damage_for_the_next_start(tmp_path: Path) -> None:
+    """Where LMDB's list of free pages is damaged every entry can be read, so no start finds it:
+    the write that did is remembered, or the node would start and stop for ever."""
+    directory = lived(tmp_path, 400, others=(OTHER,))
+    purge(directory, 300)
+    file = directory.log_path / "data.mdb"
+    with file.open("r+b") as stream:
+        stream.seek(root_page(file, FIRST_TREE) * 4096)
+        stream.write(bytes(4096))
+    directory = restarted(directory)
+    stores = open_stores(directory)
+    with pytest.raises(DataCorruption) as caught:
+        stores.log.save(HardState(2, None, 400), ())
+    stores.state.close()
+    stores.log.close()
+    error = after_damage(caught.value, directory, membership(me(directory), OTHER))
+    assert isinstance(error, StorageIO)
+    incarnation = me(directory)
+    directory = restarted(directory)
+    opened(directory, lambda stores: begins_after(stores, 400))
+    assert me(directory) != incarnation
+    opened(directory, lambda stores: stores.log.save(HardState(2, None, 400), ()))
+    directory.close()
