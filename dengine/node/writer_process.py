@@ -132,10 +132,11 @@ class WriterProcess:
             how = f"exit code {returncode}"
             if returncode < 0:
                 how = f"signal {signal.Signals(-returncode).name}"
-            self._crashes += -returncode in LMDB_SIGNALS and isinstance(job, Take | Check)
-            if self._crashes > 1:  # one could be for want of memory
-                self._crashes = 0
-                return DataCorruption(f"{job.state} is damaged: LMDB cannot read it ({how})")
+            if -returncode in LMDB_SIGNALS and isinstance(job, Take | Check):
+                self._crashes += 1
+                if self._crashes > 1:  # one could be for want of memory
+                    self._crashes = 0
+                    return DataCorruption(f"{job.state} is damaged: LMDB cannot read it ({how})")
             return TryAgain(f"the snapshot writer ended with {how}")
         kinds: dict[int, type[FatalError]] = {65: DataCorruption, 74: StorageIO}
         return kinds.get(ended.exit_code, TryAgain)(ended.message)
