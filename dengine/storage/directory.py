@@ -234,10 +234,6 @@ class DataDirectory:
             (self.log_path / DAMAGED_MARK).write_text(reason, encoding="utf-8")
             sync_directory(self.log_path)
 
-    def distrusted_log(self) -> str | None:
-        """Why, if the log is not to be used again."""
-        return self._mark(f"{self.log_path.name}/{DAMAGED_MARK}")
-
     def replace_log(self, hard_state: HardState, base: LogId, membership: Membership) -> LogStore:
         """Begin a new log after `base`; the damaged one stays as `log.damaged`, as evidence.
 
@@ -378,6 +374,14 @@ class DataDirectory:
             os.fsync(fd)
         os.replace(temporary, self.path / name)
         sync_directory(self.path)
+
+
+def distrusted_log(log_path: Path) -> str | None:
+    """Why the log in this directory is not to be used again; None where nobody said so."""
+    try:
+        return (log_path / DAMAGED_MARK).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
 
 
 def lock_directory(path: Path) -> int:

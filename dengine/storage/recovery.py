@@ -20,11 +20,11 @@ from typing import NamedTuple
 from dengine.errors import DataCorruption, FatalError, StorageIO
 from dengine.raft.membership import Membership
 from dengine.raft.types import HardState, MemberId
-from dengine.storage.directory import DataDirectory
+from dengine.storage.directory import DataDirectory, distrusted_log
 from dengine.storage.log_store import REMEDY, LogStore
 from dengine.storage.probe import probe_log
-from dengine.storage.snapshot_file import parse_name
-from dengine.storage.snapshots import list_files, put_aside, unpack
+from dengine.storage.snapshot_file import parse_name, read_header
+from dengine.storage.snapshots import list_files, put_aside, put_aside_foreign, unpack
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.recovery")
@@ -47,15 +47,44 @@ def open_stores(directory: DataDirectory) -> Stores:
         DataCorruption: a person is needed; the message says what is lost and what to do.
         StorageIO: the disk refused.
     """
+    put_aside_foreign(directory.snapshots_path, directory.identity.cluster_id)
     try:
         store = _sound_log(directory)
     except DataCorruption as error:
         return _without_log(directory, error)
     try:
+        if not directory.installing and (old := _rolled_back(directory, store)) is not None:
+            store.close()
+            return _without_log(directory, old)
         return _with_log(directory, store)
     except BaseException:
         store.close()
         raise
+
+
+def _rolled_back(directory: DataDirectory, store: LogStore) -> DataCorruption | None:
+    """Does the log lack what this node had in it, as its snapshots show?
+
+    A snapshot holds what was applied, and nothing is applied before it is durable in the log. A
+    disk that loses what it had acknowledged, or a person who puts an old copy back, takes that
+    away; the log by itself looks sound, and would go on with another history.
+    """
+    for file in reversed(list_files(directory.snapshots_path)):
+        try:
+            log_id = read_header(file).log_id
+        except (DataCorruption, StorageIO):
+            continue  # proves nothing
+        if log_id.index > store.last_index():
+            what = f"ends at entry {store.last_index()}"
+        elif log_id.index >= store.first_index() - 1 and store.term(log_id.index) != log_id.term:
+            what = f"has another entry {log_id.index}"
+        else:
+            continue
+        path = directory.log_path
+        return DataCorruption(
+            f"{path} {what}, but {file.name} was made from it: it was rolled back", file=str(path)
+        )
+    return None
 
 
 def after_damage(
@@ -77,7 +106,7 @@ def after_damage(
 
 
 def _sound_log(directory: DataDirectory) -> LogStore:
-    if reason := directory.distrusted_log():
+    if reason := distrusted_log(directory.log_path):
         raise DataCorruption(reason, file=str(directory.log_path))
     with directory.opening() as died:
         if died:
@@ -180,20 +209,32 @@ def _rebuilt_state(directory: DataDirectory, store: LogStore) -> StateStore:
 
 
 def _without_log(directory: DataDirectory, error: DataCorruption) -> Stores:
-    """The log is damaged: begin a new one behind the state, or behind a snapshot."""
+    """The log is damaged: begin a new one behind the state, or behind a snapshot that is newer."""
     state = _trusted_state(directory)
-    if state is None or not state.applied.index:
+    applied = state.applied.index if state is not None else 0
+    newer = _newest_snapshot(directory, error, applied)
+    if newer is not None:
         if state is not None:
             state.close()
-        state = _newest_snapshot(directory, error)
+        state = newer
+    elif not applied:
+        if state is not None:
+            state.close()
+        state = None
     if state is None:
         raise _needs_person(directory, error)
     return _begin_anew(directory, state, error)
 
 
-def _newest_snapshot(directory: DataDirectory, error: DataCorruption) -> StateStore | None:
-    """As the state in use; nothing is touched where a person has to decide."""
+def _newest_snapshot(
+    directory: DataDirectory, error: DataCorruption, after: int
+) -> StateStore | None:
+    """As the state in use, if it goes beyond entry `after`; nothing is touched where a person has
+    to decide."""
     for file in reversed(list_files(directory.snapshots_path)):
+        log_id = parse_name(file.name)
+        if log_id is None or log_id.index <= after:
+            break
         path = directory.next_state_path()
         try:
             info = unpack(file, path, lambda done, total: None)

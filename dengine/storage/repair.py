@@ -31,7 +31,13 @@ from dengine.errors import (
 )
 from dengine.raft.membership import Member, Membership
 from dengine.raft.types import Entry, LogId
-from dengine.storage.directory import DataDirectory, Identity, lock_directory, read_identity
+from dengine.storage.directory import (
+    DataDirectory,
+    Identity,
+    distrusted_log,
+    lock_directory,
+    read_identity,
+)
 from dengine.storage.environment import DATA_FILE, sync_directory
 from dengine.storage.probe import probe_state
 from dengine.storage.restore import Founded, building, found_cluster, give_to
@@ -176,7 +182,7 @@ def _copy_of_log(path: Path, to: Path) -> SalvagedLog:
             shutil.copyfile(file, to / DATA_FILE)
     except OSError as error:
         raise StorageIO(f"cannot copy {path / 'log'}: {error.strerror}") from error
-    return SalvagedLog(to)
+    return SalvagedLog(to, distrusted_log(path / "log"))
 
 
 @dataclass
@@ -206,11 +212,19 @@ class _Builder:
         self._identity = identity
         self._log = log
         self._progress = progress
+        self._rolled_back = False
 
     def build(self, damage: list[str]) -> tuple[Path, Survey]:
         """The state, closed, and what became of everything. `damage` is added to."""
         cluster_id = self._identity.cluster_id if self._identity is not None else ""
-        for candidate in self._candidates(cluster_id, damage):
+        candidates = self._candidates(cluster_id, damage)
+        for candidate in candidates:
+            if self._log.lacks(candidate.applied):
+                self._rolled_back = True
+                what = f"it lacks entry {candidate.applied.index} of {candidate.name}"
+                damage.append(f"the log was rolled back: {what}")
+                break
+        for candidate in candidates:
             state = self._make(candidate, damage)
             if state is None:
                 continue
@@ -316,6 +330,7 @@ class _Builder:
             damage=damage,
             is_fatal=(
                 self._log.damage is not None
+                or self._rolled_back
                 or self._identity is None
                 or state.applied.index < (self._log.last_index or 0)
             ),

@@ -31,14 +31,17 @@ _BATCH = 256  # entries per transaction
 class SalvagedLog:
     """The log in directory `path`, as far as it can be read. `path` itself may be changed.
 
+    Args:
+        distrusted: what a node found to be wrong with it, if it did.
+
     Attributes:
         damage: why a node cannot use it; None when it is sound.
         base: the last entry before those it holds; None when that cannot be told.
         last_index: of the newest entry it claims to hold; None when that cannot be told.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.damage: str | None = None
+    def __init__(self, path: Path, distrusted: str | None = None) -> None:
+        self.damage: str | None = distrusted
         self.base: LogId | None = None
         self.last_index: int | None = None
         self._environment: lmdb.Environment | None = None
@@ -49,11 +52,13 @@ class SalvagedLog:
             probe_log(path)
             store = LogStore(path)
         except DataCorruption as error:
-            self.damage = error.message.split(" is damaged: ", 1)[-1].split("; ")[0]
+            self.damage = error.message
         else:
             base = store.first_index() - 1
             self.base, self.last_index = LogId(base, store.term(base)), store.last_index()
             store.close()
+        if self.damage is not None:
+            self.damage = self.damage.split(" is damaged: ", 1)[-1].split("; ")[0]
         self._open(path)
 
     def close(self) -> None:
@@ -74,6 +79,17 @@ class SalvagedLog:
                     return
                 yield entry
                 index, term = entry.index, entry.term
+
+    def lacks(self, log_id: LogId) -> bool:
+        """Is this log sound, and yet without an entry that was applied from it?"""
+        if self.damage is not None or self.base is None or self.last_index is None:
+            return False
+        if log_id.index == self.base.index:
+            return log_id != self.base
+        if self.base.index < log_id.index <= self.last_index:
+            entry = self._entry(log_id.index)
+            return entry is not None and entry.term != log_id.term
+        return log_id.index > self.last_index
 
     def _entry(self, index: int) -> Entry | None:
         return next(iter(self._read(index, 1)), None)

@@ -6,6 +6,7 @@ dengine/snapshot_writer.py), except at start, before it serves anybody.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -23,11 +24,14 @@ from dengine.storage.snapshot_file import (
     SnapshotInfo,
     SnapshotWriter,
     parse_name,
+    read_header,
     snapshot_name,
     verify,
 )
 from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, SyncedSteps, damaged_snapshot
 from dengine.storage.state_reader import StateReader, check_state
+
+log = logging.getLogger("dengine.snapshots")
 
 CHECK_RATE: Final = 4  # times as fast as the file is written, the state may be checked
 VERIFY_RATE: Final = 2  # and what was written be read back
@@ -155,6 +159,24 @@ def put_aside(file: Path) -> None:
         for older in file.parent.glob(f"*{DAMAGED_SUFFIX}"):
             older.unlink(missing_ok=True)
         file.rename(file.with_name(file.name + DAMAGED_SUFFIX))
+
+
+def put_aside_foreign(directory: Path, cluster_id: str) -> None:
+    """Put aside what was never of this cluster, or is not what its name says: nobody here may
+    take it for the cluster's past. One that cannot be read is left to whoever verifies it, and
+    so is all of it while this node (`cluster_id` is empty) belongs to none."""
+    for file in list_files(directory) if cluster_id else ():
+        with suppress(DataCorruption, StorageIO):
+            header = read_header(file)
+            if header.log_id != parse_name(file.name) or header.cluster_id != cluster_id:
+                log.warning(
+                    "%s holds entry %d of cluster %s and not what its name and this directory say:"
+                    " it is put aside",
+                    file,
+                    header.index,
+                    header.cluster_id,
+                )
+                put_aside(file)
 
 
 def remove_partial(directory: Path, *, fetched_too: bool) -> None:

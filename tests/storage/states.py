@@ -45,11 +45,17 @@ def me(directory: DataDirectory) -> MemberId:
 
 
 def lived(
-    root: Path, last: int, *, others: Sequence[MemberId] = (), applied: int | None = None
+    root: Path,
+    last: int,
+    *,
+    others: Sequence[MemberId] = (),
+    applied: int | None = None,
+    cluster_id: str = "c-1",
+    like: DataDirectory | None = None,
 ) -> DataDirectory:
-    """A directory whose node has written entries up to `last`, and died."""
+    """A directory whose node has written entries up to `last`, and died; `like` another one."""
     directory = DataDirectory.open(root, 1)
-    content = membership(me(directory), *others)
+    content = membership(me(like or directory), *others, cluster_id=cluster_id)
     entries = history(content, last)
     directory.mark_running()
     log, state = LogStore(directory.log_path), StateStore(directory.state_path())

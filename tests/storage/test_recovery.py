@@ -103,12 +103,10 @@ def test_a_damaged_state_is_built_again(tmp_path: Path) -> None:
 
 
 def test_the_newest_sound_snapshot_in_the_log_is_used(tmp_path: Path) -> None:
-    """A damaged one is put aside, one of another history is left alone."""
+    """A damaged one is put aside."""
     directory = lived(tmp_path, 30)
     for index in (10, 20, 25):
         snapshot_at(directory, index)
-    foreign = directory.snapshots_path / "snapshot-7-28.dsnap"
-    shutil.copy(directory.snapshots_path / "snapshot-1-25.dsnap", foreign)
     newest = directory.snapshots_path / "snapshot-1-25.dsnap"
     newest.write_bytes(newest.read_bytes()[:-1])
     purge(directory, 12)
@@ -118,7 +116,6 @@ def test_the_newest_sound_snapshot_in_the_log_is_used(tmp_path: Path) -> None:
     assert [f.name for f in list_files(directory.snapshots_path)] == [
         "snapshot-1-10.dsnap",
         "snapshot-1-20.dsnap",
-        "snapshot-7-28.dsnap",
     ]
     assert newest.with_name(newest.name + ".damaged").exists()
     opened(directory, has(30, 30, first=13))
@@ -205,6 +202,58 @@ def test_a_log_older_than_the_state_is_replaced(tmp_path: Path) -> None:
     opened(directory, has(10, 10, first=11))
     assert directory.identity.incarnation != old
     directory.close()
+
+
+def test_snapshots_of_others_are_put_aside(tmp_path: Path) -> None:
+    """A file of another cluster, or one that is not what its name says, is never anybody's past."""
+    other = lived(tmp_path / "other", 30)
+    other.set_cluster_id("c-1")
+    directory = lived(tmp_path / "this", 30, cluster_id="c-2")
+    foreign = directory.snapshots_path / "snapshot-1-28.dsnap"
+    renamed = directory.snapshots_path / "snapshot-1-29.dsnap"
+    own = snapshot_at(directory, 20).path
+    shutil.copy(snapshot_at(other, 28).path, foreign)
+    shutil.copy(own, renamed)
+    other.close()
+    lose_power(directory)
+    directory = restarted(directory)
+    opened(directory, has(20, 30))
+    assert list_files(directory.snapshots_path) == [own]
+    directory.close()
+
+
+def term_of(index: int, term: int, log_path: Path) -> None:
+    """Put another history into the log from `index` on."""
+    with closing(LogStore(log_path)) as log:
+        log.save(HardState(term, None, 0), [put(index, term)])
+
+
+@pytest.mark.parametrize("how", ["ends earlier", "another history"])
+def test_a_log_older_than_a_snapshot_is_replaced(tmp_path: Path, how: str) -> None:
+    """Power was lost, and the disk had not kept the end of the log. The state cannot be trusted,
+    but a snapshot shows what was there: with others the node goes on from it under a new
+    incarnation; alone it stops, as it would otherwise mix two histories."""
+    for others in ([OTHER], []):
+        root = tmp_path / str(len(others))
+        directory = lived(root, 30, others=others)
+        snapshot_at(directory, 25)
+        if how == "ends earlier":
+            shutil.rmtree(directory.log_path)
+            lived(root / "old", 20, others=others, like=directory).close()
+            shutil.move(root / "old" / "1" / "log", directory.log_path)
+        else:
+            term_of(24, 3, directory.log_path)
+            term_of(25, 3, directory.log_path)
+        lose_power(directory)
+        old = me(directory)
+        directory = restarted(directory)
+        if others:
+            opened(directory, has(25, 25, first=26))
+            assert me(directory) != old
+        else:
+            with pytest.raises(DataCorruption, match=r"rolled back.*dengine repair"):
+                open_stores(directory)
+        directory.close()
 
 
 @pytest.mark.parametrize("crash_after", ["unpack", "adopt", "reset", "running", "finish"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from contextlib import closing
 from pathlib import Path
@@ -282,6 +283,51 @@ def test_a_running_node_a_removed_one_and_none(tmp_path: Path) -> None:
     with pytest.raises(NotFound), repairing(tmp_path, 2, quiet):
         pass
     assert os.listdir(tmp_path) == ["1"]
+
+
+def put_back_an_old_log(directory: DataDirectory, root: Path) -> None:
+    shutil.rmtree(directory.log_path)
+    lived(root / "old", 20, like=directory).close()
+    shutil.move(root / "old" / "1" / "log", directory.log_path)
+    shutil.rmtree(root / "old")
+
+
+def old_log_and_snapshot(directory: DataDirectory, root: Path) -> None:
+    snapshot_at(directory, 25)
+    put_back_an_old_log(directory, root)
+    (directory.path / "RUN").unlink()
+
+
+STOPS = {
+    "a damaged entry": (lambda d, root: damage_entry(d.log_path, 12), 30),
+    "a write that failed": (lambda d, root: d.distrust_log("it is damaged: no room"), 30),
+    "a log older than the state": (put_back_an_old_log, 30),
+    "a log older than a snapshot": (old_log_and_snapshot, 30),
+}
+
+
+@pytest.mark.parametrize("cause", STOPS)
+def test_repair_accepts_what_a_start_refuses(tmp_path: Path, cause: str) -> None:
+    """A single node that stops with 65 names `dengine repair`, which then is a way on."""
+    root = tmp_path / "db"
+    directory = lived(root, 30)
+    fault, kept = STOPS[cause]
+    fault(directory, tmp_path)
+    directory.close()
+    directory = DataDirectory.open(root, 1)
+    for _ in range(2):  # refused for good, not once
+        with pytest.raises(DataCorruption, match="dengine repair"):
+            open_stores(directory)
+    directory.close()
+    with repairing(root, 1, quiet) as attempt:
+        assert attempt.survey.is_needed
+        assert attempt.survey.damage
+        assert attempt.survey.kept.index == kept
+        attempt.carry_out(ADDRESS, quiet)
+    log, state = open_stores(new := DataDirectory.open(root, 1))
+    state.close()
+    log.close()
+    new.close()
 
 
 def test_a_sound_sole_voter_needs_nothing(tmp_path: Path) -> None:
