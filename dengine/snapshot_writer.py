@@ -28,7 +28,6 @@ from dengine.security import PeerSecret
 from dengine.storage.environment import DATA_FILE
 from dengine.storage.snapshot_file import (
     SnapshotInfo,
-    name_verified,
     snapshot_name,
     verify,
 )
@@ -134,7 +133,10 @@ class _Pace:
 
 
 def _fetch(job: Fetch) -> SnapshotInfo:
-    """Download, verify, publish, unpack; what of an earlier attempt is sound is kept.
+    """Download, verify, unpack; what of an earlier attempt is sound is kept.
+
+    The file keeps its temporary name: under its own it would say that this node has the entries up
+    to there, which only the install makes true.
 
     Chunks of two files are never mixed: the partial file carries the SHA-256 of the one it will
     become, and the sender is asked for exactly that one.
@@ -152,7 +154,7 @@ def _fetch(job: Fetch) -> SnapshotInfo:
             if info.header.cluster_id != job.cluster_id:
                 partial.unlink()
                 raise DataCorruption(f"{partial} is from cluster {info.header.cluster_id}")
-            name_verified(info, file)
+            file = partial
         return unpack(file, Path(job.state), _Pace().report)
     except OSError as error:
         raise StorageIO(f"cannot fetch {file}: {error.strerror or error}") from error

@@ -25,7 +25,7 @@ from dengine.raft.types import MemberId, SnapshotRef
 from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
-from dengine.storage.snapshot_file import read_header
+from dengine.storage.snapshot_file import name_durably, read_header, snapshot_name
 from dengine.storage.snapshot_jobs import Credentials, Fetch, Unpack
 from dengine.storage.state_store import StateStore
 
@@ -62,6 +62,7 @@ class Installer:
         self._secrets = secrets
         self._fetching: tuple[MemberId, SnapshotRef] | None = None
         self._installed: asyncio.Future[None] | None = None
+        self._fetched: Path | None = None  # what gets its name when it is installed
         self._attempts = -1  # the first goes to the best address
         self.forgotten_at = 0  # commit index when the state was last thrown away
 
@@ -141,15 +142,19 @@ class Installer:
     async def _restore(self, ref: SnapshotRef, file: Path, state: Path) -> None:
         """Have Raft install the unpacked `state`, and wait until it is; drop it if not wanted."""
         header = read_header(file)
+        named = self._directory.snapshots_path / snapshot_name(ref.log_id)
+        self._fetched = file if file != named else None
         self._installed = asyncio.get_running_loop().create_future()
         try:
             if await self._cycle.act(lambda raft: raft.restore(ref.log_id, header.membership)):
                 await self._installed
-                await self._files.add(ref, file, header.taken_at_s)
+                await self._files.add(ref, named, header.taken_at_s)
             else:
                 await self._drop(state)
+                if self._fetched is not None:
+                    self._fetched.unlink(missing_ok=True)
         finally:
-            self._installed = None
+            self._installed = self._fetched = None
 
     async def _drop(self, state: Path) -> None:
         await asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, state, True)
@@ -160,6 +165,8 @@ class Installer:
         assert restore is not None
         assert hard_state is not None
         self._directory.adopt_state(self._directory.next_state_path())
+        if self._fetched is not None:
+            name_durably(self._fetched, snapshot_name(restore.log_id))
         if restore.reset_log:
             self._log_store.reset(hard_state, restore.log_id, restore.membership)
         else:

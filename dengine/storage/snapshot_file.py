@@ -186,19 +186,20 @@ def publish(
     except DataCorruption:
         partial.unlink(missing_ok=True)
         raise
-    return name_verified(info, path)
+    return info._replace(path=name_durably(info.path, path.name))
 
 
-def name_verified(info: SnapshotInfo, path: Path) -> SnapshotInfo:
-    """Give a file that is synced and was verified its final name, durably. Raises StorageIO."""
+def name_durably(file: Path, name: str) -> Path:
+    """Give a file that is synced and was verified its final name. Raises StorageIO."""
+    path = file.with_name(name)
     with disk(path):
-        os.replace(info.path, path)
+        os.replace(file, path)
         try:
             sync_directory(path.parent)
         except OSError:  # it may be gone after a power loss, so nobody must rely on it
             path.unlink(missing_ok=True)
             raise
-    return info._replace(path=path)
+    return path
 
 
 def read_header(path: Path) -> SnapshotHeader:

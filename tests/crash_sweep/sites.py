@@ -102,10 +102,10 @@ INSTALL: Final = (
     Site("fetched", "ftruncate"),
     Site("fetched", WRITES, about=8),
     Site("fetched", SYNCS),
-    Site("fetched", "rename"),
-    Site("snapshots/", SYNCS),
     *_unpack("writer"),
     *_ADOPT,
+    Site("fetched", "rename", "node"),
+    Site("snapshots/", SYNCS, "node"),
     Site("log", WRITES, "node", about=6),
     Site("log", SYNCS, "node"),
 )
