@@ -22,7 +22,7 @@ SITES: dict[str, tuple[Site, ...]] = {
     "rebuild": REBUILD,
 }
 STORAGE_IO = 74  # the exit code for "the disk refused; a restart recovers"
-POINT_DEADLINE_S = 30.0
+POINT_DEADLINE_S = 60.0  # a writer that is stuck is killed after 30
 
 
 @dataclass
