@@ -59,47 +59,73 @@ class Clients:
 
 
 class Writer(threading.Thread):
-    """Writes key after key, each to the next ready node, `per_second` at most. Nothing is retried:
-    every write that is not acknowledged with 200 is a failure."""
+    """Writes key after key, each to the next ready node, `per_second` at most.
 
-    def __init__(self, clients: Clients, name: str, per_second: float) -> None:
+    Without `patience_s` nothing is retried: every write that is not acknowledged with 200 is a
+    failure. With it a node that answers 503, or closes the connection, is left for the next one,
+    for that long.
+    """
+
+    def __init__(
+        self, clients: Clients, name: str, per_second: float, patience_s: float = 0.0
+    ) -> None:
         super().__init__(name=name, daemon=True)
         self.failures: list[str] = []
         self.acknowledged: dict[str, str] = {}
         self.latencies_ms: list[float] = []
+        self.retries = 0
         self._clients = clients
         self._pause_s = 1 / per_second
+        self._patience_s = patience_s
+        self._links: dict[str, http.client.HTTPConnection] = {}
+        self._turn = itertools.count()
 
     def run(self) -> None:
         while not self._clients.ready and not self._clients.stopping.wait(0.02):
             pass  # the first node is not up yet
-        links: dict[str, http.client.HTTPConnection] = {}
-        token = self._clients.token
-        headers = {"Authorization": f"Bearer {token}"}
+        headers = {"Authorization": f"Bearer {self._clients.token}"}
+        due = time.monotonic()
         for number in itertools.count():
-            if self._clients.stopping.wait(self._pause_s):
+            due = max(due + self._pause_s, time.monotonic() - 1)  # it catches up with a second
+            if self._clients.stopping.wait(max(0.0, due - time.monotonic())):
                 break
-            endpoint = self._clients.ready[number % len(self._clients.ready)]
-            link = links.setdefault(
-                endpoint, http.client.HTTPConnection(endpoint, timeout=REQUEST_S)
-            )
-            key, value = f"{self.name}/{number:06d}", f"{self.name} {number}"
-            began = time.monotonic()
-            try:
-                link.request("PUT", f"/v1/kv/{key}", value.encode(), headers)
-                response = link.getresponse()
-                body = response.read()
-            except (OSError, http.client.HTTPException) as error:
-                link.close()
-                self.failures.append(f"{key} to {endpoint}: {error!r}")
-                continue
-            if response.status == 200:
-                self.acknowledged[key] = value
-                self.latencies_ms.append(1000 * (time.monotonic() - began))
-            else:
-                self.failures.append(f"{key} to {endpoint}: {response.status} {body[:200]!r}")
-        for link in links.values():
+            self._write(f"{self.name}/{number:06d}", f"{self.name} {number}", headers)
+        for link in self._links.values():
             link.close()
+
+    def _write(self, key: str, value: str, headers: dict[str, str]) -> None:
+        began = time.monotonic()
+        while True:
+            endpoint = self._clients.ready[next(self._turn) % len(self._clients.ready)]
+            failure, again = self._put(endpoint, key, value, headers)
+            seconds = time.monotonic() - began
+            if failure is None:
+                self.acknowledged[key] = value
+                self.latencies_ms.append(1000 * seconds)
+                return
+            if not again or seconds >= self._patience_s:
+                self.failures.append(f"{key} to {endpoint}: {failure}")
+                return
+            self.retries += 1
+            self._clients.stopping.wait(0.02)
+
+    def _put(
+        self, endpoint: str, key: str, value: str, headers: dict[str, str]
+    ) -> tuple[str | None, bool]:
+        """What went wrong, if anything, and whether another node may do better."""
+        link = self._links.setdefault(
+            endpoint, http.client.HTTPConnection(endpoint, timeout=REQUEST_S)
+        )
+        try:
+            link.request("PUT", f"/v1/kv/{key}", value.encode(), headers)
+            response = link.getresponse()
+            body = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            link.close()
+            return repr(error), True
+        if response.status == 200:
+            return None, False
+        return f"{response.status} {body[:200]!r}", response.status == 503
 
 
 class Watch(threading.Thread):

@@ -6,6 +6,7 @@ leaves it up.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -42,15 +43,22 @@ def why_not() -> str:
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     """Three Debian machines that have just booted and hold nothing of dengine."""
-    if reason := why_not():
-        pytest.skip(reason)
     if name := os.environ.get("DENGINE_TEST_LAB"):
         running = Lab(name)
         running.up()
         yield running
         return
-    remove_orphans()
-    fresh = Lab(f"t{os.getpid()}")
+    with new_lab("t") as fresh:
+        yield fresh
+
+
+@contextlib.contextmanager
+def new_lab(letter: str) -> Iterator[Lab]:
+    """Machines that have just booted; `letter` tells the labs of one run of tests apart."""
+    if reason := why_not():
+        pytest.skip(reason)
+    remove_orphans(letter)
+    fresh = Lab(f"{letter}{os.getpid()}")
     try:
         fresh.up()
         yield fresh
@@ -58,10 +66,10 @@ def lab() -> Iterator[Lab]:
         fresh.down()
 
 
-def remove_orphans() -> None:
+def remove_orphans(letter: str) -> None:
     """Labs of test runs that were killed."""
-    for left in LABS.glob("t*"):
-        number = left.name.removeprefix("t")
+    for left in LABS.glob(f"{letter}*"):
+        number = left.name.removeprefix(letter)
         if number.isdecimal() and not Path(f"/proc/{number}").exists():
             Lab(left.name).down()
 

@@ -41,21 +41,26 @@ class Lab:
         self.name = name
         self.peer_secret, self.token = secrets.token_hex(32), secrets.token_hex(32)
         self.machines = {i: Machine(self, i) for i in ADDRESSES}
+        self._masters: list[subprocess.Popen[bytes]] = []
         # One thread that lives inside the lab's network and opens the connections.
         self._inside = ThreadPoolExecutor(1, initializer=self._enter)
 
     def up(self) -> None:
         self.script("up", timeout_s=UP_TIMEOUT_S)
+        self._masters = [machine.connection() for machine in self.machines.values()]
 
     def down(self) -> None:
         self._inside.shutdown(cancel_futures=True)
+        for master in self._masters:
+            master.kill()
+            master.wait()
         self.script("down")
 
     def script(self, *args: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """`scripts/lab ARGS` on this lab."""
         done = subprocess.run(
             [str(ROOT / "scripts" / "lab"), *args],
-            env={**os.environ, "DENGINE_LAB": self.name, "VAGRANT_DEFAULT_PROVIDER": "lxc"},
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -65,6 +70,11 @@ class Lab:
         )
         assert done.returncode == 0, done.stdout
         return done.stdout
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """With which `scripts/lab` means this lab."""
+        return {**os.environ, "DENGINE_LAB": self.name, "VAGRANT_DEFAULT_PROVIDER": "lxc"}
 
     def connect(self, address: tuple[str, int], timeout_s: float) -> socket.socket:
         return self._inside.submit(socket.create_connection, address, timeout_s).result()
@@ -99,6 +109,15 @@ class Machine:
     def host(self) -> Host:
         """For pytest-testinfra's questions."""
         return testinfra.get_host(f"ssh://{self.name}", ssh_config=str(self.ssh_config), sudo=True)
+
+    def connection(self) -> subprocess.Popen[bytes]:
+        """One that all commands share while this process lives."""
+        return subprocess.Popen(
+            ["ssh", "-F", str(self.ssh_config), "-M", "-N", self.name],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
     def run(self, script: str, stdin: bytes = b"", timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """The output of a shell script that succeeded."""

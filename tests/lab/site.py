@@ -1,0 +1,102 @@
+"""A lab of its own whose machines only the playbooks touch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.ansible.local import CALLBACKS, PLAYBOOK, Run
+from tests.cluster import ROOT
+from tests.lab.machines import ADDRESSES, Lab, Machine
+
+RUN_S = 400
+LOAD_STOPS_S = 40
+
+
+class Site:
+    """inventories/vagrant, copied, for the machines of one lab."""
+
+    def __init__(self, lab: Lab, directory: Path, wheelhouse: Path) -> None:
+        self.lab = lab
+        self.machines: dict[int, Machine] = lab.machines
+        self.inventory = directory / "inventory"
+        self.state = self.inventory / ".dengine"
+        ignored = shutil.ignore_patterns(".dengine")
+        shutil.copytree(ROOT / "inventories" / "vagrant", self.inventory, ignore=ignored)
+        self.wheels = self.state / "wheelhouse" / wheelhouse.name
+        shutil.copytree(wheelhouse, self.wheels)
+
+    def play(self, playbook: str, *arguments: str, **environment: str) -> Run:
+        """Run ansible/`playbook`.yml from inside the lab's network, to its end."""
+        command = [str(PLAYBOOK), "-i", str(self.inventory), str(ROOT / f"ansible/{playbook}.yml")]
+        done = subprocess.run(
+            [str(ROOT / "scripts" / "lab"), "exec", *command, *arguments],
+            cwd=ROOT,
+            env={
+                **self.lab.environment,
+                "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+                "ANSIBLE_NOCOLOR": "1",
+                "ANSIBLE_HOME": str(self.inventory.parent / "ansible"),
+                "ANSIBLE_CALLBACK_PLUGINS": str(CALLBACKS),
+                "ANSIBLE_CALLBACKS_ENABLED": "at_task",
+                **environment,
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=RUN_S,
+            check=False,
+        )
+        return Run(done.returncode, done.stdout)
+
+    def learn_secrets(self) -> None:
+        """From now on `Machine.request` shows the token that the playbooks have made."""
+        found = json.loads((self.state / "secrets.json").read_text())
+        self.lab.token, self.lab.peer_secret = found["token"], found["peer_secret"]
+
+    def report(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.state / "reports" / f"{name}.json").read_text())
+        return found
+
+    def load(self, *, patient: bool = False) -> Load:
+        """Start the clients of tests/lab/load.py."""
+        endpoints = [f"{address}:{9080 + i}" for i, address in ADDRESSES.items()]
+        secrets = str(self.state / "secrets.json")
+        how = ["patient"] if patient else []
+        return Load(self, [sys.executable, "-m", "tests.lab.load", *how, secrets, *endpoints])
+
+
+class Load:
+    """Clients in a process of their own, inside the lab's network."""
+
+    def __init__(self, site: Site, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [str(ROOT / "scripts" / "lab"), "exec", *command],
+            cwd=ROOT,
+            env=site.lab.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def phase(self, name: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{name}\n")
+        self._process.stdin.flush()
+
+    def end(self) -> dict[str, Any]:
+        out, _ = self._process.communicate(timeout=LOAD_STOPS_S)
+        assert self._process.returncode == 0, out
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()  # its child sees the end of stdin
+            self._process.communicate()

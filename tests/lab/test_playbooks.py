@@ -1,0 +1,239 @@
+"""The playbooks on three booted machines: from nothing to one voter, to three, and every day after.
+
+The lab is one of its own, which nothing but the playbooks touches. Its network is a bridge without
+a way out, so whatever gets onto the machines comes from the controller.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster import wait_for
+from tests.lab.conftest import HOSTS_ARCH, new_lab
+from tests.lab.machines import ADDRESSES, ZONES, Machine
+from tests.lab.site import Site
+
+EXPOSURE_MAX = 1.5
+SLOWEST_MS = 5000
+WRITES_PER_S = 100  # that four writers reach together at least, on two busy cores
+
+pytestmark = pytest.mark.lab_sample
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, wheelhouse: Path) -> Iterator[Site]:
+    """One voter on n1, made by site.yml."""
+    with new_lab("p") as lab:
+        directory = tmp_path_factory.mktemp("site")
+        place = directory / f"cp311-{HOSTS_ARCH}"
+        place.symlink_to(wheelhouse)
+        made = Site(lab, directory, place)
+        made.play("site").ok()
+        made.learn_secrets()
+        yield made
+        for machine in made.machines.values():
+            print(
+                machine.attempt(
+                    "journalctl --quiet --no-pager -u dengine --lines=40"
+                ).stdout.decode()
+            )
+
+
+@dataclass
+class Grown:
+    """What happened while one voter became three."""
+
+    load: dict[str, Any]
+    before: dict[str, str]
+    after: dict[str, str]
+    again: dict[str, int]
+    site: Site
+
+
+@pytest.fixture(scope="module")
+def grown(site: Site) -> Grown:
+    """expand.yml, with four clients beside it, and then once more."""
+    n1 = site.machines[1]
+    load = site.load()
+    try:
+        load.phase("quiet")
+        wait_for(lambda: written(n1) > 2000, "the clients to have written for a while", 60)
+        before = n1.unit()
+        load.phase("expand")
+        site.play("expand").ok()
+        load.phase("three")
+        count = written(n1)
+        wait_for(lambda: written(n1) > count + 500, "writes through all three", 60)
+        found = load.end()
+    finally:
+        load.close()
+    after = n1.unit()
+    return Grown(found, before, after, site.play("expand").ok().changed, site)
+
+
+def written(machine: Machine) -> int:
+    """How often the cluster was written to."""
+    return int(machine.json("/v1/status")["revision"])
+
+
+def test_one_becomes_three_while_clients_write(grown: Grown) -> None:
+    """No write fails or is retried, node 1 stays the same process, and there are never two voters;
+    a second run changes nothing."""
+    for name, phase in grown.load["phases"].items():
+        print(name, json.dumps(phase))
+    assert grown.load["failures"] == []
+    assert grown.load["voters"] == [[1], [1, 2, 3]]
+    assert len(grown.load["ready"]) == 3
+    expand = grown.load["phases"]["expand"]
+    assert expand["writes"] / expand["seconds"] > WRITES_PER_S
+    assert expand["max_ms"] < SLOWEST_MS
+    for name in ("MainPID", "ExecMainStartTimestampMonotonic", "NRestarts"):
+        assert grown.after[name] == grown.before[name], name
+    assert grown.again == {"n1": 0, "n2": 0, "n3": 0}
+    assert grown.site.report("expand")["verdict"] == "Verified."
+    for key, value in grown.load["last"].items():
+        for machine in grown.site.machines.values():
+            assert machine.request("GET", f"/v1/kv/{key}").body.decode() == value
+
+
+# --- what an operator finds on each host ----------------------------------------------------------
+
+
+def unit(machine: Machine) -> None:
+    """Runs, is started at boot, and has never been restarted."""
+    service = machine.host.service("dengine")
+    assert service.is_running
+    assert service.is_enabled
+    assert machine.unit()["NRestarts"] == "0"
+
+
+def sandbox(machine: Machine) -> None:
+    said = machine.run("systemd-analyze security --no-pager dengine.service")
+    rated = re.search(r"Overall exposure level for \S+: ([\d.]+)", said)
+    assert rated, said
+    assert float(rated[1]) <= EXPOSURE_MAX
+
+
+def listens(machine: Machine) -> None:
+    assert machine.host.socket(f"tcp://{machine.address}:{machine.port}").is_listening
+
+
+def user(machine: Machine) -> None:
+    """A system user without a shell, which the process runs as."""
+    assert machine.host.user("dengine").shell == "/usr/sbin/nologin"
+    assert machine.run("ps -o user= -C dengine | sort -u") == "dengine"
+
+
+MODES = {
+    "/etc/dengine": "750 root dengine",
+    "/etc/dengine/dengine.toml": "640 root dengine",
+    "/etc/dengine/secrets": "700 root root",
+    "/etc/dengine/secrets/token": "600 root root",
+    "/etc/dengine/secrets/peer_secret": "600 root root",
+    "/var/lib/dengine": "700 dengine dengine",
+    "/var/backups/dengine": "700 dengine dengine",
+    "/opt/dengine": "755 root root",
+}
+
+
+def modes(machine: Machine) -> None:
+    said = machine.run(f"stat --format='%n=%a %U %G' {' '.join(MODES)}")
+    assert dict(line.split("=") for line in said.splitlines()) == MODES
+
+
+def release(machine: Machine) -> None:
+    """`current` is a complete release, and the running process comes from it."""
+    target = machine.run("readlink -f /opt/dengine/current")
+    assert target.startswith("/opt/dengine/releases/")
+    assert json.loads(machine.run(f"cat {target}/RELEASE.json"))["version"] == Path(target).name
+    assert f"{target}/bin/" in machine.run(f"tr '\\0' ' ' < /proc/{machine.pid}/cmdline")
+
+
+def zone(machine: Machine) -> None:
+    """The file says the zone of the inventory, and so does the cluster."""
+    text = machine.run("cat /etc/dengine/dengine.toml")
+    assert f'zone = "{ZONES[machine.node_id]}"' in text
+    members = machine.json("/v1/cluster")["members"]
+    assert {m["id"]: m["zone"] for m in members} == ZONES
+
+
+def view(machine: Machine) -> None:
+    """This node shows the cluster as it is: three voters at their addresses, and one leader."""
+    found = machine.json("/v1/cluster")
+    assert {m["id"]: m["address"] for m in found["members"]} == {
+        i: f"{address}:{9080 + i}" for i, address in ADDRESSES.items()
+    }
+    assert {m["role"] for m in found["members"]} == {"leader", "follower"}
+    assert found["leader"]["id"] in ADDRESSES
+
+
+def timer(machine: Machine) -> None:
+    found = machine.unit("dengine-backup.timer")
+    assert (found["ActiveState"], found["UnitFileState"]) == ("active", "enabled")
+
+
+def nothing_failed(machine: Machine) -> None:
+    assert machine.run("systemctl --failed --no-legend") == ""
+
+
+def secrets(machine: Machine) -> None:
+    """Only root and the service can read them, and they stand in no argument or variable."""
+    for path in ("/etc/dengine/secrets/token", "/run/credentials/dengine.service/token"):
+        refused = machine.attempt(f"setpriv --reuid=vagrant --clear-groups cat {path}")
+        assert b"Permission denied" in refused.stderr
+    for place in ("cmdline", "environ"):
+        assert machine.lab.token not in machine.run(f"tr '\\0' ' ' < /proc/{machine.pid}/{place}")
+
+
+CHECKS: dict[str, Callable[[Machine], None]] = {
+    check.__name__: check
+    for check in (
+        unit, sandbox, listens, user, modes, release, zone, view, timer, nothing_failed, secrets
+    )
+}  # fmt: skip
+
+
+def red(machine: Machine) -> set[str]:
+    """The names of the checks that fail on a host."""
+    failed = set()
+    for name, check in CHECKS.items():
+        try:
+            check(machine)
+        except AssertionError as error:
+            print(machine.name, name, error)
+            failed.add(name)
+    return failed
+
+
+def test_every_host_is_as_it_should_be(grown: Grown) -> None:
+    for machine in grown.site.machines.values():
+        assert red(machine) == set(), machine.name
+
+
+FAULTS = {
+    "timer": ("systemctl stop dengine-backup.timer", "systemctl start dengine-backup.timer"),
+    "modes": ("chmod 755 /var/lib/dengine", "chmod 700 /var/lib/dengine"),
+    "zone": (
+        "sed -i.was s/az-b/az-x/ /etc/dengine/dengine.toml",
+        "mv /etc/dengine/dengine.toml.was /etc/dengine/dengine.toml",
+    ),
+}
+
+
+def test_a_fault_turns_its_check_red_and_no_other(grown: Grown) -> None:
+    """A stopped unit, a loosened mode, another zone: what looks for it finds it."""
+    machine = grown.site.machines[2]
+    for name, (fault, remedy) in FAULTS.items():
+        machine.run(fault)
+        try:
+            assert red(machine) == {name}
+        finally:
+            machine.run(remedy)
+    assert red(machine) == set()
