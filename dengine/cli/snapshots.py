@@ -85,7 +85,8 @@ def list_all(args: Namespace, remote: Remote) -> int:
 def save(args: Namespace, remote: Remote) -> int:
     """Take a snapshot on one node and bring it here, checked in full."""
     file: Path = args.file
-    require_new(file)
+    with _here(file):
+        require_new(file)
     with _Partial(file) as partial, ProgressBar("snapshot") as bar:
         node, wanted = _resumable(remote, partial)
         if wanted is None:
@@ -107,7 +108,14 @@ def save(args: Namespace, remote: Remote) -> int:
 
 
 def require_new(file: Path) -> None:
-    """A backup never replaces another one. Raises Conflict."""
+    """Can `file` be made where nothing is yet? A backup replaces nothing and makes no directory.
+
+    Raises:
+        Conflict: there is something of that name.
+        StorageIO: there is no directory to put it in.
+    """
+    if not file.absolute().parent.is_dir():
+        raise StorageIO(f"{file}: there is no directory {file.parent} to put it in")
     if os.path.lexists(file):
         raise existing(file)
 
