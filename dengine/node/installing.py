@@ -131,7 +131,7 @@ class Installer:
     async def _unpack(self, ref: SnapshotRef, file: Path) -> None:
         path = self._directory.next_state_path()
         try:
-            await self._writer.run(Unpack(str(file), str(path)), lambda done, total: None)
+            await self._writer.run(Unpack(str(file), str(path)))
         except DataCorruption as error:
             log.warning("%s; trying an older one", error.message)
             self._files.put_aside(ref)
