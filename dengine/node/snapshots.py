@@ -269,6 +269,10 @@ class Snapshots:
         """Staggered, so that the members do not all become due at once: node k of n waits for
         1 + k/n times the entries, or bytes, that the configuration names.
         """
+        # By now every file is verified. If none reaches up to where the log begins, for they were
+        # damaged or removed, nothing here could build the state again: that cannot wait.
+        if self._newest_index < self._raft.log.base.index:
+            return True
         voters = self._raft.membership.voters
         place = voters.index(self._raft.me) if self._raft.me in voters else 0
         share = 1 + place / max(1, len(voters))

@@ -140,6 +140,57 @@ def deadline() -> float:
 # --- when ------------------------------------------------------------------------------------
 
 
+def test_a_purged_log_without_a_file_cannot_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When what was there has rotted, nothing could build the state again: one is taken as soon as
+    it is this member's turn, long before so many entries have come; and then no further one."""
+    stage = Stage(tmp_path)
+    stage.answers = False
+    looked: list[bool] = []
+    may_take = Snapshots._may_take
+
+    async def record(snapshots: Snapshots) -> bool:
+        looked.append(await may_take(snapshots))
+        return looked[-1]
+
+    monkeypatch.setattr(Snapshots, "_may_take", record)
+
+    async def test() -> None:
+        rotten = stage.directory.snapshots_path / "snapshot-1-19.dsnap"
+        rotten.parent.mkdir()
+        rotten.write_text("no snapshot any more")
+        stage.raft.log.base = LogId(19, 1)
+        async with stage.running() as snapshots:
+            await until(lambda: len(stage.asked) > 1, "the turn to be asked for again")
+            assert stage.files == ["snapshot-1-19.dsnap.damaged"]
+            stage.answers = True
+            await until(lambda: snapshots.files.refs, "a snapshot")
+            assert snapshots.files.refs[0].index == ENTRIES
+            stage.apply()
+            looked.clear()
+            await until(lambda: len(looked) > 1, "it to be looked for something to do")
+            assert (snapshots.taken, any(looked)) == (1, False)
+
+    on_loop(test)
+
+
+def test_an_older_file_that_does_not_reach_the_log_is_none(tmp_path: Path) -> None:
+    """A sound file that ends before the log begins leaves a gap."""
+    stage = Stage(tmp_path)
+    old = stage.snapshot()
+    for _ in range(10):
+        stage.apply()
+
+    async def test() -> None:
+        stage.raft.log.base = LogId(ENTRIES + 1, 1)
+        async with stage.running() as snapshots:
+            await until(lambda: len(snapshots.files.refs) == 2, "a snapshot that reaches it")
+            assert snapshots.files.refs[0] == old.ref
+
+    on_loop(test)
+
+
 def test_who_asks_at_once_shares_one_file(tmp_path: Path) -> None:
     """Also while one is under way, for that has everything as well."""
     stage = Stage(tmp_path)
