@@ -254,7 +254,8 @@ class Snapshots:
         if automatic and self._raft.snapshot_wanted:  # somebody waits for it
             return True
         if self._wanted.takers:
-            return True
+            # Without a leader nothing is written, and this may be the last chance of a backup.
+            return not self._is_newer() or await self._turn.ask() is not False
         return automatic and self._is_due() and await self._turn.ask() is True
 
     def _is_newer(self) -> bool:

@@ -191,6 +191,36 @@ def test_an_older_file_that_does_not_reach_the_log_is_none(tmp_path: Path) -> No
     on_loop(test)
 
 
+def test_one_that_was_asked_for_waits_for_its_turn(tmp_path: Path) -> None:
+    """Two members do not write at once, whoever asked; the turn ends with the snapshot."""
+    stage = Stage(tmp_path)
+    stage.answers = False
+
+    async def test() -> None:
+        async with stage.running(takers=1) as snapshots:
+            await until(lambda: len(stage.asked) > 1, "the turn to be asked for again")
+            assert stage.files == []
+            stage.answers = True
+            assert (await stage.taking[0]).index == ENTRIES
+            assert stage.asked[-1] == 0
+            assert await snapshots.take(deadline()) == snapshots.files.newest
+            assert snapshots.taken == 1
+
+    on_loop(test)
+
+
+def test_without_a_leader_one_that_was_asked_for_does_not_wait(tmp_path: Path) -> None:
+    """It may be the last chance of a backup, and nothing else is written."""
+    stage = Stage(tmp_path)
+    stage.answers = None
+
+    async def test() -> None:
+        async with stage.running(takers=1):
+            assert (await stage.taking[0]).index == ENTRIES
+
+    on_loop(test)
+
+
 def test_who_asks_at_once_shares_one_file(tmp_path: Path) -> None:
     """Also while one is under way, for that has everything as well."""
     stage = Stage(tmp_path)
