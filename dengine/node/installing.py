@@ -139,15 +139,20 @@ class Installer:
         await self._restore(ref, file, path)
 
     async def _restore(self, ref: SnapshotRef, file: Path, state: Path) -> None:
-        """Have Raft install the unpacked `state`, and wait until it is; drop it if not wanted."""
+        """Have Raft install the unpacked `state`, and wait until it is; drop it if not wanted.
+
+        Either way the file is verified, of this cluster and of use, so it counts from now on.
+        """
         header = read_header(file)
         self._installed = asyncio.get_running_loop().create_future()
         try:
             if await self._cycle.act(lambda raft: raft.restore(ref.log_id, header.membership)):
                 await self._installed
-                await self._files.add(ref, file, header.taken_at_s)
             else:
                 await self._drop(state)
+            if self._files.get(ref) is None:
+                applied_bytes = self._files.applied_bytes  # nothing was applied after it yet
+                await self._files.add(ref, file, header.taken_at_s, applied_bytes)
         finally:
             self._installed = None
 

@@ -310,3 +310,28 @@ def test_a_snapshot_leaves_room_for_the_log(
 
 
 # --- states that come and go ------------------------------------------------------------------
+
+
+def test_a_fetched_file_that_raft_declines_is_of_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is verified and of this cluster, so it counts; nobody would ever remove it otherwise."""
+    stage = Stage(tmp_path)
+
+    async def test() -> None:
+        info = stage.snapshot()
+        unpacked = stage.directory.next_state_path()
+
+        async def fetched(*_: object) -> Done:
+            shutil.copytree(stage.directory.state_path(), unpacked)
+            return Done(str(info.path), info.ref, info.header.taken_at_s)
+
+        async with stage.running() as snapshots:
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            snapshots.files.drop(info.path)
+            monkeypatch.setattr(WriterProcess, "run", lambda self, *args: fetched(*args))
+            await snapshots.installer.fetch(SENDER, info.ref)
+            assert snapshots.files.get(info.ref) == info.path
+            assert not unpacked.exists()
+
+    on_loop(test)
