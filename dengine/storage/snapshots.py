@@ -143,6 +143,16 @@ def unpack(file: Path, state: Path, progress: Progress) -> SnapshotInfo:
     return info
 
 
+def make_empty_state(state: Path) -> None:
+    """Make the directory of a state that holds nothing, durably. Raises StorageIO."""
+    shutil.rmtree(state, ignore_errors=True)
+    try:
+        state.mkdir(mode=0o700)
+        sync_directory(state)
+    except OSError as error:
+        raise StorageIO(f"cannot make {state}: {error.strerror}") from error
+
+
 def list_files(directory: Path) -> list[Path]:
     """The complete snapshots in `directory`, oldest first. Nothing is read yet."""
     found = [(parse_name(path.name), path) for path in directory.glob("snapshot-*")]

@@ -335,3 +335,32 @@ def test_a_fetched_file_that_raft_declines_is_of_use(
             assert not unpacked.exists()
 
     on_loop(test)
+
+
+def test_a_state_is_thrown_away_beside_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node goes on with an empty one at once; removing a large one may take seconds."""
+    stage = Stage(tmp_path)
+    old = stage.directory.state_path()
+    removed: list[tuple[bool, bool]] = []
+    rmtree = shutil.rmtree
+
+    def record(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            on_the_loop = threading.current_thread() is threading.main_thread()
+            removed.append((on_the_loop, stage.directory.state_path() == path))
+        rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", record)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            snapshots.distrust("it differs", files_too=True)
+            await until(lambda: not old.exists(), "the old state to be gone")
+            assert removed == [(False, False)], "beside the loop, and not in use any more"
+            assert stage.state.path == stage.directory.state_path() != old
+            assert stage.state.applied == LogId(0, 0)
+            assert snapshots.installer.forgotten_at == ENTRIES
+
+    on_loop(test)
