@@ -13,7 +13,7 @@ from typing import Any
 from dengine import config
 from dengine.cli.commands import print_json, print_table
 from dengine.cli.progress import ProgressBar, format_bytes
-from dengine.cli.snapshots import refuse_existing
+from dengine.cli.snapshots import require_new
 from dengine.errors import ConfigError, Conflict, NotFound, StorageIO
 from dengine.raft.membership import Member, Membership
 from dengine.raft.types import MemberId
@@ -74,7 +74,7 @@ def restore_snapshot(args: Namespace) -> int:
 def save_stopped(args: Namespace) -> int:
     """A snapshot of a stopped node: everything its directory has, log included."""
     file: Path = args.file
-    refuse_existing(file)
+    require_new(file)
     path = args.data_dir / str(args.node_id)
     if not (path / "identity.json").exists():
         raise NotFound(f"{path} is not the data directory of a node")

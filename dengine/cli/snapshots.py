@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import http.client
 import os
 import sys
@@ -25,7 +24,15 @@ from dengine.errors import (
     RequestTimeout,
     StorageIO,
 )
-from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, scan, sound_prefix, sync_file
+from dengine.storage.snapshot_frames import (
+    PARTIAL_SUFFIX,
+    existing,
+    lock_partial,
+    name_new,
+    scan,
+    sound_prefix,
+    sync_file,
+)
 
 POLL_S = 0.2
 POST_S = 1.0  # a small snapshot is finished by then, and the answer to the request is the result
@@ -78,7 +85,8 @@ def list_all(args: Namespace, remote: Remote) -> int:
 def save(args: Namespace, remote: Remote) -> int:
     """Take a snapshot on one node and bring it here, checked in full."""
     file: Path = args.file
-    refuse_existing(file)
+    with _here(file):
+        require_new(file)
     with _Partial(file) as partial, ProgressBar("snapshot") as bar:
         node, wanted = _resumable(remote, partial)
         if wanted is None:
@@ -99,10 +107,17 @@ def save(args: Namespace, remote: Remote) -> int:
     return 0
 
 
-def refuse_existing(file: Path) -> None:
-    """A backup never replaces another one. Raises Conflict."""
+def require_new(file: Path) -> None:
+    """Can `file` be made where nothing is yet? A backup replaces nothing and makes no directory.
+
+    Raises:
+        Conflict: there is something of that name.
+        StorageIO: there is no directory to put it in.
+    """
+    if not file.absolute().parent.is_dir():
+        raise StorageIO(f"{file}: there is no directory {file.parent} to put it in")
     if os.path.lexists(file):
-        raise Conflict(f"{file} exists and is never overwritten: choose another name or remove it")
+        raise existing(file)
 
 
 def _take(remote: Remote, timeout_s: float, bar: ProgressBar) -> tuple[Remote, dict[str, Any]]:
@@ -153,16 +168,17 @@ class _Partial:
         self.path = file.with_name(file.name + PARTIAL_SUFFIX)
 
     def __enter__(self) -> _Partial:
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        self.stream: BinaryIO = os.fdopen(fd, "r+b")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.stream.close()
-            raise Conflict(f"{self.path} is being written by another process") from None
-        os.fchmod(fd, 0o600)
-        self.is_fresh = time.time() - os.fstat(fd).st_mtime < RESUME_S
-        self.keep(sound_prefix(self.path))
+        with _here(self.path):
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            self.stream: BinaryIO = os.fdopen(fd, "r+b")
+            try:
+                lock_partial(self.path, fd)
+            except Conflict:
+                self.stream.close()
+                raise
+            os.fchmod(fd, 0o600)
+            self.is_fresh = time.time() - os.fstat(fd).st_mtime < RESUME_S
+            self.keep(sound_prefix(self.path))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -205,15 +221,8 @@ class _Partial:
 
     def publish(self) -> None:
         """Give it its name, durably and without replacing anything."""
-        refuse_existing(self._file)
-        try:
-            os.link(self.path, self._file, follow_symlinks=False)
-            self.path.unlink()
-        except FileExistsError:
-            refuse_existing(self._file)
-        except OSError:  # a file system without hard links
-            os.rename(self.path, self._file)
         with _here(self._file):
+            name_new(self.path, self._file)
             directory = os.open(self._file.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(directory)

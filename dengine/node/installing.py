@@ -27,6 +27,7 @@ from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import name_durably, read_header, snapshot_name
 from dengine.storage.snapshot_jobs import Credentials, Fetch, Unpack
+from dengine.storage.snapshots import make_empty_state
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
@@ -109,7 +110,11 @@ class Installer:
     async def rebuild(self, reason: str, *, files_too: bool) -> None:
         """Throw the state away; then the log, our snapshots or the leader's build it again."""
         log.error("the state is wrong and is thrown away: %s", reason)
-        await self._cycle.act(self._forget_state)
+        old, new = self._directory.state_path(), self._directory.next_state_path()
+        await self._in_thread(make_empty_state, new)
+        await self._cycle.act(lambda raft: self._forget_state(raft, new))
+        # A large one takes its time. What a crash leaves of it the next start removes.
+        await self._drop(old)
         for ref, file in reversed(list(self._files)):
             if files_too:
                 self._files.put_aside(ref)
@@ -123,8 +128,10 @@ class Installer:
                 )
             )
 
-    def _forget_state(self, raft: Raft) -> None:
-        self._state.replace(self._directory.discard_state())
+    def _forget_state(self, raft: Raft, new: Path) -> None:
+        """In a turn, so that nobody sees half of it: go on with the empty state at `new`."""
+        self._directory.adopt_state(new)
+        self._state.replace(new)
         self._directory.mark_running()
         self.forgotten_at = raft.log.commit_index
         raft.forget_state()
@@ -132,7 +139,7 @@ class Installer:
     async def _unpack(self, ref: SnapshotRef, file: Path) -> None:
         path = self._directory.next_state_path()
         try:
-            await self._writer.run(Unpack(str(file), str(path)), lambda done, total: None)
+            await self._writer.run(Unpack(str(file), str(path)))
         except DataCorruption as error:
             log.warning("%s; trying an older one", error.message)
             self._files.put_aside(ref)
@@ -148,7 +155,9 @@ class Installer:
         try:
             if await self._cycle.act(lambda raft: raft.restore(ref.log_id, header.membership)):
                 await self._installed
-                await self._files.add(ref, named, header.taken_at_s)
+                if self._files.get(ref) is None:
+                    applied_bytes = self._files.applied_bytes  # nothing was applied after it yet
+                    await self._files.add(ref, named, header.taken_at_s, applied_bytes)
             else:
                 await self._drop(state)
                 if self._fetched is not None:
@@ -157,7 +166,10 @@ class Installer:
             self._installed = self._fetched = None
 
     async def _drop(self, state: Path) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, state, True)
+        await self._in_thread(shutil.rmtree, state, True)
+
+    async def _in_thread(self, function: Callable[..., None], *args: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, function, *args)
 
     def persist(self, ready: Ready) -> None:
         """The durable part of an install, on the thread that writes the log."""

@@ -73,7 +73,8 @@ class SnapshotFiles:
         self, ref: SnapshotRef, file: Path, taken_at_s: int, applied_bytes: int = 0
     ) -> None:
         """One more; those that are too many are deleted, but for what is being sent."""
-        kept = {**self._files, ref: _Kept(file, taken_at_s, applied_bytes)}
+        others = {r: k for r, k in self._files.items() if k.path != file}  # it was written anew
+        kept = {**others, ref: _Kept(file, taken_at_s, applied_bytes)}
         self._files = dict(sorted(kept.items(), key=lambda f: f[0].index))
         in_use = set(self._raft.offered_snapshots().values()) | self.transfers.refs
         spare = [ref for ref in self.refs[: -self._config.keep] if ref not in in_use]

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,6 @@ from dengine.config import Config
 from dengine.errors import (
     ClusterUnavailable,
     DataCorruption,
-    DengineError,
     FatalError,
     RequestTimeout,
     StorageIO,
@@ -28,7 +27,9 @@ from dengine.errors import (
 )
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.installing import Installer
+from dengine.node.reader_watch import ReaderWatch
 from dengine.node.snapshot_files import SnapshotFiles
+from dengine.node.snapshot_turn import Lead, OwnTurn, SnapshotTurn
 from dengine.node.transfers import format_bytes, percent
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
@@ -43,13 +44,7 @@ from dengine.storage.state_store import StateStore
 log = logging.getLogger("dengine.snapshots")
 
 POLL_S = 1.0
-WAITING_MS = 5000  # a member that waits for its turn asks more often
 RETRY_S_MIN, RETRY_S_MAX = 1.0, 60.0
-GROWTH_BYTES_MIN = 1024 * 1024 * 1024  # by so much a state may grow behind the writer's reader
-TURN_S = 10.0  # so long a turn lasts if its end is not heard of; renewed while the writer works
-AGE_S_MIN = 120.0  # so old may the reader of even the smallest state become
-
-Lead = Callable[[str, dict[str, Any], float], Awaitable[dict[str, Any]]]
 
 
 @dataclass(slots=True)
@@ -110,14 +105,13 @@ class Snapshots:
         self._raft: Raft = cycle.raft
         self._log_store = log_store
         self._state = state
-        self._lead = lead
         self._loop = asyncio.get_running_loop()
         self._writer = WriterProcess()
         self._wanted = _Wanted()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._take_backoff, self._fetch_backoff = _Backoff(), _Backoff()
-        self._turn = SnapshotTurn()
+        self._turn, self._turns = OwnTurn(cycle.raft.me.id, lead), SnapshotTurn()
         self.files = SnapshotFiles(self._config, cycle.raft)
         self.installer = Installer(
             directory, cycle, log_store, state, self.files, self._writer, source, secrets
@@ -173,9 +167,9 @@ class Snapshots:
             await self._fetch(sender, ref)
         elif wanted.unverified:
             await self._verify(wanted.unverified.pop())
-        elif wanted.takers or (self._take_backoff.is_due and await self._may_take()):
+        elif await self._may_take():
             await self._take()
-        elif wanted.check and self._take_backoff.is_due and self._state.applied.index:
+        elif wanted.check and not wanted.takers and self._may_check():
             await self._check()
         else:
             await self._pause(POLL_S)
@@ -255,44 +249,36 @@ class Snapshots:
     # --- taking ---------------------------------------------------------------------------------
 
     async def _may_take(self) -> bool:
-        """Is one due, and is it our turn?"""
-        if self._raft.snapshot_wanted:  # somebody waits for it
-            return self._is_newer()
-        if not self._is_newer() or not self._is_due():
-            return False
-        return await self._ask_turn(TURN_S)
-
-    async def _ask_turn(self, seconds: float) -> bool:
-        """Have the leader keep all others from taking one for so long; 0 ends our turn."""
-        turn = {"id": self._raft.me.id, "for_ms": int(seconds * 1000)}
-        try:
-            answer = await self._lead("snapshot_turn", turn, self._loop.time() + POLL_S)
-            return bool(answer["granted"])
-        except DengineError:
-            return False  # without a leader nothing is written, so nothing is urgent
-
-    async def _keep_turn(self) -> None:
-        while True:
-            await asyncio.sleep(TURN_S / 3)
-            await self._ask_turn(TURN_S)
-
-    def _longest_take_s(self) -> float:
-        """After so long the writer's reader is too old: the job is ended and tried again."""
-        return AGE_S_MIN + 4 * self._state.data_bytes() / self._config.max_bytes_per_s
+        """Is one wanted or due, and is it our turn?"""
+        automatic = self._take_backoff.is_due and self._is_newer()
+        if automatic and self._raft.snapshot_wanted:  # somebody waits for it
+            return True
+        if self._wanted.takers:
+            # Without a leader nothing is written, and this may be the last chance of a backup.
+            return not self._is_newer() or await self._turn.ask() is not False
+        return automatic and self._is_due() and await self._turn.ask() is True
 
     def _is_newer(self) -> bool:
-        newest, applied = self.files.newest, self._state.applied.index
-        return applied > (newest.index if newest is not None else 0) and not self._raft.state_lost
+        return self._state.applied.index > self._newest_index and not self._raft.state_lost
+
+    @property
+    def _newest_index(self) -> int:
+        newest = self.files.newest
+        return newest.index if newest is not None else 0
 
     def _is_due(self) -> bool:
         """Staggered, so that the members do not all become due at once: node k of n waits for
         1 + k/n times the entries, or bytes, that the configuration names.
         """
+        # By now every file is verified. If none reaches up to where the log begins, for they were
+        # damaged or removed, nothing here could build the state again: that cannot wait.
+        if self._newest_index < self._raft.log.base.index:
+            return True
         voters = self._raft.membership.voters
         place = voters.index(self._raft.me) if self._raft.me in voters else 0
         share = 1 + place / max(1, len(voters))
         newest = self.files.newest
-        entries = self._state.applied.index - (newest.index if newest is not None else 0)
+        entries = self._state.applied.index - self._newest_index
         size = newest.size_bytes if newest is not None else 0
         return entries >= share * self._config.entries or self.files.bytes_since(
             newest
@@ -300,18 +286,15 @@ class Snapshots:
 
     async def _take(self) -> None:
         takers, self._wanted.takers = self._wanted.takers, []
-        turn = self._loop.create_task(self._keep_turn(), name="keep the turn")
         try:
-            ref = await self._take_one()
+            async with self._turn.kept():
+                ref = await self._take_one()
         except FatalError as error:
             self._take_backoff.failed()
             for taker in takers:
                 if not taker.done():
                     taker.set_exception(ClusterUnavailable(f"no snapshot: {error.message}"))
             raise
-        finally:
-            turn.cancel()
-            await self._ask_turn(0)
         self._take_backoff.succeeded()
         for taker in takers:
             if not taker.done():
@@ -325,7 +308,7 @@ class Snapshots:
         self.job = "taking a snapshot"
         started, applied_bytes = time.monotonic(), self.files.applied_bytes
         try:
-            done = await self._run_take(started)
+            done = await self._run_take()
         except FatalError as error:
             if isinstance(error, DataCorruption):
                 self.distrust(error.message, files_too=False)
@@ -344,21 +327,12 @@ class Snapshots:
         await self.files.add(done.ref, Path(done.file), done.taken_at_s, applied_bytes)
         return done.ref
 
-    async def _run_take(self, started: float) -> Done:
-        """The subprocess, bounded in time and in what its reader costs: LMDB keeps every page it
-        can see, so the state grows with each write until it is done.
-        """
-        config, size, age_s = self._config, self._state.data_bytes(), self._longest_take_s()
-        self._require_room(size)
-        growth_bytes = max(GROWTH_BYTES_MIN, size)
+    async def _run_take(self) -> Done:
+        config = self._config
+        self._require_room(self._state.data_bytes())
 
-        def watch(done: int, total: int) -> str | None:
+        def report(done: int, total: int) -> None:
             self.job = f"taking a snapshot: {percent(done, total)} %"
-            if time.monotonic() - started > age_s:
-                return f"the snapshot was not finished within {age_s:.0f} s"
-            if self._state.data_bytes() - size > growth_bytes:
-                return f"the state grew by more than {format_bytes(growth_bytes)} meanwhile"
-            return None
 
         job = Take(
             str(self._state.path),
@@ -367,7 +341,7 @@ class Snapshots:
             config.chunk_bytes,
             config.max_bytes_per_s,
         )
-        return await self._writer.run(job, watch)
+        return await self._writer.run(job, report, ReaderWatch(self._state, config.max_bytes_per_s))
 
     def _require_room(self, size: int) -> None:
         """A snapshot must not take the room that the log needs to go on.
@@ -387,9 +361,7 @@ class Snapshots:
         """A file from before this start, where only what was read in full counts; or a suspect."""
         self.job = f"verifying {file.name}"
         try:
-            done = await self._writer.run(
-                Verify(str(file), self._config.max_bytes_per_s), lambda done, total: None
-            )
+            done = await self._writer.run(Verify(str(file), self._config.max_bytes_per_s))
         except DataCorruption as error:
             self.files.drop(file)
             put_aside(file)
@@ -400,20 +372,15 @@ class Snapshots:
         if self.files.get(done.ref) is None:
             await self.files.add(done.ref, file, done.taken_at_s)
 
+    def _may_check(self) -> bool:
+        return self._take_backoff.is_due and self._state.applied.index > 0
+
     async def _check(self) -> None:
         """LMDB's pages carry no checksum: a key that has rotted would just not be found."""
         self.job = "checking the state"
-        started, age_s = time.monotonic(), self._longest_take_s()
-
-        def watch(done: int, total: int) -> str | None:
-            return (
-                "the check of the state took too long"
-                if (time.monotonic() - started > age_s)
-                else None
-            )
-
+        watch = ReaderWatch(self._state, self._config.max_bytes_per_s)
         try:
-            await self._writer.run(Check(str(self._state.path)), watch)
+            await self._writer.run(Check(str(self._state.path)), watch=watch)
         except FatalError as error:
             if isinstance(error, DataCorruption):
                 self.distrust(error.message, files_too=False)
@@ -448,35 +415,4 @@ class Snapshots:
 
     def grant_turn(self, turn: dict[str, Any]) -> dict[str, Any]:
         """On the leader: may member `id` take a snapshot, for the next `for_ms`?"""
-        return {"granted": self._turn.grant(turn["id"], boottime_ms(), turn["for_ms"])}
-
-
-class SnapshotTurn:
-    """Two members never take a snapshot at once, unless the leader changes: it alone remembers.
-
-    Whoever has waited longest is next. Else a member that is due again as soon as it is done would
-    keep the turn, and the logs of the others would grow for ever.
-    """
-
-    def __init__(self) -> None:
-        self._holder = 0
-        self._until_ms = 0
-        self._waiting: dict[int, int] = {}  # when each asked last; who has waited longest first
-
-    def grant(self, node_id: int, now_ms: int, for_ms: int) -> bool:
-        """Let `node_id` have the turn for `for_ms` from now on; 0 ends it."""
-        held = now_ms < self._until_ms
-        if not for_ms:
-            self._waiting.pop(node_id, None)
-            if node_id == self._holder:
-                self._until_ms = now_ms
-            return True
-        if not held or node_id != self._holder:
-            self._waiting[node_id] = now_ms
-            asking = {n: at for n, at in self._waiting.items() if now_ms - at <= WAITING_MS}
-            self._waiting = asking
-            if held or next(iter(asking)) != node_id:
-                return False
-            del asking[node_id]
-        self._holder, self._until_ms = node_id, now_ms + for_ms
-        return True
+        return {"granted": self._turns.grant(turn["id"], boottime_ms(), turn["for_ms"])}

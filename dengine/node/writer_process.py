@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -24,11 +25,13 @@ from dengine.storage.snapshot_jobs import (
 )
 
 STALL_S = 30.0  # without a sign of life it is stuck
+WATCH_S = 1.0  # at least so often is asked whether it may go on, whatever it says or does not say
 LINE_BYTES_MAX = 65_536
 # How LMDB ends a process that reads a damaged page: an assertion, or an address that is none.
 LMDB_SIGNALS = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS}
 
-Watch = Callable[[int, int], str | None]
+Report = Callable[[int, int], None]
+Watch = Callable[[], str | None]
 
 
 class WriterProcess:
@@ -53,12 +56,13 @@ class WriterProcess:
             with suppress(ProcessLookupError):
                 self._process.kill()
 
-    async def run(self, job: Job, watch: Watch) -> Done:
+    async def run(self, job: Job, report: Report | None = None, watch: Watch | None = None) -> Done:
         """Carry out `job`.
 
         Args:
-            watch: told the bytes done and in all, a few times a second; what it returns, if
-                anything, is the reason for which the job is killed.
+            report: told the bytes done and in all, a few times a second.
+            watch: called at least once a second; what it returns, if anything, is the reason for
+                which the job is killed.
 
         Raises:
             DataCorruption: what was read is damaged, or ended its reader twice in a row.
@@ -67,7 +71,7 @@ class WriterProcess:
         """
         self._busy, self._killed_for = True, ""
         try:
-            ended, returncode = await self._run(job, watch)
+            ended, returncode = await self._run(job, report, watch)
         except TimeoutError:
             raise TryAgain(f"the snapshot writer gave no sign of life for {STALL_S:g} s") from None
         finally:
@@ -77,26 +81,21 @@ class WriterProcess:
             return ended
         raise self._failure(job, ended, returncode)
 
-    async def _run(self, job: Job, watch: Watch) -> tuple[Done | Failed | None, int]:
+    async def _run(
+        self, job: Job, report: Report | None, watch: Watch | None
+    ) -> tuple[Done | Failed | None, int]:
         """The last event and the exit code. Raises TimeoutError; no process is left behind."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "dengine.snapshot_writer",
-            str(os.getpid()),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=LINE_BYTES_MAX,
-        )
+        process = await self._start()
         self._process = process
         try:
             assert process.stdin is not None
+            assert process.stdout is not None
             if self._killed_for:  # while it was being started
                 process.kill()
             with suppress(ConnectionError):
                 process.stdin.write(encode_job(job))
                 process.stdin.close()
-            ended = await self._follow(process, watch)
+            ended = await self._follow(process.stdout, report, watch)
             async with asyncio.timeout(STALL_S):
                 return ended, await process.wait()
         finally:
@@ -105,14 +104,42 @@ class WriterProcess:
                 await process.wait()
             self._process = None
 
+    async def _start(self) -> asyncio.subprocess.Process:
+        starting = asyncio.get_running_loop().create_task(
+            asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "dengine.snapshot_writer",
+                str(os.getpid()),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=LINE_BYTES_MAX,
+            )
+        )
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:  # nobody else would know of it
+            process = await starting
+            process.kill()
+            await process.wait()
+            raise
+
     async def _follow(
-        self, process: asyncio.subprocess.Process, watch: Watch
+        self, events: asyncio.StreamReader, report: Report | None, watch: Watch | None
     ) -> Done | Failed | None:
         """Read events until the last one; None when the process ends without any."""
-        assert process.stdout is not None
+        heard = time.monotonic()
         while True:
-            async with asyncio.timeout(STALL_S):
-                line = await process.stdout.readline()
+            if watch is not None and (reason := watch()) is not None:
+                self.kill(reason)
+            try:
+                async with asyncio.timeout(min(WATCH_S, STALL_S)):
+                    line = await events.readline()
+            except TimeoutError:
+                if time.monotonic() - heard >= STALL_S:
+                    raise
+                continue
+            heard = time.monotonic()
             if not line:
                 return None
             try:
@@ -121,9 +148,8 @@ class WriterProcess:
                 return Failed(TryAgain.exit_code, f"the snapshot writer said {line[:200]!r}")
             if not isinstance(event, Progress):
                 return event
-            reason = watch(event.done_bytes, event.total_bytes)
-            if reason is not None:
-                self.kill(reason)
+            if report is not None:
+                report(event.done_bytes, event.total_bytes)
 
     def _failure(self, job: Job, ended: Failed | None, returncode: int) -> FatalError:
         if self._killed_for:

@@ -30,7 +30,7 @@ import msgspec
 from dengine.errors import DataCorruption, IdentityError, StorageIO, TryAgain
 from dengine.raft.membership import Membership
 from dengine.raft.types import HardState, LogId
-from dengine.storage.environment import DATA_FILE, sync_directory
+from dengine.storage.environment import DATA_FILE, make_directory, sync_directory
 from dengine.storage.log_store import LogStore
 from dengine.storage.state_store import DAMAGED_MARK
 
@@ -89,7 +89,7 @@ class DataDirectory:
         """
         path = root / str(node_id)
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            make_directory(root)
             path.mkdir(mode=0o700, exist_ok=True)
             sync_directory(root)
             directory = cls(path, lock_directory(path))

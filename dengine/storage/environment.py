@@ -106,6 +106,14 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and what is missing above it, each of them durable. Raises OSError."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_directory(made.parent)
+
+
 @contextmanager
 def padded(path: Path) -> Iterator[None]:
     """While inside, the data file goes on with zeros for `RECORD_BYTES_MAX` bytes.

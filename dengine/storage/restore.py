@@ -25,7 +25,7 @@ from dengine.errors import Conflict, StorageIO, TryAgain
 from dengine.raft.membership import Member, Membership, Settings, found
 from dengine.raft.types import HardState, LogId, MemberId
 from dengine.storage.directory import DataDirectory
-from dengine.storage.environment import sync_directory
+from dengine.storage.environment import make_directory, sync_directory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import read_header
 from dengine.storage.snapshots import Progress, take, unpack
@@ -94,7 +94,7 @@ def building(root: Path, node_id: int) -> Iterator[DataDirectory]:
     work = root / f".new-{node_id}"
     missing = [path for path in (root, *root.parents) if not path.exists()]
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         work.mkdir(mode=0o700, exist_ok=True)
         lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

@@ -32,6 +32,8 @@ from dengine.storage.snapshot_frames import (
     SyncedSteps,
     damaged_snapshot,
     disk,
+    lock_partial,
+    name_new,
     pack_chunk,
     pack_end,
     pack_header,
@@ -96,23 +98,28 @@ class SnapshotWriter:
         path: the final name; until `finish` the data is in `path` + PARTIAL_SUFFIX.
         header: what the file says of itself.
         chunk_bytes: of data per chunk.
+        replace: may there be a file of that name already?
 
     Raises (here and in every method):
         StorageIO: the disk refused; the partial file is gone.
+        Conflict: another process writes a file of that name, or has done so.
     """
 
-    def __init__(self, path: Path, header: SnapshotHeader, chunk_bytes: int) -> None:
+    def __init__(
+        self, path: Path, header: SnapshotHeader, chunk_bytes: int, *, replace: bool = True
+    ) -> None:
         self._path = path
         self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
         self._header = header
         self._chunk_bytes = chunk_bytes
+        self._replace = replace
         self._pending = bytearray()
         self._sha = hashlib.sha256()
         self._chunks = self._data_bytes = 0
         encoded = msgspec.msgpack.encode(header)
         with disk(self._partial):
-            fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            self._stream: BinaryIO = os.fdopen(fd, "wb")
+            self._stream: BinaryIO = os.fdopen(_open_new(self._partial), "wb")
+            lock_partial(self._partial, self._stream.fileno())
         self._steps = SyncedSteps(self._stream, PACED_SYNC_BYTES)
         self._put(pack_header(encoded))
 
@@ -142,7 +149,8 @@ class SnapshotWriter:
             sync_file(self._stream)
             self._stream.close()
         try:
-            return publish(self._partial, self._path, self._sha.hexdigest(), progress)
+            sha256 = self._sha.hexdigest()
+            return publish(self._partial, self._path, sha256, progress, replace=self._replace)
         except DataCorruption as error:
             raise StorageIO(f"the disk did not keep what was written: {error.message}") from error
 
@@ -166,16 +174,42 @@ class SnapshotWriter:
             self._stream.write(data)
 
 
+def _open_new(partial: Path) -> int:
+    """A file that nobody else can read or has prepared, for what is left of an earlier attempt may
+    have another mode, or be a link to another place.
+
+    Raises:
+        Conflict: another process still writes what is there.
+        OSError: the disk refused.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        return os.open(partial, flags, 0o600)
+    except FileExistsError:
+        if partial.is_file() and not partial.is_symlink():
+            with suppress(OSError), open(partial, "rb") as left:
+                lock_partial(partial, left.fileno())
+        partial.unlink(missing_ok=True)
+        return os.open(partial, flags, 0o600)
+
+
 def publish(
-    partial: Path, path: Path, sha256: str, progress: Callable[[int], None] | None = None
+    partial: Path,
+    path: Path,
+    sha256: str,
+    progress: Callable[[int], None] | None = None,
+    *,
+    replace: bool = True,
 ) -> SnapshotInfo:
     """Verify the synced file `partial` and give it its final name, durably.
 
     Args:
         sha256: of the file that it must be.
         progress: told how many bytes have been read.
+        replace: may there be a file of that name already?
 
     Raises:
+        Conflict: there is one, and it stays.
         DataCorruption: it is damaged; it was removed.
         StorageIO: the disk refused.
     """
@@ -186,14 +220,22 @@ def publish(
     except DataCorruption:
         partial.unlink(missing_ok=True)
         raise
-    return info._replace(path=name_durably(info.path, path.name))
+    return info._replace(path=name_durably(info.path, path.name, replace=replace))
 
 
-def name_durably(file: Path, name: str) -> Path:
-    """Give a file that is synced and was verified its final name. Raises StorageIO."""
+def name_durably(file: Path, name: str, *, replace: bool = True) -> Path:
+    """Give a file that is synced and was verified its final name.
+
+    Raises:
+        Conflict: there is such a file, and it is not to be replaced.
+        StorageIO: the disk refused.
+    """
     path = file.with_name(name)
     with disk(path):
-        os.replace(file, path)
+        if replace:
+            os.replace(file, path)
+        else:
+            name_new(file, path)
         try:
             sync_directory(path.parent)
         except OSError:  # it may be gone after a power loss, so nobody must rely on it

@@ -5,6 +5,7 @@ Standard library only: a client without the extra `dengine[node]` downloads and 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import struct
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 from zlib import crc32
 
-from dengine.errors import DataCorruption, StorageIO
+from dengine.errors import Conflict, DataCorruption, StorageIO
 
 PARTIAL_SUFFIX: Final = ".partial"  # written or fetched, not complete
 FORMAT: Final = 1
@@ -170,6 +171,48 @@ def _read(path: Path, stream: BinaryIO, length: int) -> bytes:
     if len(data) < length:
         raise damaged_snapshot(path, f"it ends after {stream.tell()} bytes, in the middle")
     return data
+
+
+def name_new(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`, which must not exist; nobody's file is ever replaced.
+
+    Raises:
+        Conflict: it exists.
+        OSError: the disk refused.
+    """
+    try:
+        os.link(partial, path, follow_symlinks=False)
+    except FileExistsError:
+        raise existing(path) from None
+    except OSError:  # a file system without hard links
+        _rename_new(partial, path)
+    else:
+        partial.unlink()
+
+
+def _rename_new(partial: Path, path: Path) -> None:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        raise existing(path) from None
+    try:
+        os.replace(partial, path)  # the empty one that has just been made
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def existing(path: Path) -> Conflict:
+    """A backup never replaces another one."""
+    return Conflict(f"{path} exists and is never overwritten: choose another name or remove it")
+
+
+def lock_partial(path: Path, fd: int) -> None:
+    """Keep every other process from writing the open partial file. Raises Conflict, OSError."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Conflict(f"{path} is being written by another process") from None
 
 
 def sync_file(stream: BinaryIO) -> None:

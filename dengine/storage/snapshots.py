@@ -50,12 +50,13 @@ def take(
 ) -> SnapshotInfo:
     """Write the state in directory `state`, which may be in use, to a file in `directory`.
 
-    `name` is that file's; None names it after the last entry it includes.
+    `name` is that file's, and must be new; None names it after the last entry it includes.
 
     One read transaction gives everything; its records are checked against the state hash before
     a byte is written, so that rot is never signed into a snapshot.
 
     Raises:
+        Conflict: there is a file called `name`.
         DataCorruption: the state is damaged, or the disk did not keep what was written.
         StorageIO: the disk refused.
     """
@@ -77,7 +78,7 @@ def take(
         )
         _make_private(directory)
         file = directory / (name or snapshot_name(header.log_id))
-        writer = SnapshotWriter(file, header, chunk_bytes)
+        writer = SnapshotWriter(file, header, chunk_bytes, replace=name is None)
 
         def write(data: bytes) -> None:
             writer.write(data)
@@ -144,6 +145,16 @@ def unpack(file: Path, state: Path, progress: Progress) -> SnapshotInfo:
         shutil.rmtree(state, ignore_errors=True)
         raise
     return info
+
+
+def make_empty_state(state: Path) -> None:
+    """Make the directory of a state that holds nothing, durably. Raises StorageIO."""
+    shutil.rmtree(state, ignore_errors=True)
+    try:
+        state.mkdir(mode=0o700)
+        sync_directory(state)
+    except OSError as error:
+        raise StorageIO(f"cannot make {state}: {error.strerror}") from error
 
 
 def list_files(directory: Path) -> list[Path]:

@@ -276,6 +276,7 @@ def state_files(directory: Path) -> dict[str, Path]:
         "CURRENT.tmp": directory / "CURRENT.tmp",
         "CLEAN": directory / "CLEAN",
         "RUN.tmp": directory / "RUN.tmp",
+        "OPENING": directory / "OPENING",
         "old state/": directory / current,
         "new state/": new,
         "new state data": new / "data.mdb",

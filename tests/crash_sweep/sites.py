@@ -111,6 +111,8 @@ INSTALL: Final = (
 )
 
 REBUILD: Final = (
+    Site("OPENING", "openat", "node"),
+    Site("OPENING", REMOVES, "node", ends=False),
     Site("log/", "mkdir", "node", ends=None),
     Site("log lock", "openat", "node"),
     *_unpack("node"),

@@ -207,6 +207,18 @@ def test_nothing_is_overwritten(cluster: Cluster, tmp_path: Path) -> None:
     assert tree(tmp_path / "db" / "1").keys() >= before.keys()
 
 
+def test_a_backup_makes_no_directory(cluster: Cluster, tmp_path: Path) -> None:
+    """A mistyped path is a mistake of this machine, whether the node runs or not."""
+    node = single(cluster)
+    fill(node, 3)
+    file = tmp_path / "mistyped" / "backup.dsnap"
+    assert "no directory" in one_sentence(snapshot("save", file, node=node), 74)
+    node.kill()
+    at = ("--data-dir", node.directory.parent, "--node-id", 1)
+    assert "no directory" in one_sentence(snapshot("save", file, *at), 74)
+    assert not file.parent.exists()
+
+
 @pytest.fixture
 def good(cluster: Cluster, tmp_path: Path) -> Path:
     node = single(cluster)

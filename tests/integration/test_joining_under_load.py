@@ -5,7 +5,9 @@ The transfer is cut, the joiner dies, the leader dies: it gets there all the sam
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,34 @@ def in_mid_transfer(node: ServeProcess) -> None:
     wait_for(lambda: partials(node), "a transfer under way", 60)
 
 
+def shows_its_progress(leader: ServeProcess, receiver: ServeProcess) -> None:
+    """A transfer, under way or just cut, is seen in `/v1/cluster`, in metrics and in both logs."""
+    transfer = wait_for(lambda: sent(leader, receiver.node_id), "a transfer in /v1/cluster")
+    assert 0 < transfer["sent_bytes"] <= transfer["size_bytes"]
+    assert transfer["percent"] == transfer["sent_bytes"] * 100 // transfer["size_bytes"]
+    assert transfer["bytes_per_s"] > 0
+    metrics = leader.request("GET", "/metrics").body.decode()
+    counted = re.search(
+        rf'^dengine_snapshot_sent_bytes{{peer="{receiver.node_id}"}} ([\d.e+]+)$', metrics, re.M
+    )
+    assert counted is not None, metrics
+    assert float(counted[1]) >= transfer["sent_bytes"]
+    rate = r": \d+ %, [\d.]+ [KM]?B/s"
+    sending = rf"sending snapshot \d+-{transfer['index']} to node {receiver.node_id}" + rate
+    receiving = rf"receiving snapshot \d+-{transfer['index']} from node {leader.node_id}" + rate
+    assert re.search(sending, leader.output()), leader.tail()
+    assert re.search(receiving, receiver.output()), receiver.tail()
+
+
+def sent(leader: ServeProcess, receiver: int) -> dict[str, Any] | None:
+    """What `/v1/cluster` says of a transfer that has begun."""
+    for member in leader.cluster()["members"]:
+        if member["id"] == receiver and member["transfer"] and member["transfer"]["sent_bytes"]:
+            found: dict[str, Any] = member["transfer"]
+            return found
+    return None
+
+
 @pytest.mark.timeout(240)
 def test_a_joiner_that_dies_in_mid_transfer_gets_there(cluster: Cluster) -> None:
     """The joiner is killed while the file comes, and again when it has come back. No write of the
@@ -68,6 +98,7 @@ def test_a_joiner_that_dies_in_mid_transfer_gets_there(cluster: Cluster) -> None
     second = joiner(cluster, 2, BUSY).start()
     for _ in range(2):
         in_mid_transfer(second)
+        shows_its_progress(first, second)
         second.kill()
         second.start()
     cluster.wait_voters(1, 2, deadline_s=90)

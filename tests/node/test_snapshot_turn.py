@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dengine.node.snapshots import WAITING_MS, SnapshotTurn
+from dengine.node.snapshot_turn import WAITING_MS, SnapshotTurn
 
 
 def test_one_at_a_time() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dengine.errors import DataCorruption, FatalError, TryAgain
 from dengine.node import writer_process
 from dengine.node.writer_process import WriterProcess
 from dengine.storage.snapshot_jobs import Check, Job, Verify
+from tests.node.hosts import on_loop
 
 A_JOB = Verify("file", 1)
 
@@ -36,7 +39,7 @@ def run(
         writer = WriterProcess()
         for _ in range(times):
             with pytest.raises(FatalError) as caught:
-                await writer.run(job, lambda done, total: None)
+                await writer.run(job)
         return caught.value
 
     error = asyncio.run(attempts())
@@ -56,6 +59,26 @@ def test_a_silent_one_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_one_that_is_stopped_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """SIGSTOP looks like silence, and SIGKILL ends a stopped process as well."""
     assert "no sign of life" in run(monkeypatch, tmp_path, "kill -STOP $$").message
+
+
+def test_one_that_says_nothing_is_watched_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether it may go on is asked all the time, not only when it reports something."""
+    program = tmp_path / "writer"
+    program.write_text("#!/bin/sh\ncat > /dev/null\nkill -STOP $$\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(writer_process, "WATCH_S", 0.01)
+    reasons = iter([None, None, "it costs too much"])
+
+    async def attempt() -> None:
+        with pytest.raises(TryAgain, match="it costs too much"):
+            await WriterProcess().run(A_JOB, watch=lambda: next(reasons, None))
+
+    started = time.monotonic()
+    asyncio.run(attempt())
+    assert time.monotonic() - started < writer_process.STALL_S
 
 
 def test_one_that_says_it_is_done_and_stays_is_ended(
@@ -100,3 +123,19 @@ def test_a_state_that_ends_its_reader_twice_is_damaged(
     assert isinstance(error, DataCorruption)
     assert "db/state-1 is damaged" in error.message
     assert isinstance(run(monkeypatch, tmp_path, script, times=3), TryAgain), "that read a file"
+
+
+def test_one_that_is_just_being_started_is_ended_too() -> None:
+    """A node that stops in that very moment leaves no process behind."""
+
+    async def test() -> None:
+        for steps in range(5):
+            running = asyncio.create_task(WriterProcess().run(A_JOB))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            assert psutil.Process().children() == []
+
+    on_loop(test)

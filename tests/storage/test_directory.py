@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -16,6 +17,7 @@ from dengine.kv.commands import Put, encode_batch, encode_command
 from dengine.raft.types import Entry, EntryKind, HardState
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
+from dengine.storage.restore import building
 from dengine.storage.state_store import StateStore
 from tests.storage.test_crash import CHILD, DEADLINE_S, ENVIRONMENT
 
@@ -320,3 +322,25 @@ def test_an_unusable_root_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageIO, match="cannot use the data directory"):
         DataDirectory.open(tmp_path / "file", 1)
+
+
+@pytest.mark.parametrize("make", ["open", "building"])
+def test_every_directory_on_the_way_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: str
+) -> None:
+    """A power loss must not take a directory away because one above it was never synced."""
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def record(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", record)
+    root = tmp_path / "a" / "b" / "db"
+    if make == "open":
+        DataDirectory.open(root, 7).close()
+    else:
+        with building(root, 7):
+            pass
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced)

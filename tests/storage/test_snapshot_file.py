@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dengine.errors import DataCorruption, StorageIO
+from dengine.errors import Conflict, DataCorruption, StorageIO
 from dengine.kv.commands import DeleteRange, Put
 from dengine.raft.types import LogId, MemberId
 from dengine.storage.snapshot_file import (
@@ -24,7 +25,7 @@ from dengine.storage.snapshot_file import (
     snapshot_name,
     verify,
 )
-from dengine.storage.snapshot_frames import sound_prefix
+from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, sound_prefix
 from dengine.storage.snapshots import take
 from dengine.storage.state_store import StateStore
 from tests.storage.states import commands, config, membership
@@ -180,3 +181,56 @@ def test_progress_counts_what_is_used_not_what_is_free(tmp_path: Path) -> None:
     done, total = seen[-1]
     assert 0.9 * total <= done <= 1.01 * total  # the chunks have heads
     assert all(before <= after for (before, _), (after, _) in pairwise(seen))
+
+
+def test_what_an_earlier_attempt_left_is_not_written_to(tmp_path: Path) -> None:
+    """A partial file that others can read, or that is a link to another place, is replaced."""
+    path, elsewhere = tmp_path / "s.dsnap", tmp_path / "elsewhere"
+    partial = tmp_path / f"s.dsnap{PARTIAL_SUFFIX}"
+    partial.write_text("open to everybody")
+    partial.chmod(0o666)
+    with partial.open("rb") as reader:
+        info = written(path, [b"secret"], 100)
+        assert reader.read() == b"open to everybody"
+    assert stat.S_IMODE(info.path.stat().st_mode) == 0o600
+    path.unlink()
+    elsewhere.write_text("precious")
+    partial.symlink_to(elsewhere)
+    written(path, [b"secret"], 100)
+    assert not path.is_symlink()
+    assert elsewhere.read_text() == "precious"
+    assert sorted(tmp_path.iterdir()) == [elsewhere, path]
+
+
+def test_two_writers_of_one_file_never_mix(tmp_path: Path) -> None:
+    """Whoever comes second is refused; the first goes on."""
+    path = tmp_path / "s.dsnap"
+    first = SnapshotWriter(path, HEADER, 100)
+    with pytest.raises(Conflict, match="being written by another process"):
+        SnapshotWriter(path, HEADER, 100)
+    first.write(b"mine")
+    assert first.finish() == verify(path)
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_file_made_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard_links: bool
+) -> None:
+    """A new file takes its name only if nobody has it, also where there are no hard links."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "s.dsnap"
+    writer = SnapshotWriter(path, HEADER, 100, replace=False)
+    path.write_text("precious")
+    with pytest.raises(Conflict, match="never overwritten"):
+        writer.finish()
+    writer.abandon()
+    assert path.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [path]
+    path.unlink()
+    assert SnapshotWriter(path, HEADER, 100, replace=False).finish() == verify(path)
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,368 @@
+"""When a node takes a snapshot, what ends one, and what becomes of a state that came or went.
+
+The subprocess, the state and the files are real; Raft and the leader say what the test wants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from dengine import config
+from dengine.errors import ClusterUnavailable, NotLeader
+from dengine.kv.commands import Put
+from dengine.node import reader_watch, writer_process
+from dengine.node.cycle import Cycle
+from dengine.node.snapshots import Snapshots
+from dengine.node.writer_process import WriterProcess
+from dengine.raft.raft import Raft
+from dengine.raft.types import LogId, MemberId
+from dengine.security import Secrets
+from dengine.storage.directory import DataDirectory
+from dengine.storage.log_store import LogStore
+from dengine.storage.snapshot_file import SnapshotInfo
+from dengine.storage.snapshot_jobs import Done
+from dengine.storage.state_store import StateStore
+from tests.node.hosts import on_loop, until
+from tests.storage.states import commands, history, me, membership, snapshot_of
+
+ENTRIES = 20
+SENDER = MemberId(2, 22)
+TEXT = """
+[cluster]
+node_id = 1
+db_root_dir = "{root}"
+listen_address = "127.0.0.1:1"
+initial_cluster = [{{ id = 1, address = "127.0.0.1:1", role = 2, status = 2 }}]
+"""
+
+
+class Stage:
+    """The snapshots of a node that has applied a few entries.
+
+    Attributes:
+        answers: what the leader says to whoever asks for the turn; None when there is none.
+        asked: for how many ms the turn was asked.
+    """
+
+    def __init__(self, path: Path, extra: str = "") -> None:
+        file = path / "n1.toml"
+        file.write_text(TEXT.format(root=path / "db") + extra)
+        self.directory = DataDirectory.open(path / "db", 1)
+        content = membership(me(self.directory))
+        self.directory.set_cluster_id(content.cluster_id)
+        self.state = StateStore(self.directory.state_path())
+        self.state.apply(history(content, ENTRIES))
+        self.log_store = LogStore(self.directory.log_path)
+        log = SimpleNamespace(base=LogId(0, 0), applied_index=ENTRIES, commit_index=ENTRIES)
+        self.raft: Any = SimpleNamespace(
+            me=me(self.directory),
+            membership=content,
+            log=log,
+            state_lost=False,
+            snapshot_wanted=False,
+            offered_snapshots=dict,
+            snapshots_changed=lambda refs: None,
+            forget_state=lambda: None,
+            restore=lambda log_id, content: False,
+        )
+        self.answers: bool | None = True
+        self.asked: list[int] = []
+        self.failed: list[BaseException] = []
+        self.config = config.read(file, {})
+
+    @asynccontextmanager
+    async def running(self, takers: int = 0) -> AsyncIterator[Snapshots]:
+        """The task at work; so many have asked for a snapshot before anything else happens."""
+        cycle = SimpleNamespace(raft=self.raft, act=self.act, fail=self.failed.append)
+        snapshots = Snapshots(
+            self.config,
+            self.directory,
+            cast(Cycle, cycle),
+            self.log_store,
+            self.state,
+            lead=self.lead,
+            source=lambda member: ["127.0.0.1:1"],
+            secrets=Secrets(),
+        )
+        self.taking = [asyncio.create_task(snapshots.take(deadline())) for _ in range(takers)]
+        snapshots.start()
+        try:
+            yield snapshots
+        finally:
+            await snapshots.stop()
+            self.state.close()
+            self.log_store.close()
+            self.directory.close()
+        assert not self.failed
+
+    async def lead(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
+        assert (op, args["id"]) == ("snapshot_turn", 1)
+        self.asked.append(args["for_ms"])
+        if self.answers is None:
+            raise NotLeader("nobody leads")
+        return {"granted": self.answers}
+
+    async def act(self, action: Callable[[Raft], Any]) -> Any:
+        return action(self.raft)
+
+    def apply(self, size: int = 100) -> None:
+        """One more entry, with a value of that size."""
+        index = self.state.applied.index + 1
+        self.state.apply([commands(index, Put(b"more%d" % index, b"x" * size))])
+        self.raft.log.applied_index = self.raft.log.commit_index = index
+
+    def snapshot(self) -> SnapshotInfo:
+        """A file of what is applied, made by hand: LMDB opens nothing twice in one process."""
+        copy = self.directory.path.parent / "copy"
+        shutil.copytree(self.state.path, copy)
+        return snapshot_of(copy, self.directory.snapshots_path)
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(file.name for file in self.directory.snapshots_path.glob("*"))
+
+
+def deadline() -> float:
+    return asyncio.get_running_loop().time() + 20
+
+
+# --- when ------------------------------------------------------------------------------------
+
+
+def test_a_purged_log_without_a_file_cannot_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When what was there has rotted, nothing could build the state again: one is taken as soon as
+    it is this member's turn, long before so many entries have come; and then no further one."""
+    stage = Stage(tmp_path)
+    stage.answers = False
+    looked: list[bool] = []
+    may_take = Snapshots._may_take
+
+    async def record(snapshots: Snapshots) -> bool:
+        looked.append(await may_take(snapshots))
+        return looked[-1]
+
+    monkeypatch.setattr(Snapshots, "_may_take", record)
+
+    async def test() -> None:
+        rotten = stage.directory.snapshots_path / "snapshot-1-19.dsnap"
+        rotten.parent.mkdir()
+        rotten.write_text("no snapshot any more")
+        stage.raft.log.base = LogId(19, 1)
+        async with stage.running() as snapshots:
+            await until(lambda: len(stage.asked) > 1, "the turn to be asked for again")
+            assert stage.files == ["snapshot-1-19.dsnap.damaged"]
+            stage.answers = True
+            await until(lambda: snapshots.files.refs, "a snapshot")
+            assert snapshots.files.refs[0].index == ENTRIES
+            stage.apply()
+            looked.clear()
+            await until(lambda: len(looked) > 1, "it to be looked for something to do")
+            assert (snapshots.taken, any(looked)) == (1, False)
+
+    on_loop(test)
+
+
+def test_an_older_file_that_does_not_reach_the_log_is_none(tmp_path: Path) -> None:
+    """A sound file that ends before the log begins leaves a gap."""
+    stage = Stage(tmp_path)
+    old = stage.snapshot()
+    for _ in range(10):
+        stage.apply()
+
+    async def test() -> None:
+        stage.raft.log.base = LogId(ENTRIES + 1, 1)
+        async with stage.running() as snapshots:
+            await until(lambda: len(snapshots.files.refs) == 2, "a snapshot that reaches it")
+            assert snapshots.files.refs[0] == old.ref
+
+    on_loop(test)
+
+
+def test_one_that_was_asked_for_waits_for_its_turn(tmp_path: Path) -> None:
+    """Two members do not write at once, whoever asked; the turn ends with the snapshot."""
+    stage = Stage(tmp_path)
+    stage.answers = False
+
+    async def test() -> None:
+        async with stage.running(takers=1) as snapshots:
+            await until(lambda: len(stage.asked) > 1, "the turn to be asked for again")
+            assert stage.files == []
+            stage.answers = True
+            assert (await stage.taking[0]).index == ENTRIES
+            assert stage.asked[-1] == 0
+            assert await snapshots.take(deadline()) == snapshots.files.newest
+            assert snapshots.taken == 1
+
+    on_loop(test)
+
+
+def test_without_a_leader_one_that_was_asked_for_does_not_wait(tmp_path: Path) -> None:
+    """It may be the last chance of a backup, and nothing else is written."""
+    stage = Stage(tmp_path)
+    stage.answers = None
+
+    async def test() -> None:
+        async with stage.running(takers=1):
+            assert (await stage.taking[0]).index == ENTRIES
+
+    on_loop(test)
+
+
+def test_who_asks_at_once_shares_one_file(tmp_path: Path) -> None:
+    """Also while one is under way, for that has everything as well."""
+    stage = Stage(tmp_path)
+
+    async def test() -> None:
+        async with stage.running(takers=3) as snapshots:
+            await until(lambda: snapshots.job.startswith("taking"), "the work to begin")
+            later = [asyncio.create_task(snapshots.take(deadline())) for _ in range(2)]
+            refs = await asyncio.gather(*stage.taking, *later)
+            assert len(set(refs)) == 1
+            assert (snapshots.taken, stage.files) == (1, [f"snapshot-1-{ENTRIES}.dsnap"])
+
+    on_loop(test)
+
+
+# --- what ends one ---------------------------------------------------------------------------
+
+
+def stand_still(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """In place of the writer, a process that stops before it has said anything."""
+    program = path / "writer"
+    program.write_text("#!/bin/sh\ncat > /dev/null\nkill -STOP $$\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(writer_process, "WATCH_S", 0.01)
+
+
+@pytest.mark.parametrize("job", ["take", "check"])
+@pytest.mark.parametrize("cause", ["growth", "age"])
+def test_a_reader_that_costs_too_much_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, cause: str
+) -> None:
+    """Whatever it reads the state for: when that grows too much meanwhile, or it takes too long,
+    the process is killed and the job is tried again later."""
+    stand_still(monkeypatch, tmp_path)
+    if cause == "growth":
+        monkeypatch.setattr(reader_watch, "GROWTH_BYTES_MIN", 0)
+    else:
+        monkeypatch.setattr(reader_watch, "AGE_S_MIN", 0.1)
+    stage = Stage(tmp_path)
+    pids: set[int] = set()
+
+    async def test() -> None:
+        async with stage.running(takers=int(job == "take")) as snapshots:
+
+            def ended() -> bool:
+                pids.update({snapshots._writer.pid} - {None})
+                if cause == "growth":
+                    stage.apply(10_000)
+                return snapshots.failures > 0
+
+            await until(ended, "the job to be ended")
+            assert snapshots.last_error is not None
+            expected = "the state grew by" if cause == "growth" else "was not read within"
+            assert expected in snapshots.last_error
+            if job == "take":
+                with pytest.raises(ClusterUnavailable, match=expected):
+                    await stage.taking[0]
+            assert stage.files == []
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        assert pids
+
+    on_loop(test)
+
+
+def test_a_snapshot_leaves_room_for_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that is nearly full none is taken, and none is begun."""
+    stage = Stage(tmp_path, "[limits]\nreserve_bytes = 1000000\n")
+    enough = stage.state.data_bytes() + 1_000_000
+    free = enough - 1
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1))
+
+    async def test() -> None:
+        nonlocal free
+        async with stage.running() as snapshots:
+            with pytest.raises(ClusterUnavailable, match="reserve_bytes"):
+                await snapshots.take(deadline())
+            assert stage.files == []
+            free = enough
+            assert (await snapshots.take(deadline())).index == ENTRIES
+
+    on_loop(test)
+
+
+# --- states that come and go ------------------------------------------------------------------
+
+
+def test_a_fetched_file_that_raft_declines_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log goes beyond it by now; only what is installed gets a name."""
+    stage = Stage(tmp_path)
+
+    async def test() -> None:
+        info = stage.snapshot()
+        unpacked = stage.directory.next_state_path()
+        partial = info.path.with_name(f"fetch-{info.sha256}.partial")
+
+        async def fetched(*_: object) -> Done:
+            shutil.copytree(stage.directory.state_path(), unpacked)
+            shutil.copy(info.path, partial)
+            return Done(str(partial), info.ref, info.header.taken_at_s)
+
+        async with stage.running() as snapshots:
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            monkeypatch.setattr(WriterProcess, "run", lambda self, *args: fetched(*args))
+            await snapshots.installer.fetch(SENDER, info.ref)
+            assert list(snapshots.files.refs) == [info.ref]
+            assert not partial.exists()
+            assert not unpacked.exists()
+
+    on_loop(test)
+
+
+def test_a_state_is_thrown_away_beside_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node goes on with an empty one at once; removing a large one may take seconds."""
+    stage = Stage(tmp_path)
+    old = stage.directory.state_path()
+    removed: list[tuple[bool, bool]] = []
+    rmtree = shutil.rmtree
+
+    def record(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            on_the_loop = threading.current_thread() is threading.main_thread()
+            removed.append((on_the_loop, stage.directory.state_path() == path))
+        rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", record)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            snapshots.distrust("it differs", files_too=True)
+            await until(lambda: not old.exists(), "the old state to be gone")
+            assert removed == [(False, False)], "beside the loop, and not in use any more"
+            assert stage.state.path == stage.directory.state_path() != old
+            assert stage.state.applied == LogId(0, 0)
+            assert snapshots.installer.forgotten_at == ENTRIES
+
+    on_loop(test)
