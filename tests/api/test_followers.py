@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.api.raw import Wire, assert_error, wire
-from tests.cluster import Cluster, ServeProcess, static_cluster
+from tests.cluster import Cluster, ServeProcess, static_cluster, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,10 @@ def test_a_follower_is_a_replica_and_says_who_leads(
     assert leader.request("GET", "/replica").status == 503
 
 
-def test_both_nodes_show_the_same_cluster(leader: Wire, follower: Wire) -> None:
+def test_both_nodes_show_the_same_cluster(
+    pair: tuple[ServeProcess, ServeProcess], leader: Wire, follower: Wire
+) -> None:
+    wait_for(lambda: pair[0].cluster()["fault_tolerance"] == 1, "all to have answered the leader")
     ours, theirs = (w.request("GET", "/v1/cluster").json() for w in (leader, follower))
     for name in ("cluster_id", "leader", "term", "settings", "joint", "fault_tolerance"):
         assert ours[name] == theirs[name]
