@@ -7,7 +7,7 @@ import re
 import signal
 from collections.abc import Iterator
 
-from tests.cluster import Cluster, Reply, ServeProcess, static_cluster, wait_for
+from tests.cluster import Cluster, Reply, ServeProcess, joiner, static_cluster, wait_for
 
 PATIENT = "[raft.election]\ntimeout_ms_min = 2000\ntimeout_ms_max = 3000\n"
 SOON = {"Dengine-Timeout-Ms": "500"}  # before anybody can notice that the others are frozen
@@ -83,12 +83,19 @@ def test_what_is_said_while_one_voter_after_the_other_is_lost(cluster: Cluster) 
         for node in sorted((leader, second), key=lambda node: node.node_id)
     )
     assert view["advice"] == expected
+    newcomer = joiner(cluster, 4).start()
     probe = survivor.call("GET", "/readyz?verbose")
     assert probe.status == 503
     assert probe.json()["reasons"] == [expected]
     assert probe.json()["checks"]["leader"] is False
     wait_for(
         lambda: re.search(rf"WARNING .*{re.escape(expected)}$", survivor.output(), re.M), "the line"
+    )
+    reasons = {"cannot join yet; ", f" 127.0.0.1:{survivor.port}: no leader; "}
+    reasons |= {f" 127.0.0.1:{node.port}: refused" for node in (leader, second)}
+    wait_for(
+        lambda: any(all(r in line for r in reasons) for line in newcomer.lines()),
+        "the newcomer to say why it cannot join",
     )
 
 
