@@ -21,6 +21,7 @@ import pytest
 
 from dengine.cli.serve import _feed_watchdog
 from tests.cluster import ROOT, Cluster, ServeProcess, free_port, node_environment, wait_for
+from tests.node.hosts import until
 
 CONFIG = """\
 [cluster]
@@ -144,6 +145,34 @@ def test_a_mistake_in_the_configuration(node: ServeProcess) -> None:
     assert not node.directory.parent.exists()
 
 
+@pytest.mark.parametrize("directory", ["x" * 300, "/proc/x"])
+def test_a_directory_that_can_never_be(node: ServeProcess, directory: str) -> None:
+    """`serve` and `check-config` agree: 78, not 74, which would have it restarted for ever."""
+    environ = {"DENGINE__CLUSTER__DB_ROOT_DIR": directory}
+    code, error = refused_start(node, **environ)
+    checked = subprocess.run(
+        [sys.executable, "-m", "dengine", "check-config", str(node.config)],
+        cwd=node.cwd,
+        env={**node_environment(), **environ},
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert (code, error) == (checked.returncode, checked.stderr.decode())
+    assert code == 78
+    assert error.startswith(f"dengine: {node.config}: cluster.db_root_dir cannot hold {directory}")
+
+
+def test_a_directory_that_cannot_be_made_after_all(node: ServeProcess) -> None:
+    """What no check foresees is found when the directory is made, and is the same mistake."""
+    code, error = refused_start(
+        node, DENGINE__CLUSTER__DB_ROOT_DIR="/proc/x", DENGINE__LIMITS__RESERVE_BYTES="0"
+    )
+    assert code == 78
+    assert f"{node.config}: cluster.db_root_dir: cannot use the data directory /proc/x/1" in error
+    assert error.count("\n") == 1
+
+
 def test_two_processes_never_share_a_directory(node: ServeProcess) -> None:
     """A second node on the same directory ends with 75 and leaves the first alone."""
     node.start()
@@ -229,15 +258,20 @@ def test_a_cycle_that_stands_still_feeds_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An event loop that runs is no sign of life: only turns of the cycle are."""
-    turns = 0
+    asked, turned = 0, False
+
+    def turns() -> int:
+        nonlocal asked
+        asked += 1
+        return int(turned)
 
     async def hang() -> None:
-        nonlocal turns
-        feeding = asyncio.create_task(_feed_watchdog(lambda: turns))
-        await asyncio.sleep(0.1)
+        nonlocal turned
+        feeding = asyncio.create_task(_feed_watchdog(turns))
+        await until(lambda: asked > 2, "looks at a cycle that has not turned")
         assert not select.select([manager], [], [], 0)[0], "no turn yet, no food"
-        turns = 1
-        await asyncio.sleep(0.1)
+        turned = True
+        await until(lambda: asked > 6, "looks at a cycle that turned once")
         feeding.cancel()
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

@@ -37,6 +37,7 @@ from dengine.node.founding import Founding
 from dengine.node.leading import AtLeader
 from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
+from dengine.node.opening import open_directory
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
 from dengine.node.snapshots import Snapshots
@@ -49,7 +50,6 @@ from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.security import Secrets
-from dengine.storage.directory import DataDirectory
 from dengine.storage.recovery import after_damage, open_stores
 
 log = logging.getLogger("dengine.node")
@@ -90,22 +90,14 @@ class Node:
         Raises:
             FatalError: locked by another process, removed from its cluster, damaged, ...
         """
-        cluster = self.config.cluster
-        self._directory = DataDirectory.open(cluster.db_root_dir, cluster.node_id)
-        identity = self._directory.identity
-        if identity.removed:
-            raise IdentityError(
-                f"node {identity.node_id} was removed from cluster {identity.cluster_id} "
-                f"({identity.removed}): {self._directory.path} cannot be used again; start a new "
-                "node with a new node_id and an empty directory"
-            )
+        self._directory = open_directory(self.config)
         self._log_store, self.state = open_stores(self._directory)
         identity = self._directory.identity  # another incarnation, if the log had to be replaced
         self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
         self._announce_above = self.raft.log.commit_index
         if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
             self._directory.set_cluster_id(self.raft.membership.cluster_id)
-        announcing.membership_loaded(self.raft.membership, cluster.initial_cluster)
+        announcing.membership_loaded(self.raft.membership, self.config.cluster.initial_cluster)
         self._build()
 
     def _load_raft(self, me: MemberId) -> Raft:
