@@ -43,7 +43,22 @@ def node(tmp_path: Path) -> Iterator[ServeProcess]:
 
 def dengine(node: ServeProcess, *args: str | bytes, stdin: bytes = b"") -> bytes:
     """The stdout of a client command that succeeded without a word on stderr."""
-    done = subprocess.run(
+    done = client(node, *args, stdin=stdin)
+    assert (done.returncode, done.stderr) == (0, b""), args
+    return done.stdout
+
+
+def failed(node: ServeProcess, *args: str, code: int = 1) -> str:
+    """The stderr of a client command that ends with `code`."""
+    done = client(node, *args)
+    assert (done.returncode, done.stdout) == (code, b""), done
+    return done.stderr.decode()
+
+
+def client(
+    node: ServeProcess, *args: str | bytes, stdin: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
         [sys.executable, "-m", "dengine", *args],
         input=stdin,
         cwd=node.cwd,
@@ -52,8 +67,6 @@ def dengine(node: ServeProcess, *args: str | bytes, stdin: bytes = b"") -> bytes
         timeout=30,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, b""), args
-    return done.stdout
 
 
 def refused_start(node: ServeProcess, **environ: str) -> tuple[int, str]:
@@ -95,7 +108,9 @@ def test_ctrl_c_is_a_clean_stop(node: ServeProcess) -> None:
 
 
 def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
-    """What the small server of test_cli.py pretends is what a node does."""
+    """What the small server of test_cli.py pretends is what a node does, with small pages too."""
+    text = node.config.read_text(encoding="utf-8")
+    node.config.write_text(f"{text}[limits]\npage = 2\n", encoding="utf-8")
     node.start()
     wait_for(node.ready, "the node to be ready")
     value = bytes(range(256))
@@ -104,6 +119,8 @@ def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
         assert dengine(node, "get", key) == value
     assert json.loads(dengine(node, "get", "a/1", "--json"))["mod_revision"] == 1
     assert dengine(node, "list", "--count") == b"4\n"
+    paged = dengine(node, "list", "--keys-only", "--limit", "1500")
+    assert paged.decode().splitlines() == ["..", "a/1", "ключ", "\\xff"]
     assert dengine(node, "list", "a/", "--keys-only") == b"a/1\n"
     assert [i.get("key") for i in json.loads(dengine(node, "list", "--json"))["items"]] == [
         "..",
@@ -112,6 +129,8 @@ def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
         None,
     ]
     assert dengine(node, "delete", "a/1") == b"revision 5 (1 key deleted)\n"
+    assert "--all allows that" in failed(node, "delete", "--prefix", "", code=2)
+    assert dengine(node, "list", "--count") == b"3\n"
     assert dengine(node, "delete", "--prefix", "", "--all") == b"revision 6 (3 keys deleted)\n"
 
     assert json.loads(dengine(node, "status", "--json"))[0]["role"] == "leader"
@@ -119,6 +138,10 @@ def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
     assert json.loads(dengine(node, "members", "--json"))["members"][0]["role"] == "leader"
     assert b"fault tolerance  0" in dengine(node, "members")
     assert b"promotion" in dengine(node, "settings", "promotion=odd")
+    unknown = failed(node, "settings", "bla=1")
+    assert "`bla`; known here: promotion, history_revisions, history_bytes, idem" in unknown
+    assert dengine(node, "promote", "1") == b"nothing to promote; the voters are 1\n"
+    assert failed(node, "promote", "7").startswith("dengine: node 7 is not a member")
     assert json.loads(dengine(node, "settings", "--json"))["promotion"] == "odd"
     for operation in ("put", "get"):
         result = json.loads(dengine(node, "bench", operation, "--seconds", "0.3", "--json"))
