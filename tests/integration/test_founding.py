@@ -83,3 +83,15 @@ def test_a_node_killed_while_its_founding_write_hangs_founds_at_the_next_start(
     log.close()
     node.start()
     wait_for(lambda: node.put("key", "value").ok, "node 1 to lead")
+
+
+def test_founders_with_different_lists_are_told_so(cluster: Cluster) -> None:
+    """They belong to no cluster yet, so "foreign cluster" would send a person the wrong way."""
+    ports = {node_id: free_port() for node_id in (1, 2, 3)}
+    short = {node_id: ports[node_id] for node_id in (1, 2)}
+    cluster.node(1, config_text(1, ports, 0, 2), ports[1]).start()
+    cluster.node(2, config_text(2, short, 0, 2), ports[2]).start()
+    for node_id, other in ((1, 2), (2, 1)):
+        said = f"node {other} at 127.0.0.1:{ports[other]}: different lists"
+        node = cluster.nodes[node_id]
+        wait_for(lambda node=node, said=said: said in node.output(), said)
