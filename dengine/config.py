@@ -29,6 +29,7 @@ MAX_NODE_ID = 2**32 - 1
 MAX_ZONE = 64  # characters
 HARD_KEY_BYTES = 511  # LMDB's longest key
 HARD_VALUE_BYTES = 1024 * 1024  # four of them fill the largest log entry
+MAX_DIRECTORY_BYTES = 3840  # of Linux's 4096 for a path; the rest is for the files in it
 HOUR_MS = 3_600_000
 
 
@@ -453,8 +454,15 @@ def _check_directory(config: Config) -> None:
     while not os.path.lexists(nearest):
         nearest = nearest.parent
     problem = None
+    longest = max(map(len, map(os.fsencode, wanted.parts)))
     if not os.path.isdir(nearest):
         problem = f"{nearest} is not a directory"
+    elif longest > (name_max := os.pathconf(nearest, "PC_NAME_MAX")):
+        problem = f"a name of {longest} bytes is in it, and {nearest} takes up to {name_max}"
+    elif len(os.fsencode(os.path.abspath(wanted))) > MAX_DIRECTORY_BYTES:
+        problem = f"it is longer than {MAX_DIRECTORY_BYTES} bytes"
+    elif config.limits.reserve_bytes and not os.statvfs(nearest).f_blocks:
+        problem = f"{nearest} is on a file system that stores nothing"
     elif not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
         problem = f"{nearest} is not writable for user {os.geteuid()}"
     if problem:

@@ -363,7 +363,7 @@ def test_status_of_several_endpoints(serving: Serving) -> None:
 
 def test_changes_to_the_cluster_are_the_documented_calls(serving: Serving) -> None:
     """Each command is one call of the HTTP interface."""
-    server = serving(as_json(CLUSTER))
+    server = serving(as_json({**CLUSTER, "promoted": [2, 3], "voters": [1, 2, 3]}))
     at = ("--endpoint", server.endpoint)
     for args in (
         ("promote", "2", "3"),

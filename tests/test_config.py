@@ -260,6 +260,23 @@ def test_a_directory_without_write_permission(folder: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.parametrize(
+    ("directory", "problem"),
+    [
+        (f"db/{'x' * 300}/y", "a name of 300 bytes is in it"),
+        ("x/" * 1950, "it is longer than 3840 bytes"),
+        ("/proc/x", "/proc is on a file system that stores nothing"),
+        ("/proc/self/status", "/proc/self/status is not a directory"),
+    ],
+    ids=["long name", "long path", "proc", "file"],
+)
+def test_a_directory_that_can_never_be(folder: Path, directory: str, problem: str) -> None:
+    """No restart helps: it is a mistake in the configuration, not a failure of a disk."""
+    message = mistake(N1.replace("./db", directory))
+    assert message.startswith("n.toml: cluster.db_root_dir cannot hold ")
+    assert problem in message
+
+
 def test_client_commands_read_a_file_whose_directory_is_not_theirs(folder: Path) -> None:
     """Only the node itself needs to write its data directory."""
     Path("n.toml").write_text(N1.replace('"./db"', '"n.toml"'), encoding="utf-8")

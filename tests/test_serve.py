@@ -21,6 +21,7 @@ import pytest
 
 from dengine.cli.serve import _feed_watchdog
 from tests.cluster import ROOT, Cluster, ServeProcess, free_port, node_environment, wait_for
+from tests.node.hosts import until
 
 CONFIG = """\
 [cluster]
@@ -42,7 +43,22 @@ def node(tmp_path: Path) -> Iterator[ServeProcess]:
 
 def dengine(node: ServeProcess, *args: str | bytes, stdin: bytes = b"") -> bytes:
     """The stdout of a client command that succeeded without a word on stderr."""
-    done = subprocess.run(
+    done = client(node, *args, stdin=stdin)
+    assert (done.returncode, done.stderr) == (0, b""), args
+    return done.stdout
+
+
+def failed(node: ServeProcess, *args: str, code: int = 1) -> str:
+    """The stderr of a client command that ends with `code`."""
+    done = client(node, *args)
+    assert (done.returncode, done.stdout) == (code, b""), done
+    return done.stderr.decode()
+
+
+def client(
+    node: ServeProcess, *args: str | bytes, stdin: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
         [sys.executable, "-m", "dengine", *args],
         input=stdin,
         cwd=node.cwd,
@@ -51,8 +67,6 @@ def dengine(node: ServeProcess, *args: str | bytes, stdin: bytes = b"") -> bytes
         timeout=30,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, b""), args
-    return done.stdout
 
 
 def refused_start(node: ServeProcess, **environ: str) -> tuple[int, str]:
@@ -94,7 +108,9 @@ def test_ctrl_c_is_a_clean_stop(node: ServeProcess) -> None:
 
 
 def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
-    """What the small server of test_cli.py pretends is what a node does."""
+    """What the small server of test_cli.py pretends is what a node does, with small pages too."""
+    text = node.config.read_text(encoding="utf-8")
+    node.config.write_text(f"{text}[limits]\npage = 2\n", encoding="utf-8")
     node.start()
     wait_for(node.ready, "the node to be ready")
     value = bytes(range(256))
@@ -103,6 +119,8 @@ def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
         assert dengine(node, "get", key) == value
     assert json.loads(dengine(node, "get", "a/1", "--json"))["mod_revision"] == 1
     assert dengine(node, "list", "--count") == b"4\n"
+    paged = dengine(node, "list", "--keys-only", "--limit", "1500")
+    assert paged.decode().splitlines() == ["..", "a/1", "ключ", "\\xff"]
     assert dengine(node, "list", "a/", "--keys-only") == b"a/1\n"
     assert [i.get("key") for i in json.loads(dengine(node, "list", "--json"))["items"]] == [
         "..",
@@ -111,6 +129,8 @@ def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
         None,
     ]
     assert dengine(node, "delete", "a/1") == b"revision 5 (1 key deleted)\n"
+    assert "--all allows that" in failed(node, "delete", "--prefix", "", code=2)
+    assert dengine(node, "list", "--count") == b"3\n"
     assert dengine(node, "delete", "--prefix", "", "--all") == b"revision 6 (3 keys deleted)\n"
 
     assert json.loads(dengine(node, "status", "--json"))[0]["role"] == "leader"
@@ -118,6 +138,10 @@ def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
     assert json.loads(dengine(node, "members", "--json"))["members"][0]["role"] == "leader"
     assert b"fault tolerance  0" in dengine(node, "members")
     assert b"promotion" in dengine(node, "settings", "promotion=odd")
+    unknown = failed(node, "settings", "bla=1")
+    assert "`bla`; known here: promotion, history_revisions, history_bytes, idem" in unknown
+    assert dengine(node, "promote", "1") == b"nothing to promote; the voters are 1\n"
+    assert failed(node, "promote", "7").startswith("dengine: node 7 is not a member")
     assert json.loads(dengine(node, "settings", "--json"))["promotion"] == "odd"
     for operation in ("put", "get"):
         result = json.loads(dengine(node, "bench", operation, "--seconds", "0.3", "--json"))
@@ -142,6 +166,34 @@ def test_a_mistake_in_the_configuration(node: ServeProcess) -> None:
     assert error.count("\n") == 1
     assert f"{node.config}: read.lease_ms (900)" in error
     assert not node.directory.parent.exists()
+
+
+@pytest.mark.parametrize("directory", ["x" * 300, "/proc/x"])
+def test_a_directory_that_can_never_be(node: ServeProcess, directory: str) -> None:
+    """`serve` and `check-config` agree: 78, not 74, which would have it restarted for ever."""
+    environ = {"DENGINE__CLUSTER__DB_ROOT_DIR": directory}
+    code, error = refused_start(node, **environ)
+    checked = subprocess.run(
+        [sys.executable, "-m", "dengine", "check-config", str(node.config)],
+        cwd=node.cwd,
+        env={**node_environment(), **environ},
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert (code, error) == (checked.returncode, checked.stderr.decode())
+    assert code == 78
+    assert error.startswith(f"dengine: {node.config}: cluster.db_root_dir cannot hold {directory}")
+
+
+def test_a_directory_that_cannot_be_made_after_all(node: ServeProcess) -> None:
+    """What no check foresees is found when the directory is made, and is the same mistake."""
+    code, error = refused_start(
+        node, DENGINE__CLUSTER__DB_ROOT_DIR="/proc/x", DENGINE__LIMITS__RESERVE_BYTES="0"
+    )
+    assert code == 78
+    assert f"{node.config}: cluster.db_root_dir: cannot use the data directory /proc/x/1" in error
+    assert error.count("\n") == 1
 
 
 def test_two_processes_never_share_a_directory(node: ServeProcess) -> None:
@@ -229,15 +281,20 @@ def test_a_cycle_that_stands_still_feeds_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An event loop that runs is no sign of life: only turns of the cycle are."""
-    turns = 0
+    asked, turned = 0, False
+
+    def turns() -> int:
+        nonlocal asked
+        asked += 1
+        return int(turned)
 
     async def hang() -> None:
-        nonlocal turns
-        feeding = asyncio.create_task(_feed_watchdog(lambda: turns))
-        await asyncio.sleep(0.1)
+        nonlocal turned
+        feeding = asyncio.create_task(_feed_watchdog(turns))
+        await until(lambda: asked > 2, "looks at a cycle that has not turned")
         assert not select.select([manager], [], [], 0)[0], "no turn yet, no food"
-        turns = 1
-        await asyncio.sleep(0.1)
+        turned = True
+        await until(lambda: asked > 6, "looks at a cycle that turned once")
         feeding.cancel()
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

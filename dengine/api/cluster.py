@@ -126,6 +126,7 @@ class ClusterCalls:
         """Event stream of the membership: now, then after every committed change."""
         if self._watchers >= self._max_watchers:
             raise WatchOverflow(f"{self._max_watchers} watchers are connected already")
+        self._node.view_here()  # what it raises is an answer now, and would break a stream later
         stream = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )

@@ -84,7 +84,10 @@ def _operation(route: Route, prefix: str = "") -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": f"{prefix}{route.method.capitalize() if not prefix else ''}{name}{where}",
         "summary": route.summary,
-        "parameters": [*map(_parameter, route.parameters), _TIMEOUT],
+        "parameters": [
+            *map(_parameter, route.parameters),
+            *([_TIMEOUT] if route.has_timeout else ()),
+        ],
         "responses": {
             **{str(status): _reply(body) for status, body in route.replies.items()},
             **{str(status): _error(status) for status in errors},

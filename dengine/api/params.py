@@ -10,7 +10,7 @@ import asyncio
 import base64
 import binascii
 import re
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -110,7 +110,9 @@ def integer(query: dict[str, bytes], name: str, default: int, low: int, high: in
         return default
     text = raw.decode("ascii", "replace")
     if not _DECIMAL.fullmatch(text) or not low <= int(text) <= high:
-        raise InvalidRequest(f"query parameter {name} must be an integer from {low} to {high}")
+        raise InvalidRequest(
+            f"query parameter {name} must be an integer from {low} to {high}", maximum=high
+        )
     return int(text)
 
 
@@ -277,4 +279,8 @@ def decode_json(body: bytes, request: Request, shape: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=shape)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the JSON body is not acceptable: {error}") from None
+        known = ""
+        if "unknown field" in str(error):
+            fields = msgspec.structs.fields(cast(type[msgspec.Struct], shape))
+            known = f"; known here: {', '.join(field.name for field in fields)}"
+        raise InvalidRequest(f"the JSON body is not acceptable: {error}{known}") from None

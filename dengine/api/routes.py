@@ -68,6 +68,11 @@ class Route:
         return self.method == "GET" and ends
 
     @property
+    def has_timeout(self) -> bool:
+        """Does Dengine-Timeout-Ms bound it? Then it may end as 504, or as 202 for what goes on."""
+        return 504 in self.errors or 202 in self.replies
+
+    @property
     def query(self) -> frozenset[str]:
         return frozenset(p.name for p in self.parameters if p.place == "query")
 

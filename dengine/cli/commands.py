@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dengine.cli.remote import Remote, key_target, target
-from dengine.errors import DengineError, KeyNotFound
+from dengine.errors import DengineError, InvalidRequest, KeyNotFound
 
 SHOWN_VALUE_CHARACTERS = 60
+USAGE = 2
 
 
 def get(args: Namespace, remote: Remote) -> int:
@@ -53,6 +54,9 @@ def put(args: Namespace, remote: Remote) -> int:
 
 def delete(args: Namespace, remote: Remote) -> int:
     """Delete one key, or with `--prefix` or `--start/--end` a range of them."""
+    if args.prefix == "" and not args.all:
+        print("dengine: an empty prefix deletes every key: --all allows that", file=sys.stderr)
+        return USAGE
     if args.key is not None:
         where, headers = key_target(os.fsencode(args.key)), _conditions(args)
     else:
@@ -101,17 +105,24 @@ def list_keys(args: Namespace, remote: Remote) -> int:
 
 def _pages(args: Namespace, remote: Remote) -> Iterator[dict[str, Any]]:
     """The pages of a listing, until its end or until `--limit` items came."""
-    after, left = None, args.limit
+    after, left, most = None, args.limit, 1000
     while True:
         where = target(
             "/v1/kv",
             **_selection(args),
             after=after,
-            limit=None if left is None else min(left, 1000),
+            limit=None if left is None else min(left, most),
             keys_only="true" if args.keys_only else None,
             consistency=args.consistency,
         )
-        page = remote.call("GET", where).json()
+        try:
+            page = remote.call("GET", where).json()
+        except InvalidRequest as error:  # limits.page is smaller there
+            maximum = error.details.get("maximum")
+            if left is None or not isinstance(maximum, int) or not 0 < maximum < min(left, most):
+                raise
+            most = maximum
+            continue
         yield page
         after = page["next"]
         left = None if left is None else left - len(page["items"])
@@ -178,8 +189,11 @@ def settings(args: Namespace, remote: Remote) -> int:
 
 
 def promote(args: Namespace, remote: Remote) -> int:
-    remote.json("POST", "/v1/cluster/promote", {"ids": args.ids})
-    print(f"promoted {', '.join(str(node_id) for node_id in args.ids)}")
+    """Print who was promoted: a node that votes already is nothing to do."""
+    answer = remote.json("POST", "/v1/cluster/promote", {"ids": args.ids})
+    promoted, voters = (", ".join(map(str, answer[name])) for name in ("promoted", "voters"))
+    done = f"promoted {promoted}" if promoted else "nothing to promote"
+    print(f"{done}; the voters are {voters}")
     return 0
 
 

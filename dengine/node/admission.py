@@ -101,7 +101,7 @@ class Admission:
         except IdentityError as error:
             self._fail(error)
             return Refused("foreign_cluster", error.message)
-        return None if useless is None else Refused("foreign_cluster", useless)
+        return None if useless is None else Refused("different_lists", useless)
 
     def _refuse_stranger(self, theirs: Hello) -> Refused | None:
         raft = self._raft

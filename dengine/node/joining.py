@@ -12,11 +12,13 @@ import aiohttp
 import orjson
 
 from dengine.errors import IdentityError
+from dengine.node.stream import explain
 from dengine.security import REPLY_HEADER, Secrets
 
 log = logging.getLogger("dengine.join")
 
 ATTEMPT_TIMEOUT_S = 5.0
+ANSWER_SHARE = 0.8  # of it is for the node that is asked, so that its own reason arrives in time
 PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 2.0
 REPORT_EVERY_S = 10.0
 TARGET = "/v1/cluster/members"
@@ -76,12 +78,8 @@ async def _ask(
         body = orjson.loads(text)
     except NotAuthenticated as error:
         return str(error)
-    except TimeoutError:
-        return "timed out"
-    except aiohttp.ClientConnectorError as error:
-        return error.os_error.strerror or "refused"
-    except (aiohttp.ClientError, ValueError) as error:
-        return str(error) or type(error).__name__
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        return explain(error)
     if not isinstance(body, dict):
         return "not a dengine node: its answer is no JSON object"
     if status != 200:
@@ -107,7 +105,8 @@ async def _exchange(
         TimeoutError, aiohttp.ClientError: no answer.
     """
     url = f"http://{address}{TARGET}"
-    headers = {"Content-Type": "application/json"}
+    answer_ms = int(ANSWER_SHARE * ATTEMPT_TIMEOUT_S * 1000)
+    headers = {"Content-Type": "application/json", "Dengine-Timeout-Ms": str(answer_ms)}
     if secrets.peer is None:
         if secrets.token is not None:
             headers["Authorization"] = f"Bearer {secrets.token}"

@@ -1,4 +1,4 @@
-"""Membership as people and newcomers see it: joining, promoting, removing, moving, and the view.
+"""Changes of the membership that people and newcomers ask for: join, promote, remove, move.
 
 Everything here runs on the leader; `Node` brings requests here, forwarded if need be. What Raft
 allows is decided in raft/membership.py and raft/raft.py; what is wise is decided here.
@@ -28,7 +28,7 @@ from dengine.errors import (
 from dengine.node.addresses import join_host_port
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.promotion import Promotion, PromotionRules
-from dengine.node.transfers import Transfers, format_bytes
+from dengine.node.view import leader_of
 from dengine.node.wire import COMMAND_VERSION
 from dengine.raft.membership import (
     AddLearner,
@@ -60,19 +60,15 @@ class Members:
     """The leader's dealings with the membership.
 
     Args:
-        transfers: snapshots on their way to members.
         correct: names the members whose committed address or zone is out of date.
     """
 
-    def __init__(
-        self, config: Config, cycle: Cycle, correct: Correct, transfers: Transfers
-    ) -> None:
+    def __init__(self, config: Config, cycle: Cycle, correct: Correct) -> None:
         self._config = config
         self._cycle = cycle
         self._correct = correct
-        self._transfers = transfers
         self._loop = asyncio.get_running_loop()
-        self._promotion = self._fresh_promotion()
+        self.promotion = self._fresh_promotion()
         self._correct_due_ms = 0
         self._refusal = ""
         self._repeat_refusal_ms = 0
@@ -92,17 +88,17 @@ class Members:
 
     def leadership_began(self) -> None:
         """What an earlier leadership observed says nothing about now."""
-        self._promotion = self._fresh_promotion()
+        self.promotion = self._fresh_promotion()
 
     def ticked(self, now_ms: int) -> None:
         """On each tick of the leader: promote who is ready, correct what is out of date."""
         raft = self._cycle.raft
         if not raft.committed_in_term:
             return
-        self._promotion.observe(raft, now_ms)
+        self.promotion.observe(raft, now_ms)
         if not raft.may_propose or _change_under_way(raft):
             return
-        ready = self._promotion.choose(raft.membership, now_ms)
+        ready = self.promotion.choose(raft.membership, now_ms)
         if ready:
             names = ", ".join(str(m.id) for m in ready)
             self._try({f"promoting to voter: {names}": Promote(ready)}, now_ms)
@@ -141,7 +137,7 @@ class Members:
         """Carry out one request on this leader.
 
         Args:
-            op: "join", "remove", "update", "promote", "transfer", "settings" or "view".
+            op: "join", "remove", "update", "promote", "transfer" or "settings".
             args: its arguments, validated in shape by the API.
         """
         match op:
@@ -157,8 +153,6 @@ class Members:
                 return await self._transfer(args["id"], deadline)
             case "settings":
                 return await self._settings(args, deadline)
-            case "view":
-                return self.view()
         raise InvalidRequest(f"no such operation: {op}")
 
     async def _join(self, args: dict[str, Any], deadline: float) -> dict[str, Any]:
@@ -197,7 +191,7 @@ class Members:
         membership = raft.committed_membership
         return {
             "cluster_id": membership.cluster_id,
-            "leader": self._leader(raft),
+            "leader": leader_of(raft),
             "members": [{"id": m.id.id, "address": m.address} for m in membership.members],
         }
 
@@ -257,8 +251,8 @@ class Members:
                 if node_id in voters:
                     continue
                 raise NotFound(f"node {node_id} is not a member of this cluster")
-            if not self._promotion.is_ready(learner, now_ms):
-                reason = self._promotion.reason(raft.membership, learner, now_ms)
+            if not self.promotion.is_ready(learner, now_ms):
+                reason = self.promotion.reason(raft.membership, learner, now_ms)
                 raise Conflict(f"node {node_id} is not ready to vote: {reason}")
             wanted.append(learner)
         if wanted:
@@ -342,107 +336,6 @@ class Members:
                 outcome=outcome,
             )
 
-    # --- the view --------------------------------------------------------------------------------
-
-    def view(self) -> dict[str, Any]:
-        """GET /v1/cluster without what only the API knows. What it announces is committed."""
-        raft, now_ms = self._cycle.raft, boottime_ms()
-        membership = raft.committed_membership
-        return {
-            "cluster_id": membership.cluster_id,
-            "leader": self._leader(raft),
-            "term": raft.term,
-            "commit_index": raft.log.commit_index,
-            "applied_index": raft.log.applied_index,
-            "settings": msgspec.structs.asdict(membership.settings),
-            "members": [self._member(raft, membership, m, now_ms) for m in membership.members],
-            "joint": membership.joint,
-            "fault_tolerance": self._fault_tolerance(raft, membership),
-            "advice": _advice(membership),
-        }
-
-    def _leader(self, raft: Raft) -> dict[str, Any] | None:
-        if raft.leader is None:
-            return None
-        member = raft.membership.get(raft.leader)
-        return {"id": raft.leader.id, "address": member.address if member else ""}
-
-    def _member(
-        self, raft: Raft, membership: Membership, member: Member, now_ms: int
-    ) -> dict[str, Any]:
-        progress = raft.progress.get(member.id)
-        is_learner = member.id in membership.learners
-        match = progress.match_index if progress is not None else None
-        return {
-            "id": member.id.id,
-            "address": member.address,
-            "zone": member.zone,
-            "role": _role(raft, membership, member.id),
-            "status": member.status.name.lower(),
-            "incarnation": f"{member.id.incarnation:016x}",
-            "match": match,
-            "lag": None if match is None else max(0, raft.log.commit_index - match),
-            "ready": raft.is_leader and self._promotion.is_ready(member.id, now_ms)
-            if is_learner
-            else self._alive(raft, member.id),
-            "reason": self._reason(raft, membership, member.id, now_ms),
-            "transfer": self._transfer_view(member.id),
-        }
-
-    def _transfer_view(self, member: MemberId) -> dict[str, Any] | None:
-        """The snapshot on its way to a member, while there is one."""
-        transfer = self._transfers.get(member.id)
-        if transfer is None:
-            return None
-        return {
-            "index": transfer.ref.index,
-            "percent": transfer.percent,
-            "sent_bytes": transfer.sent,
-            "size_bytes": transfer.ref.size_bytes,
-            "bytes_per_s": transfer.bytes_per_s,
-        }
-
-    def _alive(self, raft: Raft, member: MemberId) -> bool | None:
-        """Has the member answered lately? Only the leader knows."""
-        if not raft.is_leader:
-            return None
-        return raft.heard_within(member, self._config.election.timeout_ms_min)
-
-    def _reason(
-        self, raft: Raft, membership: Membership, member: MemberId, now_ms: int
-    ) -> str | None:
-        if not raft.is_leader:
-            return None
-        transfer = self._transfers.get(member.id)
-        if member in raft.offered_snapshots() and transfer is not None:
-            size, rate = map(format_bytes, (transfer.ref.size_bytes, transfer.bytes_per_s))
-            return f"it gets a snapshot: {transfer.percent} % of {size}, {rate}/s"
-        if member in membership.learners:
-            return self._promotion.reason(membership, member, now_ms)
-        if self._alive(raft, member):
-            return None
-        newer = any(m.id == member.id and m != member for m in membership.learners)
-        if newer:
-            return "its data directory was wiped; its new self takes over once it has caught up"
-        silent_ms = now_ms - raft.progress[member].heard_ms if member in raft.progress else None
-        return f"it has not answered for {silent_ms} ms"
-
-    def _fault_tolerance(self, raft: Raft, membership: Membership) -> int:
-        """How many more voters may fail before nothing can be committed any more."""
-        tolerance = []
-        for half in (membership.voters, membership.outgoing or membership.voters):
-            alive = [v for v in half if self._alive(raft, v) is not False]
-            tolerance.append(max(0, len(alive) - (len(half) // 2 + 1)))
-        return min(tolerance)
-
-
-def _role(raft: Raft, membership: Membership, member: MemberId) -> str:
-    if member == raft.leader:
-        return "leader"
-    if member in membership.learners:
-        return "learner"
-    return "candidate" if member == raft.me and raft.role == "candidate" else "follower"
-
 
 def _change_under_way(raft: Raft) -> bool:
     return (
@@ -450,18 +343,6 @@ def _change_under_way(raft: Raft) -> bool:
         or raft.membership.joint
         or raft.membership_index > raft.log.commit_index
     )
-
-
-def _advice(membership: Membership) -> str:
-    voters, learners = len(membership.voters), len(membership.learners)
-    if voters == 1:
-        return "one voter tolerates no failure: join two more nodes" if learners < 2 else ""
-    if voters % 2 == 0:
-        return (
-            f"{voters} voters tolerate no more failures than {voters - 1}: "
-            "join one more node, or remove one"
-        )
-    return ""
 
 
 def _has_moved(known: str, asked: str) -> bool:

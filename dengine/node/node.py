@@ -37,10 +37,12 @@ from dengine.node.founding import Founding
 from dengine.node.leading import AtLeader
 from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
+from dengine.node.opening import open_directory
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
 from dengine.node.snapshots import Snapshots
 from dengine.node.status import Readiness, Status
+from dengine.node.view import ClusterView
 from dengine.node.watchers import MembershipWatchers
 from dengine.node.wire import Refused
 from dengine.raft.membership import Membership
@@ -48,7 +50,6 @@ from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.security import Secrets
-from dengine.storage.directory import DataDirectory
 from dengine.storage.recovery import after_damage, open_stores
 
 log = logging.getLogger("dengine.node")
@@ -89,22 +90,14 @@ class Node:
         Raises:
             FatalError: locked by another process, removed from its cluster, damaged, ...
         """
-        cluster = self.config.cluster
-        self._directory = DataDirectory.open(cluster.db_root_dir, cluster.node_id)
-        identity = self._directory.identity
-        if identity.removed:
-            raise IdentityError(
-                f"node {identity.node_id} was removed from cluster {identity.cluster_id} "
-                f"({identity.removed}): {self._directory.path} cannot be used again; start a new "
-                "node with a new node_id and an empty directory"
-            )
+        self._directory = open_directory(self.config)
         self._log_store, self.state = open_stores(self._directory)
         identity = self._directory.identity  # another incarnation, if the log had to be replaced
         self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
         self._announce_above = self.raft.log.commit_index
         if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
             self._directory.set_cluster_id(self.raft.membership.cluster_id)
-        announcing.membership_loaded(self.raft.membership, cluster.initial_cluster)
+        announcing.membership_loaded(self.raft.membership, self.config.cluster.initial_cluster)
         self._build()
 
     def _load_raft(self, me: MemberId) -> Raft:
@@ -165,9 +158,7 @@ class Node:
             self.secrets.peer,
         )
         self.peers = self._exchange.peers
-        self._members = Members(
-            config, self._cycle, self._exchange.admission.outdated, self.snapshots.files.transfers
-        )
+        self._members = Members(config, self._cycle, self._exchange.admission.outdated)
         self._entrance = Entrance(
             config,
             self._directory,
@@ -179,6 +170,9 @@ class Node:
             belongs=self._exchange.set_targets,
         )
         self._status = Status(raft, self.state, self._proposals, self._exchange.errors)
+        self._view = ClusterView(
+            raft, self._status, lambda: self._members.promotion, self.snapshots.files.transfers
+        )
         self._at_leader = AtLeader(raft, self._status)
         self._metrics = NodeMetrics(self._status.local, raft, self.snapshots)
         self.metrics = self._metrics.registry
@@ -226,9 +220,7 @@ class Node:
 
     async def _hand_over(self) -> None:
         raft = self.raft
-        lately_ms = self.config.election.timeout_ms_min
-        heirs = [v for v in raft.membership.voters if v != raft.me]
-        heirs = [v for v in heirs if raft.heard_within(v, lately_ms)]
+        heirs = [v for v in raft.membership.voters if v != raft.me and raft.is_live(v)]
         if not heirs:
             return  # nobody is there to lead
         heir = max(heirs, key=lambda v: (raft.progress[v].match_index, -v.id))
@@ -319,6 +311,8 @@ class Node:
         """Carry out an operation of the leader on this node, which leads."""
         if op == "snapshot_turn":
             return self.snapshots.grant_turn(args)
+        if op == "view":
+            return self._view.now()
         return await self._members.handle(op, args, deadline)
 
     async def _lead(self, op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
@@ -334,13 +328,17 @@ class Node:
         )
 
     async def cluster_view(self, deadline: float) -> dict[str, Any]:
-        """GET /v1/cluster: as the leader sees it, or as this node does while there is none."""
+        """GET /v1/cluster: as the leader sees it, or as this node does while there is none.
+
+        Raises:
+            ClusterUnavailable: this node does not belong to a cluster yet.
+        """
         try:
             if self.raft.leader is None:
                 raise ClusterUnavailable(self._status.no_leader())
             view = await self._lead("view", {}, deadline)
-        except ClusterUnavailable:
-            return self._view_here()
+        except ClusterUnavailable as error:
+            view = self._view.now(error.message)
         return {**view, "revision": self.state.revision}
 
     async def join(
@@ -367,10 +365,11 @@ class Node:
 
     def membership_events(self) -> AsyncIterator[dict[str, Any]]:
         """The membership now, then after every committed change."""
-        return self._watchers.follow(self._view_here())
+        return self._watchers.follow(self.view_here())
 
-    def _view_here(self) -> dict[str, Any]:
-        return {**self._members.view(), "revision": self.state.revision}
+    def view_here(self) -> dict[str, Any]:
+        """The cluster without asking its leader. Raises as `cluster_view`."""
+        return {**self._view.now(), "revision": self.state.revision}
 
     # --- what others see ----------------------------------------------------------------------
 
@@ -424,7 +423,7 @@ class Node:
         self._loop.call_later(FAREWELL_S if buried else 0.0, self._exchange.set_targets)
         if index > self._announce_above:
             announcing.membership_committed(me, old, new, self.raft.term)
-        self._watchers.publish(self._view_here())
+        self._watchers.publish(self.view_here())
         own = new.get(me)
         if own is not None and own.address == self._book.own:
             self._directory.set_address(own.address)

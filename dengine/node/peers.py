@@ -405,6 +405,8 @@ class Peers:
         level = logging.WARNING if garbled else logging.INFO
         log.log(level, "node %d at %s: disconnected: %s", member.id, stream.address, reason)
         if (dialler := self._diallers.get(member.id)) is not None:
+            if stream.dialled is None:  # what our own dials met before says nothing any more
+                dialler.errors = dict.fromkeys(dialler.addresses, reason)
             dialler.wake.set()
         self._on_disconnected(member)
         return True

@@ -276,6 +276,12 @@ class Raft:
         progress = self.progress.get(member)
         return progress is not None and self._now_ms - progress.heard_ms <= ms
 
+    def is_live(self, member: MemberId) -> bool:
+        """Proof of life, unlike `heard_within`: a leader starts by believing that all are there."""
+        progress = self.progress.get(member)
+        answered = member == self.me or (progress is not None and progress.answered)
+        return answered and self.heard_within(member, self.config.timeout_ms_min)
+
     # --- inputs -----------------------------------------------------------------------------
 
     def bootstrap(self, membership: Membership) -> None:
@@ -361,7 +367,7 @@ class Raft:
             raise Conflict(f"node {to.id} is not a voter: it cannot lead")
         if self._may_yet_answer(to):
             raise ClusterUnavailable(f"this leader has not heard from node {to.id} yet")
-        if not self._is_live(to):
+        if not self.is_live(to):
             raise Conflict(f"node {to.id} has not answered lately: it cannot take over")
         if self.progress[to].needs_snapshot is not None:
             raise Conflict(f"node {to.id} waits for a snapshot: it cannot take over yet")
@@ -867,7 +873,7 @@ class Raft:
         return self.me not in self.membership.all_voters
 
     def _require_live_quorum(self, new: Membership) -> None:
-        votes = {v: self._is_live(v) for v in new.voters}
+        votes = {v: self.is_live(v) for v in new.voters}
         if majority_vote(new.voters, votes) is not VoteResult.WON:
             silent = ", ".join(str(v.id) for v, alive in sorted(votes.items()) if not alive)
             hoped = {v: alive or self._may_yet_answer(v) for v, alive in votes.items()}
@@ -877,12 +883,6 @@ class Raft:
                 f"refused: of the {len(new.voters)} voters this would leave, {silent} did not "
                 "answer lately, so the cluster could not commit anything any more"
             )
-
-    def _is_live(self, member: MemberId) -> bool:
-        """Proof of life, unlike `heard_within`: a leader starts by believing that all are there."""
-        progress = self.progress.get(member)
-        answered = member == self.me or (progress is not None and progress.answered)
-        return answered and self.heard_within(member, self.config.timeout_ms_min)
 
     def _may_yet_answer(self, member: MemberId) -> bool:
         """We have led for so short a time that its silence says nothing."""

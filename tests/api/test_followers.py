@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.api.raw import Wire, assert_error, wire
-from tests.cluster import Cluster, ServeProcess, static_cluster
+from tests.cluster import Cluster, ServeProcess, static_cluster, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,56 @@ def test_a_follower_is_a_replica_and_says_who_leads(
     assert leader.request("GET", "/replica").status == 503
 
 
-def test_both_nodes_show_the_same_cluster(leader: Wire, follower: Wire) -> None:
+def test_both_nodes_show_the_same_cluster(
+    pair: tuple[ServeProcess, ServeProcess], leader: Wire, follower: Wire
+) -> None:
+    wait_for(lambda: pair[0].cluster()["fault_tolerance"] == 1, "all to have answered the leader")
     ours, theirs = (w.request("GET", "/v1/cluster").json() for w in (leader, follower))
     for name in ("cluster_id", "leader", "term", "settings", "joint", "fault_tolerance"):
         assert ours[name] == theirs[name]
     assert sorted(m["role"] for m in theirs["members"]) == ["follower", "follower", "leader"]
     assert theirs["fault_tolerance"] == 1
+
+
+def metrics(node: ServeProcess) -> dict[str, float]:
+    """Every sample of /metrics by its name with labels."""
+    text = node.request("GET", "/metrics").body.decode()
+    samples = [line.rpartition(" ") for line in text.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, _, value in samples}
+
+
+def test_metrics_of_a_leader_and_a_follower(pair: tuple[ServeProcess, ServeProcess]) -> None:
+    """Dashboards and alerts rely on these names. Only the leader knows how far the others are."""
+    leader, follower = pair
+    before = metrics(leader)
+    for number in range(10):
+        assert leader.put(f"metric/{number}", "value").ok
+    status = leader.status()
+    peers = sorted({1, 2, 3} - {leader.node_id})
+
+    def level() -> bool:
+        return all(metrics(leader)[f'dengine_peer_lag_entries{{peer="{i}"}}'] == 0 for i in peers)
+
+    wait_for(level, "the followers to have it all")
+    now = metrics(leader)
+    roles = {role: now[f'dengine_role{{role="{role}"}}'] for role in ("leader", "follower")}
+    assert roles == {"leader": 1, "follower": 0}
+    assert {'dengine_role{role="candidate"}', 'dengine_role{role="learner"}'} <= set(now)
+    assert now["dengine_term"] == status["term"]
+    assert now["dengine_commit_index"] == now["dengine_applied_index"] >= status["commit_index"]
+    for peer in peers:
+        assert now[f'dengine_peer_match_index{{peer="{peer}"}}'] == now["dengine_commit_index"]
+    assert now["dengine_proposals_total"] == before["dengine_proposals_total"] + 10
+    assert now["dengine_log_fsync_seconds_count"] > before["dengine_log_fsync_seconds_count"]
+    assert now["dengine_log_fsync_seconds_sum"] > before["dengine_log_fsync_seconds_sum"]
+    assert (
+        now['dengine_log_fsync_seconds_bucket{le="+Inf"}']
+        == (now["dengine_log_fsync_seconds_count"])
+    )
+    assert now['dengine_request_seconds_count{route="PUT /v1/kv/{key}"}'] >= 10
+    theirs = metrics(follower)
+    assert theirs['dengine_role{role="follower"}'] == 1
+    assert not [name for name in theirs if name.startswith("dengine_peer_")]
 
 
 def test_membership_calls_through_a_follower(leader: Wire, follower: Wire) -> None:

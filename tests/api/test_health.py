@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -120,6 +121,30 @@ def test_the_documented_parameters_are_accepted(client: Wire) -> None:
                 target = path.replace("{key}", "k") + f"?{parameter['name']}={example}"
                 answer = client.request("GET", target)
                 assert answer.status in (200, 404, 503), (target, answer)
+
+
+def test_a_timeout_is_documented_exactly_where_it_is_read(client: Wire) -> None:
+    """A time that is none is refused by each call that has `Dengine-Timeout-Ms` in the document;
+    the others do not look at it."""
+    for path, operations in _document(client)["paths"].items():
+        target = path.replace("{key}", "k").replace("{id}", "1").replace("{name}", "latest")
+        for method, operation in operations.items():
+            named = "Dengine-Timeout-Ms" in {p["name"] for p in operation["parameters"]}
+            if "watch" in path or "peer" in path:
+                assert not named, path
+                continue
+            required = [p for p in operation["parameters"] if p["required"]]
+            fields = [f"{p['name']}={p['example']}" for p in required if p["in"] == "query"]
+            if (method, path) == ("delete", "/v1/kv"):
+                fields = ["prefix=nothing-here"]
+            body, head = b"" if method == "post" else None, "Dengine-Timeout-Ms: soon\r\n"
+            for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+                text = content["example"]
+                body = (text if isinstance(text, str) else json.dumps(text)).encode()
+                head += f"Content-Type: {kind}\r\n"
+            answer = client.request(method.upper(), "?".join([target, *fields]), body, head)
+            refused = answer.status == 400
+            assert refused == named, (method, path, answer)
 
 
 def test_unknown_paths_are_404(client: Wire, node: ServeProcess) -> None:

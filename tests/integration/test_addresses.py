@@ -151,3 +151,40 @@ def test_production_addresses_with_node_1_on_its_wildcard(cluster: Cluster) -> N
         cluster.assert_everywhere(*writers)
         for node in nodes.values():
             node.kill()
+
+
+def test_the_advertised_address_is_the_one_that_everybody_dials(cluster: Cluster) -> None:
+    """`advertise_address` of founder and joiners is what the cluster commits and clients are told,
+    though the files name other addresses. One of the joiners is read_only: it stays a learner also
+    while another one is promoted and at an operator's word, and serves reads at every level."""
+    ports = {node_id: free_port() for node_id in (1, 2, 3)}
+    advertised = {node_id: f"127.0.0.{10 + node_id}:{port}" for node_id, port in ports.items()}
+    for node_id, (role, status) in {1: (2, 2), 2: (3, 1), 3: (3, 0)}.items():
+        known = {i: ports[i] for i in {1, node_id}}
+        extra = f'advertise_address = "{advertised[node_id]}"\nfounding_wait_ms = 100\n'
+        text = config_text(node_id, known, role, status, extra)
+        text = text.replace('listen_address = "127.0.0.1', 'listen_address = "0.0.0.0')
+        node = cluster.node(node_id, text, ports[node_id]).start()
+        wait_for(node.ready, f"node {node_id} to be ready")
+    cluster.wait_voters(1, 3)  # node 2 was ready before node 3
+    first, reader, _ = cluster.nodes.values()
+    members = {m["id"]: m for m in first.cluster()["members"]}
+    assert {i: m["address"] for i, m in members.items()} == advertised
+    assert first.cluster()["leader"]["address"] == advertised[1]
+
+    wanted = ("learner", "read_only", "read_only: it is never promoted")
+    assert tuple(members[2][name] for name in ("role", "status", "reason")) == wanted
+    refused = first.call("POST", "/v1/cluster/promote", {"ids": [2]})
+    assert refused.status == 409
+    assert "read_only" in refused.json()["message"]
+    for number, consistency in enumerate(("linearizable", "lease")):
+        assert reader.put("key", str(number)).ok, "it forwards what it cannot do"
+        assert reader.get("key", consistency).body == str(number).encode()
+    wait_for(lambda: reader.get("key", "eventual").body == b"1", "its own state to have it")
+    reader.kill()
+    wait_for(reader.start().ready, "the reader to be back")
+    assert reader.status()["role"] == "learner"
+    assert reader.get("key").body == b"1"
+    cluster.nodes[3].kill()
+    dialled = f"node 3 at {advertised[3]}: refused"
+    wait_for(lambda: dialled in first.output(), "node 1 to dial node 3 where it said it is")

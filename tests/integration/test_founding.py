@@ -24,8 +24,8 @@ def test_three_nodes_found_one_cluster_from_one_list(cluster: Cluster) -> None:
         for other, port in ports.items():
             text = text.replace(f":908{other}", f":{port}")
         cluster.node(node_id, text, own).start()
-    view = cluster.wait_voters(1, 2, 3)
-    assert view["fault_tolerance"] == 1
+    cluster.wait_voters(1, 2, 3)
+    wait_for(lambda: cluster.nodes[1].cluster()["fault_tolerance"] == 1, "all to have answered")
     assert len({node.status()["cluster_id"] for node in cluster.running()}) == 1
     assert cluster.wait_leader().put("key", "value").ok
     cluster.wait_applied()
@@ -43,6 +43,10 @@ def test_two_of_three_founders_wait_for_the_third(cluster: Cluster) -> None:
     wait_for(lambda: tempted.failures, "a write to be refused")
     cluster.node(3, config_text(3, ports, 0, 2), ports[3])
     assert not first.ready()
+    for path in ("/v1/cluster", "/v1/cluster/watch"):
+        refused = first.call("GET", path)
+        assert (refused.status, refused.json()["error"]) == (503, "cluster_unavailable")
+        assert refused.json()["message"] == "this node does not belong to a cluster yet"
     assert tempted.acknowledged == {}
     cluster.nodes[3].start()
     cluster.wait_voters(1, 2, 3)
@@ -79,3 +83,15 @@ def test_a_node_killed_while_its_founding_write_hangs_founds_at_the_next_start(
     log.close()
     node.start()
     wait_for(lambda: node.put("key", "value").ok, "node 1 to lead")
+
+
+def test_founders_with_different_lists_are_told_so(cluster: Cluster) -> None:
+    """They belong to no cluster yet, so "foreign cluster" would send a person the wrong way."""
+    ports = {node_id: free_port() for node_id in (1, 2, 3)}
+    short = {node_id: ports[node_id] for node_id in (1, 2)}
+    cluster.node(1, config_text(1, ports, 0, 2), ports[1]).start()
+    cluster.node(2, config_text(2, short, 0, 2), ports[2]).start()
+    for node_id, other in ((1, 2), (2, 1)):
+        said = f"node {other} at 127.0.0.1:{ports[other]}: different lists"
+        node = cluster.nodes[node_id]
+        wait_for(lambda node=node, said=said: said in node.output(), said)

@@ -103,8 +103,8 @@ def test_odd_promotion_goes_from_three_voters_to_five_and_never_shows_four(
     writer = Writer(cluster.nodes[1], "load").start()
     for node_id in (4, 5):
         wait_ready(joiner(cluster, node_id).start())
-    view = cluster.wait_voters(1, 2, 3, 4, 5)
-    assert view["fault_tolerance"] == 2
+    cluster.wait_voters(1, 2, 3, 4, 5)
+    wait_for(lambda: cluster.nodes[1].cluster()["fault_tolerance"] == 2, "all to have answered")
     assert writer.stop().failures == []
 
     leader = cluster.wait_leader()

@@ -18,7 +18,6 @@ from dengine.node.cycle import Cycle
 from dengine.node.exchange import SERVED_MAX, Exchange
 from dengine.node.founding import Founding
 from dengine.node.members import CORRECT_EVERY_MS, REPEAT_REFUSAL_MS, Members
-from dengine.node.transfers import Transfers
 from dengine.node.wire import COMMAND_VERSION, PROTOCOL_VERSION, ForwardRequest, Hello
 from dengine.raft.types import MemberId
 from dengine.storage.directory import DataDirectory
@@ -107,7 +106,7 @@ def test_a_correction_that_is_refused_is_said_once_and_blocks_no_other(
         node = leader(A, membership(A, B, C))
         at_c = msgspec.structs.replace(node.raft.membership.get(B), address=member(C).address)
         corrections = [at_c]
-        members = Members(config, cycle_of(node.raft), lambda *_: corrections, Transfers())
+        members = Members(config, cycle_of(node.raft), lambda *_: corrections)
         refused_over_ms = REPEAT_REFUSAL_MS + 5 * CORRECT_EVERY_MS
         with caplog.at_level(logging.INFO, "dengine.members"):
             for _ in range(0, refused_over_ms, CORRECT_EVERY_MS):

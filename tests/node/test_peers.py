@@ -331,6 +331,24 @@ def test_status_says_why_a_node_cannot_be_reached() -> None:
     on_loop(scenario)
 
 
+def test_a_lost_stream_that_we_accepted_is_the_newest_reason() -> None:
+    """Not what our own dial met before the other side came to us."""
+
+    async def scenario() -> None:
+        reasons: list[str | None] = []
+        async with Host(1) as one, Host(2) as two:
+            one.peers.set_targets({2: ["127.0.0.1:1"]})
+            await until(lambda: one.error(2) == "refused", "our own dial to fail")
+            one.on_disconnected = lambda member: reasons.append(one.error(member.id))
+            two.dials(one)
+            await joined(one, two)
+            two.peers.disconnect(1, Refused("again", "shake hands again"))
+            await until(lambda: reasons, "the loss")
+        assert reasons[0] == "again"
+
+    on_loop(scenario)
+
+
 @pytest.mark.parametrize("dialler", [1, 2])
 @pytest.mark.parametrize("callback", ["on_frame", "on_connected", "on_disconnected", "admit"])
 def test_a_bug_in_a_callback_ends_the_node(
