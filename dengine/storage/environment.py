@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -108,10 +108,13 @@ def sync_directory(path: Path) -> None:
 
 def make_directory(path: Path) -> None:
     """Make a directory and what is missing above it, each of them durable. Raises OSError."""
-    missing = [each for each in (path, *path.parents) if not each.exists()]
+    missing = [each for each in path.parents if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        sync_directory(made.parent)
+    # Its own name always: whoever made it may have died before. A vote that is durable in a
+    # directory which a power cut takes away would be given twice.
+    for made in (path, *missing):
+        with suppress(PermissionError):  # one that we may not even read, we have not made
+            sync_directory(made.parent)
 
 
 @contextmanager
