@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from dengine import __version__
-from tests.cluster import ROOT
+from tests.cluster import ROOT, wait_for
 from tests.lab.machines import LABS, Lab, Machine
+from tests.lab.site import Grown, Site, written
 
 HOSTS_PYTHON, HOSTS_ARCH = "3.11", "x86_64"  # Debian 12
 
@@ -105,3 +106,46 @@ def node(machines: dict[int, Machine]) -> Iterator[Machine]:
         n1.run("systemctl stop dengine; rm -rf /run/systemd/system/dengine.service.d")
         n1.configure()
         n1.run("systemctl daemon-reload")
+
+
+# --- what only the playbooks have made ------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, wheelhouse: Path) -> Iterator[Site]:
+    """One voter on n1, made by site.yml."""
+    with new_lab("p") as lab:
+        directory = tmp_path_factory.mktemp("site")
+        place = directory / f"cp311-{HOSTS_ARCH}"
+        place.symlink_to(wheelhouse)
+        made = Site(lab, directory, place)
+        made.play("site").ok()
+        made.learn_secrets()
+        yield made
+        for machine in made.machines.values():
+            print(
+                machine.attempt(
+                    "journalctl --quiet --no-pager -u dengine --lines=40"
+                ).stdout.decode()
+            )
+
+
+@pytest.fixture(scope="session")
+def grown(site: Site) -> Grown:
+    """expand.yml, with four clients beside it, and then once more."""
+    n1 = site.machines[1]
+    load = site.load()
+    try:
+        load.phase("quiet")
+        wait_for(lambda: written(n1) > 2000, "the clients to have written for a while", 60)
+        before = n1.unit()
+        load.phase("expand")
+        site.play("expand").ok()
+        load.phase("three")
+        count = written(n1)
+        wait_for(lambda: written(n1) > count + 500, "writes through all three", 60)
+        found = load.end()
+    finally:
+        load.close()
+    after = n1.unit()
+    return Grown(found, before, after, site.play("expand").ok().changed, site)

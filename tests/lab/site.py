@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,19 @@ class Load:
         if self._process.poll() is None:
             self._process.kill()  # its child sees the end of stdin
             self._process.communicate()
+
+
+@dataclass
+class Grown:
+    """What happened while one voter became three."""
+
+    load: dict[str, Any]
+    before: dict[str, str]
+    after: dict[str, str]
+    again: dict[str, int]
+    site: Site
+
+
+def written(machine: Machine) -> int:
+    """How often the cluster was written to."""
+    return int(machine.json("/v1/status")["revision"])

@@ -8,79 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.cluster import wait_for
-from tests.lab.conftest import HOSTS_ARCH, new_lab
 from tests.lab.machines import ADDRESSES, ZONES, Machine
-from tests.lab.site import Site
+from tests.lab.site import Grown
 
 EXPOSURE_MAX = 1.5
 SLOWEST_MS = 5000
 WRITES_PER_S = 100  # that four writers reach together at least, on two busy cores
 
 pytestmark = pytest.mark.lab_sample
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, wheelhouse: Path) -> Iterator[Site]:
-    """One voter on n1, made by site.yml."""
-    with new_lab("p") as lab:
-        directory = tmp_path_factory.mktemp("site")
-        place = directory / f"cp311-{HOSTS_ARCH}"
-        place.symlink_to(wheelhouse)
-        made = Site(lab, directory, place)
-        made.play("site").ok()
-        made.learn_secrets()
-        yield made
-        for machine in made.machines.values():
-            print(
-                machine.attempt(
-                    "journalctl --quiet --no-pager -u dengine --lines=40"
-                ).stdout.decode()
-            )
-
-
-@dataclass
-class Grown:
-    """What happened while one voter became three."""
-
-    load: dict[str, Any]
-    before: dict[str, str]
-    after: dict[str, str]
-    again: dict[str, int]
-    site: Site
-
-
-@pytest.fixture(scope="module")
-def grown(site: Site) -> Grown:
-    """expand.yml, with four clients beside it, and then once more."""
-    n1 = site.machines[1]
-    load = site.load()
-    try:
-        load.phase("quiet")
-        wait_for(lambda: written(n1) > 2000, "the clients to have written for a while", 60)
-        before = n1.unit()
-        load.phase("expand")
-        site.play("expand").ok()
-        load.phase("three")
-        count = written(n1)
-        wait_for(lambda: written(n1) > count + 500, "writes through all three", 60)
-        found = load.end()
-    finally:
-        load.close()
-    after = n1.unit()
-    return Grown(found, before, after, site.play("expand").ok().changed, site)
-
-
-def written(machine: Machine) -> int:
-    """How often the cluster was written to."""
-    return int(machine.json("/v1/status")["revision"])
 
 
 def test_one_becomes_three_while_clients_write(grown: Grown) -> None:

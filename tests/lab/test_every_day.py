@@ -1,0 +1,75 @@
+"""The playbooks of every day on three booted machines, while clients write."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tests.cluster import wait_for
+from tests.lab.site import Grown, written
+
+
+def test_a_rolling_restart_costs_no_write(grown: Grown) -> None:
+    """Every node gets another process, one after the other, the leader last and after it has handed
+    over; clients that try the next node on a 503 lose nothing."""
+    site = grown.site
+    n1 = site.machines[1]
+    before = {i: machine.pid for i, machine in site.machines.items()}
+    leader = n1.json("/v1/cluster")["leader"]["id"]
+    load = site.load(patient=True)
+    try:
+        count = written(n1)
+        wait_for(lambda: written(n1) > count + 500, "the clients to write", 60)
+        load.phase("restart")
+        said = site.play("rolling_restart").ok().output
+        found = load.end()
+    finally:
+        load.close()
+    print(json.dumps(found["phases"]), "retries:", found["retries"])
+    assert found["failures"] == []
+    assert all(machine.pid != before[i] for i, machine in site.machines.items())
+    order = re.findall(r"TASK \[Restart n(\d)\]", said)
+    assert sorted(order) == ["1", "2", "3"]
+    assert order[-1] == str(leader)
+    assert n1.json("/v1/cluster")["leader"]["id"] != leader
+    site.play("verify").ok()
+
+
+def test_a_backup_comes_from_a_follower_and_can_be_read(grown: Grown) -> None:
+    site = grown.site
+    leader = site.machines[1].json("/v1/cluster")["leader"]["id"]
+    before = set((site.state / "backups").glob("*.dsnap"))
+    site.play("backup").ok()
+    (copy,) = set((site.state / "backups").glob("*.dsnap")) - before
+    holders = [
+        i
+        for i, machine in site.machines.items()
+        if copy.name in machine.run("ls /var/backups/dengine")
+    ]
+    assert holders
+    assert leader not in holders
+    assert copy.stat().st_mode & 0o777 == 0o600
+
+
+def test_switchover_moves_leadership_once(grown: Grown) -> None:
+    site = grown.site
+    leader = site.machines[1].json("/v1/cluster")["leader"]["id"]
+    other = leader % 3 + 1
+    site.play("switchover", "-e", f"dengine_leader={other}").ok()
+    assert site.machines[1].json("/v1/cluster")["leader"]["id"] == other
+    again = site.play("switchover", "-e", f"dengine_leader={other}").ok()
+    assert not any(again.changed.values())
+
+
+def test_any_host_may_die(grown: Grown) -> None:
+    """kill -9 of the leader: another one within seconds, and systemd brings the node back."""
+    site = grown.site
+    leader = site.machines[1].json("/v1/cluster")["leader"]["id"]
+    victim = site.machines[leader]
+    witness = site.machines[leader % 3 + 1]
+    pid = victim.pid
+    victim.run(f"kill -KILL {pid}")
+    wait_for(lambda: witness.request("PUT", "/v1/kv/after/the/kill", b"written").ok, "a write", 10)
+    wait_for(lambda: victim.pid not in (0, pid), "another process", 15)
+    wait_for(victim.ready, "the node to be ready again", 30)
+    site.play("verify").ok()
