@@ -190,7 +190,8 @@ class Machine:
     def journal(self, since: str = "") -> str:
         """What the service and systemd said of it, `since` a cursor of `journal_cursor`."""
         after = f"--after-cursor='{since}'" if since else ""
-        return self.run(f"journalctl --quiet --no-pager --output=cat -u dengine {after}")
+        read = f"journalctl --quiet --no-pager --output=cat -u dengine {after}"
+        return self.run(f"journalctl --sync; {read}")  # what was said just now is in it too
 
     def journal_cursor(self) -> str:
         said = self.run("journalctl --quiet --no-pager --lines=0 --show-cursor")
