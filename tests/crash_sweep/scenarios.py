@@ -324,7 +324,12 @@ def _view(node: ServeProcess) -> dict[str, Any]:
 
 
 def _take(node: ServeProcess) -> dict[str, Any]:
-    reply = node.request("POST", "/v1/snapshots", b"")
+    # 202: another member's turn has not ended yet, perhaps because it was killed in the middle.
+    reply = wait_for(
+        lambda: r if (r := node.request("POST", "/v1/snapshots", b"")).status != 202 else None,
+        "a snapshot to be taken",
+        30,
+    )
     assert reply.status == 200, reply
     taken: dict[str, Any] = reply.json()["snapshot"]
     return taken
