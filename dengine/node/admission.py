@@ -77,6 +77,12 @@ class Admission:
 
     def admit(self, theirs: Hello, host: str) -> Refused | None:
         """Refuse `theirs`, or None."""
+        refused = self._judge(theirs, host)
+        if refused is None:
+            self._remember(theirs)
+        return refused
+
+    def _judge(self, theirs: Hello, host: str) -> Refused | None:
         if theirs.protocol_version != PROTOCOL_VERSION:
             return Refused(
                 "protocol",
@@ -147,7 +153,6 @@ class Admission:
                 f"node {who.id} acknowledged entry {progress.match_index} and now ends at "
                 f"{theirs.last_index}: its directory is an old copy",
             )
-        self._remember(theirs)
         self._book.saw(who.id, host)
         self._book.reached_at(theirs.dialled)
         return None

@@ -72,6 +72,33 @@ def test_strangers_are_forgotten_before_members(config: Config, tmp_path: Path) 
     directory.close()
 
 
+def test_a_founders_hello_that_was_on_its_way_is_no_old_directory(
+    config: Config, tmp_path: Path
+) -> None:
+    """It was made before the cluster was founded, and arrives after its sender has acknowledged
+    entries on an older stream: the boot is known from before the founding."""
+    raft = leader(A, membership(A, B)).raft
+    directory = DataDirectory.open(tmp_path / "db", 1)
+    admission = Admission(
+        config,
+        directory,
+        raft,
+        AddressBook(config),
+        Founding(config, A),
+        connected=lambda _: None,
+        fail=lambda error: None,
+    )
+    unfounded = msgspec.structs.replace(hello(B), cluster_id="")
+    assert admission.admit(unfounded, "10.0.0.2") is None
+    directory.set_cluster_id("test")
+    raft.progress[B].match_index = raft.log.last_index
+    assert admission.admit(hello(B), "10.0.0.2") is None
+    refused = admission.admit(hello(B, boot=2), "10.0.0.2")
+    assert refused is not None
+    assert refused.reason == "rolled_back", "another process of B, and nothing in its log"
+    directory.close()
+
+
 @pytest.mark.parametrize(
     "garbled", [{"address": "nowhere"}, {"dialled": "1.2.3.4:x"}, {"zone": "z" * 65}]
 )
