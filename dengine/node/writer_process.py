@@ -13,6 +13,7 @@ from contextlib import suppress
 import msgspec
 
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
+from dengine.storage.environment import LMDB_SIGNALS
 from dengine.storage.snapshot_jobs import (
     Check,
     Done,
@@ -27,8 +28,6 @@ from dengine.storage.snapshot_jobs import (
 STALL_S = 30.0  # without a sign of life it is stuck
 WATCH_S = 1.0  # at least so often is asked whether it may go on, whatever it says or does not say
 LINE_BYTES_MAX = 65_536
-# How LMDB ends a process that reads a damaged page: an assertion, or an address that is none.
-LMDB_SIGNALS = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS}
 
 Report = Callable[[int, int], None]
 Watch = Callable[[], str | None]

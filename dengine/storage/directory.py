@@ -206,24 +206,24 @@ class DataDirectory:
             raise StorageIO(f"cannot finish {path}: {error.strerror}") from error
         self._delete_other_states(path)
 
+    @property
+    def died_opening(self) -> bool:
+        """Did the start before this one end while it read the log?"""
+        return (self.path / "OPENING").exists()
+
     @contextmanager
-    def opening(self) -> Iterator[bool]:
+    def opening(self) -> Iterator[None]:
         """While the log is opened and read: LMDB ends the process over some kinds of damage.
 
-        Yields:
-            Did that happen to the start before this one?
-
-        Raises:
-            StorageIO: the disk refused.
+        Raises StorageIO.
         """
         mark = self.path / "OPENING"
-        died = mark.exists()
         try:
             mark.touch(mode=0o600)
         except OSError as error:
             raise StorageIO(f"cannot write {mark}: {error.strerror}") from error
         try:
-            yield died
+            yield
         finally:
             with suppress(OSError):  # one that stays costs the next start a little time
                 mark.unlink()
@@ -231,7 +231,7 @@ class DataDirectory:
     def distrust_log(self, reason: str) -> None:
         """Have the next start begin a new log, whether or not it can find what is wrong with it."""
         with suppress(OSError):  # a disk that refuses this as well has another error to tell
-            (self.log_path / DAMAGED_MARK).write_text(reason, encoding="utf-8")
+            self._write_file(f"{self.log_path.name}/{DAMAGED_MARK}", reason)
             sync_directory(self.log_path)
 
     def replace_log(self, hard_state: HardState, base: LogId, membership: Membership) -> LogStore:
@@ -248,6 +248,7 @@ class DataDirectory:
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(self.log_path, aside)
             self._finish_new_log()
+            (self.path / "OPENING").unlink(missing_ok=True)
         except OSError as error:
             raise StorageIO(f"cannot replace {self.log_path}: {error.strerror}") from error
         return LogStore(self.log_path)

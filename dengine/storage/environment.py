@@ -7,6 +7,7 @@ go through the map (no writemap): on a full disk that would end in SIGBUS instea
 from __future__ import annotations
 
 import os
+import signal
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ from dengine.errors import DataCorruption, FatalError, StorageIO
 
 MAP_BYTES: Final = 1 << 40
 DATA_FILE: Final = "data.mdb"
+# How LMDB ends a process that reads a damaged page: an assertion, or an address that is none.
+LMDB_SIGNALS: Final = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 RECORD_BYTES_MAX: Final = 64 * 1024 * 1024  # far above the largest entry that travels
 
 # A record ends with the CRC-32 of its key and everything before it. Running the CRC over data AND

@@ -27,7 +27,7 @@ from zlib import crc32
 import lmdb
 import msgspec
 
-from dengine.errors import DataCorruption, InvariantBroken, StorageIO
+from dengine.errors import DataCorruption, IdentityError, InvariantBroken, StorageIO
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.types import Entry, EntryKind, HardState, LogId, MemberId
 from dengine.storage.environment import (
@@ -356,10 +356,9 @@ class LogStore:
             commit_index,
         ) = HEAD.unpack_from(raw)
         if version != _HEAD_FORMAT:
-            raise DataCorruption(
+            raise IdentityError(
                 f"{self._file} has format {version}, this dengine reads format {_HEAD_FORMAT}: "
-                "start the version that wrote it",
-                file=str(self._file),
+                "start the version that wrote it"
             )
         if transaction != self._environment.info()["last_txnid"]:
             raise self._damaged("its head is not that of the newest transaction")

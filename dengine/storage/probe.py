@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dengine.errors import DataCorruption, FatalError, StorageIO
-from dengine.storage.environment import DATA_FILE, damaged
+from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
+from dengine.storage.environment import DATA_FILE, LMDB_SIGNALS, damaged
 from dengine.storage.log_store import REMEDY, LogStore
 from dengine.storage.state_reader import check_state
 from dengine.storage.state_store import StateStore
@@ -22,6 +22,7 @@ def probe_state(path: Path) -> None:
 
     Raises:
         DataCorruption, StorageIO: as `check_state`.
+        TryAgain: the reader was killed.
     """
     _probe("state", path, "")
 
@@ -31,6 +32,7 @@ def probe_log(path: Path) -> None:
 
     Raises:
         DataCorruption, StorageIO: as `LogStore`.
+        TryAgain: the reader was killed.
     """
     _probe("log", path, REMEDY)
 
@@ -48,8 +50,10 @@ def _probe(kind: str, path: Path, remedy: str) -> None:
         raise StorageIO(done.stdout.strip())
     if done.returncode == DataCorruption.exit_code:
         raise DataCorruption(done.stdout.strip(), file=str(path / DATA_FILE))
-    if done.returncode:
+    if -done.returncode in LMDB_SIGNALS:
         raise damaged(path / DATA_FILE, "LMDB cannot read it", remedy)
+    if done.returncode:  # killed, or short of something: that says nothing about the data
+        raise TryAgain(f"{path} could not be read (exit code {done.returncode}): try again")
 
 
 def _main(kind: str, path: Path) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import suppress
 from typing import NamedTuple
 
 from dengine.errors import DataCorruption, FatalError, StorageIO
@@ -53,7 +54,10 @@ def open_stores(directory: DataDirectory) -> Stores:
     except DataCorruption as error:
         return _without_log(directory, error)
     try:
-        if not directory.installing and (old := _rolled_back(directory, store)) is not None:
+        old = None
+        if directory.identity.cluster_id and not directory.installing:
+            old = _rolled_back(directory, store)
+        if old is not None:
             store.close()
             return _without_log(directory, old)
         return _with_log(directory, store)
@@ -97,23 +101,22 @@ def after_damage(
     file = str(error.details.get("file", ""))
     if file.startswith(str(directory.path / "state-")):
         return StorageIO(f"{error.message}: the next start rebuilds the state", file=file)
-    if file.startswith(str(directory.log_path)) and _others(directory, membership):
-        directory.distrust_log(
-            error.message
-        )  # all its entries may be sound: then no start finds it
+    if not file.startswith(str(directory.log_path)):
+        return error
+    if "index" not in error.details:  # all entries may be sound: then no start finds the damage
+        directory.distrust_log(error.message)
+    if _others(directory, membership):
         return StorageIO(f"{error.message}: the next start does so by itself", file=file)
-    return error
+    return _needs_person(directory, error)
 
 
 def _sound_log(directory: DataDirectory) -> LogStore:
-    if reason := distrusted_log(directory.log_path):
+    if (reason := distrusted_log(directory.log_path)) is not None:
         raise DataCorruption(reason, file=str(directory.log_path))
-    with directory.opening() as died:
-        if died:
-            log.warning(
-                "the last start ended while it read the log: another process reads it first"
-            )
-            probe_log(directory.log_path)
+    if directory.died_opening:
+        log.warning("the last start ended while it read the log: another process reads it first")
+        probe_log(directory.log_path)
+    with directory.opening():
         return LogStore(directory.log_path)
 
 
@@ -182,6 +185,8 @@ def _hard_state(store: LogStore, state: StateStore) -> HardState:
 
 def _rebuilt_state(directory: DataDirectory, store: LogStore) -> StateStore:
     """From the newest sound snapshot that the log continues; an empty one where there is none."""
+    if directory.installing:  # its file has its name already, but this log never got that far
+        _forget_beyond(directory, store.last_index())
     for file in reversed(list_files(directory.snapshots_path)):
         log_id = parse_name(file.name)
         if (
@@ -208,6 +213,15 @@ def _rebuilt_state(directory: DataDirectory, store: LogStore) -> StateStore:
     return StateStore(directory.state_path())
 
 
+def _forget_beyond(directory: DataDirectory, index: int) -> None:
+    for file in list_files(directory.snapshots_path):
+        log_id = parse_name(file.name)
+        if log_id is not None and log_id.index > index:
+            log.warning("%s belongs to an install that did not come to its end: removed", file)
+            with suppress(OSError):
+                file.unlink()
+
+
 def _without_log(directory: DataDirectory, error: DataCorruption) -> Stores:
     """The log is damaged: begin a new one behind the state, or behind a snapshot that is newer."""
     state = _trusted_state(directory)
@@ -222,7 +236,13 @@ def _without_log(directory: DataDirectory, error: DataCorruption) -> Stores:
             state.close()
         state = None
     if state is None:
-        raise _needs_person(directory, error)
+        raise DataCorruption(
+            f"{error.message.removesuffix(f'; {REMEDY}')}; nothing else here could take its place: "
+            f"if this node is one of several, remove {directory.path}, and it joins anew; if it is "
+            "the only one, restore a backup with `dengine snapshot restore`, or keep what can be "
+            f"read with `{REPAIR}`",
+            **error.details,
+        )
     return _begin_anew(directory, state, error)
 
 

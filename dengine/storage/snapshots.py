@@ -33,6 +33,7 @@ from dengine.storage.state_reader import StateReader, check_state
 
 log = logging.getLogger("dengine.snapshots")
 
+FOREIGN_SUFFIX: Final = ".foreign"  # for a person, who may want it back
 CHECK_RATE: Final = 4  # times as fast as the file is written, the state may be checked
 VERIFY_RATE: Final = 2  # and what was written be read back
 
@@ -177,7 +178,7 @@ def put_aside_foreign(directory: Path, cluster_id: str) -> None:
     take it for the cluster's past. One that cannot be read is left to whoever verifies it, and
     so is all of it while this node (`cluster_id` is empty) belongs to none."""
     for file in list_files(directory) if cluster_id else ():
-        with suppress(DataCorruption, StorageIO):
+        with suppress(DataCorruption, StorageIO, OSError):
             header = read_header(file)
             if header.log_id != parse_name(file.name) or header.cluster_id != cluster_id:
                 log.warning(
@@ -187,7 +188,7 @@ def put_aside_foreign(directory: Path, cluster_id: str) -> None:
                     header.index,
                     header.cluster_id,
                 )
-                put_aside(file)
+                file.rename(file.with_name(file.name + FOREIGN_SUFFIX))
 
 
 def remove_partial(directory: Path, *, fetched_too: bool) -> None:

@@ -111,11 +111,10 @@ def node(machines: dict[int, Machine]) -> Iterator[Machine]:
 # --- what only the playbooks have made ------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory, wheelhouse: Path) -> Iterator[Site]:
-    """One voter on n1, made by site.yml."""
-    with new_lab("p") as lab:
-        directory = tmp_path_factory.mktemp("site")
+@contextlib.contextmanager
+def one_voter(letter: str, directory: Path, wheelhouse: Path) -> Iterator[Site]:
+    """A lab of its own with one voter on n1, made by site.yml, and two blank machines."""
+    with new_lab(letter) as lab:
         place = directory / f"cp311-{HOSTS_ARCH}"
         place.symlink_to(wheelhouse)
         made = Site(lab, directory, place)
@@ -123,11 +122,14 @@ def site(tmp_path_factory: pytest.TempPathFactory, wheelhouse: Path) -> Iterator
         made.learn_secrets()
         yield made
         for machine in made.machines.values():
-            print(
-                machine.attempt(
-                    "journalctl --quiet --no-pager -u dengine --lines=40"
-                ).stdout.decode()
-            )
+            said = machine.attempt("journalctl --quiet --no-pager -u dengine --lines=40")
+            print(said.stdout.decode())
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, wheelhouse: Path) -> Iterator[Site]:
+    with one_voter("p", tmp_path_factory.mktemp("site"), wheelhouse) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

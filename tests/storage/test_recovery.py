@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dengine.errors import DataCorruption, StorageIO
+from dengine.errors import DataCorruption, StorageIO, TryAgain
 from dengine.raft.types import HardState, LogId, MemberId
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
@@ -372,8 +372,66 @@ def test_a_log_that_ends_its_reader_is_damage_for_the_next_start(
     else:
         with pytest.raises(DataCorruption, match=r"LMDB cannot read it.*dengine repair"):
             open_stores(again)
-    assert not (again.path / "OPENING").exists()
+    assert again.died_opening == (not others), "a log that stays is read with care again"
     again.close()
+
+
+def test_a_reader_that_is_killed_proves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody stops the process that reads a suspected log: the node tries again another time."""
+    directory = lived(tmp_path / "db", 30, others=[OTHER])
+    (directory.path / "OPENING").touch()
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -KILL $$\n")
+    killed.chmod(0o700)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(killed))
+        with pytest.raises(TryAgain):
+            open_stores(directory)
+    assert directory.died_opening
+    old = me(directory)
+    opened(directory, has(30, 30))
+    assert me(directory) == old
+    assert not directory.died_opening
+    directory.close()
+
+
+def test_a_blank_directory_takes_nothing_from_a_snapshot_that_lies_in_it(tmp_path: Path) -> None:
+    """A node that belongs to no cluster yet has no past."""
+    source = lived(tmp_path / "source", 30, others=[OTHER])
+    file = snapshot_at(source, 25).path
+    source.close()
+    directory = DataDirectory.open(tmp_path / "blank", 1)
+    directory.snapshots_path.mkdir()
+    shutil.copy(file, directory.snapshots_path)
+    old = me(directory)
+    opened(directory, has(0, 0))
+    assert me(directory) == old
+    directory.close()
+
+
+def test_an_install_whose_state_is_damaged_before_its_end_leaves_no_trace(tmp_path: Path) -> None:
+    """CURRENT names the unpacked state and the file has its name, then power is lost and the state
+    is rotten: the old log goes on, and its node with it."""
+    source = lived(tmp_path / "source", 30, others=[OTHER])
+    file = snapshot_at(source, 25).path
+    source.close()
+    directory = lived(tmp_path / "target", 9, others=[OTHER])
+    path = directory.next_state_path()
+    unpack(file, path, lambda done, total: None)
+    directory.adopt_state(path)
+    directory.snapshots_path.mkdir(exist_ok=True)
+    shutil.copy(file, directory.snapshots_path)
+    (path / "data.mdb").write_bytes(b"rotten" * 4096)
+    old = me(directory)
+    for _ in range(2):
+        directory = restarted(directory)
+        opened(directory, has(0, 9))
+        lose_power(directory)
+    assert me(directory) == old
+    assert list_files(directory.snapshots_path) == []
+    directory.close()
 
 
 def test_a_log_that_can_only_not_be_written_is_damage_for_the_next_start(tmp_path: Path) -> None:
@@ -391,6 +449,9 @@ def test_a_log_that_can_only_not_be_written_is_damage_for_the_next_start(tmp_pat
         stores.log.save(HardState(2, None, 400), ())
     stores.state.close()
     stores.log.close()
+    alone = after_damage(caught.value, directory, membership(me(directory)))
+    assert isinstance(alone, DataCorruption)
+    assert "dengine repair" in alone.message
     error = after_damage(caught.value, directory, membership(me(directory), OTHER))
     assert isinstance(error, StorageIO)
     incarnation = me(directory)
