@@ -13,6 +13,7 @@ from dengine.node.promotion import Promotion
 from dengine.node.status import Status
 from dengine.node.transfers import Transfers, format_bytes
 from dengine.raft.membership import Member, Membership
+from dengine.raft.membership import Status as MemberStatus
 from dengine.raft.raft import Raft
 from dengine.raft.types import MemberId
 
@@ -157,13 +158,14 @@ def _role(raft: Raft, membership: Membership, member: MemberId) -> str:
 
 
 def _advice(membership: Membership, silent: list[int]) -> str:
-    voters, learners = len(membership.voters), len(membership.learners)
+    voters = len(membership.voters)
+    rising = sum(m.status is MemberStatus.PROMOTABLE for m in membership.members)
     if silent:
         names = ", ".join(str(node_id) for node_id in silent)
         return f"bring back what does not answer: node {names}"
     if voters == 1:
-        return "one voter tolerates no failure: join two more nodes" if learners < 2 else ""
-    if voters % 2 == 0:
+        return "one voter tolerates no failure: join two more nodes" if rising < 2 else ""
+    if voters % 2 == 0 and not rising:
         return (
             f"{voters} voters tolerate no more failures than {voters - 1}: "
             "join one more node, or remove one"

@@ -15,8 +15,11 @@ from dengine.node.node import REPORT_MS, Node
 from dengine.node.promotion import Promotion, PromotionRules
 from dengine.node.status import Status
 from dengine.node.transfers import Transfers
-from dengine.node.view import ClusterView
+from dengine.node.view import ClusterView, _advice
+from dengine.raft.membership import AddLearner, Member, apply_change
+from dengine.raft.membership import Status as MemberStatus
 from dengine.raft.raft import Raft
+from dengine.raft.types import MemberId
 from tests.cluster import config_text
 from tests.node.hosts import on_loop
 from tests.raft.harness import A, B, C, Server, leader, membership, server
@@ -47,6 +50,31 @@ def test_a_new_leader_counts_on_nobody_who_has_not_answered_it() -> None:
     node.answer_heartbeats(sent, C)
     view = view_of(node.raft)
     assert (view["fault_tolerance"], view["advice"]) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("voters", "learners", "says"),
+    [
+        (1, [], "join two more"),
+        (1, [MemberStatus.PROMOTABLE] * 2, ""),
+        (1, [MemberStatus.READ_ONLY] * 2, "join two more"),
+        (2, [], "join one more"),
+        (2, [MemberStatus.PROMOTABLE], ""),
+        (2, [MemberStatus.READ_ONLY], "join one more"),
+        (3, [], ""),
+    ],
+)
+def test_advice_counts_on_learners_that_will_vote(
+    voters: int, learners: list[MemberStatus], says: str
+) -> None:
+    """Nodes that only read never make a cluster safer."""
+    who = [A, B, C, MemberId(4, 44)]
+    content = membership(*who[:voters])
+    for member, status in zip(who[voters:], learners, strict=False):
+        newcomer = Member(member, f"10.0.0.{member.id}:9081", "", status)
+        content = apply_change(content, AddLearner(newcomer))
+    advice = _advice(content, [])
+    assert (says in advice) if says else not advice
 
 
 def test_a_voter_that_falls_silent_is_not_counted_any_more() -> None:
