@@ -85,9 +85,13 @@ class DataDirectory:
         """
         path = root / str(node_id)
         try:
+            made = [missing for missing in root.parents if not missing.exists()]
             root.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700, exist_ok=True)
-            sync_directory(root)
+            # The root always: whoever made it may have died before. A vote that is durable in a
+            # directory that a power cut takes away would be given twice.
+            for directory_path in (root, root.parent, *(m.parent for m in made)):
+                sync_directory(directory_path)
             directory = cls(path, lock_directory(path))
             try:
                 directory._load(node_id)

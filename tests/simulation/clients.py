@@ -1,0 +1,248 @@
+"""Clients that write, compare-and-swap, delete and read at three levels, and what they saw."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dengine.errors import DengineError
+from dengine.kv.commands import (
+    Command,
+    Condition,
+    ConditionFailed,
+    Delete,
+    DeleteResult,
+    Put,
+    PutResult,
+)
+from tests.linearizability.checker import FOREVER, Operation, Verdict, check
+from tests.linearizability.models import VERSIONED
+from tests.linearizability.timeline import as_text
+from tests.simulation.invariants import violated
+from tests.simulation.loop import MS, SECOND
+
+if TYPE_CHECKING:
+    from tests.simulation.machine import Process
+    from tests.simulation.world import World
+
+LEVELS = ("linearizable", "lease", "eventual")
+CHECK_LIMIT_S = 20.0
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One request that a client has sent and not seen answered."""
+
+    client: int
+    key: bytes
+    name: str
+    argument: Any
+    command: Command | None  # None: a read
+    level: str
+    called: int
+    floor: int = 0  # of the index that a read must have applied
+    process: Process | None = None
+
+
+class Clients:
+    """Closed loops: each client thinks, calls any node, and waits for the answer."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.stopped = False
+        self.history: dict[bytes, list[Operation]] = {}
+        self.pending: dict[Call, None] = {}
+        self.operations = 0
+        self.acked_index = 0
+        self._refused: set[bytes] = set()  # values that will never be written
+        self._unknown: list[tuple[bytes, Operation, bytes | None]] = []
+        self._eventual: dict[Process, int] = {}
+        self._counter = 0
+        self._clients = world.plan.clients
+        self._rngs = [random.Random(f"{world.seed} client {i}") for i in range(self._clients)]
+        self._revision: dict[tuple[int, bytes], int | None] = {}
+
+    def start(self) -> None:
+        for slot in range(self._clients):
+            self._think(slot)
+
+    def _think(self, slot: int) -> None:
+        pause_ns = int(self._rngs[slot].expovariate(1.0) * 4 * MS)
+        self.world.scheduler.after(pause_ns, self._call, slot)
+
+    def _call(self, slot: int) -> None:
+        if self.stopped:
+            return
+        rng = self._rngs[slot]
+        machine = rng.choice(list(self.world.machines.values()))
+        process = machine.process
+        if process is None or not process.serves:
+            self.world.scheduler.after(20 * MS, self._call, slot)
+            return
+        call = self._choose(slot, rng)
+        call.process = process
+        self.pending[call] = None
+        process.arrived(self._invoke, call, slot)
+
+    def _choose(self, slot: int, rng: random.Random) -> Call:
+        key = b"k%d" % rng.randrange(self.world.plan.keys)
+        self._counter += 1
+        value = b"%d" % self._counter
+        now, dice = self.world.scheduler.now, rng.random()
+        if dice < 0.35:
+            return Call(slot, key, "write", value, Put(key, value), "", now)
+        if dice < 0.5:
+            expected = self._revision.get((slot, key))
+            condition = (
+                Condition(if_none_match=True)
+                if expected is None
+                else Condition(if_match=(expected,))
+            )
+            argument = (expected, value)
+            return Call(slot, key, "cas", argument, Put(key, value, condition), "", now)
+        if dice < 0.54:
+            return Call(slot, key, "delete", None, Delete(key), "", now)
+        level = rng.choices(LEVELS, (5, 3, 2))[0]
+        return Call(slot, key, "read", None, None, level, now)
+
+    def _invoke(self, call: Call, slot: int) -> None:
+        assert call.process is not None
+        call.floor = self.acked_index
+        call.called = self.world.scheduler.now
+        task = call.process.loop.create_task(self._perform(call))
+        task.add_done_callback(lambda done: self._answered(call, slot, done))
+
+    async def _perform(self, call: Call) -> Any:
+        assert call.process is not None
+        node, loop = call.process.node, call.process.loop
+        assert node is not None
+        timeout_s = self._rngs[call.client].choice((0.3, 1.0, 2.0))
+        if call.command is not None:
+            return await node.write(call.command, loop.time() + timeout_s)
+        await node.read_barrier(call.level, loop.time() + timeout_s)
+        record = node.state.get(call.key)
+        if call.level == "eventual":
+            self._check_monotonic(call, node.state.revision)
+        elif node.state.applied.index < call.floor:
+            violated(
+                "12 fresh reads",
+                f"a {call.level} read on {call.process.member} saw {node.state.applied.index}, "
+                f"although {call.floor} had been acknowledged before it began",
+            )
+        self.world.count(f"{call.level} read")
+        return (0, None) if record is None else (record.mod_revision, record.value)
+
+    def _check_monotonic(self, call: Call, revision: int) -> None:
+        assert call.process is not None
+        before = self._eventual.get(call.process, 0)
+        if revision < before:
+            violated("12 monotonic", f"{call.process.member} went back from {before} to {revision}")
+        self._eventual[call.process] = revision
+
+    # --- answers ------------------------------------------------------------------------------------------
+
+    def _answered(self, call: Call, slot: int, task: Any) -> None:
+        if self.pending.pop(call, call) is call:
+            return  # the client was told before that the connection broke
+        if not self.stopped:
+            self._think(slot)
+        assert call.process is not None
+        self.world.checker.look(call.process)  # in this very event it may have been committed
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled():
+            self._lost(call)
+        elif error is None:
+            self._succeeded(call, task.result())
+        elif isinstance(error, DengineError):
+            self.world.count(f"refused: {error.name}")
+            if error.outcome == "none" and call.command is not None:
+                self._refuse(call)
+            else:
+                self._lost(call)
+        elif isinstance(error, AssertionError):
+            call.process.loop.broken = error
+        else:
+            self._lost(call)
+
+    def _succeeded(self, call: Call, result: Any) -> None:
+        self.operations += 1
+        seen: Any = None
+        if isinstance(result, PutResult):
+            seen = result.revision
+            self._acknowledged(call)
+        elif isinstance(result, ConditionFailed):
+            seen = ("is", result.current_revision)
+            self._revision[(call.client, call.key)] = result.current_revision
+        elif isinstance(result, DeleteResult):
+            seen = result.revision if result.deleted else None
+        elif call.level == "eventual":
+            return
+        else:
+            seen = result
+        if call.name in ("write", "cas", "read") and not isinstance(result, ConditionFailed):
+            self._revision[(call.client, call.key)] = (
+                result[0] or None if call.name == "read" else result.revision
+            )
+        self._record(call, self.world.scheduler.now, seen)
+
+    def _acknowledged(self, call: Call) -> None:
+        """Invariant 11: who is told "done" has had a committed entry behind it at that moment."""
+        value = call.command.value if isinstance(call.command, Put) else b""
+        index = self.world.checker.index_of.get(value)
+        if index is None:
+            violated("11 acknowledged", f"{call.name}({value!r}) was acknowledged uncommitted")
+        self.acked_index = max(self.acked_index, index)
+
+    def _record(self, call: Call, returned: float, result: Any) -> None:
+        operation = Operation(
+            call.client, call.called, returned, call.name, call.argument, result
+        )
+        self.history.setdefault(call.key, []).append(operation)
+
+    def _refuse(self, call: Call) -> None:
+        if isinstance(call.command, Put):
+            self._refused.add(call.command.value)
+
+    def _lost(self, call: Call) -> None:
+        """Nobody knows whether it happened, or will."""
+        if call.command is None:
+            return
+        self.world.count("outcome unknown")
+        value = call.command.value if isinstance(call.command, Put) else None
+        operation = Operation(
+            call.client, call.called, FOREVER, call.name, call.argument
+        )
+        self._unknown.append((call.key, operation, value))
+
+    def process_gone(self, process: Process) -> None:
+        """Its clients see their connections break."""
+        for call in [c for c in self.pending if c.process is process]:
+            del self.pending[call]
+            self._lost(call)
+            self._think(call.client)
+
+    # --- the verdict --------------------------------------------------------------------------------------
+
+    def unresolved(self) -> int:
+        return len(self.pending)
+
+    def verify(self) -> None:
+        """At the end, when nothing is on its way any more. Raises Violation."""
+        index_of = self.world.checker.index_of
+        for value in sorted(self._refused):
+            if value in index_of:
+                violated("11 outcome", f"{value!r} was refused, and is committed at {index_of[value]}")
+        histories = {key: list(operations) for key, operations in self.history.items()}
+        for key, operation, value in self._unknown:
+            if value is None or value in index_of:
+                histories.setdefault(key, []).append(operation)
+        finding = check(histories, VERSIONED, limit_s=CHECK_LIMIT_S)
+        if finding.verdict is not Verdict.LINEARIZABLE:
+            violated(
+                f"linearizability ({finding.verdict.value})",
+                f"key {finding.key!r}: {as_text(finding.window)}",
+            )
+
+
+DEADLINE_NS = 3 * SECOND  # after which every call has been answered

@@ -1,0 +1,379 @@
+"""What goes wrong during a run: each kind by itself, on a schedule of its own.
+
+Leaving one kind out does not move the others, so a failing seed is shrunk by dropping faults. What
+is lost for good stays within a budget: one machine at a time, and a quorum of sound ones beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dengine.errors import DengineError
+from dengine.raft.membership import Membership
+from tests.simulation.disk import SimPath
+from tests.simulation.environment import Environment
+from tests.simulation.loop import MS
+from tests.simulation.machine import Machine, Process
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+NODES_MAX = 7
+
+
+class Faults:
+    """Schedules every kind that the plan has on, until `stop`."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.on = False
+        self.rngs = {
+            kind: random.Random(f"{world.seed} fault {kind}") for kind in (*world.plan.faults, "join")
+        }
+        self.damaged: Machine | None = None
+        self._still_damaged: Callable[[], bool] = lambda: False
+        # kind -> (mean pause in ms, what is done)
+        self._acts: dict[str, tuple[int, Callable[[random.Random], None]]] = {
+            "one-way cut": (700, self._one_way),
+            "isolate": (900, self._isolate),
+            "mesh": (1200, self._mesh),
+            "kill": (600, self._kill),
+            "power": (900, self._power),
+            "blackout": (2000, self._blackout),
+            "fuse": (300, self._fuse),
+            "stop": (1200, self._stop),
+            "pause": (600, self._pause),
+            "suspend": (900, self._suspend),
+            "stall": (700, self._stall),
+            "eio": (900, self._eio),
+            "full": (1500, self._full),
+            "rot": (900, self._rot),
+            "wipe": (1200, self._wipe),
+            "transfer": (500, self._transfer),
+            "churn": (600, self._churn),
+            "lag": (1500, self._lag),
+        }
+
+    def start(self) -> None:
+        self.on = True
+        for kind in self.world.plan.faults:
+            if kind in self._acts:
+                self._plan(kind)
+        plan, rng = self.world.plan, self.rngs["join"]
+        for node_id in range(plan.founders + 1, plan.founders + plan.joiners + 1):
+            when = rng.randint(0, int(plan.seconds * 400)) * MS
+            self.world.scheduler.after(when, self.world.start, self.world.machines[node_id])
+        if plan.shape == "replace":
+            victim = rng.randint(1, plan.founders)
+            when = rng.randint(int(plan.seconds * 300), int(plan.seconds * 600)) * MS
+            self.world.scheduler.after(when, self._remove, victim, rng)
+
+    def stop(self) -> None:
+        self.on = False
+
+    def _plan(self, kind: str) -> None:
+        mean_ms, act = self._acts[kind]
+        pause_ns = int(self.rngs[kind].expovariate(1 / mean_ms) * MS)
+        self.world.scheduler.after(pause_ns, self._act, kind, act)
+
+    def _act(self, kind: str, act: Callable[[random.Random], None]) -> None:
+        if self.on:
+            act(self.rngs[kind])
+            self._plan(kind)
+
+    # --- who ----------------------------------------------------------------------------------------
+
+    def _running(self) -> list[Machine]:
+        return [m for m in self.world.machines.values() if m.process is not None]
+
+    def _any(self, rng: random.Random) -> Machine | None:
+        """Often the leader, and often one whose moment is delicate."""
+        running = self._running()
+        if not running:
+            return None
+        leader = self.world.leader()
+        dice = rng.random()
+        if leader is not None and dice < 0.35:
+            return leader.machine
+        delicate = [m for m in running if m.process and self._is_delicate(m.process)]
+        if delicate and dice < 0.6:
+            return rng.choice(delicate)
+        return rng.choice(running)
+
+    @staticmethod
+    def _is_delicate(process: Process) -> bool:
+        node = process.node
+        return node is None or bool(
+            process.job or node.raft._restore is not None or node.raft.membership.joint
+        )
+
+    # --- the network ------------------------------------------------------------------------------------
+
+    def _cut(self, pairs: set[tuple[int, int]], rng: random.Random) -> None:
+        self.world.note("cut", sorted(pairs))
+        network = self.world.network
+        network.cut |= pairs
+        for one, other in sorted(pairs):
+            process = self.world.machines[one].process
+            if process is not None and process.serves:
+                process.peers.cut(other)
+        lasting_ms = int(rng.choice((0.3, 1, 3)) * self.world.plan.election.timeout_ms_max)
+        self.world.scheduler.after(lasting_ms * MS, self._reunite, pairs)
+
+    def _reunite(self, pairs: set[tuple[int, int]]) -> None:
+        self.world.network.cut -= pairs
+
+    def _one_way(self, rng: random.Random) -> None:
+        ids = list(self.world.machines)
+        if len(ids) > 1 and (machine := self._any(rng)):
+            other = rng.choice([i for i in ids if i != machine.id])
+            pair = (machine.id, other) if rng.random() < 0.5 else (other, machine.id)
+            self.world.count("one-way cut")
+            self._cut({pair}, rng)
+
+    def _isolate(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            others = [i for i in self.world.machines if i != machine.id]
+            side = [machine.id, *rng.sample(others, rng.randint(0, len(others) // 2))]
+            rest = [i for i in others if i not in side]
+            pairs = set(itertools.product(side, rest))
+            if rng.random() < 0.7:
+                pairs |= set(itertools.product(rest, side))
+            self._cut(pairs, rng)
+
+    def _mesh(self, rng: random.Random) -> None:
+        """Some pairs cannot talk, though both reach others."""
+        pairs = list(itertools.combinations(self.world.machines, 2))
+        some = rng.sample(pairs, rng.randint(0, len(pairs) // 2)) if pairs else []
+        self._cut({p for one, other in some for p in ((one, other), (other, one))}, rng)
+
+    # --- processes and machines ---------------------------------------------------------------------------
+
+    def _kill(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            self.world.crash(machine)
+
+    def _power(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            self.world.crash(machine, power=True)
+
+    def _blackout(self, rng: random.Random) -> None:
+        """All at once, or nearly."""
+        self.world.count("blackout")
+        power = rng.random() < 0.5
+        for machine in self._running():
+            self.world.crash(machine, power=power)
+
+    def _fuse(self, rng: random.Random) -> None:
+        """A crash at the boundary of two effects: sends, syncs, renames, commits."""
+        if machine := self._any(rng):
+            machine.disk.fuse = rng.choice((0, 1, 2, 3, 5, 8, 13, 30))
+
+    def _stop(self, rng: random.Random) -> None:
+        """As systemd would: leadership is handed over, the state is synced."""
+        machine = self._any(rng)
+        if machine and machine.process and machine.process.serves:
+            process = machine.process
+            assert process.node is not None
+            self.world.count("clean stop")
+            node = process.node
+            process.run(lambda: process.loop.create_task(node.stop()))
+
+    def _freeze(self, machine: Machine, ms: int) -> int:
+        process = machine.process
+        until = self.world.scheduler.now + ms * MS
+        if process is not None:
+            process.loop.frozen_until = max(process.loop.frozen_until, until)
+        return until
+
+    def _pause(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            self._freeze(machine, int(rng.uniform(0.2, 3) * self._timeout_ms))
+
+    def _suspend(self, rng: random.Random) -> None:
+        """Of the machine: its monotonic clock stands still."""
+        if machine := self._any(rng):
+            ms = int(rng.uniform(0.2, 3) * self._timeout_ms)
+            if machine.process is not None and machine.process.loop.frozen_until == 0:
+                self._freeze(machine, ms)
+                machine.clock.suspended_ns += int(ms * MS * machine.clock.rate)
+                machine.stalled_until = max(
+                    machine.stalled_until, self.world.scheduler.now + ms * MS
+                )
+
+    @property
+    def _timeout_ms(self) -> int:
+        return self.world.plan.election.timeout_ms_min
+
+    # --- disks ----------------------------------------------------------------------------------------------
+
+    def _stall(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            ms = int(rng.uniform(0.1, 4) * self._timeout_ms)
+            machine.stalled_until = self.world.scheduler.now + ms * MS
+
+    def _eio(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            machine.disk.eio = True
+
+    def _full(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            machine.disk.full = True
+            self.world.scheduler.after(rng.randint(100, 1500) * MS, self._free, machine)
+
+    @staticmethod
+    def _free(machine: Machine) -> None:
+        machine.disk.full = False
+
+    def _may_damage(self, machine: Machine) -> bool:
+        """One machine at a time; voters only where others have a quorum without it."""
+        if self.damaged is not None and self._still_damaged():
+            return False
+        members = self.world.membership
+        return len(members.voters) >= 3 and not members.joint
+
+    def _rot(self, rng: random.Random) -> None:
+        machine = self._any(rng)
+        if machine is None or not self._may_damage(machine):
+            return
+        process, what = machine.process, rng.choice(("log", "state", "snapshot"))
+        if process is None or process.node is None or process.node.raft.state_lost:
+            return
+        path = machine.path
+        if what == "log":
+            self._rot_log(machine, rng)
+        elif what == "state":
+            current = path / path.joinpath("CURRENT").read_text().strip() / "data.mdb"
+            node = current._find()
+            if node is not None and node.environment is not None:
+                self._rot_records(node.environment, b"keys", rng)
+                self._mark(machine, "state rotted", lambda: self._is_weak(machine))
+        else:
+            files = list(path.joinpath("snapshots").glob("snapshot-*.dsnap"))
+            if files:
+                self._rot_file(machine, rng.choice(files), rng)
+
+    def _rot_log(self, machine: Machine, rng: random.Random) -> None:
+        log = machine.log_file()
+        if log is not None and len(log.tables[b""].keys) > 2:
+            self.world.checker.damaging(machine)
+            self._rot_records(log, b"", rng)
+            me = machine.process.member if machine.process else None
+            self._mark(
+                machine,
+                "log rotted",
+                lambda: self._is_weak(machine)
+                or machine.process is None
+                or machine.process.member == me,
+            )
+
+    @staticmethod
+    def _rot_records(environment: Environment, name: bytes, rng: random.Random) -> None:
+        table = environment.tables.get(name)
+        if table is None or not table.keys:
+            return
+        key = rng.choice(table.keys)
+        raw = bytearray(table.data[key])
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        table.data[key] = bytes(raw)
+
+    def _rot_file(self, machine: Machine, file: SimPath, rng: random.Random) -> None:
+        node = file._find()
+        assert node is not None
+        raw = bytearray(node.content)
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        node.content = node.synced = bytes(raw)
+        self._mark(machine, "snapshot rotted", lambda: file._find() is node)
+
+    def _mark(self, machine: Machine, what: str, lasts: Callable[[], bool]) -> None:
+        self.world.count(what)
+        self.damaged, self._still_damaged = machine, lasts
+
+    def _is_weak(self, machine: Machine) -> bool:
+        """Not a voter yet, or not up to date."""
+        process = machine.process
+        if process is None or process.node is None:
+            return True
+        raft = process.node.raft
+        return (
+            raft.state_lost
+            or raft.me not in self.world.membership.voters
+            or raft.log.stable_index < len(self.world.checker.committed) - 5
+        )
+
+    def _wipe(self, rng: random.Random) -> None:
+        machine = self._any(rng)
+        if machine is None or not self._may_damage(machine) or machine.process is None:
+            return
+        process = machine.process
+        if process.node is None or process.node.raft.me not in self.world.membership.voters:
+            return
+        self.world.checker.damaging(machine)
+        self.world.note("wipe", machine.id)
+        self.world.checker.crashed(process, power=True)
+        machine.wipe()
+        self.world.clients.process_gone(process)
+        self.world.restart_later(machine)
+        self._mark(machine, "disk replaced", lambda: self._is_weak(machine))
+
+    # --- operators ------------------------------------------------------------------------------------------
+
+    def _ask(self, rng: random.Random, make: Callable[[Any, float], Any]) -> None:
+        """Have any node carry out an operation, and never mind the answer."""
+        processes = self.world.processes()
+        if not processes:
+            return
+        process = rng.choice(processes)
+
+        async def ask() -> None:
+            try:
+                assert process.node is not None
+                await make(process.node, process.loop.time() + 1.0)
+            except DengineError as error:
+                self.world.note("operator", error.name)
+
+        process.run(lambda: process.loop.create_task(ask()))
+
+    def _transfer(self, rng: random.Random) -> None:
+        voters = self.world.membership.voters
+        if voters:
+            target = rng.choice(voters).id
+            self.world.count("transfer asked")
+            self._ask(rng, lambda node, deadline: node.transfer_leader(target, deadline))
+
+    def _churn(self, rng: random.Random) -> None:
+        """A newcomer, a removal, a promotion or new settings."""
+        members, dice = self.world.membership, rng.random()
+        if dice < 0.35 and len(self.world.machines) < NODES_MAX and members.voters:
+            node_id = len(self.world.machines) + 1
+            founders = (rng.choice(members.voters).id,)
+            self.world.machines[node_id] = machine = Machine(self.world, node_id, founders)
+            self.world.start(machine)
+        elif dice < 0.6 and len(members.voters) > 3 and self._nobody_is_missing(members):
+            self._remove(rng.choice(members.members).id.id, rng)
+        elif dice < 0.8 and members.learners:
+            ids = [m.id for m in members.learners]
+            self._ask(rng, lambda node, deadline: node.promote(ids, deadline))
+        else:
+            settings = {"history_revisions": rng.randint(1, 1000)}
+            self._ask(rng, lambda node, deadline: node.change_settings(settings, deadline))
+
+    def _nobody_is_missing(self, members: Membership) -> bool:
+        return not (self.damaged and self._still_damaged())
+
+    def _remove(self, node_id: int, rng: random.Random) -> None:
+        self.world.count("removal asked")
+        self._ask(rng, lambda node, deadline: node.remove_member(node_id, deadline))
+
+    def _lag(self, rng: random.Random) -> None:
+        """Somebody hears nothing for so long that it will need a snapshot."""
+        if machine := self._any(rng):
+            others = [i for i in self.world.machines if i != machine.id]
+            pairs = {p for i in others for p in ((i, machine.id), (machine.id, i))}
+            self.world.network.cut |= pairs
+            for process in self.world.processes():
+                process.peers.cut(machine.id)
+            self.world.scheduler.after(int(1.2e9), self._reunite, pairs)
