@@ -100,7 +100,7 @@ class Exchange:
             on_disconnected=self._on_disconnected,
             secret=secret,
         )
-        self.forwarding = Forwarding(self.peers.send)
+        self.forwarding = Forwarding(self.peers.send, directory.boot)
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -37,12 +37,14 @@ class Forwarding:
 
     Args:
         send: puts a frame on the stream to a member; False when there is none.
+        boot: of this process. Ids count from there: the answer to a question of the process before
+            may come late, on a stream of ours, and must not be taken for one to a question of ours.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, boot: int) -> None:
         self._send = send
         self._loop = asyncio.get_running_loop()
-        self._next_id = 0
+        self._next_id = boot
         self._asked: dict[int, _Asked] = {}
 
     async def ask(self, to: MemberId, op: str, body: bytes, deadline: float) -> bytes:

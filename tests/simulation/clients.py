@@ -90,9 +90,9 @@ class Clients:
         self._counter += 1
         value = b"%d" % self._counter
         now, dice = self.world.scheduler.now, rng.random()
-        if dice < 0.35:
+        if dice < 0.42:
             return Call(slot, key, "write", value, Put(key, value), "", now)
-        if dice < 0.5:
+        if dice < 0.6:
             expected = self._revision.get((slot, key))
             condition = (
                 Condition(if_none_match=True)
@@ -101,9 +101,9 @@ class Clients:
             )
             argument = (expected, value)
             return Call(slot, key, "cas", argument, Put(key, value, condition), "", now)
-        if dice < 0.54:
+        if dice < 0.65:
             return Call(slot, key, "delete", None, Delete(key), "", now)
-        level = rng.choices(LEVELS, (5, 3, 2))[0]
+        level = rng.choices(LEVELS, (6, 3, 1))[0]
         return Call(slot, key, "read", None, None, level, now)
 
     def _invoke(self, call: Call, slot: int) -> None:

@@ -81,6 +81,7 @@ class Checker:
         self.index_of: dict[bytes, int] = {}  # value -> index of the entry that writes it
         self._entries: dict[tuple[int, int], tuple[Entry, int]] = {}
         self._seen: dict[Process, _Seen] = {}
+        self._new_memberships: list[Entry] = []
         self._votes: dict[tuple[MemberId, int], MemberId] = {}
         self._promised: dict[MemberId, int] = {}
         self._digests: dict[int, tuple[int, bytes]] = {}
@@ -160,6 +161,9 @@ class Checker:
         self._order(me, raft)
         self._log_matching(me, raft, seen)
         self._commitment(me, raft, seen)
+        for entry in self._new_memberships:
+            self._membership_change(me, raft, entry)
+        self._new_memberships.clear()
         self._leadership(me, raft, seen)
         if node.state.applied.index != seen.applied:
             seen.applied = node.state.applied.index
@@ -203,7 +207,7 @@ class Checker:
             if found is None:
                 known[place] = (entry, terms[-1])
                 if entry.kind is EntryKind.CONFIG and entry.index > 1:
-                    self._membership_change(me, raft, entry)
+                    self._new_memberships.append(entry)
             elif found != (entry, terms[-1]):
                 violated("3 log matching", f"{me}: two entries {entry.log_id}")
             terms.append(entry.term)

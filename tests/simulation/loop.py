@@ -89,6 +89,7 @@ class Scheduler:
         self.now = 0
         self.count = 0
         self._made = 0
+        self.running: EventLoop | None = None  # asyncio is told only when it changes
         self._heap: list[tuple[int, int, Callable[..., Any], tuple[Any, ...]]] = []
 
     def at(self, when: int, fn: Callable[..., Any], *args: Any) -> None:
@@ -107,6 +108,11 @@ class Scheduler:
             self.count += 1
             fn(*args)
         self.now = when
+
+    def close(self) -> None:
+        """No loop runs any more."""
+        self.running = None
+        _set_running_loop(None)
 
 
 class EventLoop:
@@ -196,7 +202,6 @@ class EventLoop:
 
     def clear_away(self) -> None:
         """After the run: end every coroutine that still waits, without running anything more."""
-        self._ready.clear()
         for task in asyncio.all_tasks(self):  # type: ignore[arg-type]
             coroutine: Any = task.get_coro()
             for _ in range(10):  # each may await once more on its way out
@@ -216,7 +221,9 @@ class EventLoop:
         if self.frozen_until > self._scheduler.now:
             self._scheduler.at(self.frozen_until, self.run, fn, *args)
             return
-        _set_running_loop(self)
+        if self._scheduler.running is not self:
+            self._scheduler.running = self
+            _set_running_loop(self)
         try:
             fn(*args)
             ready = self._ready
@@ -226,8 +233,6 @@ class EventLoop:
                     handle.fn(*handle.args)
         except Crash:
             pass
-        finally:
-            _set_running_loop(None)
         if self.broken is not None:
             raise self.broken
         self._ran()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.simulation.writer import LogWriter
 
 PORT = 9081
-BUSY_NS = (10_000, 150_000)  # until a process looks at what has arrived
+BUSY_NS_MIN, BUSY_NS = 10_000, 600_000  # until a process looks at what has arrived
 
 
 class Machine:
@@ -103,7 +103,8 @@ class Machine:
         """The disk is replaced by an empty one; the node has to join again."""
         self.crash()
         self.disk = self._new_disk()
-        self.founders = tuple(i for i in self.founders if i != self.id) or self.founders
+        members = self.world.membership.members
+        self.founders = tuple(m.id.id for m in members if m.id.id != self.id)
 
     def _burnt(self) -> None:
         """The fuse has: the rest follows when the event under way has unwound."""
@@ -170,6 +171,7 @@ class Process:
         self.job = ""
         self._inbox: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._life: Any = None
+        self._random = machine.world.rng.random
 
     def start(self) -> None:
         self.run(self._begin)
@@ -214,7 +216,7 @@ class Process:
             return
         self._inbox.append((fn, args))
         if len(self._inbox) == 1:
-            busy_ns = self.machine.world.rng.randint(*BUSY_NS)
+            busy_ns = BUSY_NS_MIN + int(self._random() * BUSY_NS)
             self.machine.world.scheduler.after(busy_ns, self.loop.run, self._take_in)
 
     def _take_in(self) -> None:

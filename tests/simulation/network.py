@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 from dengine.node.peers import PeerStatus
 from dengine.node.wire import Frame, Hello, RaftFrame, Refused, decode, encode
@@ -82,7 +81,7 @@ class Network:
         if process is None or (sender.id, to.id) in self.cut or not process.serves:
             return
         self.messages += count
-        self.world.note("message", sender.id, to.id, crc32(data))
+        self.world.saw(sender.id, to.id, data)
         process.arrived(process.peers.take_frame, sender, data)
 
     def sure(self, one: int, other: int, fn: Callable[..., Any], *args: Any) -> None:

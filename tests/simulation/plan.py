@@ -74,7 +74,7 @@ class Plan:
             name for name, on in drawn if on and not calm and name not in self.without
         )
         timeout_ms = rng.choice((150, 150, 300))
-        heartbeat_ms = timeout_ms // rng.choice((4, 6))
+        heartbeat_ms = timeout_ms // 3
         self.election = Election(timeout_ms, timeout_ms * 2, heartbeat_ms)
         self.lease_ms = rng.choice((timeout_ms // 2, timeout_ms // 3))
         self.membership = Membership(
@@ -89,7 +89,7 @@ class Plan:
             hold_bytes=rng.choice((0, 200, 10_000)),
         )
         self.fsync_us = rng.choice((100, 300, 2000))
-        self.clients = rng.choice((3, 4, 6, 8))
+        self.clients = rng.choice((2, 3, 4, 6))
         self.keys = rng.choice((1, 2, 3))
         self.seconds = rng.uniform(2.5, 5.0)
         self.limits = {

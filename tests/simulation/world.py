@@ -25,7 +25,8 @@ from collections.abc import Callable
 from typing import Any
 from zlib import crc32
 
-from dengine.errors import FatalError, IdentityError, StorageIO, TryAgain
+from dengine.errors import DataCorruption, FatalError, IdentityError, StorageIO, TryAgain
+from dengine.node.wire import decode
 from dengine.raft.membership import Membership
 from dengine.raft.types import MemberId
 from tests.simulation.clients import Clients
@@ -92,6 +93,12 @@ class World:
         if self.trace is not None:
             self.trace(f"{self.scheduler.now / 1e6:12.3f} ms  {' '.join(map(str, what))}")
 
+    def saw(self, sender: int, to: int, data: bytes) -> None:
+        """A message arrived; as `note`, without the cost."""
+        self.digest = crc32(data, self.digest ^ (self.scheduler.now & 0xFFFFFFFF))
+        if self.trace is not None:
+            self.trace(f"{self.scheduler.now / 1e6:12.3f} ms  {sender} -> {to}  {decode(data)}")
+
     def machine_at(self, address: str) -> Machine | None:
         host = address.rpartition(":")[0]
         return self.machines.get(int(host.rpartition(".")[2]))
@@ -134,6 +141,12 @@ class World:
         if isinstance(error, IdentityError) and self._was_removed(process):
             self.count("removed node stopped")
             machine.retired = True
+            return
+        if isinstance(error, DataCorruption) and self.faults.damaged is machine:
+            self.count("operator replaced a disk")  # it stopped, as it must, and said why
+            self.checker.damaging(machine)
+            machine.wipe()
+            self.restart_later(machine)
             return
         if error is not None and not isinstance(error, TryAgain | StorageIO):
             raise error if isinstance(error, Violation) else self._died(machine, error)
@@ -280,6 +293,7 @@ class World:
             for process in self.graveyard:
                 process.loop.clear_away()
             self.graveyard.clear()
+            self.scheduler.close()
             gc.collect()
         finally:
             sys.unraisablehook = hook

@@ -118,6 +118,8 @@ class LogWriter:
             raise
         except BaseException as caught:  # as the real one: carried to the loop
             error = caught
+        if ready.snapshot is not None:
+            self._process.machine.world.count("snapshot installed")
         self._written(ready, error, 0.001)
 
     def _look_for_purges(self) -> None:
@@ -130,6 +132,7 @@ class LogWriter:
     def _purge(self) -> None:
         try:
             self._store.purge_step()
+            self._process.machine.world.count("log purged")
         except Crash:
             raise
         except BaseException as error:
@@ -161,7 +164,9 @@ class WriterProcess:
                 reason = watch(step, steps) or self._killed_for
                 if reason:
                     raise TryAgain(reason)
-            return self._carry_out(job)
+            done = self._carry_out(job)
+            self._process.machine.world.count(f"{type(job).__name__.lower()} done")
+            return done
         finally:
             self._busy = False
             self._process.job = ""
