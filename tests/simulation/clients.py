@@ -23,7 +23,7 @@ from tests.simulation.invariants import violated
 from tests.simulation.loop import MS, SECOND
 
 if TYPE_CHECKING:
-    from tests.simulation.machine import Process
+    from tests.simulation.machine import Machine, Process
     from tests.simulation.world import World
 
 LEVELS = ("linearizable", "lease", "eventual")
@@ -75,7 +75,10 @@ class Clients:
         if self.stopped:
             return
         rng = self._rngs[slot]
-        machine = rng.choice(list(self.world.machines.values()))
+        machines = list(self.world.machines.values())
+        machine = rng.choice(machines)
+        if not self._knows_leader(machine):  # as a client that has tried another address
+            machine = rng.choice(machines)
         process = machine.process
         if process is None or not process.serves:
             self.world.scheduler.after(20 * MS, self._call, slot)
@@ -84,6 +87,11 @@ class Clients:
         call.process = process
         self.pending[call] = None
         process.arrived(self._invoke, call, slot)
+
+    @staticmethod
+    def _knows_leader(machine: Machine) -> bool:
+        process = machine.process
+        return process is not None and process.node is not None and process.node.leader is not None
 
     def _choose(self, slot: int, rng: random.Random) -> Call:
         key = b"k%d" % rng.randrange(self.world.plan.keys)
@@ -117,7 +125,7 @@ class Clients:
         assert call.process is not None
         node, loop = call.process.node, call.process.loop
         assert node is not None
-        timeout_s = self._rngs[call.client].choice((0.3, 1.0, 2.0))
+        timeout_s = self._rngs[call.client].choice((0.1, 0.3, 1.0))
         if call.command is not None:
             return await node.write(call.command, loop.time() + timeout_s)
         await node.read_barrier(call.level, loop.time() + timeout_s)

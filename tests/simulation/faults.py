@@ -76,7 +76,7 @@ class Faults:
 
     def _plan(self, kind: str) -> None:
         mean_ms, act = self._acts[kind]
-        pause_ns = int(self.rngs[kind].expovariate(1 / mean_ms) * MS)
+        pause_ns = int(self.rngs[kind].expovariate(1 / mean_ms) * self.world.plan.calm * MS)
         self.world.scheduler.after(pause_ns, self._act, kind, act)
 
     def _act(self, kind: str, act: Callable[[random.Random], None]) -> None:
@@ -120,7 +120,7 @@ class Faults:
             process = self.world.machines[one].process
             if process is not None and process.serves:
                 process.peers.cut(other)
-        lasting_ms = int(rng.choice((0.3, 1, 3)) * self.world.plan.election.timeout_ms_max)
+        lasting_ms = int(rng.choice((0.3, 0.6, 1.2)) * self.world.plan.election.timeout_ms_max)
         self.world.scheduler.after(lasting_ms * MS, self._reunite, pairs)
 
     def _reunite(self, pairs: set[tuple[int, int]]) -> None:

@@ -240,7 +240,7 @@ class Process:
         again = with_loop(self.loop, snapshots.files.transfers.began, receiver, ref, 0)
         with_loop(self.loop, snapshots.files.transfers.sent, receiver, ref.size_bytes)
         if again:
-            self.run(snapshots.suspect, ref)
+            self.arrived(snapshots.suspect, ref)
         return content
 
 

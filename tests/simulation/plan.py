@@ -16,25 +16,25 @@ FAULTS: dict[str, float] = {
     "repeat": 0.5,
     "reorder": 0.5,
     "tail": 0.4,
-    "one-way cut": 0.4,
-    "isolate": 0.5,
-    "mesh": 0.3,
-    "kill": 0.6,
-    "power": 0.5,
-    "blackout": 0.25,
-    "fuse": 0.6,
-    "stop": 0.3,
-    "pause": 0.4,
-    "suspend": 0.3,
-    "skew": 0.5,
-    "stall": 0.4,
-    "eio": 0.4,
-    "full": 0.25,
-    "rot": 0.4,
-    "wipe": 0.3,
-    "transfer": 0.5,
-    "churn": 0.5,
-    "lag": 0.4,
+    "one-way cut": 0.6,
+    "isolate": 0.6,
+    "mesh": 0.5,
+    "kill": 0.7,
+    "power": 0.7,
+    "blackout": 0.5,
+    "fuse": 0.8,
+    "stop": 0.5,
+    "pause": 0.6,
+    "suspend": 0.5,
+    "skew": 0.6,
+    "stall": 0.6,
+    "eio": 0.6,
+    "full": 0.4,
+    "rot": 0.6,
+    "wipe": 0.5,
+    "transfer": 0.7,
+    "churn": 0.7,
+    "lag": 0.6,
 }
 
 
@@ -60,6 +60,7 @@ class Plan:
     clients: int = 4
     keys: int = 2
     seconds: float = 4.0
+    calm: float = 1.0  # by how much longer the pauses between faults are
     limits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,11 +69,10 @@ class Plan:
         first, _, last = self.shape.partition("->")
         self.founders = 3 if self.shape == "replace" else int(first)
         self.joiners = 1 if self.shape == "replace" else int(last or first) - self.founders
-        drawn = [(name, rng.random() < odds) for name, odds in FAULTS.items()]
-        calm = rng.random() < 0.1
-        self.faults = tuple(
-            name for name, on in drawn if on and not calm and name not in self.without
-        )
+        density = rng.choice((0.0, 0.3, 0.3, 0.5, 0.7, 1.0))
+        drawn = [(name, rng.random() < density * odds) for name, odds in FAULTS.items()]
+        self.faults = tuple(name for name, on in drawn if on and name not in self.without)
+        self.calm = rng.choice((1.0, 1.0, 2.0, 3.0))
         timeout_ms = rng.choice((150, 150, 300))
         heartbeat_ms = timeout_ms // 3
         self.election = Election(timeout_ms, timeout_ms * 2, heartbeat_ms)

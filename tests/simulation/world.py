@@ -138,6 +138,8 @@ class World:
         machine.crash()
         self.clients.process_gone(process)
         cause = error.__cause__ if error is not None else None
+        if isinstance(cause, Violation):  # noticed inside of a turn
+            raise cause
         if isinstance(error, IdentityError) and self._was_removed(process):
             self.count("removed node stopped")
             machine.retired = True
