@@ -52,15 +52,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             RAFT,
             "and (m.transfer or not self._is_sticky())\n            and self.log.is_up_to_date(",
-            "and (m.transfer or not self._is_sticky())\n            and LogId(",
-        ),
-    ),
-    _mutant(
-        "votes of an older term count",
-        (
-            RAFT,
-            "return self.role is Role.CANDIDATE and self._candidate_term == self.term",
-            "return self.role is Role.CANDIDATE",
+            "and (m.transfer or not self._is_sticky())\n            and bool(",
         ),
     ),
     _mutant(
@@ -237,6 +229,11 @@ MUTANTS: tuple[Mutant, ...] = (
             RAFT,
             "self._rounds.start(commit if self.committed_in_term else None, self._now_ms)",
             "self._rounds.start(commit, self._now_ms)",
+        ),
+        (
+            RAFT,
+            "rounds.arrived and not rounds.outstanding and self.committed_in_term",
+            "rounds.arrived and not rounds.outstanding",
         ),
     ),
     _mutant(

@@ -77,6 +77,9 @@ class Clients:
         rng = self._rngs[slot]
         machines = list(self.world.machines.values())
         machine = rng.choice(machines)
+        if rng.random() < 0.3:  # whoever believes to lead
+            leading = [m for m in machines if m.process and m.process.leads]
+            machine = rng.choice(leading) if leading else machine
         if not self._knows_leader(machine):  # as a client that has tried another address
             machine = rng.choice(machines)
         process = machine.process

@@ -39,7 +39,10 @@ class Faults:
         self._acts: dict[str, tuple[int, Callable[[random.Random], None]]] = {
             "one-way cut": (700, self._one_way),
             "isolate": (900, self._isolate),
-            "mesh": (1200, self._mesh),
+            "mesh": (1000, self._mesh),
+            "usurp": (1000, self._usurp),
+            "stale leader": (1000, self._stale_leader),
+            "slow": (800, self._slow),
             "kill": (600, self._kill),
             "power": (900, self._power),
             "blackout": (2000, self._blackout),
@@ -112,7 +115,9 @@ class Faults:
 
     # --- the network ------------------------------------------------------------------------------------
 
-    def _cut(self, pairs: set[tuple[int, int]], rng: random.Random) -> None:
+    def _cut(
+        self, pairs: set[tuple[int, int]], rng: random.Random, lasting_ms: int = 0
+    ) -> None:
         self.world.note("cut", sorted(pairs))
         network = self.world.network
         network.cut |= pairs
@@ -120,7 +125,7 @@ class Faults:
             process = self.world.machines[one].process
             if process is not None and process.serves:
                 process.peers.cut(other)
-        lasting_ms = int(rng.choice((0.3, 0.6, 1.2)) * self.world.plan.election.timeout_ms_max)
+        lasting_ms = lasting_ms or int(rng.choice((0.3, 0.6, 1.2)) * self._timeout_max_ms)
         self.world.scheduler.after(lasting_ms * MS, self._reunite, pairs)
 
     def _reunite(self, pairs: set[tuple[int, int]]) -> None:
@@ -149,6 +154,54 @@ class Faults:
         pairs = list(itertools.combinations(self.world.machines, 2))
         some = rng.sample(pairs, rng.randint(0, len(pairs) // 2)) if pairs else []
         self._cut({p for one, other in some for p in ((one, other), (other, one))}, rng)
+
+    def _usurp(self, rng: random.Random) -> None:
+        """The leader goes on alone, with clients that write to it, until another one leads."""
+        leader = self.world.leader()
+        if leader is None:
+            return
+        me = leader.machine.id
+        others = [i for i in self.world.machines if i != me]
+        with_it = rng.sample(others, rng.choice((0, 0, len(others) // 3)))
+        rest = [i for i in others if i not in with_it]
+        side = [me, *with_it]
+        pairs = {p for one in side for i in rest for p in ((one, i), (i, one))}
+        self._cut(pairs, rng, int(rng.uniform(0.8, 2.5) * self._timeout_max_ms))
+
+    def _stale_leader(self, rng: random.Random) -> None:
+        """Answers reach the leader late, so that it learns late that it does not lead any more:
+        because nobody hears it, or because it hands over.
+        """
+        leader = self.world.leader()
+        if leader is None or leader.node is None:
+            return
+        me = leader.machine.id
+        others = [i for i in self.world.machines if i != me]
+        lag_ms = int(rng.uniform(0.3, 1.5) * self._timeout_max_ms)
+        self._slow_down({(i, me) for i in others}, lag_ms, 3 * self._timeout_max_ms)
+        heirs = [v.id for v in self.world.membership.voters if v.id != me]
+        if heirs and rng.random() < 0.5:
+            heir, node = rng.choice(heirs), leader.node
+            self._ask(rng, lambda _, deadline: node.transfer_leader(heir, deadline), leader)
+        else:
+            self._cut({(me, i) for i in others}, rng, 2 * self._timeout_max_ms)
+
+    def _slow(self, rng: random.Random) -> None:
+        ids = list(self.world.machines)
+        if len(ids) > 1:
+            one, other = rng.sample(ids, 2)
+            lag_ms = int(rng.uniform(0.1, 1.5) * self._timeout_max_ms)
+            self._slow_down({(one, other)}, lag_ms, 3 * self._timeout_max_ms)
+
+    def _slow_down(self, links: set[tuple[int, int]], lag_ms: int, lasting_ms: int) -> None:
+        self.world.note("slow", sorted(links), lag_ms)
+        for link in links:
+            self.world.network.slow[link] = lag_ms * MS
+        self.world.scheduler.after(lasting_ms * MS, self._hurry, links)
+
+    def _hurry(self, links: set[tuple[int, int]]) -> None:
+        for link in links:
+            self.world.network.slow.pop(link, None)
 
     # --- processes and machines ---------------------------------------------------------------------------
 
@@ -207,6 +260,10 @@ class Faults:
     @property
     def _timeout_ms(self) -> int:
         return self.world.plan.election.timeout_ms_min
+
+    @property
+    def _timeout_max_ms(self) -> int:
+        return self.world.plan.election.timeout_ms_max
 
     # --- disks ----------------------------------------------------------------------------------------------
 
@@ -321,12 +378,18 @@ class Faults:
 
     # --- operators ------------------------------------------------------------------------------------------
 
-    def _ask(self, rng: random.Random, make: Callable[[Any, float], Any]) -> None:
-        """Have any node carry out an operation, and never mind the answer."""
+    def _ask(
+        self,
+        rng: random.Random,
+        make: Callable[[Any, float], Any],
+        process: Process | None = None,
+    ) -> None:
+        """Have a node carry out an operation, and never mind the answer."""
         processes = self.world.processes()
-        if not processes:
+        if process is None and processes:
+            process = rng.choice(processes)
+        if process is None:
             return
-        process = rng.choice(processes)
 
         async def ask() -> None:
             try:

@@ -88,6 +88,8 @@ class Checker:
         self._heads: dict[int, _Head] = {}
         self._once_held: dict[MemberId, dict[int, int]] = {}  # before its disk was damaged
         self._owner: dict[int, MemberId] = {}
+        self._kept: dict[MemberId, int] = {}  # committed and durable there, as it knew
+        self._configs: list[tuple[int, Membership]] = []  # committed ones, by index
 
     # --- the life of processes -----------------------------------------------------------------------
 
@@ -102,6 +104,11 @@ class Checker:
         self._seen[process] = _Seen()
         if raft.term < self._promised.get(me, 0):
             violated("7 votes", f"{me} came back in term {raft.term} from {self._promised[me]}")
+        kept = self._kept.get(me, 0)
+        if kept > raft.log.base.index and (
+            raft.log.term(kept) != self.committed[kept - 1].term
+        ):
+            violated("6 durable ack", f"{me} came back without entry {kept}, which it had committed")
         self.look(process)
 
     def crashed(self, process: Process, *, power: bool) -> None:
@@ -161,6 +168,8 @@ class Checker:
         self._order(me, raft)
         self._log_matching(me, raft, seen)
         self._commitment(me, raft, seen)
+        if raft._restore is None:
+            self._membership_in_force(me, raft)
         for entry in self._new_memberships:
             self._membership_change(me, raft, entry)
         self._new_memberships.clear()
@@ -245,6 +254,9 @@ class Checker:
         if commit < before:
             violated("4 committed", f"{me}: commit went back from {before} to {commit}")
         seen.commit = commit
+        kept = min(commit, raft.log.stable_index)
+        if kept > self._kept.get(me, 0):
+            self._kept[me] = kept
         if commit == before:
             return
         committed, log = self.committed, raft.log
@@ -258,6 +270,15 @@ class Checker:
         while len(committed) < commit:
             for entry in log.entries(len(committed) + 1, commit + 1, 1 << 40):
                 self._commit(me, raft, entry)
+
+    def _membership_in_force(self, me: MemberId, raft: Raft) -> None:
+        """What a member takes for the committed membership is that."""
+        commit, configs = raft.log.commit_index, self._configs
+        place = len(configs) - 1
+        while place >= 0 and configs[place][0] > commit:
+            place -= 1
+        if place >= 0 and raft.committed_membership != configs[place][1]:
+            violated("8 membership", f"{me} at {commit} goes by an old membership, or another one")
 
     def _commit(self, me: MemberId, raft: Raft, entry: Entry) -> None:
         """The first time that anybody takes `entry` for committed."""
@@ -274,6 +295,7 @@ class Checker:
                     self.index_of[command.value] = entry.index
         elif entry.kind is EntryKind.CONFIG:
             self.world.membership = decode_membership(entry.data)
+            self._configs.append((entry.index, self.world.membership))
 
     def _durable(self, log_id: LogId, raft: Raft) -> bool:
         """By the membership in force where the entry stands, or by a newer one that counts it."""

@@ -95,9 +95,14 @@ class Machine:
         if log is not None:
             log.process_ended(self.rng)
         if power:
-            self.boot_id = f"boot-{self.id}-{self.starts}"
-            self.disk.lose_power()
+            self.reboot()
         self.disk.eio = False
+
+    def reboot(self) -> None:
+        """The power goes while no process runs."""
+        assert self.process is None
+        self.boot_id = f"boot-{self.id}-{self.starts}"
+        self.disk.lose_power()
 
     def wipe(self) -> None:
         """The disk is replaced by an empty one; the node has to join again."""
@@ -224,6 +229,10 @@ class Process:
         for fn, args in inbox:
             if not self.loop.dead:
                 fn(*args)
+
+    @property
+    def leads(self) -> bool:
+        return self.node is not None and self.node.raft.is_leader
 
     def _ran(self) -> None:
         if self.serves:

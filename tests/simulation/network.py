@@ -47,6 +47,7 @@ class Network:
         self.habits = habits
         self.cut: set[tuple[int, int]] = set()
         self.messages = 0
+        self.slow: dict[tuple[int, int], int] = {}  # further ns on a link
         self._last: dict[tuple[int, int], int] = {}
         self._last_sure: dict[tuple[int, int], int] = {}
 
@@ -61,6 +62,7 @@ class Network:
 
     def heal(self) -> None:
         self.cut.clear()
+        self.slow.clear()
         self.habits = Habits()
 
     def raft_frame(self, sender: MemberId, to: MemberId, data: bytes, count: int) -> None:
@@ -68,7 +70,7 @@ class Network:
         link, habits, rng = (sender.id, to.id), self.habits, self.rng
         if link in self.cut or (habits.loss and rng.random() < habits.loss):
             return
-        when = self.world.scheduler.now + self.delay_ns()
+        when = self.world.scheduler.now + self.delay_ns() + self.slow.get(link, 0)
         if habits.ordered:
             when = self._last[link] = max(when, self._last.get(link, 0))
         self.world.scheduler.at(when, self._arrive, sender, to, data, count)
@@ -87,7 +89,8 @@ class Network:
     def sure(self, one: int, other: int, fn: Callable[..., Any], *args: Any) -> None:
         """Call `fn` after the way from `one` to `other`, in the order of the calls."""
         last = self._last_sure.get((one, other), 0)
-        when = max(self.world.scheduler.now + self.delay_ns(), last)
+        slow_ns = self.slow.get((one, other), 0)
+        when = max(self.world.scheduler.now + self.delay_ns() + slow_ns, last)
         self._last_sure[(one, other)] = when
         self.world.scheduler.at(when, fn, *args)
 

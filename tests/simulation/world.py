@@ -156,6 +156,9 @@ class World:
             if type(error) is TryAgain:
                 raise self._died(machine, cause)
         self.count("exit 75" if isinstance(error, TryAgain) else "exit 74" if error else "exit 0")
+        if "power" in self.plan.faults and machine.rng.random() < 0.3:
+            self.count("power lost while down")
+            machine.reboot()
         self.restart_later(machine)
 
     def _was_removed(self, process: Process) -> bool:
@@ -256,6 +259,8 @@ class World:
                     continue
                 return False
             if process.node.raft.state_lost or process.node.state.digest != digest:
+                return False
+            if process.node.raft.committed_membership != members:
                 return False
         return True
 

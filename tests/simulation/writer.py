@@ -69,7 +69,8 @@ class LogWriter:
     def submit(self, ready: Ready) -> None:
         self._pending = ready
         machine = self._process.machine
-        machine.world.scheduler.after(machine.write_ns(), self._wait_for_disk)
+        times = 1 if ready.snapshot is None else 30
+        machine.world.scheduler.after(times * machine.write_ns(), self._wait_for_disk)
 
     def stop(self, timeout_s: float) -> bool:
         if self._pending is not None:
