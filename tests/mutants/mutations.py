@@ -45,7 +45,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _mutant(
         "candidate before its own vote is durable",
-        (RAFT, "self._send_after_sync(\n                VoteRequest(", "self._send(\n                VoteRequest("),
+        (
+            RAFT,
+            "self._send_after_sync(\n                VoteRequest(",
+            "self._send(\n                VoteRequest(",
+        ),
     ),
     _mutant(
         "vote for an outdated log",
@@ -53,6 +57,11 @@ MUTANTS: tuple[Mutant, ...] = (
             RAFT,
             "and (m.transfer or not self._is_sticky())\n            and self.log.is_up_to_date(",
             "and (m.transfer or not self._is_sticky())\n            and bool(",
+        ),
+        (  # the pre-vote alone would prevent it
+            RAFT,
+            "and not self._is_sticky()\n            and self.log.is_up_to_date(",
+            "and not self._is_sticky()\n            and bool(",
         ),
     ),
     _mutant(
@@ -157,7 +166,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             RAFT,
             "index = joint_value(membership.voters, membership.outgoing, matches)",
-            "index = joint_value(\n            (*membership.voters, *membership.learners), membership.outgoing, matches\n        )",
+            "counted = (*membership.voters, *membership.learners)\n"
+            "        index = joint_value(counted, membership.outgoing, matches)",
         ),
     ),
     _mutant(
@@ -310,7 +320,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "purge ahead of the snapshots",
         (
             "dengine.node.snapshot_files",
-            "limit = min(refs[-2].index, raft.log.applied_index - self._config.retained_log_entries)",
+            "limit = min(refs[-2].index, raft.log.applied_index - "
+            "self._config.retained_log_entries)",
             "limit = raft.log.applied_index",
         ),
     ),
@@ -354,8 +365,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "compare-and-swap without comparing",
         (
             "dengine.kv.machine",
-            "return old is not None and (not condition.if_match or old.mod_revision in condition.if_match)",
-            "return old is not None",
+            "(not condition.if_match or old.mod_revision in condition.if_match)",
+            "True",
         ),
     ),
     _mutant(
@@ -372,7 +383,7 @@ BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
 
 class MutantLoader(importlib.machinery.SourceFileLoader):
-    """Compiles a module from its source with the edits applied; byte code is neither used nor left."""
+    """Compiles a module from its source with the edits applied; no byte code is used or left."""
 
     def __init__(self, name: str, path: str, edits: Sequence[Edit]) -> None:
         super().__init__(name, path)
@@ -408,7 +419,7 @@ def mutated(source: str, edits: Sequence[Edit]) -> str:
 
 
 def infect(mutant: Mutant) -> None:
-    """From now on this process imports the mutant's code. Nothing of dengine may be imported yet."""
+    """This process imports the mutant's code. Nothing of dengine may be imported yet."""
     loaded = [name for name in sys.modules if name.partition(".")[0] == "dengine"]
     assert not loaded, f"too late: {loaded}"
     sys.meta_path.insert(0, _Finder(mutant))

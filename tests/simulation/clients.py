@@ -20,7 +20,7 @@ from tests.linearizability.checker import FOREVER, Operation, Verdict, check
 from tests.linearizability.models import VERSIONED
 from tests.linearizability.timeline import as_text
 from tests.simulation.invariants import violated
-from tests.simulation.loop import MS, SECOND
+from tests.simulation.loop import MS
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine, Process
@@ -60,7 +60,7 @@ class Clients:
         self._eventual: dict[Process, int] = {}
         self._counter = 0
         self._clients = world.plan.clients
-        self._rngs = [random.Random(f"{world.seed} client {i}") for i in range(self._clients)]
+        self._rngs = [random.Random(f"{world.seed} client {i}") for i in range(self._clients + 1)]
         self._revision: dict[tuple[int, bytes], int | None] = {}
 
     def start(self) -> None:
@@ -91,6 +91,18 @@ class Clients:
         self.pending[call] = None
         process.arrived(self._invoke, call, slot)
 
+    def burst(self, process: Process, count: int, rng: random.Random) -> None:
+        """So many writes at once to one node, by clients that are not heard of again."""
+        for _ in range(count):
+            self._counter += 1
+            key, value = b"k%d" % rng.randrange(self.world.plan.keys), b"%d" % self._counter
+            now = self.world.scheduler.now
+            call = Call(
+                self._clients, key, "write", value, Put(key, value), "", now, process=process
+            )
+            self.pending[call] = None
+            process.arrived(self._invoke, call, None)
+
     @staticmethod
     def _knows_leader(machine: Machine) -> bool:
         process = machine.process
@@ -117,7 +129,7 @@ class Clients:
         level = rng.choices(LEVELS, (6, 3, 1))[0]
         return Call(slot, key, "read", None, None, level, now)
 
-    def _invoke(self, call: Call, slot: int) -> None:
+    def _invoke(self, call: Call, slot: int | None) -> None:
         assert call.process is not None
         call.floor = self.acked_index
         call.called = self.world.scheduler.now
@@ -151,12 +163,12 @@ class Clients:
             violated("12 monotonic", f"{call.process.member} went back from {before} to {revision}")
         self._eventual[call.process] = revision
 
-    # --- answers ------------------------------------------------------------------------------------------
+    # --- answers ----------------------------------------------------------------------------------
 
-    def _answered(self, call: Call, slot: int, task: Any) -> None:
+    def _answered(self, call: Call, slot: int | None, task: Any) -> None:
         if self.pending.pop(call, call) is call:
             return  # the client was told before that the connection broke
-        if not self.stopped:
+        if not self.stopped and slot is not None:
             self._think(slot)
         assert call.process is not None
         self.world.checker.look(call.process)  # in this very event it may have been committed
@@ -206,9 +218,7 @@ class Clients:
         self.acked_index = max(self.acked_index, index)
 
     def _record(self, call: Call, returned: float, result: Any) -> None:
-        operation = Operation(
-            call.client, call.called, returned, call.name, call.argument, result
-        )
+        operation = Operation(call.client, call.called, returned, call.name, call.argument, result)
         self.history.setdefault(call.key, []).append(operation)
 
     def _refuse(self, call: Call) -> None:
@@ -221,9 +231,7 @@ class Clients:
             return
         self.world.count("outcome unknown")
         value = call.command.value if isinstance(call.command, Put) else None
-        operation = Operation(
-            call.client, call.called, FOREVER, call.name, call.argument
-        )
+        operation = Operation(call.client, call.called, FOREVER, call.name, call.argument)
         self._unknown.append((call.key, operation, value))
 
     def process_gone(self, process: Process) -> None:
@@ -231,19 +239,19 @@ class Clients:
         for call in [c for c in self.pending if c.process is process]:
             del self.pending[call]
             self._lost(call)
-            self._think(call.client)
+            if call.client < self._clients:
+                self._think(call.client)
 
-    # --- the verdict --------------------------------------------------------------------------------------
-
-    def unresolved(self) -> int:
-        return len(self.pending)
+    # --- the verdict ------------------------------------------------------------------------------
 
     def verify(self) -> None:
         """At the end, when nothing is on its way any more. Raises Violation."""
         index_of = self.world.checker.index_of
         for value in sorted(self._refused):
             if value in index_of:
-                violated("11 outcome", f"{value!r} was refused, and is committed at {index_of[value]}")
+                violated(
+                    "11 outcome", f"{value!r} was refused, and is committed at {index_of[value]}"
+                )
         histories = {key: list(operations) for key, operations in self.history.items()}
         for key, operation, value in self._unknown:
             if value is None or value in index_of:
@@ -254,6 +262,3 @@ class Clients:
                 f"linearizability ({finding.verdict.value})",
                 f"key {finding.key!r}: {as_text(finding.window)}",
             )
-
-
-DEADLINE_NS = 3 * SECOND  # after which every call has been answered

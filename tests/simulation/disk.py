@@ -78,7 +78,7 @@ class Disk:
     def free_bytes(self) -> int:
         return 0 if self.full else FREE_BYTES
 
-    # --- names ----------------------------------------------------------------------------------
+    # --- names ------------------------------------------------------------------------------------
 
     def find(self, parts: tuple[str, ...]) -> Inode | None:
         node: Inode | None = self.root
@@ -134,7 +134,7 @@ class Disk:
             node.synced_names = dict(node.names)
             node.journal.clear()
 
-    # --- what may happen to a disk ------------------------------------------------------------------
+    # --- what may happen to a disk ----------------------------------------------------------------
 
     def lose_power(self) -> None:
         """Only what was synced is sure to be there."""

@@ -119,9 +119,7 @@ class Handle:
         self.file.tables.setdefault(name, Table())
         return name
 
-    def begin(
-        self, db: bytes = b"", write: bool = False, buffers: bool = False
-    ) -> Transaction:
+    def begin(self, db: bytes = b"", write: bool = False, buffers: bool = False) -> Transaction:
         return Transaction(self, db, write)
 
     def info(self) -> dict[str, int]:
@@ -190,9 +188,7 @@ class Transaction:
     def get(self, key: bytes, default: Any = None, db: bytes | None = None) -> bytes | None:
         return self._tables[self._db if db is None else db].data.get(key, default)
 
-    def put(
-        self, key: bytes, value: bytes, append: bool = False, db: bytes | None = None
-    ) -> bool:
+    def put(self, key: bytes, value: bytes, append: bool = False, db: bytes | None = None) -> bool:
         if not 1 <= len(key) <= 511:
             raise lmdb.BadValsizeError("mdb_put: MDB_BAD_VALSIZE")
         table = self._tables[self._db if db is None else db]

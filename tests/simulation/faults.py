@@ -31,7 +31,8 @@ class Faults:
         self.world = world
         self.on = False
         self.rngs = {
-            kind: random.Random(f"{world.seed} fault {kind}") for kind in (*world.plan.faults, "join")
+            kind: random.Random(f"{world.seed} fault {kind}")
+            for kind in (*world.plan.faults, "join")
         }
         self.damaged: Machine | None = None
         self._still_damaged: Callable[[], bool] = lambda: False
@@ -43,6 +44,7 @@ class Faults:
             "usurp": (1000, self._usurp),
             "stale leader": (1000, self._stale_leader),
             "slow": (800, self._slow),
+            "burst": (500, self._burst),
             "kill": (600, self._kill),
             "power": (900, self._power),
             "blackout": (2000, self._blackout),
@@ -87,7 +89,7 @@ class Faults:
             act(self.rngs[kind])
             self._plan(kind)
 
-    # --- who ----------------------------------------------------------------------------------------
+    # --- who --------------------------------------------------------------------------------------
 
     def _running(self) -> list[Machine]:
         return [m for m in self.world.machines.values() if m.process is not None]
@@ -113,11 +115,9 @@ class Faults:
             process.job or node.raft._restore is not None or node.raft.membership.joint
         )
 
-    # --- the network ------------------------------------------------------------------------------------
+    # --- the network ------------------------------------------------------------------------------
 
-    def _cut(
-        self, pairs: set[tuple[int, int]], rng: random.Random, lasting_ms: int = 0
-    ) -> None:
+    def _cut(self, pairs: set[tuple[int, int]], rng: random.Random, lasting_ms: int = 0) -> None:
         self.world.note("cut", sorted(pairs))
         network = self.world.network
         network.cut |= pairs
@@ -165,6 +165,9 @@ class Faults:
         with_it = rng.sample(others, rng.choice((0, 0, len(others) // 3)))
         rest = [i for i in others if i not in with_it]
         side = [me, *with_it]
+        self.world.scheduler.after(
+            rng.randint(0, 20) * MS, self.world.clients.burst, leader, rng.randint(0, 6), rng
+        )
         pairs = {p for one in side for i in rest for p in ((one, i), (i, one))}
         self._cut(pairs, rng, int(rng.uniform(0.8, 2.5) * self._timeout_max_ms))
 
@@ -186,6 +189,15 @@ class Faults:
         else:
             self._cut({(me, i) for i in others}, rng, 2 * self._timeout_max_ms)
 
+    def _burst(self, rng: random.Random) -> None:
+        """Many writes at once, and perhaps the end of the leader that has just taken them."""
+        leader = self.world.leader()
+        if leader is None:
+            return
+        self.world.clients.burst(leader, rng.randint(2, 12), rng)
+        if rng.random() < 0.4:
+            leader.machine.disk.fuse = rng.randint(0, 30)
+
     def _slow(self, rng: random.Random) -> None:
         ids = list(self.world.machines)
         if len(ids) > 1:
@@ -203,7 +215,7 @@ class Faults:
         for link in links:
             self.world.network.slow.pop(link, None)
 
-    # --- processes and machines ---------------------------------------------------------------------------
+    # --- processes and machines -------------------------------------------------------------------
 
     def _kill(self, rng: random.Random) -> None:
         if machine := self._any(rng):
@@ -265,7 +277,7 @@ class Faults:
     def _timeout_max_ms(self) -> int:
         return self.world.plan.election.timeout_ms_max
 
-    # --- disks ----------------------------------------------------------------------------------------------
+    # --- disks ------------------------------------------------------------------------------------
 
     def _stall(self, rng: random.Random) -> None:
         if machine := self._any(rng):
@@ -322,9 +334,11 @@ class Faults:
             self._mark(
                 machine,
                 "log rotted",
-                lambda: self._is_weak(machine)
-                or machine.process is None
-                or machine.process.member == me,
+                lambda: (
+                    self._is_weak(machine)
+                    or machine.process is None
+                    or machine.process.member == me
+                ),
             )
 
     @staticmethod
@@ -376,7 +390,7 @@ class Faults:
         self.world.restart_later(machine)
         self._mark(machine, "disk replaced", lambda: self._is_weak(machine))
 
-    # --- operators ------------------------------------------------------------------------------------------
+    # --- operators --------------------------------------------------------------------------------
 
     def _ask(
         self,

@@ -91,7 +91,7 @@ class Checker:
         self._kept: dict[MemberId, int] = {}  # committed and durable there, as it knew
         self._configs: list[tuple[int, Membership]] = []  # committed ones, by index
 
-    # --- the life of processes -----------------------------------------------------------------------
+    # --- the life of processes --------------------------------------------------------------------
 
     def started(self, process: Process) -> None:
         """Invariant 7: a start has forgotten no term that it had promised."""
@@ -105,10 +105,10 @@ class Checker:
         if raft.term < self._promised.get(me, 0):
             violated("7 votes", f"{me} came back in term {raft.term} from {self._promised[me]}")
         kept = self._kept.get(me, 0)
-        if kept > raft.log.base.index and (
-            raft.log.term(kept) != self.committed[kept - 1].term
-        ):
-            violated("6 durable ack", f"{me} came back without entry {kept}, which it had committed")
+        if kept > raft.log.base.index and (raft.log.term(kept) != self.committed[kept - 1].term):
+            violated(
+                "6 durable ack", f"{me} came back without entry {kept}, which it had committed"
+            )
         self.look(process)
 
     def crashed(self, process: Process, *, power: bool) -> None:
@@ -143,7 +143,7 @@ class Checker:
             for index in range(1, head.purged + 1 if head else 1):
                 held[index] = self.committed[index - 1].term
 
-    # --- after every event --------------------------------------------------------------------------
+    # --- after every event ------------------------------------------------------------------------
 
     def look(self, process: Process) -> None:
         seen, node = self._seen.get(process), process.node
@@ -182,9 +182,9 @@ class Checker:
         log = raft.log
         if not log.base.index <= log.commit_index <= log.last_index:
             violated("9 order", f"{me}: {log.base} {log.commit_index} {log.last_index}")
-        if raft._restore is None and log.applied_index:
-            if not log.base.index <= log.applied_index <= log.commit_index:
-                violated("9 order", f"{me}: {log.base} {log.applied_index} {log.commit_index}")
+        counts = raft._restore is None and log.applied_index
+        if counts and not log.base.index <= log.applied_index <= log.commit_index:
+            violated("9 order", f"{me}: {log.base} {log.applied_index} {log.commit_index}")
         base = log.base
         if base.index and base.index <= len(self.committed):
             if self.committed[base.index - 1].term != base.term:
@@ -283,7 +283,9 @@ class Checker:
     def _commit(self, me: MemberId, raft: Raft, entry: Entry) -> None:
         """The first time that anybody takes `entry` for committed."""
         if entry.index > 1 and not self._durable(entry.log_id, raft):
-            violated("6 commit rule", f"{me}: {entry.log_id} is committed, and on no durable quorum")
+            violated(
+                "6 commit rule", f"{me}: {entry.log_id} is committed, and on no durable quorum"
+            )
         self.committed.append(entry)
         self.committed_in.append(raft.term)
         self.committed_term = max(self.committed_term, entry.term)
@@ -357,7 +359,7 @@ class Checker:
         if known != found:
             violated("10 state hash", f"{me}: another state after entry {digest.index}")
 
-    # --- what leaves a node -----------------------------------------------------------------------------
+    # --- what leaves a node -----------------------------------------------------------------------
 
     def sent(self, process: Process, m: Message) -> None:
         """Nothing leaves before what it promises is durable on the sender's disk."""

@@ -136,7 +136,7 @@ class EventLoop:
         self.frozen_until = 0
         self.broken: BaseException | None = None
 
-    # --- what asyncio asks of a loop ---------------------------------------------------------
+    # --- what asyncio asks of a loop --------------------------------------------------------------
 
     def time(self) -> float:
         return self.clock.monotonic_ns() / 1e9
@@ -194,7 +194,7 @@ class EventLoop:
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """A future nobody looked at. What matters ends the node by another way."""
 
-    # --- what the simulation asks of it -------------------------------------------------------
+    # --- what the simulation asks of it -----------------------------------------------------------
 
     def next_number(self) -> int:
         self._numbers += 1

@@ -73,7 +73,7 @@ class Machine:
         node = self.disk.find(("data", str(self.id), "log", DATA_FILE))
         return None if node is None else node.environment
 
-    # --- life ------------------------------------------------------------------------------------
+    # --- life -------------------------------------------------------------------------------------
 
     def start(self) -> None:
         if self.process is None and not self.retired:

@@ -144,7 +144,7 @@ class Peers:
         self._targets: dict[int, tuple[str, ...]] = {}
         self._dialling: set[int] = set()
 
-    # --- what the node calls -----------------------------------------------------------------------
+    # --- what the node calls ----------------------------------------------------------------------
 
     def set_targets(self, targets: Mapping[int, Sequence[str]]) -> None:
         self._targets = {node_id: tuple(addresses) for node_id, addresses in targets.items()}
@@ -199,7 +199,7 @@ class Peers:
     async def close(self) -> None:
         self._targets = {}
 
-    # --- streams -------------------------------------------------------------------------------------
+    # --- streams ----------------------------------------------------------------------------------
 
     def take_frame(self, sender: MemberId, data: bytes) -> None:
         """Raft's messages, which no stream holds back."""

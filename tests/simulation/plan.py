@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from dengine.config import Election, Membership, Snapshot
 
-SHAPES = ("1", "3", "3", "5", "1->3", "1->3", "3->5", "replace")
+SHAPES = ("1", "3", "3", "3", "3", "5", "1->3", "1->3", "3->5", "replace")
 
 # Each is on in about half of the seeds, or more rarely.
 FAULTS: dict[str, float] = {
@@ -19,9 +19,10 @@ FAULTS: dict[str, float] = {
     "one-way cut": 0.6,
     "isolate": 0.6,
     "mesh": 0.5,
-    "usurp": 0.8,
+    "usurp": 1.0,
     "stale leader": 0.7,
     "slow": 0.4,
+    "burst": 0.6,
     "kill": 0.7,
     "power": 0.7,
     "blackout": 0.5,
@@ -72,10 +73,10 @@ class Plan:
         first, _, last = self.shape.partition("->")
         self.founders = 3 if self.shape == "replace" else int(first)
         self.joiners = 1 if self.shape == "replace" else int(last or first) - self.founders
-        density = rng.choice((0.0, 0.3, 0.3, 0.5, 0.7, 1.0))
+        density = rng.choice((0.0, 0.3, 0.3, 0.5, 0.5, 0.5, 0.7, 0.7, 1.0))
         drawn = [(name, rng.random() < density * odds) for name, odds in FAULTS.items()]
         self.faults = tuple(name for name, on in drawn if on and name not in self.without)
-        self.calm = rng.choice((1.0, 1.0, 2.0, 3.0))
+        self.calm = rng.choice((1.0, 1.0, 1.5, 2.0))
         timeout_ms = rng.choice((150, 150, 300))
         heartbeat_ms = timeout_ms // 3
         self.election = Election(timeout_ms, timeout_ms * 2, heartbeat_ms)
@@ -91,7 +92,7 @@ class Plan:
             keep=rng.choice((2, 2, 3)),
             hold_bytes=rng.choice((0, 200, 10_000)),
         )
-        self.fsync_us = rng.choice((100, 300, 2000))
+        self.fsync_us = rng.choice((100, 300, 2000, 8000))
         self.clients = rng.choice((2, 3, 4, 6))
         self.keys = rng.choice((1, 2, 3))
         self.seconds = rng.uniform(2.5, 5.0)

@@ -79,7 +79,7 @@ class World:
             ordered="reorder" not in faults,
         )
 
-    # --- what happened ---------------------------------------------------------------------------------
+    # --- what happened ----------------------------------------------------------------------------
 
     def count(self, what: str) -> None:
         """Something rare took place."""
@@ -103,7 +103,7 @@ class World:
         host = address.rpartition(":")[0]
         return self.machines.get(int(host.rpartition(".")[2]))
 
-    # --- the life of processes ---------------------------------------------------------------------------
+    # --- the life of processes --------------------------------------------------------------------
 
     def start(self, machine: Machine) -> None:
         self.note("start", machine.id)
@@ -152,9 +152,9 @@ class World:
             return
         if error is not None and not isinstance(error, TryAgain | StorageIO):
             raise error if isinstance(error, Violation) else self._died(machine, error)
-        if cause is not None and not isinstance(cause, FatalError | OSError):
-            if type(error) is TryAgain:
-                raise self._died(machine, cause)
+        unexpected = cause is not None and not isinstance(cause, FatalError | OSError)
+        if unexpected and type(error) is TryAgain:
+            raise self._died(machine, cause)
         self.count("exit 75" if isinstance(error, TryAgain) else "exit 74" if error else "exit 0")
         if "power" in self.plan.faults and machine.rng.random() < 0.3:
             self.count("power lost while down")
@@ -166,12 +166,14 @@ class World:
         return self.membership.was_removed(node_id) or not self.membership.find(node_id)
 
     @staticmethod
-    def _died(machine: Machine, error: BaseException) -> Violation:
-        violation = Violation("0 no surprise", f"node {machine.id}: {type(error).__name__}: {error}")
+    def _died(machine: Machine, error: BaseException | None) -> Violation:
+        violation = Violation(
+            "0 no surprise", f"node {machine.id}: {type(error).__name__}: {error}"
+        )
         violation.__cause__ = error
         return violation
 
-    # --- the run -----------------------------------------------------------------------------------------
+    # --- the run ----------------------------------------------------------------------------------
 
     def run(self) -> None:
         """All of it. Raises Violation."""
@@ -221,7 +223,9 @@ class World:
         end = self.scheduler.now + limit_ns
         while not condition():
             if self.scheduler.now >= end:
-                violated("liveness", f"no {what} after {limit_ns / SECOND:.1f} s; {self.situation()}")
+                violated(
+                    "liveness", f"no {what} after {limit_ns / SECOND:.1f} s; {self.situation()}"
+                )
             self.scheduler.run_until(self.scheduler.now + 10 * MS)
 
     def processes(self) -> list[Process]:
@@ -282,8 +286,8 @@ class World:
             lines.append(
                 f"node {process.member}: {raft.role} of {raft.term} follows {raft.leader}, "
                 f"log {log.first_index}..{log.last_index}, commit {log.commit_index}, applied "
-                f"{log.applied_index}, {_short(raft.membership)}, job {process.node.snapshots.job!r}, "
-                f"{process.node.snapshots.last_error}"
+                f"{log.applied_index}, {_short(raft.membership)}, "
+                f"job {process.node.snapshots.job!r}, {process.node.snapshots.last_error}"
             )
         return "\n  ".join(lines)
 
