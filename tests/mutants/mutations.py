@@ -122,12 +122,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     _mutant(
-        "commit index of the leader believed beyond what matched",
+        "a heartbeat's commit index believed without comparing terms",
         (
             RAFT,
-            "self._commit_to(min(m.commit_index, last.index))",
-            "self._commit_to(min(m.commit_index, self.log.last_index))",
+            "min(progress.match_index, self.log.commit_index) if progress is not None else 0",
+            "self.log.commit_index",
         ),
+        (RAFT, "if self.log.matches(commit):", "if commit.index <= self.log.last_index:"),
+        (RAFT, "self.saw_lost_entries = True  # acknowledged", "pass  # acknowledged"),
     ),
     _mutant(
         "a write of a replaced entry counts as durable",
@@ -135,14 +137,6 @@ MUTANTS: tuple[Mutant, ...] = (
             LOG,
             "if log_id.index > self.stable_index and self.matches(log_id):",
             "if self.last_index >= log_id.index > self.stable_index:",
-        ),
-    ),
-    _mutant(
-        "acknowledgement of a replaced entry counts",
-        (
-            RAFT,
-            "if not self.log.matches(LogId(m.index, m.index_term)):",
-            "if m.index > self.log.last_index:",
         ),
     ),
     _mutant(

@@ -93,13 +93,22 @@ class Clients:
 
     def burst(self, process: Process, count: int, rng: random.Random) -> None:
         """So many writes at once to one node, by clients that are not heard of again."""
-        for _ in range(count):
+        for _ in range(count if process.serves else 0):
             self._counter += 1
             key, value = b"k%d" % rng.randrange(self.world.plan.keys), b"%d" % self._counter
             now = self.world.scheduler.now
             call = Call(
                 self._clients, key, "write", value, Put(key, value), "", now, process=process
             )
+            self.pending[call] = None
+            process.arrived(self._invoke, call, None)
+
+    def read_once(self, process: Process, rng: random.Random) -> None:
+        """By a client that asks this very node, if that believes to lead."""
+        if process.serves and process.leads and not self.stopped:
+            key = b"k%d" % rng.randrange(self.world.plan.keys)
+            now, level = self.world.scheduler.now, rng.choice(LEVELS[:2])
+            call = Call(self._clients, key, "read", None, None, level, now, process=process)
             self.pending[call] = None
             process.arrived(self._invoke, call, None)
 

@@ -35,6 +35,7 @@ class Faults:
             for kind in (*world.plan.faults, "join")
         }
         self.damaged: Machine | None = None
+        self.ever_damaged: set[int] = set()  # machine ids
         self._still_damaged: Callable[[], bool] = lambda: False
         # kind -> (mean pause in ms, what is done)
         self._acts: dict[str, tuple[int, Callable[[random.Random], None]]] = {
@@ -169,7 +170,13 @@ class Faults:
             rng.randint(0, 20) * MS, self.world.clients.burst, leader, rng.randint(0, 6), rng
         )
         pairs = {p for one in side for i in rest for p in ((one, i), (i, one))}
-        self._cut(pairs, rng, int(rng.uniform(0.8, 2.5) * self._timeout_max_ms))
+        lasting_ms = int(rng.uniform(0.8, 2.5) * self._timeout_max_ms)
+        if rng.random() < 0.3:  # what it appends is still being written when it is replaced
+            leader.machine.stalled_until = self.world.scheduler.now + (lasting_ms + 100) * MS
+        self._cut(pairs, rng, lasting_ms)
+        if rng.random() < 0.4:  # a membership that will never be committed
+            settings = {"history_revisions": rng.randint(1, 1000)}
+            self._ask(rng, lambda node, by: node.change_settings(settings, by), leader)
 
     def _stale_leader(self, rng: random.Random) -> None:
         """Answers reach the leader late, so that it learns late that it does not lead any more:
@@ -182,6 +189,9 @@ class Faults:
         others = [i for i in self.world.machines if i != me]
         lag_ms = int(rng.uniform(0.3, 1.5) * self._timeout_max_ms)
         self._slow_down({(i, me) for i in others}, lag_ms, 3 * self._timeout_max_ms)
+        for _ in range(60):
+            when = rng.randint(1, 2 * self._timeout_max_ms) * MS
+            self.world.scheduler.after(when, self.world.clients.read_once, leader, rng)
         heirs = [v.id for v in self.world.membership.voters if v.id != me]
         if heirs and rng.random() < 0.5:
             heir, node = rng.choice(heirs), leader.node
@@ -340,6 +350,8 @@ class Faults:
                     or machine.process.member == me
                 ),
             )
+            if rng.random() < 0.7:  # it is found at the next start
+                self.world.crash(machine, power=rng.random() < 0.5)
 
     @staticmethod
     def _rot_records(environment: Environment, name: bytes, rng: random.Random) -> None:
@@ -362,6 +374,7 @@ class Faults:
     def _mark(self, machine: Machine, what: str, lasts: Callable[[], bool]) -> None:
         self.world.count(what)
         self.damaged, self._still_damaged = machine, lasts
+        self.ever_damaged.add(machine.id)
 
     def _is_weak(self, machine: Machine) -> bool:
         """Not a voter yet, or not up to date."""

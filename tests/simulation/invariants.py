@@ -100,6 +100,8 @@ class Checker:
         before = self._owner.get(me.id)
         if before is not None and before != me:
             self.world.count("reincarnated")
+            if me.id not in self.world.faults.ever_damaged:
+                violated("0 no surprise", f"{before} gave itself up without having lost anything")
         self._owner[me.id] = me
         self._seen[process] = _Seen()
         if raft.term < self._promised.get(me, 0):
