@@ -185,19 +185,23 @@ class Faults:
         leader = self.world.leader()
         if leader is None or leader.node is None:
             return
-        me = leader.machine.id
-        others = [i for i in self.world.machines if i != me]
-        lag_ms = int(rng.uniform(0.3, 1.5) * self._timeout_max_ms)
-        self._slow_down({(i, me) for i in others}, lag_ms, 3 * self._timeout_max_ms)
-        for _ in range(60):
-            when = rng.randint(1, 2 * self._timeout_max_ms) * MS
-            self.world.scheduler.after(when, self.world.clients.read_once, leader, rng)
+        me, others = leader.machine.id, [i for i in self.world.machines if i != leader.machine.id]
+        links, after = {(i, me) for i in others}, self.world.scheduler.after
+        for _ in range(80):
+            when = int(rng.random() * 2 * self._timeout_max_ms * MS)
+            after(when, self.world.clients.read_once, leader, rng)
         heirs = [v.id for v in self.world.membership.voters if v.id != me]
         if heirs and rng.random() < 0.5:
             heir, node = rng.choice(heirs), leader.node
             self._ask(rng, lambda _, deadline: node.transfer_leader(heir, deadline), leader)
+            after(int(rng.random() * 3 * MS), self._slow_down, links, self._timeout_max_ms)
         else:
-            self._cut({(me, i) for i in others}, rng, 2 * self._timeout_max_ms)
+            lag_ms = int(rng.uniform(0.6, 0.97) * self._timeout_ms)
+            self._slow_down(links, lag_ms)
+            after(int(lag_ms * rng.uniform(0.8, 1.3) * MS), self._deafen, others, me, rng)
+
+    def _deafen(self, others: list[int], me: int, rng: random.Random) -> None:
+        self._cut({(me, i) for i in others}, rng, 2 * self._timeout_max_ms)
 
     def _burst(self, rng: random.Random) -> None:
         """Many writes at once, and perhaps the end of the leader that has just taken them."""
@@ -213,13 +217,13 @@ class Faults:
         if len(ids) > 1:
             one, other = rng.sample(ids, 2)
             lag_ms = int(rng.uniform(0.1, 1.5) * self._timeout_max_ms)
-            self._slow_down({(one, other)}, lag_ms, 3 * self._timeout_max_ms)
+            self._slow_down({(one, other)}, lag_ms)
 
-    def _slow_down(self, links: set[tuple[int, int]], lag_ms: int, lasting_ms: int) -> None:
+    def _slow_down(self, links: set[tuple[int, int]], lag_ms: int) -> None:
         self.world.note("slow", sorted(links), lag_ms)
         for link in links:
             self.world.network.slow[link] = lag_ms * MS
-        self.world.scheduler.after(lasting_ms * MS, self._hurry, links)
+        self.world.scheduler.after(3 * self._timeout_max_ms * MS, self._hurry, links)
 
     def _hurry(self, links: set[tuple[int, int]]) -> None:
         for link in links:

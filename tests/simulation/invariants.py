@@ -59,13 +59,14 @@ class _Head:
 class _Seen:
     """What was seen of one process last."""
 
-    __slots__ = ("applied", "commit", "key", "led_from", "role_term", "terms")
+    __slots__ = ("acked", "applied", "commit", "key", "led_from", "terms")
 
     def __init__(self) -> None:
         self.key: tuple[object, ...] = ()
         self.terms: list[int] = [0]  # of the entries in its log, by index
         self.commit = 0
         self.applied = 0
+        self.acked = 0  # so far its acknowledgements were compared with its disk
         self.led_from: tuple[int, int] | None = None  # (term, last index) while it leads
 
 
@@ -206,6 +207,7 @@ class Checker:
         if start + 1 < len(terms):
             self.world.count("log truncated")
             del terms[start + 1 :]
+            seen.acked = min(seen.acked, start)
         if start == last:
             return
         entries = log.entries(start + 1, last + 1, 1 << 40)
@@ -374,6 +376,7 @@ class Checker:
                 log_id = LogId(m.index, m.index_term)  # type: ignore[union-attr]
                 if log_id.index and not self.holds(process.member, log_id):
                     violated("6 durable ack", f"{m.sender} acknowledges {log_id} too early")
+                self._acknowledged_before(process, log_id.index)
         elif kind is VoteResponse:
             if m.granted:  # type: ignore[union-attr]
                 self._vote(process, m, m.to)
@@ -387,6 +390,18 @@ class Checker:
             ref = m.snapshot  # type: ignore[union-attr]
             if self.committed[ref.index - 1].log_id != ref.log_id:
                 violated("4 committed", f"{m.sender} offers a snapshot of {ref.log_id}")
+
+    def _acknowledged_before(self, process: Process, index: int) -> None:
+        """An acknowledgement speaks of everything up to its entry."""
+        seen, node = self._seen.get(process), process.node
+        if seen is None or node is None:
+            return
+        log = node.raft.log
+        for earlier in range(max(seen.acked, log.base.index) + 1, index):
+            term = log.term(earlier)
+            if term is not None and not self.holds(process.member, LogId(earlier, term)):
+                violated("6 durable ack", f"{process.member} acknowledges {earlier} with {index}")
+        seen.acked = max(seen.acked, index)
 
     def _promise(self, process: Process, m: Message) -> _Head:
         """Its term is durable."""

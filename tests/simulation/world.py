@@ -21,7 +21,8 @@ import logging
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from zlib import crc32
 
@@ -177,12 +178,18 @@ class World:
 
     def run(self) -> None:
         """All of it. Raises Violation."""
+        with self.alive():
+            self._run()
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Nodes can run inside of this block; afterwards nothing of them is left."""
         logging.disable(logging.CRITICAL)
         gc.disable()
         try:
             with installed(self.plan.limits):
                 try:
-                    self._run()
+                    yield
                 finally:
                     self._clear_away()
         finally:
