@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,11 @@ from dengine.kv.commands import (
     DeleteResult,
     Put,
     PutResult,
+    Result,
+    decode_batch,
 )
+from dengine.kv.machine import Record, apply_batch
+from dengine.raft.types import Entry, EntryKind
 from tests.linearizability.checker import FOREVER, Operation, Verdict, check
 from tests.linearizability.models import VERSIONED
 from tests.linearizability.timeline import as_text
@@ -56,6 +61,7 @@ class Clients:
         self.operations = 0
         self.acked_index = 0
         self._refused: set[bytes] = set()  # values that will never be written
+        self._told: dict[bytes, Result] = {}  # value -> the answer of whoever wrote it
         self._unknown: list[tuple[bytes, Operation, bytes | None]] = []
         self._eventual: dict[Process, int] = {}
         self._counter = 0
@@ -111,6 +117,8 @@ class Clients:
             call = Call(self._clients, key, "read", None, None, level, now, process=process)
             self.pending[call] = None
             process.arrived(self._invoke, call, None)
+            if self.world.leader() is not process:
+                self.world.count("read at a deposed leader")
 
     @staticmethod
     def _knows_leader(machine: Machine) -> bool:
@@ -149,7 +157,7 @@ class Clients:
         assert call.process is not None
         node, loop = call.process.node, call.process.loop
         assert node is not None
-        timeout_s = self._rngs[call.client].choice((0.1, 0.3, 1.0))
+        timeout_s = self._rngs[call.client].choice((0.05, 0.1, 0.5))
         if call.command is not None:
             return await node.write(call.command, loop.time() + timeout_s)
         await node.read_barrier(call.level, loop.time() + timeout_s)
@@ -200,6 +208,8 @@ class Clients:
     def _succeeded(self, call: Call, result: Any) -> None:
         self.operations += 1
         seen: Any = None
+        if isinstance(call.command, Put):
+            self._told[call.command.value] = result
         if isinstance(result, PutResult):
             seen = result.revision
             self._acknowledged(call)
@@ -261,13 +271,55 @@ class Clients:
                 violated(
                     "11 outcome", f"{value!r} was refused, and is committed at {index_of[value]}"
                 )
+        results = _replay(self.world.checker.committed)
         histories = {key: list(operations) for key, operations in self.history.items()}
+        for value, seen in self._told.items():
+            if results.get(value) != seen:
+                violated("11 outcome", f"{value!r} was answered {seen}, not {results.get(value)}")
+        end = self.world.scheduler.now + 1
         for key, operation, value in self._unknown:
-            if value is None or value in index_of:
-                histories.setdefault(key, []).append(operation)
+            if value in results:  # it did happen, and what came of it is known by now
+                operation = operation._replace(returned=end, result=_seen(results[value]))
+            elif value is not None:
+                continue
+            histories.setdefault(key, []).append(operation)
         finding = check(histories, VERSIONED, limit_s=CHECK_LIMIT_S)
         if finding.verdict is not Verdict.LINEARIZABLE:
             violated(
                 f"linearizability ({finding.verdict.value})",
                 f"key {finding.key!r}: {as_text(finding.window)}",
             )
+
+
+class _Records(dict[bytes, Record]):
+    """The state machine's view of a dict."""
+
+    def put(self, key: bytes, record: Record) -> None:
+        self[key] = record
+
+    def delete(self, key: bytes) -> None:
+        del self[key]
+
+    def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
+        return iter(sorted(k for k in self if start <= k and (end is None or k < end)))
+
+
+def _replay(entries: Sequence[Entry]) -> dict[bytes | None, Result]:
+    """What each write that was committed has come to, by the value it writes."""
+    records, revision = _Records(), 0
+    found: dict[bytes | None, Result] = {}
+    for entry in entries:
+        if entry.kind is EntryKind.NORMAL:
+            revision, results = apply_batch(entry.data, records, revision)
+            for command, result in zip(decode_batch(entry.data), results, strict=True):
+                if isinstance(command, Put):
+                    found[command.value] = result
+    return found
+
+
+def _seen(result: Result) -> Any:
+    """A result as the model has it."""
+    if isinstance(result, ConditionFailed):
+        return ("is", result.current_revision)
+    assert isinstance(result, PutResult)
+    return result.revision

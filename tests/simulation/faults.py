@@ -43,7 +43,7 @@ class Faults:
             "isolate": (900, self._isolate),
             "mesh": (1000, self._mesh),
             "usurp": (1000, self._usurp),
-            "stale leader": (1000, self._stale_leader),
+            "stale leader": (500, self._stale_leader),
             "slow": (800, self._slow),
             "burst": (500, self._burst),
             "kill": (600, self._kill),
@@ -188,15 +188,16 @@ class Faults:
         me, others = leader.machine.id, [i for i in self.world.machines if i != leader.machine.id]
         links, after = {(i, me) for i in others}, self.world.scheduler.after
         for _ in range(80):
-            when = int(rng.random() * 2 * self._timeout_max_ms * MS)
+            when = int(rng.random() * 1.5 * self._timeout_max_ms * MS)
             after(when, self.world.clients.read_once, leader, rng)
         heirs = [v.id for v in self.world.membership.voters if v.id != me]
         if heirs and rng.random() < 0.5:
             heir, node = rng.choice(heirs), leader.node
+            self.world.count("handed over to be deaf")
             self._ask(rng, lambda _, deadline: node.transfer_leader(heir, deadline), leader)
-            after(int(rng.random() * 3 * MS), self._slow_down, links, self._timeout_max_ms)
+            after(int(rng.random() * 15 * MS), self._slow_down, links, self._timeout_max_ms)
         else:
-            lag_ms = int(rng.uniform(0.6, 0.97) * self._timeout_ms)
+            lag_ms = int(rng.uniform(0.5, 0.85) * self._timeout_ms)
             self._slow_down(links, lag_ms)
             after(int(lag_ms * rng.uniform(0.8, 1.3) * MS), self._deafen, others, me, rng)
 

@@ -93,7 +93,7 @@ class Plan:
             hold_bytes=rng.choice((0, 200, 10_000)),
         )
         self.fsync_us = rng.choice((100, 300, 2000, 8000))
-        self.clients = rng.choice((2, 3, 4, 6))
+        self.clients = rng.choice((3, 4, 6))
         self.keys = rng.choice((1, 2, 3))
         self.seconds = rng.uniform(2.5, 5.0)
         self.limits = {

@@ -1,4 +1,4 @@
-"""Defects that the simulator has found, each in the smallest world that shows it (tests/BUGS.md)."""
+"""Defects that the simulator has found, each in the smallest world (tests/BUGS.md)."""
 
 from __future__ import annotations
 
