@@ -12,7 +12,7 @@ from dengine.kv.commands import (
     Command,
     Condition,
     ConditionFailed,
-    Delete,
+    DeleteRange,
     DeleteResult,
     Put,
     PutResult,
@@ -24,7 +24,7 @@ from dengine.raft.types import Entry, EntryKind
 from tests.linearizability.checker import FOREVER, Operation, Verdict, check
 from tests.linearizability.models import VERSIONED
 from tests.linearizability.timeline import as_text
-from tests.simulation.invariants import violated
+from tests.simulation.invariants import mark_of, violated
 from tests.simulation.loop import MS
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ class Clients:
         self.pending: dict[Call, None] = {}
         self.operations = 0
         self.acked_index = 0
-        self._refused: set[bytes] = set()  # values that will never be written
-        self._told: dict[bytes, Result] = {}  # value -> the answer of whoever wrote it
-        self._unknown: list[tuple[bytes, Operation, bytes | None]] = []
+        self._refused: set[bytes] = set()  # marks of commands that will never happen
+        self._told: dict[bytes, Result] = {}  # mark -> the answer
+        self._unknown: list[tuple[bytes, Operation, bytes]] = []
         self._eventual: dict[Process, int] = {}
         self._counter = 0
         self._clients = world.plan.clients
@@ -142,7 +142,9 @@ class Clients:
             argument = (expected, value)
             return Call(slot, key, "cas", argument, Put(key, value, condition), "", now)
         if dice < 0.65:
-            return Call(slot, key, "delete", None, Delete(key), "", now)
+            # Of this key only; the limit is never reached, and makes the command one of a kind.
+            command = DeleteRange(key, key + b"\0", 1000 + self._counter)
+            return Call(slot, key, "delete", None, command, "", now)
         level = rng.choices(LEVELS, (6, 3, 1))[0]
         return Call(slot, key, "read", None, None, level, now)
 
@@ -208,11 +210,12 @@ class Clients:
     def _succeeded(self, call: Call, result: Any) -> None:
         self.operations += 1
         seen: Any = None
-        if isinstance(call.command, Put):
-            self._told[call.command.value] = result
+        if call.command is not None:
+            self._told[mark_of(call.command)] = result
+        if isinstance(result, PutResult | DeleteResult):
+            self._acknowledged(call)
         if isinstance(result, PutResult):
             seen = result.revision
-            self._acknowledged(call)
         elif isinstance(result, ConditionFailed):
             seen = ("is", result.current_revision)
             self._revision[(call.client, call.key)] = result.current_revision
@@ -230,10 +233,10 @@ class Clients:
 
     def _acknowledged(self, call: Call) -> None:
         """Invariant 11: who is told "done" has had a committed entry behind it at that moment."""
-        value = call.command.value if isinstance(call.command, Put) else b""
-        index = self.world.checker.index_of.get(value)
+        mark = mark_of(call.command)
+        index = self.world.checker.index_of.get(mark)
         if index is None:
-            violated("11 acknowledged", f"{call.name}({value!r}) was acknowledged uncommitted")
+            violated("11 acknowledged", f"{call.name}({mark!r}) was acknowledged uncommitted")
         self.acked_index = max(self.acked_index, index)
 
     def _record(self, call: Call, returned: float, result: Any) -> None:
@@ -241,17 +244,15 @@ class Clients:
         self.history.setdefault(call.key, []).append(operation)
 
     def _refuse(self, call: Call) -> None:
-        if isinstance(call.command, Put):
-            self._refused.add(call.command.value)
+        self._refused.add(mark_of(call.command))
 
     def _lost(self, call: Call) -> None:
         """Nobody knows whether it happened, or will."""
         if call.command is None:
             return
         self.world.count("outcome unknown")
-        value = call.command.value if isinstance(call.command, Put) else None
         operation = Operation(call.client, call.called, FOREVER, call.name, call.argument)
-        self._unknown.append((call.key, operation, value))
+        self._unknown.append((call.key, operation, mark_of(call.command)))
 
     def process_gone(self, process: Process) -> None:
         """Its clients see their connections break."""
@@ -266,23 +267,20 @@ class Clients:
     def verify(self) -> None:
         """At the end, when nothing is on its way any more. Raises Violation."""
         index_of = self.world.checker.index_of
-        for value in sorted(self._refused):
-            if value in index_of:
-                violated(
-                    "11 outcome", f"{value!r} was refused, and is committed at {index_of[value]}"
-                )
+        for mark in sorted(self._refused):
+            if mark in index_of:
+                where = index_of[mark]
+                violated("11 outcome", f"{mark!r} was refused, and is committed at {where}")
         results = _replay(self.world.checker.committed)
+        for mark, answer in self._told.items():
+            if results.get(mark) != answer:
+                violated("11 outcome", f"{mark!r} was answered {answer}, not {results.get(mark)}")
         histories = {key: list(operations) for key, operations in self.history.items()}
-        for value, seen in self._told.items():
-            if results.get(value) != seen:
-                violated("11 outcome", f"{value!r} was answered {seen}, not {results.get(value)}")
         end = self.world.scheduler.now + 1
-        for key, operation, value in self._unknown:
-            if value in results:  # it did happen, and what came of it is known by now
-                operation = operation._replace(returned=end, result=_seen(results[value]))
-            elif value is not None:
-                continue
-            histories.setdefault(key, []).append(operation)
+        for key, operation, mark in self._unknown:
+            if mark in results:  # it did happen, and what came of it is known by now
+                known = operation._replace(returned=end, result=_seen(results[mark]))
+                histories.setdefault(key, []).append(known)
         finding = check(histories, VERSIONED, limit_s=CHECK_LIMIT_S)
         if finding.verdict is not Verdict.LINEARIZABLE:
             violated(
@@ -304,16 +302,15 @@ class _Records(dict[bytes, Record]):
         return iter(sorted(k for k in self if start <= k and (end is None or k < end)))
 
 
-def _replay(entries: Sequence[Entry]) -> dict[bytes | None, Result]:
-    """What each write that was committed has come to, by the value it writes."""
+def _replay(entries: Sequence[Entry]) -> dict[bytes, Result]:
+    """What each write that was committed has come to, by its mark."""
     records, revision = _Records(), 0
-    found: dict[bytes | None, Result] = {}
+    found: dict[bytes, Result] = {}
     for entry in entries:
         if entry.kind is EntryKind.NORMAL:
             revision, results = apply_batch(entry.data, records, revision)
             for command, result in zip(decode_batch(entry.data), results, strict=True):
-                if isinstance(command, Put):
-                    found[command.value] = result
+                found[mark_of(command)] = result
     return found
 
 
@@ -321,5 +318,7 @@ def _seen(result: Result) -> Any:
     """A result as the model has it."""
     if isinstance(result, ConditionFailed):
         return ("is", result.current_revision)
+    if isinstance(result, DeleteResult):
+        return result.revision if result.deleted else None
     assert isinstance(result, PutResult)
     return result.revision

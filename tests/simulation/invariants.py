@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 from zlib import crc32
 
-from dengine.kv.commands import Put, decode_batch
+from dengine.kv.commands import DeleteRange, Put, decode_batch
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.messages import (
     AppendResponse,
@@ -41,6 +41,14 @@ class Violation(AssertionError):
 
 def violated(invariant: str, text: str) -> NoReturn:
     raise Violation(invariant, text)
+
+
+def mark_of(command: object) -> bytes:
+    """Tells apart all commands of a run: a put by its value, a deletion by its limit."""
+    if isinstance(command, Put):
+        return command.value
+    assert isinstance(command, DeleteRange), command
+    return b"-%d" % command.limit
 
 
 class _Head:
@@ -79,7 +87,7 @@ class Checker:
         self.committed: list[Entry] = []
         self.committed_in: list[int] = []
         self.committed_term = 0
-        self.index_of: dict[bytes, int] = {}  # value -> index of the entry that writes it
+        self.index_of: dict[bytes, int] = {}  # mark of a command -> index of its entry
         self._entries: dict[tuple[int, int], tuple[Entry, int]] = {}
         self._seen: dict[Process, _Seen] = {}
         self._new_memberships: list[Entry] = []
@@ -295,10 +303,10 @@ class Checker:
         self.committed_term = max(self.committed_term, entry.term)
         if entry.kind is EntryKind.NORMAL:
             for command in decode_batch(entry.data):
-                if isinstance(command, Put):
-                    if command.value in self.index_of:
-                        violated("13 once", f"{command.value!r} is committed twice")
-                    self.index_of[command.value] = entry.index
+                mark = mark_of(command)
+                if mark in self.index_of:
+                    violated("13 once", f"{mark!r} is committed twice")
+                self.index_of[mark] = entry.index
         elif entry.kind is EntryKind.CONFIG:
             self.world.membership = decode_membership(entry.data)
             self._configs.append((entry.index, self.world.membership))
