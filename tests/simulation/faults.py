@@ -34,6 +34,7 @@ class Faults:
             kind: random.Random(f"{world.seed} fault {kind}")
             for kind in (*world.plan.faults, "join")
         }
+        self._handing_over: Process | None = None
         self.damaged: Machine | None = None
         self.ever_damaged: set[int] = set()  # machine ids
         self._still_damaged: Callable[[], bool] = lambda: False
@@ -179,30 +180,51 @@ class Faults:
             self._ask(rng, lambda node, by: node.change_settings(settings, by), leader)
 
     def _stale_leader(self, rng: random.Random) -> None:
-        """Answers reach the leader late, so that it learns late that it does not lead any more:
-        because nobody hears it, or because it hands over.
+        """Answers reach the leader later and later, and it learns late that it does not lead any
+        more: because nobody hears it, one follower does not hear it, or it hands over.
         """
         leader = self.world.leader()
         if leader is None or leader.node is None:
             return
-        me, others = leader.machine.id, [i for i in self.world.machines if i != leader.machine.id]
-        links, after = {(i, me) for i in others}, self.world.scheduler.after
-        for _ in range(80):
-            when = int(rng.random() * 1.5 * self._timeout_max_ms * MS)
-            after(when, self.world.clients.read_once, leader, rng)
+        me, after, timeout_ms = leader.machine.id, self.world.scheduler.after, self._timeout_ms
+        others = [i for i in self.world.machines if i != me]
+        links = {(i, me) for i in others}
         heirs = [v.id for v in self.world.membership.voters if v.id != me]
-        if heirs and rng.random() < 0.5:
-            heir, node = rng.choice(heirs), leader.node
-            self.world.count("handed over to be deaf")
+        if not heirs:
+            return
+        heir, node, way = rng.choice(heirs), leader.node, rng.choice(("deaf", "handover", "one"))
+        if way == "handover":
+            self._handing_over = leader
             self._ask(rng, lambda _, deadline: node.transfer_leader(heir, deadline), leader)
-            after(int(rng.random() * 15 * MS), self._slow_down, links, self._timeout_max_ms)
+        elif way == "one":
+            self._slow_down(links, int(rng.uniform(0.15, 0.45) * timeout_ms))
+            self._cut({(me, heir), (heir, me)}, rng, 4 * timeout_ms)
+            self._read_often(leader, 3 * timeout_ms, rng)
         else:
-            lag_ms = int(rng.uniform(0.5, 0.85) * self._timeout_ms)
-            self._slow_down(links, lag_ms)
-            after(int(lag_ms * rng.uniform(0.8, 1.3) * MS), self._deafen, others, me, rng)
+            steps = rng.randint(1, 6)
+            for step in range(steps):
+                lag_ms = int(0.4 * timeout_ms * (step + 1))
+                after(step * timeout_ms // 2 * MS, self._slow_down, links, lag_ms)
+            after(steps * timeout_ms // 2 * MS, self._deafen, leader, others, rng)
 
-    def _deafen(self, others: list[int], me: int, rng: random.Random) -> None:
-        self._cut({(me, i) for i in others}, rng, 2 * self._timeout_max_ms)
+    def _deafen(self, leader: Process, others: list[int], rng: random.Random) -> None:
+        self._cut({(leader.machine.id, i) for i in others}, rng, 4 * self._timeout_ms)
+        self._read_often(leader, 4 * self._timeout_ms, rng)
+
+    def hands_over(self, process: Process) -> None:
+        """This very moment `process` tells another member to take over."""
+        if self._handing_over is process:
+            self._handing_over = None
+            self.world.count("handed over and deaf")
+            me = process.machine.id
+            links = {(i, me) for i in self.world.machines if i != me}
+            self._slow_down(links, 2 * self._timeout_ms)
+            self._read_often(process, self._timeout_ms, self.rngs["stale leader"])
+
+    def _read_often(self, process: Process, ms: int, rng: random.Random) -> None:
+        for _ in range(60):
+            when = int(rng.random() * ms * MS)
+            self.world.scheduler.after(when, self.world.clients.read_once, process, rng)
 
     def _burst(self, rng: random.Random) -> None:
         """Many writes at once, and perhaps the end of the leader that has just taken them."""

@@ -18,6 +18,7 @@ from dengine.raft.messages import (
     HeartbeatResponse,
     InstallSnapshotRequest,
     Message,
+    TimeoutNow,
     VoteRequest,
     VoteResponse,
 )
@@ -394,6 +395,8 @@ class Checker:
             head = self._promise(process, m)
             if head.term == m.term and last.index and not self.holds(process.member, last):
                 violated("5 durable log", f"{m.sender} stands for election with a log it may lose")
+        elif kind is TimeoutNow:
+            self.world.faults.hands_over(process)
         elif kind is InstallSnapshotRequest:
             ref = m.snapshot  # type: ignore[union-attr]
             if self.committed[ref.index - 1].log_id != ref.log_id:
