@@ -276,10 +276,13 @@ class Clients:
             if results.get(mark) != answer:
                 violated("11 outcome", f"{mark!r} was answered {answer}, not {results.get(mark)}")
         histories = {key: list(operations) for key, operations in self.history.items()}
-        end = self.world.scheduler.now + 1
+        committed_at = self.world.checker.committed_at
         for key, operation, mark in self._unknown:
-            if mark in results:  # it did happen, and what came of it is known by now
-                known = operation._replace(returned=end, result=_seen(results[mark]))
+            # What came of it is known by now; and it took effect when it was committed, for every
+            # read that is confirmed after that covers it, acknowledged or not.
+            if mark in results and _changed(results[mark]):
+                by = committed_at[index_of[mark] - 1] + 1
+                known = operation._replace(returned=by, result=_seen(results[mark]))
                 histories.setdefault(key, []).append(known)
         finding = check(histories, VERSIONED, limit_s=CHECK_LIMIT_S)
         if finding.verdict is not Verdict.LINEARIZABLE:
@@ -312,6 +315,12 @@ def _replay(entries: Sequence[Entry]) -> dict[bytes, Result]:
             for command, result in zip(decode_batch(entry.data), results, strict=True):
                 found[mark_of(command)] = result
     return found
+
+
+def _changed(result: Result) -> bool:
+    return isinstance(result, PutResult) or (
+        isinstance(result, DeleteResult) and result.deleted > 0
+    )
 
 
 def _seen(result: Result) -> Any:

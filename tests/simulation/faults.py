@@ -35,6 +35,7 @@ class Faults:
             for kind in (*world.plan.faults, "join")
         }
         self._handing_over: Process | None = None
+        self._removing = 0  # removals that may be under way
         self.damaged: Machine | None = None
         self.ever_damaged: set[int] = set()  # machine ids
         self._still_damaged: Callable[[], bool] = lambda: False
@@ -339,7 +340,12 @@ class Faults:
         if self.damaged is not None and self._still_damaged():
             return False
         members = self.world.membership
-        return len(members.voters) >= 3 and not members.joint
+        in_force = [p.node.raft.membership for p in self.world.processes() if p.node]
+        return (
+            len(members.voters) >= 3
+            and not self._removing
+            and all(m.voters == members.voters and not m.joint for m in in_force if m.voters)
+        )
 
     def _rot(self, rng: random.Random) -> None:
         machine = self._any(rng)
@@ -466,7 +472,7 @@ class Faults:
         members, dice = self.world.membership, rng.random()
         if dice < 0.35 and len(self.world.machines) < NODES_MAX and members.voters:
             node_id = len(self.world.machines) + 1
-            founders = (rng.choice(members.voters).id,)
+            founders = tuple(v.id for v in members.voters)
             self.world.machines[node_id] = machine = Machine(self.world, node_id, founders)
             self.world.start(machine)
         elif dice < 0.6 and len(members.voters) > 3 and self._nobody_is_missing(members):
@@ -482,8 +488,19 @@ class Faults:
         return not (self.damaged and self._still_damaged())
 
     def _remove(self, node_id: int, rng: random.Random) -> None:
+        """Never while another disk is not made good for: two voters less may be a quorum less."""
+        after = self.world.scheduler.after
+        if not self._nobody_is_missing(self.world.membership):
+            if self.on:
+                after(300 * MS, self._remove, node_id, rng)
+            return
         self.world.count("removal asked")
+        self._removing += 1
+        after(3000 * MS, self._removed)
         self._ask(rng, lambda node, deadline: node.remove_member(node_id, deadline))
+
+    def _removed(self) -> None:
+        self._removing -= 1
 
     def _lag(self, rng: random.Random) -> None:
         """Somebody hears nothing for so long that it will need a snapshot."""

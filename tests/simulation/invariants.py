@@ -87,6 +87,7 @@ class Checker:
         self.leaders: dict[int, MemberId] = {}
         self.committed: list[Entry] = []
         self.committed_in: list[int] = []
+        self.committed_at: list[int] = []
         self.committed_term = 0
         self.index_of: dict[bytes, int] = {}  # mark of a command -> index of its entry
         self._entries: dict[tuple[int, int], tuple[Entry, int]] = {}
@@ -301,6 +302,7 @@ class Checker:
             )
         self.committed.append(entry)
         self.committed_in.append(raft.term)
+        self.committed_at.append(self.world.scheduler.now)
         self.committed_term = max(self.committed_term, entry.term)
         if entry.kind is EntryKind.NORMAL:
             for command in decode_batch(entry.data):
