@@ -276,20 +276,29 @@ class Clients:
             if results.get(mark) != answer:
                 violated("11 outcome", f"{mark!r} was answered {answer}, not {results.get(mark)}")
         histories = {key: list(operations) for key, operations in self.history.items()}
-        committed_at = self.world.checker.committed_at
-        for key, operation, mark in self._unknown:
-            # What came of it is known by now; and it took effect when it was committed, for every
-            # read that is confirmed after that covers it, acknowledged or not.
-            if mark in results and _changed(results[mark]):
-                by = committed_at[index_of[mark] - 1] + 1
-                known = operation._replace(returned=by, result=_seen(results[mark]))
-                histories.setdefault(key, []).append(known)
+        for key, operation in self._resolved(results):
+            histories.setdefault(key, []).append(operation)
         finding = check(histories, VERSIONED, limit_s=CHECK_LIMIT_S)
         if finding.verdict is not Verdict.LINEARIZABLE:
             violated(
                 f"linearizability ({finding.verdict.value})",
                 f"key {finding.key!r}: {as_text(finding.window)}",
             )
+
+    def _resolved(self, results: dict[bytes, Result]) -> Iterator[tuple[bytes, Operation]]:
+        """What clients were not told of and was committed, with what came of it.
+
+        It took effect when it was committed, for every read that covers it, acknowledged or not.
+        The calls are put in the order of the revisions, so that the search need not guess it.
+        """
+        checker = self.world.checker
+        changed = [u for u in self._unknown if u[2] in results and _changed(results[u[2]])]
+        changed.sort(key=lambda u: results[u[2]].revision)  # type: ignore[union-attr]
+        for place, (key, operation, mark) in enumerate(changed):
+            at = checker.committed_at[checker.index_of[mark] - 1]
+            called = max(operation.called, at - len(changed) + place)
+            seen = _seen(results[mark])
+            yield key, operation._replace(called=called, returned=at + 1, result=seen)
 
 
 class _Records(dict[bytes, Record]):
