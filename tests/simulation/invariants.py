@@ -1,6 +1,6 @@
 """What must hold after every event, whatever happened; each check costs no more than what changed.
 
-The numbers are those of the list in docs/correctness.md: 1 election safety, 2 leader append-only,
+Named by number: 0 nothing unexpected, 1 election safety, 2 leader append-only,
 3 log matching, 4 state machine safety, 5 leader completeness, 6 commit by a durable quorum of
 voters, 7 one vote per term, 8 membership changes, 9 order of the log's positions, 10 equal states,
 11 acknowledged means committed, 12 fresh reads. 13 to 15 speak of sessions, watches and TTLs.
