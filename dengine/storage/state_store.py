@@ -372,6 +372,7 @@ class _View:
     def delete(self, key: bytes) -> None:
         old = self._txn.pop(key)
         if old is not None:
+            _decode_record(key, old, self._path, keys_only=True)  # rot would spoil the hash
             self.hash -= record_hash(_KEYS, key, old)
         self._key = b""
 

@@ -261,19 +261,6 @@ MUTANTS: tuple[Mutant, ...] = (
         (RAFT, "self._lease_given_up = True", "self._lease_given_up = False"),
     ),
     _mutant(
-        "a leader that is alive may be deposed",
-        (
-            RAFT,
-            "return self._now_ms - since < self.config.timeout_ms_min\n",
-            "return False\n",
-        ),
-        (
-            RAFT,
-            "and self.leader is None\n        granted",
-            "\n        granted",
-        ),
-    ),
-    _mutant(
         "data and applied index in two transactions",
         (
             "dengine.storage.state_store",
@@ -354,6 +341,14 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "answers to the process before taken for ours",
         ("dengine.node.forwarding", "self._next_id = boot", "self._next_id = 0"),
+    ),
+    _mutant(
+        "a deletion does not look at what it deletes",
+        (
+            "dengine.storage.state_store",
+            "_decode_record(key, old, self._path, keys_only=True)",
+            "pass",
+        ),
     ),
     _mutant(
         "compare-and-swap without comparing",

@@ -218,6 +218,7 @@ def test_damage_in_a_record_is_found_on_read(store: StateStore, path: Path, size
         lambda: store.page(b"", None, 10, False),
         lambda: store.page(b"", None, 10, True),
         lambda: store.apply([entry(2, Put(b"other", b""), Put(b"rotten", b""))]),
+        lambda: store.apply([entry(2, Put(b"other", b""), DeleteRange(b"r", b"s", 10))]),
     ):
         with pytest.raises(DataCorruption) as caught:
             read()
