@@ -286,7 +286,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("dengine.storage.directory", "os.fsync(fd)", "pass"),
     ),
     _mutant(
-        "log reset before the directory is synced",
+        "purge and reset before the directory is synced",
         (
             "dengine.storage.directory",
             "os.replace(temporary, self.path / name)\n        sync_directory(self.path)",

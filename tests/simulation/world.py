@@ -157,7 +157,7 @@ class World:
         if unexpected and type(error) is TryAgain:
             raise self._died(machine, cause)
         self.count("exit 75" if isinstance(error, TryAgain) else "exit 74" if error else "exit 0")
-        if "power" in self.plan.faults and machine.rng.random() < 0.3:
+        if "power" in self.plan.faults and machine.rng.random() < (0.3 if error else 0.7):
             self.count("power lost while down")
             machine.reboot()
         self.restart_later(machine)

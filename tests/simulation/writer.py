@@ -112,6 +112,10 @@ class LogWriter:
         ready, self._pending = self._pending, None
         if ready is None:
             return
+        machine = self._process.machine
+        installs = ready.snapshot is not None and "fuse" in machine.world.plan.faults
+        if installs and machine.rng.random() < 0.3:  # between two steps of it
+            machine.disk.fuse = machine.rng.randint(0, 20)
         error: BaseException | None = None
         try:
             self._save(ready)
