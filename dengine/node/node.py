@@ -11,6 +11,7 @@ import logging
 import os
 import random
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -483,7 +484,15 @@ class Node:
     def _addresses(self, member: MemberId) -> list[str]:
         """Where `member` can be dialled, best first; empty when it is not a known one."""
         known = self.raft.membership.get(member)
-        return self._book.source(member.id, known.address if known is not None else None)
+        found = self._book.source(member.id, known.address if known is not None else None)
+        if not found:  # it became a member after our log ends: whoever leads knows where it is
+            self._asking = self._loop.create_task(self._ask_addresses())
+        return found
+
+    async def _ask_addresses(self) -> None:
+        with suppress(DengineError):
+            members = (await self._lead("view", {}, self._loop.time() + 1))["members"]
+            self._book.told({m["id"]: m["address"] for m in members})
 
     def rolled_back(self) -> None:
         raise self._exchange.quarantine(

@@ -11,6 +11,7 @@ from dengine.node.wire import ForwardReply, ForwardRequest, Frame
 from dengine.raft.types import MemberId
 from tests.simulation.loop import SECOND
 from tests.simulation.plan import FAULTS, Plan
+from tests.simulation.run import run_seed
 from tests.simulation.world import World
 
 LEADER = MemberId(1, 16)
@@ -30,6 +31,11 @@ def test_a_power_cut_takes_no_data_directory_away(seed: int) -> None:
             world.crash(machine, power=True)
         world.scheduler.run_until(4 * SECOND)
         assert {m.id: m.process.member for m in founders if m.process} == before
+
+
+def test_a_snapshot_is_fetched_from_a_leader_newer_than_our_log() -> None:
+    """A member that slept while the cluster grew did not know where the new leader was."""
+    run_seed(340)
 
 
 def test_an_answer_to_the_process_before_is_not_ours() -> None:
