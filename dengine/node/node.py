@@ -228,8 +228,8 @@ class Node:
     async def _hand_over(self) -> None:
         raft = self.raft
         lately_ms = self.config.election.timeout_ms_min
-        heirs = [v for v in raft.membership.voters if v != raft.me]
-        heirs = [v for v in heirs if raft.heard_within(v, lately_ms)]
+        others = [v for v in raft.membership.voters if v != raft.me]
+        heirs = [v for v in others if raft.heard_within(v, lately_ms)]
         if not heirs:
             return  # nobody is there to lead
         heir = max(heirs, key=lambda v: (raft.progress[v].match_index, -v.id))
@@ -327,8 +327,7 @@ class Node:
 
         async def forward(leader: MemberId) -> dict[str, Any]:
             answer = await self._exchange.forwarding.ask(leader, op, orjson.dumps(args), deadline)
-            decoded: dict[str, Any] = orjson.loads(answer)
-            return decoded
+            return dict(orjson.loads(answer))
 
         return await self._at_leader.do(
             lambda: self.lead_here(op, args, deadline), forward, deadline
@@ -491,8 +490,8 @@ class Node:
 
     async def _ask_addresses(self) -> None:
         with suppress(DengineError):
-            members = (await self._lead("view", {}, self._loop.time() + 1))["members"]
-            self._book.told({m["id"]: m["address"] for m in members})
+            view = await self._lead("view", {}, self._loop.time() + 1)
+            self._book.told({m["id"]: m["address"] for m in view["members"]})
 
     def rolled_back(self) -> None:
         raise self._exchange.quarantine(
