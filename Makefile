@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install run walkthrough test crash-sweep ansible-full lint fix bench lab lab-expand lab-full lab-down lock clean test-packages
+.PHONY: help install run walkthrough test sim mutants soak crash-sweep ansible-full lint fix bench lab lab-expand lab-full lab-down lock clean test-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,18 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 
 test: lint test-packages ## Install what the tests need and run them all
 	$(PYTHON) -m pytest tests -q
+
+SEEDS ?= 1000
+FROM  ?= 0
+
+sim: $(STAMP) ## Simulated clusters under faults: make sim SEEDS=1000 FROM=0
+	$(PYTHON) -m tests.simulation.run --seeds $(SEEDS) --from $(FROM)
+
+soak: $(STAMP) ## The same until told to stop: make soak FROM=0
+	$(PYTHON) -m tests.simulation.run --seeds 0 --from $(FROM)
+
+mutants: $(STAMP) ## Defects put in on purpose: does the simulator find every one?
+	$(PYTHON) -m tests.mutants.run
 
 test-packages:
 	@scripts/system-packages.sh iproute2 strace util-linux

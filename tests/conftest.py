@@ -11,7 +11,10 @@ import hypothesis
 import pytest
 
 # The lowest layer first: a broken quorum function is easier to read than a broken cluster.
-LAYERS = ("raft", "kv", "storage", "node", "api", "integration", "crash_sweep", "ansible", "lab")
+LAYERS = (
+    *("raft", "kv", "storage", "node", "api", "linearizability", "simulation", "mutants"),
+    *("integration", "crash_sweep", "ansible", "lab"),
+)
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # `make crash-sweep`
 LAB = bool(os.environ.get("DENGINE_LAB_TESTS"))  # `make lab-full`
 # Here everything can be installed and every right is there, so nothing has a reason to be skipped.

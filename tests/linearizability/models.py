@@ -65,6 +65,8 @@ def _versioned_step(state: Any, op: Operation) -> Any:
         return Version(state.revision + 1, value, False)
     if op.result is None:  # a deletion of nothing
         return state if state.value is None or state.value is ANYTHING else IMPOSSIBLE
+    if op.name == "delete" and state.value is None:  # it says that there was something
+        return IMPOSSIBLE
     return Version(op.result, value) if op.result > state.revision else IMPOSSIBLE
 
 
@@ -79,7 +81,8 @@ def _versioned_cas(state: Version, op: Operation) -> Any:
     if isinstance(op.result, tuple):  # ("is", revision of what was there instead)
         found = op.result[1]
         if found is None:
-            return state if state.value is None or state.value is ANYTHING else IMPOSSIBLE
+            nothing = state.value is None or state.value is ANYTHING
+            return state if nothing and expected is not None else IMPOSSIBLE
         fits = state.value is not None and state.may_be(found) and found != expected
         return Version(found, state.value) if fits else IMPOSSIBLE
     fits = (matches or state.value is ANYTHING) and op.result > max(state.revision, here)

@@ -1,0 +1,309 @@
+"""A disk that can lose power: files, directories and LMDB environments, and what was synced.
+
+Every file has its content and the content at its last fsync; every directory its names, those at
+its last fsync, and the changes since, in order. `lose_power` keeps a prefix of those changes and of
+each unsynced file the old content, the new one, a torn one or none. What a killed process has
+written stays: the kernel has it.
+
+`SimPath`, `SimOs` and the functions below stand for pathlib, os and shutil in dengine.storage.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from types import SimpleNamespace
+from typing import Any, Final
+
+from tests.simulation.environment import Environment
+from tests.simulation.loop import Crash
+
+FREE_BYTES: Final = 1 << 40
+
+
+class Inode:
+    """A file, an LMDB file (`environment`) or a directory (`names`)."""
+
+    __slots__ = ("content", "environment", "journal", "names", "number", "synced", "synced_names")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.content = b""
+        self.synced: bytes | None = None
+        self.environment: Environment | None = None
+        self.names: dict[str, Inode] | None = None
+        self.synced_names: dict[str, Inode] = {}
+        self.journal: list[dict[str, Inode | None]] = []  # changes since the last fsync
+
+
+class Disk:
+    """One machine's disk.
+
+    Attributes:
+        fuse: after so many more effects the process that uses it crashes; None: never.
+        full, eio: the next commit fails for that reason.
+        owner: told when the fuse has burnt.
+    """
+
+    def __init__(self, name: str, rng: random.Random) -> None:
+        self.name = name
+        self.rng = rng
+        self.fuse: int | None = None
+        self.full = False
+        self.eio = False
+        self.dead = False
+        self.burnt: Callable[[], None] = lambda: None
+        self.hit: Callable[[str], None] = lambda what: None
+        self._numbers = itertools.count(1)
+        self._files: dict[int, Inode] = {}
+        self._fds = itertools.count(1000)
+        self.root = self._directory()
+
+    def effect(self) -> None:
+        """Something is about to change what others can see. Raises Crash."""
+        if self.dead:
+            raise Crash
+        if self.fuse is not None:
+            self.fuse -= 1
+            if self.fuse < 0:
+                self.fuse, self.dead = None, True
+                self.burnt()
+                raise Crash
+
+    def free_bytes(self) -> int:
+        return 0 if self.full else FREE_BYTES
+
+    # --- names ------------------------------------------------------------------------------------
+
+    def find(self, parts: tuple[str, ...]) -> Inode | None:
+        node: Inode | None = self.root
+        for part in parts:
+            if node is None or node.names is None:
+                return None
+            node = node.names.get(part)
+        return node
+
+    def need(self, path: SimPath) -> Inode:
+        node = self.find(path.inside)
+        if node is None:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+        return node
+
+    def change(self, path: SimPath, changes: dict[str, Inode | None]) -> None:
+        """Change names in the directory `path`, as one operation."""
+        self.effect()
+        directory = self.need(path)
+        assert directory.names is not None
+        for name, node in changes.items():
+            if node is None:
+                directory.names.pop(name, None)
+            else:
+                directory.names[name] = node
+        directory.journal.append(changes)
+
+    def make(self, path: SimPath, *, directory: bool = False) -> Inode:
+        node = self._directory() if directory else Inode(next(self._numbers))
+        self.change(path.parent, {path.name: node})
+        return node
+
+    def _directory(self) -> Inode:
+        node = Inode(next(self._numbers))
+        node.names = {}
+        return node
+
+    # --- descriptors ------------------------------------------------------------------------------
+
+    def open(self, node: Inode) -> int:
+        fd = next(self._fds)
+        self._files[fd] = node
+        return fd
+
+    def by_fd(self, fd: int) -> Inode:
+        return self._files[fd]
+
+    def sync(self, node: Inode) -> None:
+        self.effect()
+        if node.names is None:
+            node.synced = node.content
+        else:
+            node.synced_names = dict(node.names)
+            node.journal.clear()
+
+    # --- what may happen to a disk ----------------------------------------------------------------
+
+    def lose_power(self) -> None:
+        """Only what was synced is sure to be there."""
+        self._lose(self.root)
+        self._files.clear()
+
+    def _lose(self, node: Inode) -> None:
+        if node.names is not None:
+            kept = dict(node.synced_names)
+            for changes in node.journal[: self.rng.randint(0, len(node.journal))]:
+                for name, inode in changes.items():
+                    if inode is None:
+                        kept.pop(name, None)
+                    else:
+                        kept[name] = inode
+            node.names, node.synced_names, node.journal = kept, dict(kept), []
+            for name in sorted(kept):
+                self._lose(kept[name])
+        elif node.environment is not None:
+            if not node.environment.lose_power(self.rng):
+                self.hit("state torn")
+        elif node.synced != node.content:
+            self.hit("file torn")
+            torn = node.content[: self.rng.randint(0, len(node.content))]
+            node.content = self.rng.choice([node.synced or b"", node.content, torn])
+            node.synced = node.content
+
+
+class SimPath(PurePosixPath):
+    """A path on a simulated disk: /NAME/... is on the disk of that name."""
+
+    __slots__ = ()
+    disks: dict[str, Disk] = {}  # noqa: RUF012 - filled anew by every simulation
+
+    @property
+    def disk(self) -> Disk:
+        return self.disks[self.parts[1]]
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        return self.parts[2:]
+
+    def _find(self) -> Inode | None:
+        return self.disk.find(self.parts[2:])
+
+    def exists(self) -> bool:
+        return len(self.parts) < 2 or self._find() is not None
+
+    def stat(self) -> SimpleNamespace:
+        node = self.disk.need(self)
+        size = len(node.content) if node.environment is None else node.environment.size_bytes()
+        return SimpleNamespace(st_size=size, st_dev=1, st_ino=node.number)
+
+    def read_bytes(self) -> bytes:
+        return self.disk.need(self).content
+
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return self.read_bytes().decode(encoding, errors)
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        node = self._find() or self.disk.make(self)
+        self.disk.effect()
+        node.content = text.encode(encoding)
+
+    def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        if self.exists():
+            if not exist_ok:
+                raise FileExistsError(errno.EEXIST, "File exists", str(self))
+            return
+        if parents and len(self.inside) > 1:
+            self.parent.mkdir(parents=True, exist_ok=True)
+        self.disk.make(self, directory=True)
+
+    def touch(self, mode: int = 0o666) -> None:
+        if not self.exists():
+            self.disk.make(self)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        if not self.exists():
+            if missing_ok:
+                return
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+        self.disk.change(self.parent, {self.name: None})
+
+    def rename(self, target: SimPath) -> None:
+        node = self.disk.need(self)
+        assert target.parent == self.parent
+        self.disk.change(self.parent, {self.name: None, target.name: node})
+
+    def glob(self, pattern: str) -> Iterator[SimPath]:
+        node = self._find()
+        names = () if node is None or node.names is None else sorted(node.names)
+        return iter([self / name for name in names if fnmatchcase(name, pattern)])
+
+    def write(self, content: bytes) -> None:
+        """As open, write, fsync, close of a new file."""
+        node = self._find() or self.disk.make(self)
+        self.disk.effect()
+        node.content = content
+        self.disk.sync(node)
+
+
+class _Stream:
+    """What os.fdopen gives for writing text."""
+
+    def __init__(self, disk: Disk, node: Inode) -> None:
+        self._disk = disk
+        self._node = node
+
+    def write(self, text: str) -> None:
+        self._disk.effect()
+        self._node.content += text.encode()
+
+    def flush(self) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class SimOs:
+    """The part of `os` that dengine.storage and dengine.node use; a constant is the real one."""
+
+    def __init__(self, disk: Callable[[], Disk], urandom: Callable[[int], bytes]) -> None:
+        self._disk = disk
+        self.urandom = urandom
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("O_"):
+            return getattr(os, name)
+        raise AttributeError(f"the simulation has no os.{name}")
+
+    def open(self, path: SimPath, flags: int, mode: int = 0o777) -> int:
+        node = path._find()
+        if node is None:
+            node = path.disk.make(path)
+        elif flags & os.O_TRUNC:
+            path.disk.effect()
+            node.content = b""
+        return path.disk.open(node)
+
+    def fdopen(self, fd: int, mode: str, encoding: str = "") -> _Stream:
+        return _Stream(self._disk(), self._disk().by_fd(fd))
+
+    def fsync(self, fd: int) -> None:
+        self._disk().sync(self._disk().by_fd(fd))
+
+    def close(self, fd: int) -> None:
+        pass
+
+    def rename(self, old: SimPath, new: SimPath) -> None:
+        old.rename(new)
+
+    replace = rename
+
+    def statvfs(self, path: SimPath) -> SimpleNamespace:
+        return SimpleNamespace(f_bavail=path.disk.free_bytes(), f_frsize=1)
+
+
+def sync_directory(path: SimPath) -> None:
+    path.disk.sync(path.disk.need(path))
+
+
+def rmtree(path: SimPath, ignore_errors: bool = False) -> None:
+    """As shutil.rmtree, in one operation."""
+    if path.exists():
+        path.unlink()
+    elif not ignore_errors:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))

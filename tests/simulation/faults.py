@@ -1,0 +1,449 @@
+"""What goes wrong during a run: each kind by itself, on a schedule of its own.
+
+Leaving one kind out does not move the others, so a failing seed is shrunk by dropping faults. What
+is lost for good stays within a budget: one machine at a time, and a quorum of sound ones beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tests.simulation.disk import SimPath
+from tests.simulation.environment import Environment
+from tests.simulation.loop import MS
+from tests.simulation.machine import Machine, Process
+from tests.simulation.operators import Operators
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+
+class Faults:
+    """Schedules every kind that the plan has on, until `stop`."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.on = False
+        self.rngs = {
+            kind: random.Random(f"{world.seed} fault {kind}")
+            for kind in (*world.plan.faults, "join")
+        }
+        self._handing_over: Process | None = None
+        self.operators = Operators(world, self)
+        self.damaged: Machine | None = None
+        self.ever_damaged: set[int] = set()  # machine ids
+        self._still_damaged: Callable[[], bool] = lambda: False
+        # kind -> (mean pause in ms, what is done)
+        self._acts: dict[str, tuple[int, Callable[[random.Random], None]]] = {
+            "one-way cut": (700, self._one_way),
+            "isolate": (900, self._isolate),
+            "mesh": (1000, self._mesh),
+            "usurp": (1000, self._usurp),
+            "stale leader": (500, self._stale_leader),
+            "slow": (800, self._slow),
+            "burst": (500, self._burst),
+            "kill": (600, self._kill),
+            "power": (900, self._power),
+            "blackout": (2000, self._blackout),
+            "fuse": (300, self._fuse),
+            "stop": (1200, self._stop),
+            "pause": (600, self._pause),
+            "suspend": (900, self._suspend),
+            "stall": (700, self._stall),
+            "eio": (900, self._eio),
+            "full": (1500, self._full),
+            "rot": (900, self._rot),
+            "wipe": (1200, self._wipe),
+            "transfer": (500, self.operators.transfer),
+            "churn": (600, self.operators.churn),
+            "lag": (1500, self._lag),
+        }
+
+    def start(self) -> None:
+        self.on = True
+        for kind in self.world.plan.faults:
+            if kind in self._acts:
+                self._plan(kind)
+        plan, rng = self.world.plan, self.rngs["join"]
+        for node_id in range(plan.founders + 1, plan.founders + plan.joiners + 1):
+            when = rng.randint(0, int(plan.seconds * 400)) * MS
+            self.world.scheduler.after(when, self.world.start, self.world.machines[node_id])
+        if plan.shape == "replace":
+            victim = rng.randint(1, plan.founders)
+            when = rng.randint(int(plan.seconds * 300), int(plan.seconds * 600)) * MS
+            self.world.scheduler.after(when, self.operators.remove, victim, rng)
+
+    def stop(self) -> None:
+        self.on = False
+
+    def _plan(self, kind: str) -> None:
+        mean_ms, act = self._acts[kind]
+        pause_ns = int(self.rngs[kind].expovariate(1 / mean_ms) * self.world.plan.calm * MS)
+        self.world.scheduler.after(pause_ns, self._act, kind, act)
+
+    def _act(self, kind: str, act: Callable[[random.Random], None]) -> None:
+        if self.on:
+            act(self.rngs[kind])
+            self._plan(kind)
+
+    # --- who --------------------------------------------------------------------------------------
+
+    def _running(self) -> list[Machine]:
+        return [m for m in self.world.machines.values() if m.process is not None]
+
+    def _any(self, rng: random.Random) -> Machine | None:
+        """Often the leader, and often one whose moment is delicate."""
+        running = self._running()
+        if not running:
+            return None
+        leader = self.world.leader()
+        dice = rng.random()
+        if leader is not None and dice < 0.35:
+            return leader.machine
+        delicate = [m for m in running if m.process and self._is_delicate(m.process)]
+        if delicate and dice < 0.6:
+            return rng.choice(delicate)
+        return rng.choice(running)
+
+    @staticmethod
+    def _is_delicate(process: Process) -> bool:
+        node = process.node
+        return node is None or bool(
+            process.job or node.raft._restore is not None or node.raft.membership.joint
+        )
+
+    # --- the network ------------------------------------------------------------------------------
+
+    def _cut(self, pairs: set[tuple[int, int]], rng: random.Random, lasting_ms: int = 0) -> None:
+        self.world.note("cut", sorted(pairs))
+        network = self.world.network
+        network.cut |= pairs
+        for one, other in sorted(pairs):
+            process = self.world.machines[one].process
+            if process is not None and process.serves:
+                process.peers.cut(other)
+        lasting_ms = lasting_ms or int(rng.choice((0.3, 0.6, 1.2)) * self._timeout_max_ms)
+        self.world.scheduler.after(lasting_ms * MS, self._reunite, pairs)
+
+    def _reunite(self, pairs: set[tuple[int, int]]) -> None:
+        self.world.network.cut -= pairs
+
+    def _one_way(self, rng: random.Random) -> None:
+        ids = list(self.world.machines)
+        if len(ids) > 1 and (machine := self._any(rng)):
+            other = rng.choice([i for i in ids if i != machine.id])
+            pair = (machine.id, other) if rng.random() < 0.5 else (other, machine.id)
+            self.world.count("one-way cut")
+            self._cut({pair}, rng)
+
+    def _isolate(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            others = [i for i in self.world.machines if i != machine.id]
+            side = [machine.id, *rng.sample(others, rng.randint(0, len(others) // 2))]
+            rest = [i for i in others if i not in side]
+            pairs = set(itertools.product(side, rest))
+            if rng.random() < 0.7:
+                pairs |= set(itertools.product(rest, side))
+            self._cut(pairs, rng)
+
+    def _mesh(self, rng: random.Random) -> None:
+        """Some pairs cannot talk, though both reach others."""
+        pairs = list(itertools.combinations(self.world.machines, 2))
+        some = rng.sample(pairs, rng.randint(0, len(pairs) // 2)) if pairs else []
+        self._cut({p for one, other in some for p in ((one, other), (other, one))}, rng)
+
+    def _usurp(self, rng: random.Random) -> None:
+        """The leader goes on alone, with clients that write to it, until another one leads."""
+        leader = self.world.leader()
+        if leader is None:
+            return
+        me = leader.machine.id
+        others = [i for i in self.world.machines if i != me]
+        with_it = rng.sample(others, rng.choice((0, 0, len(others) // 3)))
+        rest = [i for i in others if i not in with_it]
+        side = [me, *with_it]
+        self.world.scheduler.after(
+            rng.randint(0, 20) * MS, self.world.clients.burst, leader, rng.randint(0, 6), rng
+        )
+        pairs = {p for one in side for i in rest for p in ((one, i), (i, one))}
+        lasting_ms = int(rng.uniform(0.8, 2.5) * self._timeout_max_ms)
+        if rng.random() < 0.3:  # what it appends is still being written when it is replaced
+            leader.machine.stalled_until = self.world.scheduler.now + (lasting_ms + 100) * MS
+        self._cut(pairs, rng, lasting_ms)
+        if rng.random() < 0.4:  # a membership that will never be committed
+            settings = {"history_revisions": rng.randint(1, 1000)}
+            self.operators.ask(rng, lambda node, by: node.change_settings(settings, by), leader)
+
+    def _stale_leader(self, rng: random.Random) -> None:
+        """Answers reach the leader later and later, and it learns late that it does not lead any
+        more: because nobody hears it, one follower does not hear it, or it hands over.
+        """
+        leader = self.world.leader()
+        if leader is None or leader.node is None:
+            return
+        me, after, timeout_ms = leader.machine.id, self.world.scheduler.after, self._timeout_ms
+        others = [i for i in self.world.machines if i != me]
+        links = {(i, me) for i in others}
+        heirs = [v.id for v in self.world.membership.voters if v.id != me]
+        if not heirs:
+            return
+        heir, node, way = rng.choice(heirs), leader.node, rng.choice(("deaf", "handover", "one"))
+        if way == "handover":
+            self._handing_over = leader
+            self.operators.ask(
+                rng, lambda _, deadline: node.transfer_leader(heir, deadline), leader
+            )
+        elif way == "one":
+            self._slow_down(links, int(rng.uniform(0.15, 0.45) * timeout_ms))
+            self._cut({(me, heir), (heir, me)}, rng, 4 * timeout_ms)
+            self._read_often(leader, 3 * timeout_ms, rng)
+        else:
+            steps = rng.randint(1, 6)
+            for step in range(steps):
+                lag_ms = int(0.4 * timeout_ms * (step + 1))
+                after(step * timeout_ms // 2 * MS, self._slow_down, links, lag_ms)
+            after(steps * timeout_ms // 2 * MS, self._deafen, leader, others, rng)
+
+    def _deafen(self, leader: Process, others: list[int], rng: random.Random) -> None:
+        self._cut({(leader.machine.id, i) for i in others}, rng, 4 * self._timeout_ms)
+        self._read_often(leader, 4 * self._timeout_ms, rng)
+
+    def hands_over(self, process: Process) -> None:
+        """This very moment `process` tells another member to take over."""
+        if self._handing_over is process:
+            self._handing_over = None
+            self.world.count("handed over and deaf")
+            me = process.machine.id
+            links = {(i, me) for i in self.world.machines if i != me}
+            self._slow_down(links, 2 * self._timeout_ms)
+            self._read_often(process, self._timeout_ms, self.rngs["stale leader"])
+
+    def _read_often(self, process: Process, ms: int, rng: random.Random) -> None:
+        for _ in range(60):
+            when = int(rng.random() * ms * MS)
+            self.world.scheduler.after(when, self.world.clients.read_once, process, rng)
+
+    def _burst(self, rng: random.Random) -> None:
+        """Many writes at once, and perhaps the end of the leader that has just taken them."""
+        leader = self.world.leader()
+        if leader is None:
+            return
+        self.world.clients.burst(leader, rng.randint(2, 12), rng)
+        if rng.random() < 0.4:
+            leader.machine.disk.fuse = rng.randint(0, 30)
+
+    def _slow(self, rng: random.Random) -> None:
+        ids = list(self.world.machines)
+        if len(ids) > 1:
+            one, other = rng.sample(ids, 2)
+            lag_ms = int(rng.uniform(0.1, 1.5) * self._timeout_max_ms)
+            self._slow_down({(one, other)}, lag_ms)
+
+    def _slow_down(self, links: set[tuple[int, int]], lag_ms: int) -> None:
+        self.world.note("slow", sorted(links), lag_ms)
+        for link in links:
+            self.world.network.slow[link] = lag_ms * MS
+        self.world.scheduler.after(3 * self._timeout_max_ms * MS, self._hurry, links)
+
+    def _hurry(self, links: set[tuple[int, int]]) -> None:
+        for link in links:
+            self.world.network.slow.pop(link, None)
+
+    # --- processes and machines -------------------------------------------------------------------
+
+    def _kill(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            self.world.crash(machine)
+
+    def _power(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            self.world.crash(machine, power=True)
+
+    def _blackout(self, rng: random.Random) -> None:
+        """All at once, or nearly."""
+        self.world.count("blackout")
+        power = rng.random() < 0.5
+        for machine in self._running():
+            self.world.crash(machine, power=power)
+
+    def _fuse(self, rng: random.Random) -> None:
+        """A crash at the boundary of two effects: sends, syncs, renames, commits."""
+        if machine := self._any(rng):
+            machine.disk.fuse = rng.choice((0, 1, 2, 3, 5, 8, 13, 30))
+
+    def _stop(self, rng: random.Random) -> None:
+        """As systemd would: leadership is handed over, the state is synced."""
+        machine = self._any(rng)
+        if machine and machine.process and machine.process.serves:
+            process = machine.process
+            assert process.node is not None
+            self.world.count("clean stop")
+            node = process.node
+            process.run(lambda: process.loop.create_task(node.stop()))
+
+    def _freeze(self, machine: Machine, ms: int) -> int:
+        process = machine.process
+        until = self.world.scheduler.now + ms * MS
+        if process is not None:
+            process.loop.frozen_until = max(process.loop.frozen_until, until)
+        return until
+
+    def _pause(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            self._freeze(machine, int(rng.uniform(0.2, 3) * self._timeout_ms))
+
+    def _suspend(self, rng: random.Random) -> None:
+        """Of the machine: its monotonic clock stands still."""
+        if machine := self._any(rng):
+            ms = int(rng.uniform(0.2, 3) * self._timeout_ms)
+            if machine.process is not None and machine.process.loop.frozen_until == 0:
+                self._freeze(machine, ms)
+                machine.clock.suspended_ns += int(ms * MS * machine.clock.rate)
+                machine.stalled_until = max(
+                    machine.stalled_until, self.world.scheduler.now + ms * MS
+                )
+
+    @property
+    def _timeout_ms(self) -> int:
+        return self.world.plan.election.timeout_ms_min
+
+    @property
+    def _timeout_max_ms(self) -> int:
+        return self.world.plan.election.timeout_ms_max
+
+    # --- disks ------------------------------------------------------------------------------------
+
+    def _stall(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            ms = int(rng.uniform(0.1, 4) * self._timeout_ms)
+            machine.stalled_until = self.world.scheduler.now + ms * MS
+
+    def _eio(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            machine.disk.eio = True
+
+    def _full(self, rng: random.Random) -> None:
+        if machine := self._any(rng):
+            machine.disk.full = True
+            self.world.scheduler.after(rng.randint(100, 1500) * MS, self._free, machine)
+
+    @staticmethod
+    def _free(machine: Machine) -> None:
+        machine.disk.full = False
+
+    def _may_damage(self, machine: Machine) -> bool:
+        """One machine at a time; voters only where others have a quorum without it."""
+        if not self.nobody_is_missing():
+            return False
+        members = self.world.membership
+        in_force = [p.node.raft.membership for p in self.world.processes() if p.node]
+        return (
+            len(members.voters) >= 3
+            and not self.operators.removing
+            and all(m.voters == members.voters and not m.joint for m in in_force if m.voters)
+        )
+
+    def _rot(self, rng: random.Random) -> None:
+        machine = self._any(rng)
+        if machine is None or not self._may_damage(machine):
+            return
+        process, what = machine.process, rng.choice(("log", "state", "snapshot"))
+        if process is None or process.node is None or process.node.raft.state_lost:
+            return
+        path = machine.path
+        if what == "log":
+            self._rot_log(machine, rng)
+        elif what == "state":
+            current = path / path.joinpath("CURRENT").read_text().strip() / "data.mdb"
+            node = current._find()
+            if node is not None and node.environment is not None:
+                self._rot_records(node.environment, b"keys", rng)
+                self._mark(machine, "state rotted", lambda: self._is_weak(machine))
+        else:
+            files = list(path.joinpath("snapshots").glob("snapshot-*.dsnap"))
+            if files:
+                self._rot_file(machine, rng.choice(files), rng)
+
+    def _rot_log(self, machine: Machine, rng: random.Random) -> None:
+        log = machine.log_file()
+        if log is not None and len(log.tables[b""].keys) > 2:
+            self.world.checker.damaging(machine)
+            self._rot_records(log, b"", rng)
+            me = machine.process.member if machine.process else None
+            self._mark(
+                machine,
+                "log rotted",
+                lambda: (
+                    self._is_weak(machine)
+                    or machine.process is None
+                    or machine.process.member == me
+                ),
+            )
+            if rng.random() < 0.7:  # it is found at the next start
+                self.world.crash(machine, power=rng.random() < 0.5)
+
+    @staticmethod
+    def _rot_records(environment: Environment, name: bytes, rng: random.Random) -> None:
+        table = environment.tables.get(name)
+        if table is None or not table.keys:
+            return
+        key = rng.choice(table.keys)
+        raw = bytearray(table.data[key])
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        table.data[key] = bytes(raw)
+
+    def _rot_file(self, machine: Machine, file: SimPath, rng: random.Random) -> None:
+        node = file._find()
+        assert node is not None
+        raw = bytearray(node.content)
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        node.content = node.synced = bytes(raw)
+        self._mark(machine, "snapshot rotted", lambda: file._find() is node)
+
+    def _mark(self, machine: Machine, what: str, lasts: Callable[[], bool]) -> None:
+        self.world.count(what)
+        self.damaged, self._still_damaged = machine, lasts
+        self.ever_damaged.add(machine.id)
+
+    def nobody_is_missing(self) -> bool:
+        return not (self.damaged and self._still_damaged())
+
+    def _is_weak(self, machine: Machine) -> bool:
+        """Not a voter yet, or not up to date."""
+        process = machine.process
+        if process is None or process.node is None:
+            return True
+        raft = process.node.raft
+        return (
+            raft.state_lost
+            or raft.me not in self.world.membership.voters
+            or raft.log.stable_index < len(self.world.checker.committed) - 5
+        )
+
+    def _wipe(self, rng: random.Random) -> None:
+        machine = self._any(rng)
+        if machine is None or not self._may_damage(machine) or machine.process is None:
+            return
+        process = machine.process
+        if process.node is None or process.node.raft.me not in self.world.membership.voters:
+            return
+        self.world.checker.damaging(machine)
+        self.world.note("wipe", machine.id)
+        self.world.checker.crashed(process, power=True)
+        machine.wipe()
+        self.world.clients.process_gone(process)
+        self.world.restart_later(machine)
+        self._mark(machine, "disk replaced", lambda: self._is_weak(machine))
+
+    def _lag(self, rng: random.Random) -> None:
+        """Somebody hears nothing for so long that it will need a snapshot."""
+        if machine := self._any(rng):
+            others = [i for i in self.world.machines if i != machine.id]
+            pairs = {p for i in others for p in ((i, machine.id), (machine.id, i))}
+            self.world.network.cut |= pairs
+            for process in self.world.processes():
+                process.peers.cut(machine.id)
+            self.world.scheduler.after(int(1.2e9), self._reunite, pairs)

@@ -1,0 +1,292 @@
+"""A machine with a disk and a clock, and the process of a real `Node` that runs on it."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import lmdb
+
+from dengine import config as settings
+from dengine.node import node as node_module
+from dengine.raft.membership import Status
+from dengine.raft.types import MemberId, SnapshotRef
+from dengine.storage.environment import DATA_FILE, damaged
+from tests.simulation.disk import Disk, SimPath
+from tests.simulation.environment import Environment, Handle
+from tests.simulation.loop import MS, Clock, EventLoop
+
+if TYPE_CHECKING:
+    from tests.simulation.network import Peers
+    from tests.simulation.world import World
+    from tests.simulation.writer import LogWriter
+
+PORT = 9081
+BUSY_NS_MIN, BUSY_NS = 10_000, 600_000  # until a process looks at what has arrived
+
+
+class Machine:
+    """One node id: its disk, its clock, its configuration, and its process while that runs.
+
+    Attributes:
+        founders: node ids of `initial_cluster` with it; a machine that is not among them joins.
+        retired: it was removed from the cluster, and stays off.
+    """
+
+    def __init__(self, world: World, node_id: int, founders: tuple[int, ...]) -> None:
+        self.world = world
+        self.id = node_id
+        self.host = f"10.0.0.{node_id}"
+        self.address = f"{self.host}:{PORT}"
+        self.rng = random.Random(f"{world.seed} machine {node_id}")
+        plan = world.plan
+        offset_ns = self.rng.randint(1, 10**6) * MS * 1000
+        rate = self.rng.uniform(0.9, 1.1) if plan.skewed_clocks else 1.0
+        self.clock = Clock(world.scheduler, offset_ns, rate)
+        self.founders = founders
+        self.process: Process | None = None
+        self.retired = False
+        self.stalled_until = 0
+        self.boot_id = f"boot-{node_id}-0"
+        self.starts = 0
+        self.disk = self._new_disk()
+
+    def _new_disk(self) -> Disk:
+        disk = Disk(f"n{self.id}", self.rng)
+        disk.burnt = self._burnt
+        disk.hit = self.world.count
+        SimPath.disks[disk.name] = disk
+        return disk
+
+    def write_ns(self) -> int:
+        """How long the next fsync takes."""
+        return int(self.rng.expovariate(1.0) * self.world.plan.fsync_us * 1000) + 20_000
+
+    @property
+    def path(self) -> SimPath:
+        return SimPath(f"/n{self.id}/data/{self.id}")
+
+    def log_file(self) -> Environment | None:
+        """What is on the disk as the log, whether a process runs or not."""
+        node = self.disk.find(("data", str(self.id), "log", DATA_FILE))
+        return None if node is None else node.environment
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        if self.process is None and not self.retired:
+            self.starts += 1
+            self.disk.dead = False
+            self.process = Process(self)
+            self.process.start()
+
+    def crash(self, *, power: bool = False) -> None:
+        """The process is gone at once; with `power` also what the kernel had not written."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        self.world.checker.crashed(process, power=power)
+        process.end(silent=power)
+        self.disk.dead = False
+        self.disk.fuse = None
+        log = self.log_file()
+        if log is not None:
+            log.process_ended(self.rng)
+        if power:
+            self.reboot()
+        self.disk.eio = False
+
+    def reboot(self) -> None:
+        """The power goes while no process runs."""
+        assert self.process is None
+        self.boot_id = f"boot-{self.id}-{self.starts}"
+        self.disk.lose_power()
+
+    def wipe(self) -> None:
+        """The disk is replaced by an empty one; the node has to join again."""
+        self.crash()
+        self.disk = self._new_disk()
+        members = self.world.membership.members
+        self.founders = tuple(m.id.id for m in members if m.id.id != self.id)
+
+    def _burnt(self) -> None:
+        """The fuse has: the rest follows when the event under way has unwound."""
+        self.world.count("crashed in the middle")
+        if self.process is not None:
+            self.process.loop.dead = True
+            self.world.scheduler.after(0, self.world.fell_over, self, self.process)
+
+    def config(self) -> settings.Config:
+        plan = self.world.plan
+        joins = self.id not in self.founders
+        entries = [_entry(i, settings.InitialRole.FOLLOWER) for i in self.founders]
+        if joins:
+            entries.append(_entry(self.id, settings.InitialRole.LEARNER))
+        return settings.Config(
+            source="simulation",
+            cluster=settings.Cluster(
+                node_id=self.id,
+                listen_address=self.address,
+                initial_cluster=tuple(entries),
+                db_root_dir=SimPath(f"/n{self.id}/data"),  # type: ignore[arg-type]
+                founding_wait_ms=50,
+            ),
+            election=plan.election,
+            membership=plan.membership,
+            snapshot=plan.snapshot,
+            read=settings.Read(lease_ms=plan.lease_ms),
+            kv=settings.Kv(),
+            limits=settings.Limits(reserve_bytes=1000),
+            log=settings.Log(),
+            security=settings.Security(),
+        )
+
+
+def _entry(node_id: int, role: settings.InitialRole) -> settings.InitialMember:
+    is_learner = role is settings.InitialRole.LEARNER
+    return settings.InitialMember(
+        id=node_id,
+        address=f"10.0.0.{node_id}:{PORT}",
+        role=role,
+        status=Status.PROMOTABLE if is_learner else Status.ACTIVE,
+    )
+
+
+class Process:
+    """One start of a node, from `Node.open` to its end.
+
+    Attributes:
+        serves: it has opened its port.
+        member: who it is.
+        job: what its snapshot writer is doing.
+    """
+
+    peers: Peers
+    log_writer: LogWriter | None = None
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.loop = EventLoop(machine.world.scheduler, machine.clock, self._ran)
+        self.loop.process = self  # type: ignore[attr-defined]
+        self.node: node_module.Node | None = None
+        self.serves = False
+        self.member = MemberId(machine.id, 0)
+        self.job = ""
+        self._inbox: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._life: Any = None
+        self._random = machine.world.rng.random
+
+    def start(self) -> None:
+        self.run(self._begin)
+
+    def _begin(self) -> None:
+        self._life = self.loop.create_task(self._live())
+        self._life.add_done_callback(self._ended)
+
+    async def _live(self) -> None:
+        node = node_module.Node(self.machine.config())
+        await node.open()
+        self.node = node
+        self.member = node.raft.me
+        self.serves = True
+        self.machine.world.checker.started(self)
+        await node.run()
+
+    def _ended(self, life: Any) -> None:
+        if not self.loop.dead and not life.cancelled():
+            error = life.exception()
+            self.machine.world.scheduler.after(
+                0, self.machine.world.process_ended, self.machine, self, error
+            )
+
+    def end(self, *, silent: bool) -> None:
+        """Nothing of this process runs any more."""
+        self.loop.dead = True
+        self.serves = False
+        if self.log_writer is not None:
+            with_loop(self.loop, self.log_writer.crash)
+        if self.node is not None:
+            self.peers.reset(silent=silent)
+        self.machine.world.graveyard.append(self)
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> None:
+        """One event of this process."""
+        self.loop.run(fn, *args)
+
+    def arrived(self, fn: Callable[..., Any], *args: Any) -> None:
+        """Something came from the network: handled with whatever else comes in the meantime."""
+        if self.loop.dead:
+            return
+        self._inbox.append((fn, args))
+        if len(self._inbox) == 1:
+            busy_ns = BUSY_NS_MIN + int(self._random() * BUSY_NS)
+            self.machine.world.scheduler.after(busy_ns, self.loop.run, self._take_in)
+
+    def _take_in(self) -> None:
+        inbox, self._inbox = self._inbox, deque()
+        for fn, args in inbox:
+            if not self.loop.dead:
+                fn(*args)
+
+    @property
+    def leads(self) -> bool:
+        return self.node is not None and self.node.raft.is_leader
+
+    def _ran(self) -> None:
+        if self.serves:
+            self.machine.world.checker.look(self)
+
+    def serve_snapshot(self, ref: SnapshotRef, receiver: int) -> bytes | None:
+        """The bytes of a snapshot for another member, as the API gives them out."""
+        assert self.node is not None
+        snapshots = self.node.snapshots
+        file: Any = snapshots.files.get(ref)
+        if file is None or not file.exists():
+            return None
+        content: bytes = file.read_bytes()
+        again = with_loop(self.loop, snapshots.files.transfers.began, receiver, ref, 0)
+        with_loop(self.loop, snapshots.files.transfers.sent, receiver, ref.size_bytes)
+        if again:
+            self.arrived(snapshots.suspect, ref)
+        return content
+
+
+def with_loop(loop: EventLoop, fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn` as if called on `loop`, without being an event of its own."""
+    from asyncio.events import _get_running_loop, _set_running_loop  # type: ignore[attr-defined]
+
+    before = _get_running_loop()
+    _set_running_loop(loop)
+    try:
+        return fn(*args)
+    finally:
+        _set_running_loop(before)
+
+
+def open_environment(path: SimPath, *, durable: bool, remedy: str, databases: int = 0) -> Handle:
+    """As dengine.storage.environment.open_environment. Raises DataCorruption."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    disk, file = path.disk, path / DATA_FILE
+    node = file._find() or disk.make(file)
+    if node.environment is None:
+        if node.content:
+            raise damaged(file, "it is no environment", remedy)  # type: ignore[arg-type]
+        node.environment = Environment(durable)
+    if node.environment.unreadable:
+        raise damaged(file, "MDB_INVALID", remedy)  # type: ignore[arg-type]
+    for directory in (path, path.parent):
+        disk.sync(disk.need(directory))
+
+    def before_commit() -> None:
+        disk.effect()
+        if disk.full:
+            disk.hit("disk full hit")
+            raise lmdb.DiskError("mdb_txn_commit: No space left on device")
+        if disk.eio and durable:
+            disk.eio = False
+            disk.hit("EIO hit")
+            raise lmdb.DiskError("mdb_txn_commit: Input/output error")
+
+    return Handle(node.environment, before_commit)

@@ -1,0 +1,89 @@
+"""What operators do to a cluster meanwhile: add, promote and remove members, hand over, change
+settings. Their answers do not matter; what the cluster makes of it does.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dengine.errors import DengineError
+from tests.simulation.loop import MS
+from tests.simulation.machine import Machine, Process
+
+if TYPE_CHECKING:
+    from tests.simulation.faults import Faults
+    from tests.simulation.world import World
+
+NODES_MAX = 7
+
+
+class Operators:
+    """`removing`: removals that may be under way."""
+
+    def __init__(self, world: World, faults: Faults) -> None:
+        self.world = world
+        self.removing = 0
+        self._faults = faults
+
+    def ask(
+        self,
+        rng: random.Random,
+        make: Callable[[Any, float], Any],
+        process: Process | None = None,
+    ) -> None:
+        """Have a node carry out an operation, and never mind the answer."""
+        processes = self.world.processes()
+        if process is None and processes:
+            process = rng.choice(processes)
+        if process is None:
+            return
+
+        async def ask() -> None:
+            try:
+                assert process.node is not None
+                await make(process.node, process.loop.time() + 1.0)
+            except DengineError as error:
+                self.world.note("operator", error.name)
+
+        process.run(lambda: process.loop.create_task(ask()))
+
+    def transfer(self, rng: random.Random) -> None:
+        voters = self.world.membership.voters
+        if voters:
+            target = rng.choice(voters).id
+            self.world.count("transfer asked")
+            self.ask(rng, lambda node, deadline: node.transfer_leader(target, deadline))
+
+    def churn(self, rng: random.Random) -> None:
+        """A newcomer, a removal, a promotion or new settings."""
+        members, dice = self.world.membership, rng.random()
+        if dice < 0.35 and len(self.world.machines) < NODES_MAX and members.voters:
+            node_id = len(self.world.machines) + 1
+            founders = tuple(v.id for v in members.voters)
+            self.world.machines[node_id] = machine = Machine(self.world, node_id, founders)
+            self.world.start(machine)
+        elif dice < 0.6 and len(members.voters) > 3 and self._faults.nobody_is_missing():
+            self.remove(rng.choice(members.members).id.id, rng)
+        elif dice < 0.8 and members.learners:
+            ids = [m.id for m in members.learners]
+            self.ask(rng, lambda node, deadline: node.promote(ids, deadline))
+        else:
+            settings = {"history_revisions": rng.randint(1, 1000)}
+            self.ask(rng, lambda node, deadline: node.change_settings(settings, deadline))
+
+    def remove(self, node_id: int, rng: random.Random) -> None:
+        """Never while another disk is not made good for: two voters less may be a quorum less."""
+        after = self.world.scheduler.after
+        if not self._faults.nobody_is_missing():
+            if self._faults.on:
+                after(300 * MS, self.remove, node_id, rng)
+            return
+        self.world.count("removal asked")
+        self.removing += 1
+        after(3000 * MS, self._removed)
+        self.ask(rng, lambda node, deadline: node.remove_member(node_id, deadline))
+
+    def _removed(self) -> None:
+        self.removing -= 1

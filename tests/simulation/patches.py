@@ -1,0 +1,160 @@
+"""Where the simulation takes the place of the world outside of dengine.
+
+Names in modules are replaced for the time of one run; the code itself stays as it is. What is
+replaced is time, chance, threads, the subprocess, the network, the file system and LMDB, and some
+limits that a short run would never reach.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+from dengine.node import (
+    cycle,
+    entrance,
+    exchange,
+    installing,
+    proposals,
+    reader_watch,
+    snapshot_turn,
+    snapshots,
+    status,
+    transfers,
+)
+from dengine.node import node as node_module
+from dengine.raft import log as raft_log
+from dengine.raft import progress
+from dengine.raft import raft as raft_module
+from dengine.storage import directory, log_store, recovery, state_store
+from dengine.storage import environment as storage_environment
+from dengine.storage import snapshots as snapshots_storage
+from tests.simulation import disk, machine, network, writer
+from tests.simulation.joining import join
+
+
+class _Time:
+    """The part of `time` that dengine.node uses, on the clock of whoever asks."""
+
+    CLOCK_BOOTTIME = 7
+
+    @staticmethod
+    def clock_gettime_ns(_clock: int) -> int:
+        return _process().machine.clock.boottime_ns()
+
+    @staticmethod
+    def monotonic() -> float:
+        return _process().loop.time()
+
+    perf_counter = monotonic
+
+
+class _Secrets:
+    @staticmethod
+    def randbelow(bound: int) -> int:
+        return _process().machine.rng.randrange(bound)
+
+
+class _BootId:
+    """/proc/sys/kernel/random/boot_id"""
+
+    @staticmethod
+    def read_text(encoding: str) -> str:
+        return _process().machine.boot_id
+
+
+class _Metrics:
+    """Nobody scrapes here."""
+
+    registry = None
+    log_write_seconds = SimpleNamespace(observe=lambda seconds: None)
+    entries_written = SimpleNamespace(inc=lambda count: None)
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def observe_request(self, route: str, seconds: float) -> None:
+        pass
+
+
+def _process() -> machine.Process:
+    loop: Any = asyncio.get_running_loop()
+    process: machine.Process = loop.process
+    return process
+
+
+def _urandom(count: int) -> bytes:
+    return _process().machine.rng.randbytes(count)
+
+
+def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
+    simulated_os = disk.SimOs(lambda: _process().machine.disk, _urandom)
+    return [
+        (cycle, "time", _Time),
+        (cycle, "LogWriter", writer.LogWriter),
+        (status, "time", _Time),
+        (transfers, "time", _Time),
+        (snapshots, "time", _Time),
+        (snapshots, "os", simulated_os),
+        (snapshots, "Path", disk.SimPath),
+        (snapshots, "WriterProcess", writer.WriterProcess),
+        (snapshots, "POLL_S", 0.05),
+        (snapshots, "RETRY_S_MIN", 0.05),
+        (snapshots, "RETRY_S_MAX", 0.5),
+        (snapshot_turn, "TURN_S", 0.6),
+        (snapshot_turn, "WAITING_MS", 300),
+        (reader_watch, "time", _Time),
+        (installing, "Path", disk.SimPath),
+        (installing, "shutil", disk),
+        (installing, "read_header", writer.read_header),
+        (installing, "name_durably", writer.name_durably),
+        (node_module, "os", simulated_os),
+        (node_module, "NodeMetrics", _Metrics),
+        (exchange, "Peers", network.Peers),
+        (entrance, "join", join),
+        (directory, "os", simulated_os),
+        (directory, "shutil", disk),
+        (directory, "secrets", _Secrets),
+        (directory, "sync_directory", disk.sync_directory),
+        (directory, "lock_directory", lambda path: 0),
+        (directory, "BOOT_ID_FILE", _BootId),
+        (recovery, "shutil", disk),
+        (recovery, "unpack", writer.unpack),
+        (recovery, "read_header", writer.read_header),
+        (recovery, "probe_log", lambda path: None),
+        (snapshots_storage, "read_header", writer.read_header),
+        (snapshots_storage, "shutil", disk),
+        (snapshots_storage, "sync_directory", disk.sync_directory),
+        (storage_environment, "sync_directory", disk.sync_directory),
+        (log_store, "open_environment", machine.open_environment),
+        (log_store, "padded", lambda path: nullcontext()),
+        (log_store, "_PURGE_STEP", limits["purge_step"]),
+        (state_store, "open_environment", machine.open_environment),
+        (state_store, "sync_directory", disk.sync_directory),
+        (state_store, "DIGEST_EVERY", limits["digest_every"]),
+        (proposals, "BATCH_COMMANDS_MAX", limits["batch_commands"]),
+        (progress, "INFLIGHT_MAX", limits["inflight"]),
+        (raft_module, "APPEND_BYTES_MAX", limits["append_bytes"]),
+        (raft_log, "TAIL_ENTRIES_KEPT", limits["tail_entries"]),
+    ]
+
+
+@contextmanager
+def installed(limits: dict[str, int]) -> Iterator[None]:
+    """dengine lives in the simulation inside of this block.
+
+    Args:
+        limits: see `Plan.limits`.
+    """
+    before = []
+    for module, name, replacement in _replacements(limits):
+        before.append((module, name, getattr(module, name)))
+        setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        for module, name, original in before:
+            setattr(module, name, original)

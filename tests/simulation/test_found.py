@@ -1,0 +1,65 @@
+"""Defects that the simulator has found, each in the smallest world (tests/BUGS.md)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dengine.node.forwarding import Forwarding
+from dengine.node.wire import ForwardReply, ForwardRequest, Frame
+from dengine.raft.types import MemberId
+from tests.simulation.loop import SECOND
+from tests.simulation.plan import FAULTS, Plan
+from tests.simulation.run import run_seed
+from tests.simulation.world import World
+
+LEADER = MemberId(1, 16)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_power_cut_takes_no_data_directory_away(seed: int) -> None:
+    """A node whose whole directory was gone came back without its votes."""
+    world = World(Plan(seed, tuple(FAULTS)))
+    with world.alive():
+        founders = [m for m in world.machines.values() if m.id in m.founders]
+        for machine in founders:
+            world.start(machine)
+        world.scheduler.run_until(2 * SECOND)
+        before = {m.id: m.process.member for m in founders if m.process}
+        for machine in founders:
+            world.crash(machine, power=True)
+        world.scheduler.run_until(4 * SECOND)
+        assert {m.id: m.process.member for m in founders if m.process} == before
+
+
+def test_a_snapshot_is_fetched_from_a_leader_newer_than_our_log() -> None:
+    """A member that slept while the cluster grew did not know where the new leader was."""
+    run_seed(340)
+
+
+def test_an_answer_to_the_process_before_is_not_ours() -> None:
+    """It told a client that a write had happened, which was that of somebody else."""
+
+    async def ask_twice() -> None:
+        sent: list[Frame] = []
+
+        def send(to: MemberId, frame: Frame) -> bool:
+            sent.append(frame)
+            return True
+
+        deadline = asyncio.get_running_loop().time() + 60
+        before = Forwarding(send, boot=11)
+        old = asyncio.ensure_future(before.ask(LEADER, "write", b"old", deadline))
+        await asyncio.sleep(0)
+        old.cancel()
+        ours = Forwarding(send, boot=22)
+        new = asyncio.ensure_future(ours.ask(LEADER, "write", b"new", deadline))
+        await asyncio.sleep(0)
+        asked = [frame.id for frame in sent if isinstance(frame, ForwardRequest)]
+        ours.replied(ForwardReply(asked[0], True, b"of the old one"))
+        assert not new.done()
+        ours.replied(ForwardReply(asked[1], True, b"of the new one"))
+        assert await new == b"of the new one"
+
+    asyncio.run(ask_twice())
