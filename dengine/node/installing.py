@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from dengine.errors import DataCorruption, FatalError, InvariantBroken, TryAgain
@@ -49,7 +49,7 @@ class Installer:
         state: StateStore,
         files: SnapshotFiles,
         writer: WriterProcess,
-        source: Callable[[MemberId], Sequence[str]],
+        source: Callable[[MemberId], Awaitable[Sequence[str]]],
         secrets: Secrets,
     ) -> None:
         self._directory = directory
@@ -78,7 +78,7 @@ class Installer:
             TryAgain, StorageIO, DataCorruption: not this time; what came is kept as far as it is
                 sound.
         """
-        addresses = self._source(sender)
+        addresses = await self._source(sender)
         if not addresses:
             raise TryAgain(f"no address of node {sender.id} is known")
         self._attempts += 1

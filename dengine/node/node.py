@@ -480,18 +480,17 @@ class Node:
     def restored(self, restore: Restore) -> None:
         self.snapshots.restored(restore)
 
-    def _addresses(self, member: MemberId) -> list[str]:
+    async def _addresses(self, member: MemberId) -> list[str]:
         """Where `member` can be dialled, best first; empty when it is not a known one."""
-        known = self.raft.membership.get(member)
-        found = self._book.source(member.id, known.address if known is not None else None)
-        if not found:  # it became a member after our log ends: whoever leads knows where it is
-            self._asking = self._loop.create_task(self._ask_addresses())
-        return found
+        if not self._known_addresses(member):  # perhaps it joined after our log ended
+            with suppress(DengineError):
+                view = await self._lead("view", {}, self._loop.time() + 1)
+                self._book.told({m["id"]: m["address"] for m in view["members"]})
+        return self._known_addresses(member)
 
-    async def _ask_addresses(self) -> None:
-        with suppress(DengineError):
-            members = (await self._lead("view", {}, self._loop.time() + 1))["members"]
-            self._book.told({m["id"]: m["address"] for m in members})
+    def _known_addresses(self, member: MemberId) -> list[str]:
+        known = self.raft.membership.get(member)
+        return self._book.source(member.id, known.address if known is not None else None)
 
     def rolled_back(self) -> None:
         raise self._exchange.quarantine(

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +95,7 @@ class Snapshots:
         state: StateStore,
         *,
         lead: Lead,
-        source: Callable[[MemberId], Sequence[str]],
+        source: Callable[[MemberId], Awaitable[Sequence[str]]],
         secrets: Secrets,
     ) -> None:
         self._config = config.snapshot

@@ -232,7 +232,6 @@ class DataDirectory:
         """Have the next start begin a new log, whether or not it can find what is wrong with it."""
         with suppress(OSError):  # a disk that refuses this as well has another error to tell
             self._write_file(f"{self.log_path.name}/{DAMAGED_MARK}", reason)
-            sync_directory(self.log_path)
 
     def replace_log(self, hard_state: HardState, base: LogId, membership: Membership) -> LogStore:
         """Begin a new log after `base`; the damaged one stays as `log.damaged`, as evidence.
@@ -374,7 +373,7 @@ class DataDirectory:
             stream.flush()
             os.fsync(fd)
         os.replace(temporary, self.path / name)
-        sync_directory(self.path)
+        sync_directory(temporary.parent)  # `name` may lie in a directory of ours
 
 
 def distrusted_log(log_path: Path) -> str | None:

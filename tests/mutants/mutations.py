@@ -368,7 +368,7 @@ NOT_CAUGHT: tuple[Mutant, ...] = (
         "small file renamed without a sync of its directory",
         (
             "dengine.storage.directory",
-            "os.replace(temporary, self.path / name)\n        sync_directory(self.path)",
+            "os.replace(temporary, self.path / name)\n        sync_directory(temporary.parent)",
             "os.replace(temporary, self.path / name)",
         ),
     ),

@@ -47,6 +47,10 @@ initial_cluster = [{{ id = 1, address = "127.0.0.1:1", role = 2, status = 2 }}]
 """
 
 
+async def addresses_of(member: MemberId) -> list[str]:
+    return ["127.0.0.1:1"]
+
+
 class Stage:
     """The snapshots of a node that has applied a few entries.
 
@@ -92,7 +96,7 @@ class Stage:
             self.log_store,
             self.state,
             lead=self.lead,
-            source=lambda member: ["127.0.0.1:1"],
+            source=addresses_of,
             secrets=Secrets(),
         )
         self.taking = [asyncio.create_task(snapshots.take(deadline())) for _ in range(takers)]
