@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from ansible_collections.dengine.core.plugins.plugin_utils import plan, report
+from ansible_collections.dengine.core.plugins.plugin_utils import inventory, plan, report, rows
 
 HOSTS = ["n1", "n2", "n3"]
 OPTIONS: dict[str, Any] = {"target": 3, "zones": ["az-a", "az-b", "az-c"], "secrets": {}}
@@ -24,8 +24,8 @@ def hostvars() -> dict[str, dict[str, Any]]:
 
 
 def problems(values: dict[str, dict[str, Any]], **options: Any) -> list[str]:
-    nodes = plan.topology(list(values), values)
-    return plan.inventory_problems(nodes, {**OPTIONS, **options})
+    nodes = inventory.topology(list(values), values)
+    return inventory.inventory_problems(nodes, {**OPTIONS, **options})
 
 
 def test_a_sound_inventory_has_no_problems_and_an_order() -> None:
@@ -33,7 +33,7 @@ def test_a_sound_inventory_has_no_problems_and_an_order() -> None:
     values = hostvars()
     assert problems(values) == []
     values["n0"] = {**values.pop("n3"), "dengine_node_id": "7"}
-    nodes = plan.topology(["n0", "n2", "n1"], values)
+    nodes = inventory.topology(["n0", "n2", "n1"], values)
     assert [(n["host"], n["endpoint"]) for n in nodes] == [
         ("n1", "10.0.0.1:9081"),
         ("n2", "10.0.0.2:9082"),
@@ -131,7 +131,7 @@ class World:
         return self
 
     def plan(self, target: int = 3, mode: str = "expand") -> dict[str, Any]:
-        nodes = plan.topology(HOSTS, hostvars())
+        nodes = inventory.topology(HOSTS, hostvars())
         return plan.expansion_plan(nodes, self.facts, self.infos, target, mode)
 
     def problem(self, target: int = 3) -> str:
@@ -237,22 +237,22 @@ def test_growing_does_not_shrink() -> None:
 
 
 def test_ways_are_judged_in_both_directions() -> None:
-    nodes = plan.topology(HOSTS, hostvars())
+    nodes = inventory.topology(HOSTS, hostvars())
     good = {"error": "", "rtt_ms": 0.4, "rtt_p99_ms": 0.5, "offset_ms": 3}
     late = {**good, "offset_ms": -900}
     ways = {
         "n1": {"10.0.0.2:9082": {**good, "rtt_ms": 12.5}, "10.0.0.3:9083": good},
         "n2": {"10.0.0.1:9081": {"error": "timed out"}, "10.0.0.3:9083": late},
     }
-    rows = plan.way_rows(nodes, ways, {"rtt_ms": 10, "clock_offset_ms": 100})
-    bad = {(r["host"], r["check"]) for r in plan.failures(rows)}
+    found = rows.way_rows(nodes, ways, {"rtt_ms": 10, "clock_offset_ms": 100})
+    bad = {(r["host"], r["check"]) for r in rows.failures(found)}
     assert bad == {("n1", "rtt"), ("n2", "connect"), ("n2", "clock_offset")}
-    skipped = plan.skipping(rows, ["rtt", "connect"])
-    assert {(r["host"], r["check"]) for r in plan.failures(skipped)} == {("n2", "clock_offset")}
-    text = "\n".join(plan.table(plan.failures(rows)))
+    skipped = rows.skipping(found, ["rtt", "connect"])
+    assert {(r["host"], r["check"]) for r in rows.failures(skipped)} == {("n2", "clock_offset")}
+    text = "\n".join(rows.table(rows.failures(found)))
     assert "n1 (10.0.0.1:9081) timed out" in text
     assert "-> open the port in the firewall" in text
-    assert "skipped by name: rtt on n1 (12.5 ms to n2)" in plan.verdict(skipped)
+    assert "skipped by name: rtt on n1 (12.5 ms to n2)" in rows.verdict(skipped)
 
 
 def test_a_report_is_readable() -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from ansible_collections.dengine.core.plugins.plugin_utils import plan, report
+from ansible_collections.dengine.core.plugins.plugin_utils import inventory, plan, report, rows
 
 
 class FilterModule:
     def filters(self):
         return {
-            "topology": plan.topology,
-            "inventory_problems": plan.inventory_problems,
+            "topology": inventory.topology,
+            "inventory_problems": inventory.inventory_problems,
             "expansion_plan": plan.expansion_plan,
-            "host_rows": plan.host_rows,
-            "way_rows": plan.way_rows,
-            "skipping": plan.skipping,
-            "verdict": plan.verdict,
-            "failures": plan.failures,
-            "table": plan.table,
+            "host_rows": rows.host_rows,
+            "way_rows": rows.way_rows,
+            "skipping": rows.skipping,
+            "verdict": rows.verdict,
+            "failures": rows.failures,
+            "table": rows.table,
             "markdown": report.markdown,
             "phases": report.phases,
         }

@@ -1,0 +1,138 @@
+"""The inventory: its nodes, and what can be known to be wrong without asking any host. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MAX_NODE_ID = 2**32 - 1
+PORT_BASE = 9080
+SAMPLE_SECRETS = ("CHANGE-ME", "changeme", "secret")
+MIN_SECRET = 32
+
+
+def topology(hosts: list[str], hostvars: Any) -> list[dict[str, Any]]:
+    """The group's hosts in order of node id; what is missing or wrong is None.
+
+    The default port is 9080 + node id. Addresses come from the inventory, never from facts.
+    """
+    found = []
+    for host in hosts:
+        values = hostvars[host]
+        node_id = _integer(values.get("dengine_node_id"))
+        port = _integer(values.get("dengine_port"))
+        if port is None and node_id is not None:
+            port = PORT_BASE + node_id
+        address = values.get("dengine_address")
+        bracketed = f"[{address}]" if address and ":" in address else address
+        found.append(
+            {
+                "host": host,
+                "id": node_id,
+                "address": address,
+                "port": port,
+                "endpoint": f"{bracketed}:{port}",
+                "zone": values.get("dengine_zone") or "",
+            }
+        )
+    found.sort(key=lambda node: (node["id"] is None, node["id"], node["host"]))
+    return found
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def inventory_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> list[str]:
+    """Everything that can be known to be wrong without asking any host.
+
+    `options`: target, limit (what --limit said), zones (that must all be there), shared_zones,
+    local (all on one machine), secrets (peer_secret and token where the inventory sets them).
+    """
+    problems = []
+    if options.get("limit") not in (None, "", "all"):
+        problems.append(
+            "--limit is refused: quorums are counted over all hosts. Leave it out; hosts that are "
+            "not concerned are not touched"
+        )
+    problems += _target_problems(nodes, options)
+    problems += _node_problems(nodes, bool(options.get("local")))
+    problems += _zone_problems(nodes, options)
+    for name, value in sorted((options.get("secrets") or {}).items()):
+        if value and (len(value) < MIN_SECRET or value in SAMPLE_SECRETS):
+            problems.append(
+                f"dengine_{name} has fewer than {MIN_SECRET} characters: leave it out to have one "
+                "generated, or set it to the output of `openssl rand -hex 32` in the vault file"
+            )
+    return problems
+
+
+def _target_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> list[str]:
+    target = _integer(options.get("target"))
+    if target is None or target < 1 or target % 2 == 0:
+        return [
+            f"dengine_target_voters is {options.get('target')}: it must be odd (1, 3 or 5), since "
+            "an even number tolerates no more failures than one less"
+        ]
+    if target > len(nodes):
+        return [
+            f"dengine_target_voters is {target}, and the inventory has only {len(nodes)} hosts in "
+            "group dengine: add the missing hosts, or pass all inventory files (-i the directory)"
+        ]
+    return []
+
+
+def _node_problems(nodes: list[dict[str, Any]], local: bool) -> list[str]:
+    problems = []
+    ids: dict[int, str] = {}
+    endpoints: dict[str, str] = {}
+    for node in nodes:
+        host, node_id = node["host"], node["id"]
+        if node_id is None or not 1 <= node_id <= MAX_NODE_ID:
+            problems.append(f"{host}: dengine_node_id must be a whole number above 0")
+        elif ids.setdefault(node_id, host) != host:
+            problems.append(
+                f"{ids[node_id]} and {host} both have dengine_node_id {node_id}: every node has an "
+                "id of its own, for all time"
+            )
+        address = node["address"]
+        if not address:
+            problems.append(f"{host}: dengine_address is missing: the address that peers dial")
+        elif address in ("0.0.0.0", "::"):
+            problems.append(f"{host}: dengine_address is a wildcard, which nobody can dial")
+        elif not local and (address.startswith("127.") or address in ("localhost", "::1")):
+            problems.append(f"{host}: dengine_address is {address}, which no other host can reach")
+        elif endpoints.setdefault(node["endpoint"], host) != host:
+            problems.append(
+                f"{endpoints[node['endpoint']]} and {host} both have {node['endpoint']}"
+            )
+        if node["port"] is not None and not 1 <= node["port"] <= 65535:
+            problems.append(f"{host}: dengine_port is {node['port']}")
+    return problems
+
+
+def _zone_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> list[str]:
+    problems = []
+    used: dict[str, list[str]] = {}
+    for node in nodes:
+        used.setdefault(node["zone"], []).append(node["host"])
+    for zone in options.get("zones") or []:
+        if zone not in used:
+            problems.append(
+                f"zone {zone} of dengine_zones has no host: its inventory file is missing. Pass "
+                "the whole directory with -i"
+            )
+    for host in used.pop("", []):
+        problems.append(f"{host}: dengine_zone is missing: the availability zone of the host")
+    target = _integer(options.get("target")) or 1
+    allowed = max(1, (target - 1) // 2)
+    if target > 1 and not options.get("shared_zones"):
+        for zone, hosts in sorted(used.items()):
+            if len(hosts) > allowed and len(nodes) <= target:
+                problems.append(
+                    f"zone {zone} has {len(hosts)} of {target} voters ({', '.join(hosts)}): losing "
+                    "it would stop the cluster. Spread them, or set dengine_shared_zones: true"
+                )
+    return problems

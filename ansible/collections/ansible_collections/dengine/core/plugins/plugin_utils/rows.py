@@ -1,0 +1,123 @@
+"""The one table of what was checked: a row has host, check, status, measured, limit, hint.
+
+The hint is what to do next. Pure functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def row(host: str, check: str, measured: str, hint: str, limit: str = "") -> Row:
+    return {
+        "host": host,
+        "check": check,
+        "status": "FAILED",
+        "measured": measured,
+        "limit": limit,
+        "hint": hint,
+    }
+
+
+def host_rows(found: dict[str, list[Row]]) -> list[Row]:
+    """The rows of `dengine_probe` by host, as rows of the one table."""
+    return [{"host": host, **r} for host, rows in found.items() for r in rows]
+
+
+def way_rows(
+    nodes: list[dict[str, Any]], ways: dict[str, dict[str, Any]], limits: dict[str, Any]
+) -> list[Row]:
+    """A row per host and check `connect`, `rtt`, `clock_offset`: its way to the others."""
+    rows = []
+    by_endpoint = {n["endpoint"]: n["host"] for n in nodes}
+    for host, found in ways.items():
+        rtts: list[tuple[float, str]] = []
+        offsets: list[tuple[float, str]] = []
+        broken = []
+        for endpoint, way in found.items():
+            other = by_endpoint[endpoint]
+            if way["error"]:
+                broken.append(f"{other} ({endpoint}) {way['error']}")
+                continue
+            rtts.append((way["rtt_ms"], other))
+            if way["offset_ms"] is not None:
+                offsets.append((abs(way["offset_ms"]), other))
+        rows.append(
+            _judged(
+                host,
+                "connect",
+                not broken,
+                "; ".join(broken) or f"reaches {len(found)}",
+                "TCP to every other node",
+                "open the port in the firewall of the other host, and on the network between",
+            )
+        )
+        for name, values, limit in (
+            ("rtt", rtts, float(limits["rtt_ms"])),
+            ("clock_offset", offsets, float(limits["clock_offset_ms"])),
+        ):
+            if values:
+                worst, other = max(values)
+                rows.append(
+                    _judged(
+                        host,
+                        name,
+                        worst <= limit,
+                        f"{worst:g} ms to {other}",
+                        f"{limit:g} ms",
+                        "place the nodes nearer to each other"
+                        if name == "rtt"
+                        else "synchronize the clocks of both hosts",
+                    )
+                )
+    return rows
+
+
+def _judged(host: str, check: str, ok: bool, measured: str, limit: str, hint: str) -> Row:
+    return {
+        "host": host,
+        "check": check,
+        "status": "ok" if ok else "FAILED",
+        "measured": measured,
+        "limit": limit,
+        "hint": "" if ok else hint,
+    }
+
+
+def skipping(rows: list[Row], skip: list[str]) -> list[Row]:
+    """The same rows; a failure whose check is named in `skip` counts no more, and says so."""
+    return [
+        {**r, "status": "skipped"} if r["status"] == "FAILED" and r["check"] in skip else r
+        for r in rows
+    ]
+
+
+def verdict(rows: list[Row]) -> list[str]:
+    """What a person wants to read when nothing failed."""
+    passed = [r for r in rows if r["status"] == "ok"]
+    hosts = {r["host"] for r in rows}
+    lines = [f"{len(passed)} checks passed on {len(hosts)} hosts"]
+    return lines + [
+        f"skipped by name: {r['check']} on {r['host']} ({r['measured']})"
+        for r in rows
+        if r["status"] == "skipped"
+    ]
+
+
+def failures(rows: list[Row]) -> list[Row]:
+    return [r for r in rows if r["status"] == "FAILED"]
+
+
+def table(rows: list[Row]) -> list[str]:
+    """The rows as lines of text with aligned columns; hints stand below their row."""
+    names = ("host", "check", "status", "measured", "limit")
+    cells = [[str(r.get(n, "")) for n in names] for r in rows]
+    widths = [max(len(c) for c in column) for column in zip(names, *cells, strict=True)]
+    lines = ["  ".join(n.ljust(w) for n, w in zip(names, widths, strict=True)).rstrip()]
+    for cell, source in zip(cells, rows, strict=True):
+        lines.append("  ".join(c.ljust(w) for c, w in zip(cell, widths, strict=True)).rstrip())
+        if source.get("hint") and source["status"] == "FAILED":
+            lines.append(f"    -> {source['hint']}")
+    return lines
