@@ -13,7 +13,7 @@ from examples.ansible.load import Watch, Writer
 from tests.ansible.local import Local, local
 from tests.cluster import wait_for
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)  # on a shared machine a run takes minutes
 WRITERS = 4
 PER_SECOND = 50
 

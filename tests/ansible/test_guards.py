@@ -161,7 +161,7 @@ IN_PLAYBOOKS = (
 )
 
 
-def fails_without(guard: Guard, place: Path) -> None:
+def fails_without(guard: Guard, place: Path, *more: str) -> None:
     """The named test passes as things are, which the run of all tests shows; so not without it."""
     for name in COPIED:
         source, target = ROOT / name, place / name
@@ -182,7 +182,7 @@ def fails_without(guard: Guard, place: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-            *("--basetemp", str(place / "tmp"), f"tests/ansible/{guard.test}"),
+            *("--basetemp", str(place / "tmp"), f"tests/ansible/{guard.test}", *more),
         ],
         cwd=place,
         env={**os.environ, "DENGINE_LAB_TESTS": "1"},
@@ -199,12 +199,12 @@ def test_a_sound_copy_passes(tmp_path: Path) -> None:
     """Else the tests below would prove nothing."""
     nothing = Guard(PURE[0].file, PURE[0].text, PURE[0].text, "test_plan.py")
     with pytest.raises(AssertionError, match="nobody misses"):
-        fails_without(nothing, tmp_path)
+        fails_without(nothing, tmp_path, "--noconftest")
 
 
 @pytest.mark.parametrize("guard", PURE, ids=lambda g: f"{Path(g.file).stem}: {g.text.strip()}")
 def test_a_guard_that_is_gone_is_missed(guard: Guard, tmp_path: Path) -> None:
-    fails_without(guard, tmp_path)
+    fails_without(guard, tmp_path, "--noconftest")
 
 
 @pytest.mark.playbooks

@@ -70,22 +70,25 @@ def test_a_controller_without_the_secrets_makes_no_new_ones(site: Local) -> None
 
 
 @pytest.mark.parametrize(
-    "tags",
+    ("tags", "target", "said"),
     [
-        ("--skip-tags", "always"),
-        ("--skip-tags", "backup"),
-        ("--skip-tags", "install"),
-        ("--tags", "untagged"),
-        ("--skip-tags", "always,backup,install"),
-        ("--start-at-task", "The voters are to be an odd number"),
+        ("--skip-tags always", 2, "A step was left out"),
+        ("--skip-tags always,backup,install", 2, "A step was left out"),
+        ("--skip-tags gate,discover,preflight", 2, "it must be odd"),
+        ("--skip-tags backup", 3, "A step was left out"),
+        ("--tags untagged", 3, "A step was left out"),
+        ("--start-at-task join", 2, "is undefined"),
     ],
 )
-def test_no_tag_leaves_out_what_comes_before(tags: tuple[str, str], site: Local) -> None:
+def test_no_tag_leaves_out_what_comes_before(
+    tags: str, target: int, said: str, site: Local
+) -> None:
     """Not even with a target that the gate refuses; nothing is started or changed."""
-    for target in ("3", "2"):
-        run = site.play("expand", *tags, "-e", f"dengine_target_voters={target}")
-        run.failed()
-        assert site.node_pids() == []
+    tags = tags.replace("join", "*All become voters*")
+    how, names = tags.split(" ", 1)
+    run = site.play("expand", how, names, "-e", f"dengine_target_voters={target}")
+    assert said in run.failed().output
+    assert site.node_pids() == []
 
 
 def test_tags_end_a_run_early(site: Local) -> None:
@@ -109,6 +112,19 @@ def test_a_host_that_cannot_be_reached_is_a_row_where_it_matters(site: Local) ->
         assert f"{host}" in site.play("rolling_restart").failed().output
         (site.inventory / "host_vars" / f"{host}.yml").unlink()
     assert not any(site.play("expand").ok().changed.values())
+
+
+def test_joiners_get_the_release_that_the_members_have(site: Local) -> None:
+    """A checkout of another version is a row for each host that would get it."""
+    opt = site.state / "hosts" / "n1" / "opt"
+    (opt / "releases" / "9.9.9-0123abcd").mkdir(parents=True)
+    (opt / "current").symlink_to("releases/9.9.9-0123abcd")
+    ask = ("--tags", "always", "-e", '{"dengine_release_enabled": true}')
+    run = site.play("expand", *ask)
+    assert failed_rows(run) == {("n2", "release"), ("n3", "release")}
+    assert "9.9.9, as on n1" in run.output
+    site.skip_checks(["time_sync", "filesystem", "fsync", "memory", "release"])
+    site.play("expand", *ask).ok()
 
 
 def test_a_read_only_member_is_left_alone(site: Local) -> None:
