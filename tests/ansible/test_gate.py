@@ -282,3 +282,42 @@ def test_every_playbook_is_sound_with_every_inventory(tmp_path: Path) -> None:
                 check=False,
             )
             assert done.returncode == 0, done.stderr
+
+
+def test_with_several_inventories_the_controller_keeps_one_place(tmp_path: Path) -> None:
+    """Each host has the directory of its own file; secrets made in two places would be two."""
+    for number, zone in ((1, "az-a"), (2, "az-b")):
+        file = tmp_path / zone / "hosts.yml"
+        file.parent.mkdir()
+        values = {"dengine_node_id": number, "dengine_address": f"10.0.0.{number}"}
+        values["ansible_python_interpreter"] = sys.executable
+        host = {f"n{number}": {**values, "dengine_zone": zone}}
+        file.write_text(json.dumps({"dengine": {"hosts": host}}))
+    play = {
+        "hosts": "dengine",
+        "gather_facts": False,
+        "tasks": [
+            {"ansible.builtin.import_role": {"name": "dengine.core.dengine"}},
+            {"ansible.builtin.debug": {"msg": "kept in {{ dengine_secrets_file }}"}},
+        ],
+    }
+    (tmp_path / "play.yml").write_text(json.dumps([play]))
+    done = subprocess.run(
+        [
+            *(str(PLAYBOOK), "-i", str(tmp_path / "az-b"), "-i", str(tmp_path / "az-a")),
+            str(tmp_path / "play.yml"),
+        ],
+        env={
+            **os.environ,
+            "ANSIBLE_HOME": str(tmp_path / "home"),
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_COLLECTIONS_PATH": str(ROOT / "ansible" / "collections"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    kept = set(re.findall(r"kept in (\S+)", done.stdout))
+    assert kept == {str(tmp_path / "az-a" / ".dengine" / "secrets.json")}
