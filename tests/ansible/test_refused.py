@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 import signal
+import urllib.request
 
 import pytest
 
-from examples.ansible.load import request
 from tests.ansible.local import Local
 from tests.ansible.test_gate import failed_rows
 from tests.cluster import wait_for
@@ -22,6 +22,16 @@ def lock_of(site: Local) -> dict[str, object]:
     file = site.state / "hosts" / "n1" / "dengine-deploy.json"
     found: dict[str, object] = json.loads(file.read_text())
     return found
+
+
+def set_status(site: Local, node_id: int, status: str) -> None:
+    url = f"http://{site.endpoint('n1')}/v1/cluster/members/{node_id}"
+    body = json.dumps({"status": status}).encode()
+    ask = urllib.request.Request(url, body, method="PUT")
+    ask.add_header("Authorization", f"Bearer {site.secrets['token']}")
+    ask.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(ask, timeout=10) as answer:
+        assert answer.status == 200
 
 
 def test_the_only_voter_lost_its_disk_and_no_second_cluster_is_founded(site: Local) -> None:
@@ -133,14 +143,12 @@ def test_a_read_only_member_is_left_alone(site: Local) -> None:
     site.play("site").ok()
     name = "dengine.core.rollout : The cluster is well before the join of node 3"
     assert site.play("expand", KILL_AT=name).code == -9
-    ask = ("PUT", "/v1/cluster/members/2", site.secrets["token"])
-    status, body = request(site.endpoint("n1"), *ask, b'{"status": "read_only"}')
-    assert status == 200, body
+    set_status(site, 2, "read_only")
     run = site.play("expand", "-e", "dengine_target_voters=1")
     assert not any(run.ok().changed.values())
     run = site.play("expand")
     assert failed_rows(run) == {("cluster", "cluster")}
     assert "only 2 of 3 hosts can vote, for n2 are read_only" in run.output
-    assert request(site.endpoint("n1"), *ask, b'{"status": "promotable"}')[0] == 200
+    set_status(site, 2, "promotable")
     site.play("expand").ok()
     assert site.voters() == [1, 2, 3]
