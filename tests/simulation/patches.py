@@ -125,6 +125,7 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (recovery, "unpack", writer.unpack),
         (recovery, "read_header", writer.read_header),
         (recovery, "probe_log", lambda path: None),
+        (recovery, "probe_state", lambda path: None),  # its damage never ends a process
         (snapshots_storage, "read_header", writer.read_header),
         (snapshots_storage, "shutil", disk),
         (snapshots_storage, "sync_directory", disk.sync_directory),
