@@ -160,7 +160,7 @@ class DataDirectory:
         Raises StorageIO.
         """
         state = self.state_path()
-        if not state.is_dir() or (state / DAMAGED_MARK).exists():
+        if not state.exists() or (state / DAMAGED_MARK).exists():
             return False
         if self.installing or not (state / DATA_FILE).exists() or self._is_clean():
             return True
@@ -214,7 +214,7 @@ class DataDirectory:
             sync_directory(path)
         except OSError as error:
             raise StorageIO(f"cannot finish {path}: {error.strerror}") from error
-        self._delete_other_states(path)
+        self.tidy()
 
     @property
     def died_opening(self) -> bool:
@@ -292,7 +292,16 @@ class DataDirectory:
             self._switch_state(name)
         except OSError as error:
             raise StorageIO(f"cannot replace {old}: {error.strerror}") from error
+        self.tidy()
         return self.path / name
+
+    def tidy(self) -> None:
+        """Delete every state but the one in use. Call it when that one is known to be sound: until
+        then another may be all that is left for a person to go on from."""
+        current = self.state_path()
+        for path in self.path.glob("state-*"):
+            if path != current:
+                shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -320,9 +329,9 @@ class DataDirectory:
                 file=str(log),
             )
         if not (self.path / "CURRENT").exists():
-            self._switch_state("state-1")
-        if self.state_path().is_dir():  # else one of the others is all that is left of it
-            self._delete_other_states(self.state_path())
+            known = [_state_number(path.name) or 0 for path in self.path.glob("state-*")]
+            self._switch_state(f"state-{max(known, default=0) + 1}")
+        self.state_path()  # raises where CURRENT is damaged
 
     def _make_log(self, identity_file: Path) -> None:
         """The log comes before the identity: so an identity without a log means it was lost."""
@@ -354,12 +363,6 @@ class DataDirectory:
         new.mkdir(mode=0o700)
         sync_directory(new)
         self._write_file("CURRENT", name)
-        self._delete_other_states(new)
-
-    def _delete_other_states(self, current: Path) -> None:
-        for path in self.path.glob("state-*"):
-            if path != current:
-                shutil.rmtree(path, ignore_errors=True)
 
     def _is_clean(self) -> bool:
         return self._mark("CLEAN") == self.state_path().name

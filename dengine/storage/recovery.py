@@ -64,10 +64,12 @@ def open_stores(directory: DataDirectory) -> Stores:
         if old is not None:
             store.close()
             return _without_log(directory, old)
-        return _with_log(directory, store)
+        stores = _with_log(directory, store)
     except BaseException:
         store.close()
         raise
+    directory.tidy()
+    return stores
 
 
 def _rolled_back(directory: DataDirectory, store: LogStore) -> DataCorruption | None:

@@ -541,6 +541,21 @@ def test_a_missing_state_is_built_again(tmp_path: Path) -> None:
     directory.close()
 
 
+def test_without_current_no_state_goes_before_another_is_sound(tmp_path: Path) -> None:
+    """Nothing says which state is in use, the only snapshot is damaged, and the log has no
+    beginning: alone the node stops, each time, and what a repair could use stays."""
+    directory = lived(tmp_path, 30)
+    flip_body(snapshot_at(directory, 25).path)
+    purge(directory, 20)
+    (directory.path / "CURRENT").unlink()
+    for _ in range(3):
+        directory = restarted(directory)
+        with pytest.raises(DataCorruption, match="dengine repair"):
+            open_stores(directory)
+        assert (directory.path / "state-1" / "data.mdb").exists()
+    directory.close()
+
+
 def test_a_failed_sync_of_the_state_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
