@@ -273,8 +273,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "state trusted after a power cut",
         (
             "dengine.storage.directory",
-            'self._mark("RUN") == self._run_mark()',
-            'self._mark("RUN") is not None',
+            'self._mark("RUN").partition(UNCLEAN)[0] == self._run_mark()',
+            'self._mark("RUN") != ""',
         ),
     ),
     _mutant(
@@ -314,7 +314,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "same incarnation with a new log",
         (
             "dengine.storage.recovery",
-            "    directory.reincarnate()\n",
+            "        directory.reincarnate()\n",
             "",
         ),
     ),
