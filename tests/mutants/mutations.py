@@ -311,6 +311,22 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     _mutant(
+        "a transaction that compares nothing",
+        (
+            "dengine.kv.machine",
+            "succeeded = all(holds(compare, view.get(compare.key)) for compare in txn.compare)",
+            "succeeded = True",
+        ),
+    ),
+    _mutant(
+        "the second half of a transaction is one revision later",
+        (
+            "dengine.kv.machine",
+            "result = _operate(operation, overlay, revision, deleted)",
+            "result = _operate(operation, overlay, after, deleted)",
+        ),
+    ),
+    _mutant(
         "same incarnation with a new log",
         (
             "dengine.storage.recovery",
