@@ -139,3 +139,22 @@ def test_one_that_is_just_being_started_is_ended_too() -> None:
             assert psutil.Process().children() == []
 
     on_loop(test)
+
+
+def test_one_that_dies_while_it_is_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When memory runs out it may go before it has been given its job: only that job fails."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    start = WriterProcess._start
+
+    async def start_and_see_it_end(self: WriterProcess) -> asyncio.subprocess.Process:
+        process = await start(self)
+        await process.wait()
+        return process
+
+    monkeypatch.setattr(WriterProcess, "_start", start_and_see_it_end)
+
+    async def test() -> None:
+        with pytest.raises(TryAgain, match="ended with exit code 1"):
+            await WriterProcess().run(A_JOB)
+
+    on_loop(test)
