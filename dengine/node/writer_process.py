@@ -118,10 +118,13 @@ class WriterProcess:
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:  # nobody else would know of it
-            process = await starting
-            process.kill()
-            await process.wait()
+            with suppress(OSError):
+                process = await starting
+                _kill(process)
+                await process.wait()
             raise
+        except OSError as error:  # no descriptors, no processes or no memory are left
+            raise TryAgain(f"the snapshot writer could not be started: {error}") from error
 
     async def _follow(
         self, events: asyncio.StreamReader, report: Report | None, watch: Watch | None
