@@ -111,6 +111,7 @@ class Snapshots:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._take_backoff, self._fetch_backoff = _Backoff(), _Backoff()
+        self._verify_backoff = _Backoff()
         self._turn, self._turns = OwnTurn(cycle.raft.me.id, lead), SnapshotTurn()
         self.files = SnapshotFiles(self._config, cycle.raft)
         self.installer = Installer(
@@ -165,7 +166,7 @@ class Snapshots:
         elif wanted.fetch is not None and self._fetch_backoff.is_due:
             (sender, ref), wanted.fetch = wanted.fetch, None
             await self._fetch(sender, ref)
-        elif wanted.unverified:
+        elif wanted.unverified and self._verify_backoff.is_due:
             await self._verify(wanted.unverified.pop())
         elif await self._may_take():
             await self._take()
@@ -270,8 +271,8 @@ class Snapshots:
         """Staggered, so that the members do not all become due at once: node k of n waits for
         1 + k/n times the entries, or bytes, that the configuration names.
         """
-        # By now every file is verified. If none reaches up to where the log begins, for they were
-        # damaged or removed, nothing here could build the state again: that cannot wait.
+        # If no verified file reaches up to where the log begins, for they were damaged, removed or
+        # cannot be read now, nothing here could build the state again: that cannot wait.
         if self._newest_index < self._raft.log.base.index:
             return True
         voters = self._raft.membership.voters
@@ -366,11 +367,20 @@ class Snapshots:
             self.files.drop(file)
             put_aside(file)
             raise TryAgain(f"{error.message}; it was put aside") from error
-        except TryAgain:
-            self._wanted.unverified.append(file)
+        except (TryAgain, StorageIO):  # says nothing of the file
+            self._verify_later(file)
             raise
+        self._verify_backoff.succeeded()
         if self.files.get(done.ref) is None:
             await self.files.add(done.ref, file, done.taken_at_s)
+
+    def _verify_later(self, file: Path) -> None:
+        """After the others; unless somebody has removed it."""
+        self._verify_backoff.failed()
+        if file.exists():
+            self._wanted.unverified.insert(0, file)
+        else:
+            self.files.drop(file)
 
     def _may_check(self) -> bool:
         return self._take_backoff.is_due and self._state.applied.index > 0

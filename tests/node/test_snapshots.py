@@ -19,9 +19,10 @@ from typing import Any, cast
 import pytest
 
 from dengine import config
-from dengine.errors import ClusterUnavailable, NotLeader
+from dengine.errors import ClusterUnavailable, FatalError, NotLeader, StorageIO, TryAgain
 from dengine.kv.commands import Put
 from dengine.node import reader_watch, writer_process
+from dengine.node import snapshots as snapshots_module
 from dengine.node.cycle import Cycle
 from dengine.node.snapshots import Snapshots
 from dengine.node.writer_process import WriterProcess
@@ -31,7 +32,7 @@ from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import SnapshotInfo
-from dengine.storage.snapshot_jobs import Done
+from dengine.storage.snapshot_jobs import Check, Done, Job, Verify
 from dengine.storage.state_store import StateStore
 from tests.node.hosts import on_loop, until
 from tests.storage.states import commands, history, me, membership, snapshot_of
@@ -309,6 +310,69 @@ def test_a_snapshot_leaves_room_for_the_log(
             assert stage.files == []
             free = enough
             assert (await snapshots.take(deadline())).index == ENTRIES
+
+    on_loop(test)
+
+
+class Spoiler:
+    """Has jobs of one kind end with an error; all others are carried out.
+
+    Attributes:
+        begun: the kinds of jobs that were begun.
+        error: what ends those of `kind`; None lets them be.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, kind: type[Job], error: FatalError | None
+    ) -> None:
+        self.begun: list[type[Job]] = []
+        self.error = error
+        run = WriterProcess.run
+
+        async def spoiled(writer: WriterProcess, job: Job, *args: Any, **more: Any) -> Done:
+            self.begun.append(type(job))
+            if self.error is not None and isinstance(job, kind):
+                raise self.error
+            return await run(writer, job, *args, **more)
+
+        monkeypatch.setattr(WriterProcess, "run", spoiled)
+
+
+@pytest.mark.parametrize("error", [TryAgain("it was killed"), StorageIO("no descriptors")])
+def test_a_file_that_cannot_be_verified_blocks_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: FatalError
+) -> None:
+    """However often that is aborted: snapshots are taken and the state is checked meanwhile, and
+    the file counts as soon as it has been read."""
+    monkeypatch.setattr(snapshots_module, "RETRY_S_MIN", 0.05)
+    spoiler = Spoiler(monkeypatch, Verify, error)
+    stage = Stage(tmp_path)
+    old = stage.snapshot()
+    stage.apply()
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            await until(lambda: Check in spoiler.begun, "the state to be checked")
+            assert (await snapshots.take(deadline())).index == ENTRIES + 1
+            spoiler.error = None
+            await until(lambda: len(snapshots.files.refs) == 2, "the old file to be verified")
+            assert snapshots.files.refs[0] == old.ref
+            assert spoiler.begun.count(Verify) > 1
+
+    on_loop(test)
+
+
+def test_a_file_that_is_gone_is_not_relied_on(tmp_path: Path) -> None:
+    """Somebody removed it: who was to be sent it has it looked at, and nobody is offered it."""
+    stage = Stage(tmp_path)
+    old = stage.snapshot()
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            old.path.unlink()
+            snapshots.suspect(old.ref)
+            await until(lambda: not snapshots.files.refs, "it to be forgotten")
 
     on_loop(test)
 
