@@ -101,8 +101,12 @@ def scan(
     return Frames(header, sha.digest().hex(), size, data_bytes)
 
 
-def sound_prefix(path: Path) -> int:
-    """How many bytes of a partial file may be kept: up to the end of its last sound chunk."""
+def sound_prefix(path: Path, progress: Callable[[int], None] | None = None) -> int:
+    """How many bytes of a partial file may be kept: up to the end of its last sound chunk.
+
+    Args:
+        progress: told how many bytes of the file have been read.
+    """
     kept = 0
     try:
         with reading(path), open(path, "rb") as stream:
@@ -111,6 +115,8 @@ def sound_prefix(path: Path) -> int:
             kept = stream.tell()
             for _ in _chunks(path, stream, sha):
                 kept = stream.tell()
+                if progress is not None:
+                    progress(kept)
     except DataCorruption:
         pass
     return kept
