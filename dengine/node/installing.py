@@ -27,7 +27,7 @@ from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import name_durably, read_header, snapshot_name
 from dengine.storage.snapshot_jobs import Credentials, Fetch, Unpack
-from dengine.storage.snapshots import make_empty_state
+from dengine.storage.snapshots import make_empty_state, put_all_aside
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
@@ -108,17 +108,21 @@ class Installer:
         await self._restore(ref, Path(done.file), path)
 
     async def rebuild(self, reason: str, *, files_too: bool) -> None:
-        """Throw the state away; then the log, our snapshots or the leader's build it again."""
+        """Throw the state away; then the log, our snapshots or the leader's build it again.
+
+        Wrong files go first: a start in the middle would take the newest one for the state.
+        """
         log.error("the state is wrong and is thrown away: %s", reason)
+        if files_too:
+            self._files.distrust()
+            await self._in_thread(put_all_aside, self._directory.snapshots_path)
         old, new = self._directory.state_path(), self._directory.next_state_path()
         await self._in_thread(make_empty_state, new)
         await self._cycle.act(lambda raft: self._forget_state(raft, new))
         # A large one takes its time. What a crash leaves of it the next start removes.
         await self._drop(old)
         for ref, file in reversed(list(self._files)):
-            if files_too:
-                self._files.put_aside(ref)
-            elif self._raft.state_lost and ref.index >= self._raft.log.base.index:
+            if self._raft.state_lost and ref.index >= self._raft.log.base.index:
                 await self._unpack(ref, file)
         if self._raft.state_lost and self._raft.membership.is_sole_voter(self._raft.me):
             self._cycle.fail(

@@ -89,8 +89,13 @@ class SnapshotFiles:
             self._forget(ref)
         self._raft.snapshots_changed(self.refs)
 
+    def distrust(self, spare: Path | None = None) -> None:
+        """Rely on none of them any longer, but `spare`."""
+        self._files = {ref: kept for ref, kept in self._files.items() if kept.path == spare}
+        self._raft.snapshots_changed(self.refs)
+
     def put_aside(self, ref: SnapshotRef) -> None:
-        """It turned out to be damaged, or of a state that was wrong."""
+        """It turned out to be damaged."""
         put_aside(self._forget(ref))
         self._raft.snapshots_changed(self.refs)
 

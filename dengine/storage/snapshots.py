@@ -173,6 +173,22 @@ def put_aside(file: Path) -> None:
         file.rename(file.with_name(file.name + DAMAGED_SUFFIX))
 
 
+def put_all_aside(directory: Path, spare: Path | None = None) -> None:
+    """All snapshots in `directory` but `spare` may be of a wrong state: none of them is one any
+    more, and a crash brings none back. Raises StorageIO.
+    """
+    wrong = [file for file in list_files(directory) if file != spare]
+    for file in wrong:
+        put_aside(file)
+    if left := [file for file in list_files(directory) if file != spare]:
+        raise StorageIO(f"cannot rename {left[0]}, which may hold a wrong state", file=str(left[0]))
+    try:
+        if wrong:
+            sync_directory(directory)
+    except OSError as error:
+        raise StorageIO(f"cannot sync {directory}: {error.strerror}") from error
+
+
 def put_aside_foreign(directory: Path, cluster_id: str) -> None:
     """Put aside what was never of this cluster, or is not what its name says: nobody here may
     take it for the cluster's past. One that cannot be read is left to whoever verifies it, and

@@ -434,3 +434,29 @@ def test_a_state_is_thrown_away_beside_the_loop(
             assert snapshots.installer.forgotten_at == ENTRIES
 
     on_loop(test)
+
+
+def test_wrong_files_go_before_the_state_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a crash leaves of it, no start takes a wrong file for the state; also one that was
+    not verified yet is such a file."""
+    stage = Stage(tmp_path)
+    stage.snapshot()
+    seen: list[list[str]] = []
+    adopt_state = DataDirectory.adopt_state
+
+    def adopt(directory: DataDirectory, path: Path) -> None:
+        seen.append(stage.files)
+        adopt_state(directory, path)
+
+    monkeypatch.setattr(DataDirectory, "adopt_state", adopt)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            snapshots.distrust("it differs", files_too=True)
+            await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
+        assert seen == [[f"snapshot-1-{ENTRIES}.dsnap.damaged"]]
+        assert snapshots.files.refs == []
+
+    on_loop(test)
