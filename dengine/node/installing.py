@@ -65,6 +65,8 @@ class Installer:
         self._installed: asyncio.Future[None] | None = None
         self._fetched: Path | None = None  # what gets its name when it is installed
         self._attempts = -1  # the first goes to the best address
+        self.is_unpacking = False  # a file of ours
+        self.forgotten_for = "the state is lost"
         self.forgotten_at = 0  # commit index when the state was last thrown away
 
     def is_busy_with(self, sender: MemberId, ref: SnapshotRef) -> bool:
@@ -107,12 +109,13 @@ class Installer:
         report.finished()
         await self._restore(ref, Path(done.file), path)
 
-    async def rebuild(self, reason: str, *, files_too: bool) -> None:
+    async def forget(self, reason: str, *, files_too: bool) -> None:
         """Throw the state away; then the log, our snapshots or the leader's build it again.
 
         Wrong files go first: a start in the middle would take the newest one for the state.
         """
         log.error("the state is wrong and is thrown away: %s", reason)
+        self.forgotten_for = reason
         if files_too:
             self._files.distrust()
             await self._in_thread(put_all_aside, self._directory.snapshots_path)
@@ -121,16 +124,6 @@ class Installer:
         await self._cycle.act(lambda raft: self._forget_state(raft, new))
         # A large one takes its time. What a crash leaves of it the next start removes.
         await self._drop(old)
-        for ref, file in reversed(list(self._files)):
-            if self._raft.state_lost and ref.index >= self._raft.log.base.index:
-                await self._unpack(ref, file)
-        if self._raft.state_lost and self._raft.membership.is_sole_voter(self._raft.me):
-            self._cycle.fail(
-                DataCorruption(
-                    f"{reason}; no snapshot of this node continues in its log, and it is the only "
-                    "voter: restore a backup with `dengine snapshot restore`"
-                )
-            )
 
     def _forget_state(self, raft: Raft, new: Path) -> None:
         """In a turn, so that nobody sees half of it: go on with the empty state at `new`."""
@@ -140,14 +133,34 @@ class Installer:
         self.forgotten_at = raft.log.commit_index
         raft.forget_state()
 
-    async def _unpack(self, ref: SnapshotRef, file: Path) -> None:
-        path = self._directory.next_state_path()
+    @property
+    def own_file(self) -> SnapshotRef | None:
+        """The newest file of ours from which the log goes on, while the state is lost."""
+        if not self._raft.state_lost:
+            return None
+        usable = [ref for ref in self._files.refs if ref.index >= self._raft.log.base.index]
+        return usable[-1] if usable else None
+
+    async def unpack(self, ref: SnapshotRef) -> None:
+        """Have the state again from a file of ours.
+
+        Raises:
+            TryAgain, StorageIO: not this time.
+            DataCorruption: never with this file; it was put aside.
+        """
+        file, path = self._files.get(ref), self._directory.next_state_path()
+        if file is None:
+            return
+        self.is_unpacking = True
         try:
             await self._writer.run(Unpack(str(file), str(path)))
-        except DataCorruption as error:
-            log.warning("%s; trying an older one", error.message)
-            self._files.put_aside(ref)
-            return
+        except FatalError as error:
+            await self._drop(path)  # of a writer that was killed
+            if isinstance(error, DataCorruption):
+                self._files.put_aside(ref)
+            raise
+        finally:
+            self.is_unpacking = False
         await self._restore(ref, file, path)
 
     async def _restore(self, ref: SnapshotRef, file: Path, state: Path) -> None:

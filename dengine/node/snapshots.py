@@ -111,7 +111,7 @@ class Snapshots:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._take_backoff, self._fetch_backoff = _Backoff(), _Backoff()
-        self._verify_backoff = _Backoff()
+        self._verify_backoff, self._rebuild_backoff = _Backoff(), _Backoff()
         self._turn, self._turns = OwnTurn(cycle.raft.me.id, lead), SnapshotTurn()
         self.files = SnapshotFiles(self._config, cycle.raft)
         self.installer = Installer(
@@ -161,19 +161,55 @@ class Snapshots:
         wanted = self._wanted
         if wanted.distrust is not None:
             (reason, files_too), wanted.distrust = wanted.distrust, None
-            self.job = "rebuilding the state"
-            await self.installer.rebuild(reason, files_too=files_too)
+            self.job = "throwing the state away"
+            await self.installer.forget(reason, files_too=files_too)
+            if files_too:
+                wanted.unverified.clear()
+        elif self._rebuild_backoff.is_due and (ref := self.installer.own_file) is not None:
+            await self._rebuild(ref)
         elif wanted.fetch is not None and self._fetch_backoff.is_due:
             (sender, ref), wanted.fetch = wanted.fetch, None
             await self._fetch(sender, ref)
         elif wanted.unverified and self._verify_backoff.is_due:
             await self._verify(wanted.unverified.pop())
+        elif self._is_hopeless():
+            self._cycle.fail(
+                DataCorruption(
+                    f"{self.installer.forgotten_for}; no snapshot of this node continues in its "
+                    "log, and it is the only voter: restore a backup with "
+                    "`dengine snapshot restore`"
+                )
+            )
+            await self._pause(POLL_S)
         elif await self._may_take():
             await self._take()
         elif wanted.check and not wanted.takers and self._may_check():
             await self._check()
         else:
             await self._pause(POLL_S)
+
+    async def _rebuild(self, ref: SnapshotRef) -> None:
+        """While the state is lost; again and again, for where nobody else has one nothing else
+        helps."""
+        self.job = "rebuilding the state"
+        try:
+            await self.installer.unpack(ref)
+            if self._raft.state_lost:
+                raise TryAgain("the rebuilt state was not wanted")
+        except (TryAgain, StorageIO):
+            self._rebuild_backoff.failed()
+            raise
+        self._rebuild_backoff.succeeded()
+
+    def _is_hopeless(self) -> bool:
+        """The state is lost, and neither a file of ours nor another member can have it."""
+        raft, wanted = self._raft, self._wanted
+        return (
+            raft.state_lost
+            and raft.membership.is_sole_voter(raft.me)
+            and self.installer.own_file is None
+            and not wanted.unverified
+        )
 
     async def _pause(self, seconds: float) -> None:
         """Until something is wanted, `seconds` at most."""
@@ -200,7 +236,8 @@ class Snapshots:
         """The leader offers a file that this node needs; repeated until it is installed."""
         if not self.installer.is_busy_with(sender, ref):
             self._wanted.fetch = (sender, ref)
-            if self._fetch_backoff.is_due:  # else what is being done has time until it is
+            # Else what is being done has time until it is. What is here already is had sooner.
+            if self._fetch_backoff.is_due and not self.installer.is_unpacking:
                 self._writer.kill("a snapshot from the leader comes first")
                 self._wake.set()
 
@@ -401,6 +438,8 @@ class Snapshots:
         log.info("the state was read through and is sound")
 
     async def _fetch(self, sender: MemberId, ref: SnapshotRef) -> None:
+        if not self._raft.snapshot_helps(ref.log_id):
+            return  # what it was offered for has been had otherwise
         self.job = f"fetching a snapshot from node {sender.id}"
         try:
             self._require_room(2 * ref.size_bytes)  # the file, and the state unpacked from it

@@ -425,6 +425,14 @@ class Raft:
         """
         self.log.purge(index)
 
+    def snapshot_helps(self, log_id: LogId) -> bool:
+        """Is a snapshot up to there newer than what is committed here? Of a member without state:
+        does its log go on from there?
+        """
+        if self.state_lost:
+            return log_id.index >= self.log.base.index
+        return log_id.index > self.log.commit_index
+
     def restore(self, log_id: LogId, membership: Membership) -> bool:
         """A verified snapshot up to `log_id` is unpacked and durable on this node: use it.
 
@@ -432,7 +440,7 @@ class Raft:
         appended. False: not wanted, for the state is as new or another one is being installed; a
         leader, which holds all that is committed, never wants one.
         """
-        if self.is_leader or self._restore is not None or not self._snapshot_helps(log_id):
+        if self.is_leader or self._restore is not None or not self.snapshot_helps(log_id):
             return False
         if log_id.term > self.term:
             self._become_follower(log_id.term, "a snapshot of a higher term was installed")
@@ -1041,7 +1049,7 @@ class Raft:
         self._follow(m.sender)
         if self._restore is not None:
             return  # acknowledged once that is installed
-        if self._snapshot_helps(m.snapshot.log_id):
+        if self.snapshot_helps(m.snapshot.log_id):
             self._out.fetch = (m.sender, m.snapshot)
         elif not self.state_lost:
             commit = self.log.commit_index
@@ -1095,14 +1103,6 @@ class Raft:
                 self._send(PreVoteResponse(self.me, m.sender, self.term, False))
 
     # --- installing a snapshot (7) -------------------------------------------------------------
-
-    def _snapshot_helps(self, log_id: LogId) -> bool:
-        """Is a snapshot up to there newer than what is committed here? Of a member without state:
-        does its log go on from there?
-        """
-        if self.state_lost:
-            return log_id.index >= self.log.base.index
-        return log_id.index > self.log.commit_index
 
     def _begin_restore(self) -> Restore | None:
         """The snapshot to install now: log and memberships in memory become what the durable

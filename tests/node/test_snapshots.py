@@ -19,20 +19,28 @@ from typing import Any, cast
 import pytest
 
 from dengine import config
-from dengine.errors import ClusterUnavailable, FatalError, NotLeader, StorageIO, TryAgain
+from dengine.errors import (
+    ClusterUnavailable,
+    DataCorruption,
+    FatalError,
+    NotLeader,
+    StorageIO,
+    TryAgain,
+)
 from dengine.kv.commands import Put
 from dengine.node import reader_watch, writer_process
 from dengine.node import snapshots as snapshots_module
 from dengine.node.cycle import Cycle
 from dengine.node.snapshots import Snapshots
 from dengine.node.writer_process import WriterProcess
-from dengine.raft.raft import Raft
-from dengine.raft.types import LogId, MemberId
+from dengine.raft.membership import Membership
+from dengine.raft.raft import Raft, Restore
+from dengine.raft.types import LogId, MemberId, SnapshotRef
 from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import SnapshotInfo
-from dengine.storage.snapshot_jobs import Check, Done, Job, Verify
+from dengine.storage.snapshot_jobs import Check, Done, Fetch, Job, Unpack, Verify
 from dengine.storage.state_store import StateStore
 from tests.node.hosts import on_loop, until
 from tests.storage.states import commands, history, me, membership, snapshot_of
@@ -80,6 +88,7 @@ class Stage:
             snapshots_changed=lambda refs: None,
             forget_state=lambda: None,
             restore=lambda log_id, content: False,
+            snapshot_helps=lambda log_id: True,
         )
         self.answers: bool | None = True
         self.asked: list[int] = []
@@ -458,5 +467,119 @@ def test_wrong_files_go_before_the_state_does(
             await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
         assert seen == [[f"snapshot-1-{ENTRIES}.dsnap.damaged"]]
         assert snapshots.files.refs == []
+
+    on_loop(test)
+
+
+class Lost:
+    """A stage whose state is lost when it is thrown away, for its log begins after entry 10; what
+    Raft is told to restore gets installed."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.snapshots: Snapshots | None = None
+        stage.raft.log.base = LogId(10, 1)
+        stage.raft.forget_state = self.forget_state
+        stage.raft.restore = self.restore
+
+    def forget_state(self) -> None:
+        self.stage.raft.state_lost = True
+
+    def restore(self, log_id: LogId, content: Membership) -> bool:
+        asyncio.get_running_loop().call_soon(self.install, Restore(log_id, content, False))
+        return True
+
+    def install(self, restore: Restore) -> None:
+        assert self.snapshots is not None
+        self.stage.directory.adopt_state(self.stage.directory.next_state_path())
+        self.stage.directory.finish_install()
+        self.stage.raft.state_lost = False
+        self.snapshots.restored(restore)
+
+    @property
+    def states(self) -> set[str]:
+        return {path.name for path in self.stage.directory.path.glob("state-*")}
+
+
+@pytest.mark.parametrize("error", [TryAgain("it was killed"), StorageIO("the disk is full")])
+def test_a_rebuild_that_was_interrupted_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: FatalError
+) -> None:
+    """A node alone has nobody else to turn to: it tries its own file again until it is unpacked,
+    and nothing is left of the attempts."""
+    spoiler = Spoiler(monkeypatch, Unpack, error)
+    stage = Stage(tmp_path)
+    stage.snapshot()
+    lost = Lost(stage)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            lost.snapshots = snapshots
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            next_path = DataDirectory.next_state_path
+
+            def half_made(directory: DataDirectory) -> Path:
+                path = next_path(directory)
+                if stage.raft.state_lost and spoiler.error is not None:
+                    path.mkdir(exist_ok=True)
+                return path
+
+            monkeypatch.setattr(DataDirectory, "next_state_path", half_made)
+            snapshots.distrust("it is damaged", files_too=False)
+            await until(lambda: spoiler.begun.count(Unpack) > 1, "another attempt")
+            await until(lambda: lost.states == {stage.state.path.name}, "its rest to be removed")
+            assert stage.raft.state_lost
+            spoiler.error = None
+            await until(lambda: not stage.raft.state_lost, "the state to be there again")
+            assert stage.state.applied == LogId(ENTRIES, 1)
+            assert lost.states == {stage.state.path.name}
+
+    on_loop(test)
+
+
+def test_a_node_alone_without_any_file_ends(tmp_path: Path) -> None:
+    """After the last of its own has turned out to be damaged nothing can be waited for."""
+    stage = Stage(tmp_path)
+    made = stage.snapshot()
+    lost = Lost(stage)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            lost.snapshots = snapshots
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            made.path.write_bytes(made.path.read_bytes()[:-1])
+            snapshots.distrust("it is damaged", files_too=False)
+            await until(lambda: stage.failed, "the node to be ended")
+            error = stage.failed.pop()
+            assert isinstance(error, DataCorruption)
+            assert error.message.startswith("it is damaged; no snapshot of this node")
+            assert stage.files == [f"{made.path.name}.damaged"]
+        stage.failed.clear()
+
+    on_loop(test)
+
+
+def test_a_file_that_is_here_is_unpacked_before_another_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader's offer does not end that, and is not taken up when it is not needed any more."""
+    spoiler = Spoiler(monkeypatch, Unpack, None)
+    stage = Stage(tmp_path)
+    stage.snapshot()
+    lost = Lost(stage)
+    stage.raft.snapshot_helps = lambda log_id: stage.raft.state_lost
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            lost.snapshots = snapshots
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            snapshots.distrust("it is damaged", files_too=False)
+            await until(lambda: Unpack in spoiler.begun, "the unpacking to begin")
+            snapshots.offered(SENDER, SnapshotRef(99, 1, "c" * 64, 100))
+            await until(lambda: stage.state.applied.index, "the state to be there again")
+            await until(lambda: snapshots._wanted.fetch is None, "the offer to be looked at")
+            await snapshots.take(deadline())  # comes after it
+            assert Fetch not in spoiler.begun
+            assert spoiler.begun.count(Unpack) == 1
 
     on_loop(test)
