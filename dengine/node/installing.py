@@ -64,6 +64,7 @@ class Installer:
         self._fetching: tuple[MemberId, SnapshotRef] | None = None
         self._installed: asyncio.Future[None] | None = None
         self._fetched: Path | None = None  # what gets its name when it is installed
+        self._received: Path | None = None  # the last one that was
         self._attempts = -1  # the first goes to the best address
         self.is_unpacking = False  # a file of ours
         self.forgotten_for = "the state is lost"
@@ -107,18 +108,28 @@ class Installer:
         finally:
             self._fetching = None
         report.finished()
-        await self._restore(ref, Path(done.file), path)
+        if await self._restore(ref, Path(done.file), path):
+            self._received = self._directory.snapshots_path / snapshot_name(ref.log_id)
 
-    async def forget(self, reason: str, *, files_too: bool) -> None:
+    async def put_files_aside(self, *, but_received: bool) -> None:
+        """They may be of a wrong state. That comes before the state is thrown away: a start in the
+        middle would take the newest one for the state.
+
+        Args:
+            but_received: leave what the leader sent last, and was installed.
+        """
+        spare = self._received if but_received else None
+        self._files.distrust(spare)
+        await self._in_thread(put_all_aside, self._directory.snapshots_path, spare)
+
+    async def forget(self, reason: str) -> None:
         """Throw the state away; then the log, our snapshots or the leader's build it again.
 
-        Wrong files go first: a start in the middle would take the newest one for the state.
+        Raises:
+            StorageIO: it is still there.
         """
         log.error("the state is wrong and is thrown away: %s", reason)
         self.forgotten_for = reason
-        if files_too:
-            self._files.distrust()
-            await self._in_thread(put_all_aside, self._directory.snapshots_path)
         old, new = self._directory.state_path(), self._directory.next_state_path()
         await self._in_thread(make_empty_state, new)
         await self._cycle.act(lambda raft: self._forget_state(raft, new))
@@ -163,7 +174,7 @@ class Installer:
             self.is_unpacking = False
         await self._restore(ref, file, path)
 
-    async def _restore(self, ref: SnapshotRef, file: Path, state: Path) -> None:
+    async def _restore(self, ref: SnapshotRef, file: Path, state: Path) -> bool:
         """Have Raft install the unpacked `state`, and wait until it is; drop it if not wanted."""
         header = read_header(file)
         named = self._directory.snapshots_path / snapshot_name(ref.log_id)
@@ -175,10 +186,11 @@ class Installer:
                 if self._files.get(ref) is None:
                     applied_bytes = self._files.applied_bytes  # nothing was applied after it yet
                     await self._files.add(ref, named, header.taken_at_s, applied_bytes)
-            else:
-                await self._drop(state)
-                if self._fetched is not None:
-                    self._fetched.unlink(missing_ok=True)
+                return True
+            await self._drop(state)
+            if self._fetched is not None:
+                self._fetched.unlink(missing_ok=True)
+            return False
         finally:
             self._installed = self._fetched = None
 

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,19 @@ class _Backoff:
         return time.monotonic() >= self.due_s
 
 
+@dataclass(frozen=True, slots=True)
+class _Distrust:
+    reason: str
+    files_too: bool
+    state: Path  # the one that is wrong
+
+
 @dataclass(slots=True)
 class _Wanted:
     """What the task has to do next, most urgent first."""
 
     check: bool = True  # the state, once: what an earlier process left may have rotted since
-    distrust: tuple[str, bool] | None = None  # why the state is wrong; are our files wrong too?
+    distrust: _Distrust | None = None  # until the state is gone
     fetch: tuple[MemberId, SnapshotRef] | None = None
     unverified: list[Path] = field(default_factory=list)  # newest last
     takers: list[asyncio.Future[SnapshotRef]] = field(default_factory=list)
@@ -111,7 +118,8 @@ class Snapshots:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._take_backoff, self._fetch_backoff = _Backoff(), _Backoff()
-        self._verify_backoff, self._rebuild_backoff = _Backoff(), _Backoff()
+        self._verify_backoff, self._forget_backoff = _Backoff(), _Backoff()
+        self._rebuild_backoff = _Backoff()
         self._turn, self._turns = OwnTurn(cycle.raft.me.id, lead), SnapshotTurn()
         self.files = SnapshotFiles(self._config, cycle.raft)
         self.installer = Installer(
@@ -149,7 +157,7 @@ class Snapshots:
                     self.failures += 1
                     self.last_error = error.message
                     log.warning("%s failed: %s", self.job or "snapshot", error.message)
-                    if self._wanted.fetch is None and self._wanted.distrust is None:
+                    if not self._is_urgent:
                         await self._pause(RETRY_S_MIN)
                 finally:
                     self.job = ""
@@ -160,11 +168,7 @@ class Snapshots:
     async def _next_job(self) -> None:
         wanted = self._wanted
         if wanted.distrust is not None:
-            (reason, files_too), wanted.distrust = wanted.distrust, None
-            self.job = "throwing the state away"
-            await self.installer.forget(reason, files_too=files_too)
-            if files_too:
-                wanted.unverified.clear()
+            await self._forget(wanted.distrust)
         elif self._rebuild_backoff.is_due and (ref := self.installer.own_file) is not None:
             await self._rebuild(ref)
         elif wanted.fetch is not None and self._fetch_backoff.is_due:
@@ -181,12 +185,42 @@ class Snapshots:
                 )
             )
             await self._pause(POLL_S)
-        elif await self._may_take():
+        elif (may_take := await self._may_take()) and not self._is_urgent:
             await self._take()
-        elif wanted.check and not wanted.takers and self._may_check():
+        elif self._is_urgent:
+            return  # since the leader was asked
+        elif not may_take and wanted.check and not wanted.takers and self._may_check():
             await self._check()
         else:
             await self._pause(POLL_S)
+
+    @property
+    def _is_urgent(self) -> bool:
+        """Is there something that must not wait for a take or a check?"""
+        wanted = self._wanted
+        return wanted.distrust is not None or (
+            wanted.fetch is not None and self._fetch_backoff.is_due
+        )
+
+    async def _forget(self, distrust: _Distrust) -> None:
+        """Nothing else is done before that has succeeded."""
+        self.job = "throwing the state away"
+        if not self._forget_backoff.is_due:
+            await self._pause(RETRY_S_MIN)
+            return
+        replaced = self._state.path != distrust.state  # the leader's has been installed meanwhile
+        try:
+            if distrust.files_too:
+                await self.installer.put_files_aside(but_received=replaced)
+                self._wanted.unverified.clear()
+            if not replaced:
+                await self.installer.forget(distrust.reason)
+        except StorageIO:
+            self._forget_backoff.failed()
+            raise
+        self._forget_backoff.succeeded()
+        if self._wanted.distrust is distrust:  # and nobody has more to say
+            self._wanted.distrust = None
 
     async def _rebuild(self, ref: SnapshotRef) -> None:
         """While the state is lost; again and again, for where nobody else has one nothing else
@@ -249,15 +283,28 @@ class Snapshots:
             self._wake.set()
 
     def distrust(self, reason: str, *, files_too: bool) -> None:
-        """The applied state is wrong: throw it away and build it again.
+        """The applied state is wrong: throw it away and build it again. From now on it is not to
+        be read.
 
         Args:
             files_too: the state may have been wrong for long, and so our snapshots with it.
         """
-        if self._wanted.distrust is None:
-            self._wanted.distrust = (reason, files_too)
-            self._writer.kill("the state is thrown away")
-            self._wake.set()
+        before = self._wanted.distrust
+        if before is None:
+            self._wanted.distrust = _Distrust(reason, files_too, self._state.path)
+        elif files_too and not before.files_too:
+            self._wanted.distrust = replace(before, files_too=True)
+        self._writer.kill("the state is thrown away")
+        self._wake.set()
+
+    def require_trusted(self) -> None:
+        """Raises ClusterUnavailable while the state in use is known to be wrong."""
+        distrust = self._wanted.distrust
+        if distrust is not None and distrust.state == self._state.path:
+            raise ClusterUnavailable(
+                f"the state of this node is wrong and is being replaced ({distrust.reason}); "
+                "ask another node"
+            )
 
     def persist_restore(self, ready: Ready) -> None:
         self.installer.persist(ready)

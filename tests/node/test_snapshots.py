@@ -28,9 +28,10 @@ from dengine.errors import (
     TryAgain,
 )
 from dengine.kv.commands import Put
-from dengine.node import reader_watch, writer_process
+from dengine.node import installing, reader_watch, writer_process
 from dengine.node import snapshots as snapshots_module
 from dengine.node.cycle import Cycle
+from dengine.node.node import Node
 from dengine.node.snapshots import Snapshots
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.membership import Membership
@@ -40,7 +41,8 @@ from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import SnapshotInfo
-from dengine.storage.snapshot_jobs import Check, Done, Fetch, Job, Unpack, Verify
+from dengine.storage.snapshot_jobs import Check, Done, Fetch, Job, Take, Unpack, Verify
+from dengine.storage.snapshots import make_empty_state, unpack
 from dengine.storage.state_store import StateStore
 from tests.node.hosts import on_loop, until
 from tests.storage.states import commands, history, me, membership, snapshot_of
@@ -581,5 +583,160 @@ def test_a_file_that_is_here_is_unpacked_before_another_is_fetched(
             await snapshots.take(deadline())  # comes after it
             assert Fetch not in spoiler.begun
             assert spoiler.begun.count(Unpack) == 1
+
+    on_loop(test)
+
+
+def test_a_state_that_turns_out_to_be_wrong_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that is heard of while the leader is asked for the turn, when there is nothing to
+    end yet; and from that moment nobody reads it."""
+    spoiler = Spoiler(monkeypatch, Take, None)
+    stage = Stage(tmp_path)
+    granted = asyncio.Event()
+    asked: list[bool] = []
+    lead = stage.lead
+
+    async def slow(op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
+        if args["for_ms"]:
+            asked.append(True)
+            await granted.wait()
+        return await lead(op, args, deadline)
+
+    monkeypatch.setattr(stage, "lead", slow)
+
+    async def test() -> None:
+        async with stage.running(takers=1) as snapshots:
+            await until(lambda: asked, "the turn to be asked for")
+            snapshots.require_trusted()
+            snapshots.distrust("it differs", files_too=False)
+            with pytest.raises(ClusterUnavailable, match="it differs"):
+                snapshots.require_trusted()
+            granted.set()
+            await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
+            await until(lambda: snapshots._wanted.distrust is None, "the end of that")
+            snapshots.require_trusted()
+            assert Take not in spoiler.begun
+            with pytest.raises(ClusterUnavailable):
+                await stage.taking[0]  # nothing is applied any more
+
+    on_loop(test)
+
+
+def test_a_wrong_state_goes_before_anything_else_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk refuses that for now, it is tried again, and the state is neither read nor
+    written to a file meanwhile."""
+    spoiler = Spoiler(monkeypatch, Take, None)
+    stage = Stage(tmp_path)
+    full, tried = True, 0
+
+    def make(path: Path) -> None:
+        nonlocal tried
+        tried += 1
+        if full:
+            raise StorageIO("the disk is full")
+        make_empty_state(path)
+
+    monkeypatch.setattr(installing, "make_empty_state", make)
+
+    async def test() -> None:
+        nonlocal full
+        async with stage.running() as snapshots:
+            snapshots.distrust("it differs", files_too=False)
+            taking = asyncio.create_task(snapshots.take(deadline()))
+            await until(lambda: tried > 1, "another attempt")
+            with pytest.raises(ClusterUnavailable, match="it differs"):
+                snapshots.require_trusted()
+            assert spoiler.begun == []
+            full = False
+            await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
+            with pytest.raises(ClusterUnavailable):
+                await taking
+
+    on_loop(test)
+
+
+def test_a_state_that_has_just_come_from_the_leader_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was said of the one before is not about it; but our own files are not believed."""
+    stage = Stage(tmp_path)
+    lost = Lost(stage)
+    own = stage.snapshot()
+    sent = stage.directory.path.parent / "sent"
+
+    async def fetched(job: Fetch) -> Done:
+        info = unpack(own.path, Path(job.state), lambda done, total: None)
+        partial = own.path.with_name("fetch-sent.partial")
+        shutil.copy(own.path, partial)
+        return Done(str(partial), info.ref, info.header.taken_at_s)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            lost.snapshots = snapshots
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            shutil.copytree(stage.directory.snapshots_path, sent)
+            old, run = stage.state.path, WriterProcess.run
+
+            def restore(log_id: LogId, content: Membership) -> bool:
+                snapshots.distrust("it differs", files_too=True)
+                own.path.rename(own.path.with_name("snapshot-1-7.dsnap"))
+                shutil.copy(sent / own.path.name, own.path)  # as the durable part names it
+                return lost.restore(log_id, content)
+
+            async def with_fetch(self: WriterProcess, job: Job, *args: Any, **more: Any) -> Done:
+                if isinstance(job, Fetch):
+                    return await fetched(job)
+                return await run(self, job, *args, **more)
+
+            monkeypatch.setattr(WriterProcess, "run", with_fetch)
+            stage.raft.restore = restore
+            snapshots.offered(SENDER, own.ref)
+            await until(lambda: stage.state.path != old, "the state to be replaced")
+            await until(lambda: snapshots._wanted.distrust is None, "that to be looked at")
+            assert stage.state.applied == LogId(ENTRIES, 1)
+            assert "snapshot-1-7.dsnap.damaged" in stage.files
+            assert own.path.name in stage.files
+            assert snapshots.files.refs == [own.ref]
+
+    on_loop(test)
+
+
+@pytest.mark.parametrize("consistency", ["eventual", "linearizable"])
+def test_a_state_that_is_known_to_be_wrong_is_not_read(consistency: str) -> None:
+    """Neither by who comes then, nor by who has waited for the leader's word meanwhile."""
+    refused: list[str] = []
+    waiting: list[asyncio.Future[None]] = []
+
+    def require_trusted() -> None:
+        if refused:
+            raise ClusterUnavailable(refused[0])
+
+    node: Any = SimpleNamespace(
+        snapshots=SimpleNamespace(
+            require_trusted=require_trusted, installer=SimpleNamespace(forgotten_at=0)
+        ),
+        raft=SimpleNamespace(log=SimpleNamespace(applied_index=5), leader=SENDER),
+        _announce_above=0,
+        _reads=SimpleNamespace(add=lambda future, deadline, lease: waiting.append(future)),
+        _cycle=SimpleNamespace(wake=lambda: None),
+    )
+
+    async def test() -> None:
+        node._loop = asyncio.get_running_loop()
+        early = asyncio.create_task(Node.read_barrier(node, consistency, deadline()))
+        await until(lambda: waiting or early.done(), "the read to be served, or to wait")
+        refused.append("it differs")
+        if consistency == "eventual":
+            await early
+        else:
+            waiting[0].set_result(None)
+            with pytest.raises(ClusterUnavailable):
+                await early
+        with pytest.raises(ClusterUnavailable):
+            await Node.read_barrier(node, consistency, deadline())
 
     on_loop(test)
