@@ -69,6 +69,7 @@ class Installer:
         self.is_unpacking = False  # a file of ours
         self.forgotten_for = "the state is lost"
         self.forgotten_at = 0  # commit index when the state was last thrown away
+        self.renewed_at = 0  # all that was said of the state up to this entry is about another one
 
     def is_busy_with(self, sender: MemberId, ref: SnapshotRef) -> bool:
         """Is this very file on its way, or any already being installed?"""
@@ -141,7 +142,7 @@ class Installer:
         self._directory.adopt_state(new)
         self._state.replace(new)
         self._directory.mark_running()
-        self.forgotten_at = raft.log.commit_index
+        self.forgotten_at = self.renewed_at = raft.log.commit_index
         raft.forget_state()
 
     @property
@@ -219,6 +220,7 @@ class Installer:
         self._state.replace(self._directory.state_path())
         if self._state.applied != restore.log_id:
             raise InvariantBroken(f"the installed state is of {self._state.applied}")
+        self.renewed_at = max(self.renewed_at, restore.log_id.index)
         log.info("snapshot up to entry %d installed", restore.log_id.index)
         if self._installed is not None and not self._installed.done():
             self._installed.set_result(None)

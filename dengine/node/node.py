@@ -145,7 +145,7 @@ class Node:
             self.state,
             grace_ms=2 * config.election.timeout_ms_max,
             send=lambda to, frame: self.peers.send(to, frame),
-            distrust=lambda reason: self.snapshots.distrust(reason, files_too=True),
+            distrust=lambda why, at: self.snapshots.distrust(why, files_too=True, index=at),
             fail=self.fail,
         )
         self._exchange = Exchange(

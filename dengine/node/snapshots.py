@@ -282,13 +282,16 @@ class Snapshots:
             self._wanted.unverified.append(file)
             self._wake.set()
 
-    def distrust(self, reason: str, *, files_too: bool) -> None:
+    def distrust(self, reason: str, *, files_too: bool, index: int | None = None) -> None:
         """The applied state is wrong: throw it away and build it again. From now on it is not to
         be read.
 
         Args:
             files_too: the state may have been wrong for long, and so our snapshots with it.
+            index: the entry after which it was; None says that it is now.
         """
+        if index is not None and index <= self.installer.renewed_at:
+            return  # that one is gone; of the one that took its place others will be said
         before = self._wanted.distrust
         if before is None:
             self._wanted.distrust = _Distrust(reason, files_too, self._state.path)

@@ -740,3 +740,33 @@ def test_a_state_that_is_known_to_be_wrong_is_not_read(consistency: str) -> None
             await Node.read_barrier(node, consistency, deadline())
 
     on_loop(test)
+
+
+@pytest.mark.parametrize("renewed", ["thrown away", "installed"])
+def test_a_verdict_on_a_state_that_is_gone_is_ignored(tmp_path: Path, renewed: str) -> None:
+    """Several may be under way. The next one that is about the new state counts."""
+    stage = Stage(tmp_path)
+    lost = Lost(stage)
+    stage.raft.forget_state = lambda: None  # the log has it all
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            lost.snapshots = snapshots
+            if renewed == "thrown away":
+                snapshots.distrust("it differs", files_too=True, index=ENTRIES)
+                await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
+                await until(lambda: snapshots._wanted.distrust is None, "the end of that")
+            else:
+                new = stage.directory.next_state_path()
+                shutil.copytree(stage.state.path, new)
+                lost.install(Restore(LogId(ENTRIES, 1), stage.raft.membership, False))
+            path = stage.state.path
+            snapshots.distrust("it differs", files_too=True, index=ENTRIES - 1)
+            snapshots.require_trusted()
+            assert stage.state.path == path
+            snapshots.distrust("it differs", files_too=True, index=ENTRIES + 1)
+            with pytest.raises(ClusterUnavailable):
+                snapshots.require_trusted()
+            await until(lambda: stage.state.path != path, "the new one to be thrown away")
+
+    on_loop(test)
