@@ -269,6 +269,14 @@ class Raft:
         """Leader only: the offers under way. Their files, and the log after them, are needed."""
         return {m: p.offered for m, p in self.progress.items() if p.offered is not None}
 
+    def helped_by_snapshots(self) -> dict[MemberId, tuple[SnapshotRef, int]]:
+        """Leader only: who has come by a file of ours, which, and how far each has got since."""
+        return {
+            m: (p.helped_by, p.match_index)
+            for m, p in self.progress.items()
+            if p.helped_by is not None
+        }
+
     def heard_within(self, member: MemberId, ms: int) -> bool:
         """Leader only: has `member` answered anything during the last `ms`?"""
         if member == self.me:
@@ -933,7 +941,7 @@ class Raft:
         if progress.wants_snapshot:
             self._offer_snapshot(m.sender, progress, again=False)
         else:
-            progress.offered = None
+            progress.withdraw()
 
     # --- leading: heartbeats and reads (6.4) ----------------------------------------------------
 

@@ -87,6 +87,7 @@ class Stage:
             state_lost=False,
             snapshot_wanted=False,
             offered_snapshots=dict,
+            helped_by_snapshots=dict,
             snapshots_changed=lambda refs: None,
             forget_state=lambda: None,
             restore=lambda log_id, content: False,
