@@ -25,6 +25,7 @@ from dengine.errors import (
     StorageIO,
     TryAgain,
 )
+from dengine.node.backoff import RETRY_S_MIN, Backoff
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.installing import Installer
 from dengine.node.reader_watch import ReaderWatch
@@ -38,32 +39,12 @@ from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_jobs import Check, Done, Take, Verify
-from dengine.storage.snapshots import list_files, put_aside, remove_partial
+from dengine.storage.snapshots import list_files, put_aside, remove_overtaken, remove_partial
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
 
 POLL_S = 1.0
-RETRY_S_MIN, RETRY_S_MAX = 1.0, 60.0
-
-
-@dataclass(slots=True)
-class _Backoff:
-    """When the next attempt is due; the pause doubles with each failure."""
-
-    pause_s: float = RETRY_S_MIN
-    due_s: float = 0.0
-
-    def failed(self) -> None:
-        self.due_s = time.monotonic() + self.pause_s
-        self.pause_s = min(2 * self.pause_s, RETRY_S_MAX)
-
-    def succeeded(self) -> None:
-        self.pause_s, self.due_s = RETRY_S_MIN, 0.0
-
-    @property
-    def is_due(self) -> bool:
-        return time.monotonic() >= self.due_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +98,15 @@ class Snapshots:
         self._wanted = _Wanted()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._take_backoff, self._fetch_backoff = _Backoff(), _Backoff()
-        self._verify_backoff, self._forget_backoff = _Backoff(), _Backoff()
-        self._rebuild_backoff = _Backoff()
+        self._take_backoff, self._fetch_backoff = Backoff(), Backoff()
+        self._verify_backoff, self._forget_backoff = Backoff(), Backoff()
+        self._rebuild_backoff = Backoff()
         self._turn, self._turns = OwnTurn(cycle.raft.me.id, lead), SnapshotTurn()
         self.files = SnapshotFiles(self._config, cycle.raft)
         self.installer = Installer(
             directory, cycle, log_store, state, self.files, self._writer, source, secrets
         )
+        self._fetched_some = True  # perhaps a fetch that was not finished left something
         self.taken = self.failures = 0
         self.job = ""  # what is being done, for people
         self.last_error: str | None = None
@@ -133,8 +115,7 @@ class Snapshots:
 
     def start(self) -> None:
         """Begin with what lies in the directory: complete files are checked before they count."""
-        fetching = not self._raft.log.applied_index  # what came so far is still of use
-        remove_partial(self._path, fetched_too=not fetching)
+        remove_partial(self._path)
         self._wanted.unverified = list_files(self._path)
         self._task = self._loop.create_task(self._work(), name="snapshots")
 
@@ -167,6 +148,7 @@ class Snapshots:
 
     async def _next_job(self) -> None:
         wanted = self._wanted
+        await self._tidy_up()
         if wanted.distrust is not None:
             await self._forget(wanted.distrust)
         elif self._rebuild_backoff.is_due and (ref := self.installer.own_file) is not None:
@@ -221,6 +203,15 @@ class Snapshots:
         self._forget_backoff.succeeded()
         if self._wanted.distrust is distrust:  # and nobody has more to say
             self._wanted.distrust = None
+
+    async def _tidy_up(self) -> None:
+        """What was fetched in part is of use until the log has brought as much: also after a
+        restart, and after another way to get there has been found."""
+        if self._fetched_some and not self._raft.state_lost:
+            applied = self._raft.log.applied_index
+            self._fetched_some = await self._loop.run_in_executor(
+                None, remove_overtaken, self._path, applied
+            )
 
     async def _rebuild(self, ref: SnapshotRef) -> None:
         """While the state is lost; again and again, for where nobody else has one nothing else
@@ -401,7 +392,7 @@ class Snapshots:
             if isinstance(error, DataCorruption):
                 self.distrust(error.message, files_too=False)
             # A writer that was killed leaves its file, and the next one will have another name.
-            remove_partial(self._path, fetched_too=False)
+            remove_partial(self._path)
             raise
         self.taken += 1
         seconds = time.monotonic() - started
@@ -492,6 +483,7 @@ class Snapshots:
             return  # what it was offered for has been had otherwise
         self.job = f"fetching a snapshot from node {sender.id}"
         try:
+            self._fetched_some = True
             self._require_room(2 * ref.size_bytes)  # the file, and the state unpacked from it
             await self.installer.fetch(sender, ref)
         except FatalError:

@@ -140,4 +140,5 @@ class Progress:
     def await_snapshot(self) -> None:
         """Its next entry was purged: only a snapshot helps."""
         self.state = ProgressState.SNAPSHOT
+        self.helped_by = None
         self.inflight.clear()

@@ -771,3 +771,27 @@ def test_a_verdict_on_a_state_that_is_gone_is_ignored(tmp_path: Path, renewed: s
             await until(lambda: stage.state.path != path, "the new one to be thrown away")
 
     on_loop(test)
+
+
+def test_what_was_fetched_is_kept_while_it_is_of_use(tmp_path: Path) -> None:
+    """A member that lags goes on where it was, also after a restart. What the log has brought by
+    another way is removed, without a restart, and so is what is no beginning of a file."""
+    stage = Stage(tmp_path)
+    stage.apply()
+    ahead = stage.snapshot()
+    partial = ahead.path.with_name(f"fetch-{ahead.sha256}.partial")
+    partial.write_bytes(ahead.path.read_bytes()[:2000])
+    ahead.path.unlink()
+    scraps = ahead.path.with_name("fetch-scraps.partial")
+    scraps.write_bytes(b"DENG")
+    stage.raft.log.applied_index = ENTRIES
+    stage.answers = False
+
+    async def test() -> None:
+        async with stage.running():
+            await until(lambda: not scraps.exists(), "what is of no use to be removed")
+            assert partial.exists(), "it goes one entry further"
+            stage.raft.log.applied_index = ENTRIES + 1
+            await until(lambda: not partial.exists(), "it to be removed as well")
+
+    on_loop(test)
