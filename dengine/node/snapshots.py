@@ -1,7 +1,8 @@
 """When a node takes a snapshot, and the one task that does whatever concerns snapshots.
 
 The work itself is done by a subprocess (writer_process.py); this is the policy around it. One job
-runs at a time: a state that is wrong goes first, then a fetch, then a file to verify, then a take.
+runs at a time: a state that is wrong goes first; then it is rebuilt from a file of ours; then come
+a fetch, a file to verify, a take, a check.
 """
 
 from __future__ import annotations
