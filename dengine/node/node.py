@@ -145,7 +145,7 @@ class Node:
             self.state,
             grace_ms=2 * config.election.timeout_ms_max,
             send=lambda to, frame: self.peers.send(to, frame),
-            distrust=lambda reason: self.snapshots.distrust(reason, files_too=True),
+            distrust=lambda why, at: self.snapshots.distrust(why, files_too=True, index=at),
             fail=self.fail,
         )
         self._exchange = Exchange(
@@ -293,6 +293,7 @@ class Node:
         Args:
             consistency: "linearizable", "lease" or "eventual".
         """
+        self.snapshots.require_trusted()
         applied = self.raft.log.applied_index
         rebuilt_at = max(self._announce_above, self.snapshots.installer.forgotten_at)
         if consistency == "eventual" and applied and applied >= rebuilt_at:
@@ -303,7 +304,8 @@ class Node:
                 self._reads.add(future, deadline, lease=consistency == "lease")
                 self._cycle.wake()
                 try:
-                    return await future
+                    await future
+                    return self.snapshots.require_trusted()  # still
                 except LeaderChanged:
                     await self._at_leader.pause(deadline)
             await self._at_leader.known(deadline)

@@ -51,9 +51,8 @@ class WriterProcess:
         if not self._busy:
             return
         self._killed_for = self._killed_for or reason
-        if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
+        if self._process is not None:
+            _kill(self._process)
 
     async def run(self, job: Job, report: Report | None = None, watch: Watch | None = None) -> Done:
         """Carry out `job`.
@@ -66,7 +65,8 @@ class WriterProcess:
         Raises:
             DataCorruption: what was read is damaged, or ended its reader twice in a row.
             StorageIO: the disk refused.
-            TryAgain: it hung, was killed, ran out of memory, or its peer failed.
+            TryAgain: it could not be started, hung, was killed, ran out of memory, or its peer
+                failed.
         """
         self._busy, self._killed_for = True, ""
         try:
@@ -90,17 +90,17 @@ class WriterProcess:
             assert process.stdin is not None
             assert process.stdout is not None
             if self._killed_for:  # while it was being started
-                process.kill()
-            with suppress(ConnectionError):
+                _kill(process)
+            # One that is dead by now takes no job: uvloop says so by a RuntimeError.
+            with suppress(ConnectionError, RuntimeError):
                 process.stdin.write(encode_job(job))
                 process.stdin.close()
             ended = await self._follow(process.stdout, report, watch)
             async with asyncio.timeout(STALL_S):
                 return ended, await process.wait()
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            _kill(process)
+            await process.wait()
             self._process = None
 
     async def _start(self) -> asyncio.subprocess.Process:
@@ -118,10 +118,13 @@ class WriterProcess:
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:  # nobody else would know of it
-            process = await starting
-            process.kill()
-            await process.wait()
+            with suppress(OSError):
+                process = await starting
+                _kill(process)
+                await process.wait()
             raise
+        except OSError as error:  # no descriptors, no processes or no memory are left
+            raise TryAgain(f"the snapshot writer could not be started: {error}") from error
 
     async def _follow(
         self, events: asyncio.StreamReader, report: Report | None, watch: Watch | None
@@ -165,3 +168,9 @@ class WriterProcess:
             return TryAgain(f"the snapshot writer ended with {how}")
         kinds: dict[int, type[FatalError]] = {65: DataCorruption, 74: StorageIO}
         return kinds.get(ended.exit_code, TryAgain)(ended.message)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from dengine.errors import DataCorruption, FatalError, TryAgain
 from dengine.node import writer_process
 from dengine.node.writer_process import WriterProcess
 from dengine.storage.snapshot_jobs import Check, Job, Verify
-from tests.node.hosts import on_loop
+from tests.node.hosts import on_loop, until
 
 A_JOB = Verify("file", 1)
 
@@ -137,5 +138,78 @@ def test_one_that_is_just_being_started_is_ended_too() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await running
             assert psutil.Process().children() == []
+
+    on_loop(test)
+
+
+def test_one_that_dies_while_it_is_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When memory runs out it may go before it has been given its job: only that job fails."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    start = WriterProcess._start
+
+    async def start_and_see_it_end(self: WriterProcess) -> asyncio.subprocess.Process:
+        process = await start(self)
+        await process.wait()
+        return process
+
+    monkeypatch.setattr(WriterProcess, "_start", start_and_see_it_end)
+
+    async def test() -> None:
+        with pytest.raises(TryAgain, match="ended with exit code 1"):
+            await WriterProcess().run(A_JOB)
+
+    on_loop(test)
+
+
+@pytest.mark.parametrize("cause", ["no interpreter", "no descriptors"])
+def test_one_that_cannot_be_started_is_reported(
+    monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    """What it takes to start a process may be lacking for a while: the node goes on, and nothing
+    is held that the next attempt needs."""
+
+    async def test() -> None:
+        writer, executable = WriterProcess(), sys.executable
+
+        async def one_that_starts() -> None:
+            monkeypatch.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(TryAgain, match="exit code 1"):
+                await writer.run(A_JOB)
+            monkeypatch.setattr(sys, "executable", executable)
+
+        await one_that_starts()  # the loop gets what it needs for any
+        held = len(os.listdir("/proc/self/fd"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if cause == "no interpreter":
+            monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        else:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            for _ in range(5):
+                with pytest.raises(TryAgain, match="could not be started: "):
+                    await writer.run(A_JOB)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= held, "nothing to be held")
+        await one_that_starts()
+
+    on_loop(test)
+
+
+def test_a_node_that_stops_does_not_wait_for_one_that_cannot_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever was told to end ends, and does not take that failure for one to be tried again."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+
+    async def test() -> None:
+        for steps in range(3):
+            running = asyncio.create_task(WriterProcess().run(A_JOB))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            if not running.done():
+                running.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await running
 
     on_loop(test)

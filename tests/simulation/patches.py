@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dengine.node import (
+    backoff,
     cycle,
     entrance,
     exchange,
@@ -93,6 +94,9 @@ def _urandom(count: int) -> bytes:
 def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
     simulated_os = disk.SimOs(lambda: _process().machine.disk, _urandom)
     return [
+        (backoff, "time", _Time),
+        (backoff, "RETRY_S_MIN", 0.05),
+        (backoff, "RETRY_S_MAX", 0.5),
         (cycle, "time", _Time),
         (cycle, "LogWriter", writer.LogWriter),
         (status, "time", _Time),
@@ -103,7 +107,6 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (snapshots, "WriterProcess", writer.WriterProcess),
         (snapshots, "POLL_S", 0.05),
         (snapshots, "RETRY_S_MIN", 0.05),
-        (snapshots, "RETRY_S_MAX", 0.5),
         (snapshot_turn, "TURN_S", 0.6),
         (snapshot_turn, "WAITING_MS", 300),
         (reader_watch, "time", _Time),
