@@ -294,9 +294,8 @@ class Node:
             consistency: "linearizable", "lease" or "eventual".
         """
         self.snapshots.require_trusted()
-        applied = self.raft.log.applied_index
-        rebuilt_at = max(self._announce_above, self.snapshots.installer.forgotten_at)
-        if consistency == "eventual" and applied and applied >= rebuilt_at:
+        rebuilt_at = max(1, self._announce_above, self.snapshots.installer.forgotten_at)
+        if consistency == "eventual" and self.raft.log.applied_index >= rebuilt_at:
             return  # a state that is being rebuilt would take readers back in time
         while True:
             if self.raft.leader is not None:

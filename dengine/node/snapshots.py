@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from dengine.node.installing import Installer
 from dengine.node.reader_watch import ReaderWatch
 from dengine.node.snapshot_files import SnapshotFiles
 from dengine.node.snapshot_turn import Lead, OwnTurn, SnapshotTurn
+from dengine.node.snapshot_wants import Distrust, Wanted
 from dengine.node.transfers import format_bytes, percent
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
@@ -46,24 +47,6 @@ from dengine.storage.state_store import StateStore
 log = logging.getLogger("dengine.snapshots")
 
 POLL_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Distrust:
-    reason: str
-    files_too: bool
-    state: Path  # the one that is wrong
-
-
-@dataclass(slots=True)
-class _Wanted:
-    """What the task has to do next, most urgent first."""
-
-    check: bool = True  # the state, once: what an earlier process left may have rotted since
-    distrust: _Distrust | None = None  # until the state is gone
-    fetch: tuple[MemberId, SnapshotRef] | None = None
-    unverified: list[Path] = field(default_factory=list)  # newest last
-    takers: list[asyncio.Future[SnapshotRef]] = field(default_factory=list)
 
 
 class Snapshots:
@@ -96,7 +79,7 @@ class Snapshots:
         self._state = state
         self._loop = asyncio.get_running_loop()
         self._writer = WriterProcess()
-        self._wanted = _Wanted()
+        self._wanted = Wanted()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._take_backoff, self._fetch_backoff = Backoff(), Backoff()
@@ -185,7 +168,7 @@ class Snapshots:
             wanted.fetch is not None and self._fetch_backoff.is_due
         )
 
-    async def _forget(self, distrust: _Distrust) -> None:
+    async def _forget(self, distrust: Distrust) -> None:
         """Nothing else is done before that has succeeded."""
         self.job = "throwing the state away"
         if not self._forget_backoff.is_due:
@@ -286,7 +269,7 @@ class Snapshots:
             return  # that one is gone; of the one that took its place others will be said
         before = self._wanted.distrust
         if before is None:
-            self._wanted.distrust = _Distrust(reason, files_too, self._state.path)
+            self._wanted.distrust = Distrust(reason, files_too, self._state.path)
         elif files_too and not before.files_too:
             self._wanted.distrust = replace(before, files_too=True)
         self._writer.kill("the state is thrown away")
