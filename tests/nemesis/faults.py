@@ -347,9 +347,7 @@ class Faults:
 
     async def _small_disk(self, action: Action) -> None:
         """`amount` bytes are left, and clients fill them."""
-        node = next(
-            node for node in self.nodes.all.values() if node.serve.cwd.joinpath("db").is_mount()
-        )
+        node = self.nodes.small
         if not node.wanted:
             return
         path = node.serve.cwd / "db"
@@ -416,9 +414,8 @@ class Faults:
         async def growing() -> None:
             async with self._operating:
                 self.say(f"nodes {list(joiners)} join")
-                self.bands.append(
-                    Band(time.monotonic(), f"join: {list(joiners)}", time.monotonic())
-                )
+                now = time.monotonic()
+                self.bands.append(Band(now, f"join: {list(joiners)}", now))
                 for node_id in joiners:
                     self.nodes.all[node_id].wanted = True
                 self.nodes.voters |= set(joiners)
@@ -460,7 +457,7 @@ class Faults:
         return False
 
     async def _wipe_and_join(self, action: Action) -> None:
-        """A new disk: the id comes back as another member, which takes the place of the lost one."""
+        """A new disk: the id comes back as another member, in the place of the lost one."""
         node = (await self._hit(action))[0]
         async with self._band(action, names([node])):
             with node.down():

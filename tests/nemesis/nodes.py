@@ -111,6 +111,11 @@ class Nodes:
         self.all = {node_id: self._make(node_id) for node_id in plan.ids}
         self.voters = set(plan.founders)  # once everything asked for is done
 
+    @property
+    def small(self) -> Node:
+        """The node with a disk of its own."""
+        return self.all[self._plan.small]
+
     def wanted(self) -> list[Node]:
         return [node for node in self.all.values() if node.wanted]
 

@@ -30,6 +30,7 @@ class Kind:
         alone: it does damage for good. Nothing else happens meanwhile, and it begins when the
             cluster is whole: with more than a minority damaged, nodes may only stop.
         proxied: it is done by the proxies between the nodes.
+        traced: it is done by strace, and a process bears only one.
     """
 
     whom: tuple[str, ...]
@@ -38,6 +39,7 @@ class Kind:
     amount: tuple[float, float] = (0.0, 0.0)
     alone: bool = False
     proxied: bool = False
+    traced: bool = False
 
 
 KINDS = {
@@ -51,9 +53,9 @@ KINDS = {
     "slow links": Kind(("all", "leader", "pair"), (2.0, 8.0), 2, (5.0, 250.0), proxied=True),
     "narrow links": Kind(("all", "leader", "pair"), (2.0, 8.0), 2, (8e3, 256e3), proxied=True),
     "stuck links": Kind(("from leader", "to leader", "pair"), (1.0, 8.0), 2, proxied=True),
-    "EIO": Kind(("any", "leader"), (2.0, 5.0)),
-    "ENOSPC": Kind(("any", "leader"), (1.0, 4.0)),
-    "slow sync": Kind(("any", "leader"), (4.0, 9.0), 1, (5.0, 5.0)),
+    "EIO": Kind(("any", "leader"), (2.0, 5.0), traced=True),
+    "ENOSPC": Kind(("any", "leader"), (1.0, 4.0), traced=True),
+    "slow sync": Kind(("any", "leader"), (4.0, 9.0), 1, (5.0, 5.0), traced=True),
     "small disk": Kind(("small",), (3.0, 8.0), 1, (16e3, 400e3)),
     "few descriptors": Kind(("any", "leader"), (2.0, 6.0), 1, (0.0, 6.0)),
     "transfer": Kind(("any",), (0.1, 1.0), 2),
@@ -153,10 +155,10 @@ class Plan:
             actions = [self._deal(deck, rng)]
             if not KINDS[actions[0].name].alone and rng.random() < OVERLAP:
                 other = self._deal(deck, rng)
-                if KINDS[other.name].alone:
-                    deck.append(other.name)
-                else:
+                if _together(KINDS[actions[0].name], KINDS[other.name]):
                     actions.append(other)
+                else:
+                    deck.append(other.name)
             step = Step(tuple(actions), rng.uniform(*REST_S))
             steps.append(step)
             left_s -= max(action.seconds for action in actions) + step.rest_s
@@ -192,6 +194,10 @@ class Plan:
                 lines.append(f"  nodes {', '.join(map(str, self.joiners))} join")
             lines.append(f"  {number + 1:2} {step}")
         return "\n".join(lines)
+
+
+def _together(one: Kind, other: Kind) -> bool:
+    return one is not other and not other.alone and not (one.traced and other.traced)
 
 
 def _between(limits: tuple[float, float], rng: random.Random) -> float:
