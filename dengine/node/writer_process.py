@@ -28,6 +28,7 @@ from dengine.storage.snapshot_jobs import (
 STALL_S = 30.0  # without a sign of life it is stuck
 WATCH_S = 1.0  # at least so often is asked whether it may go on, whatever it says or does not say
 LINE_BYTES_MAX = 65_536
+DESCRIPTORS = 16  # more than a subprocess with two pipes takes while it is being started
 
 Report = Callable[[int, int], None]
 Watch = Callable[[], str | None]
@@ -66,7 +67,7 @@ class WriterProcess:
         Raises:
             DataCorruption: what was read is damaged, or ended its reader twice in a row.
             StorageIO: the disk refused.
-            TryAgain: it hung, was killed, ran out of memory, or its peer failed.
+            TryAgain: it could not be started, hung, was killed, or its peer failed.
         """
         self._busy, self._killed_for = True, ""
         try:
@@ -104,19 +105,14 @@ class WriterProcess:
             self._process = None
 
     async def _start(self) -> asyncio.subprocess.Process:
-        starting = asyncio.get_running_loop().create_task(
-            asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "dengine.snapshot_writer",
-                str(os.getpid()),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=LINE_BYTES_MAX,
-            )
-        )
+        starting = asyncio.get_running_loop().create_task(_spawn())
         try:
             return await asyncio.shield(starting)
+        except OSError as error:  # it says nothing of the disk, and will not be so for ever
+            raise TryAgain(
+                f"the snapshot writer cannot be started ({error.strerror}): this node is short of "
+                "file descriptors, processes or memory; raise its limits, such as LimitNOFILE"
+            ) from error
         except asyncio.CancelledError:  # nobody else would know of it
             process = await starting
             process.kill()
@@ -165,3 +161,27 @@ class WriterProcess:
             return TryAgain(f"the snapshot writer ended with {how}")
         kinds: dict[int, type[FatalError]] = {65: DataCorruption, 74: StorageIO}
         return kinds.get(ended.exit_code, TryAgain)(ended.message)
+
+
+async def _spawn() -> asyncio.subprocess.Process:
+    """Raises OSError.
+
+    Not where file descriptors are short: an attempt of uvloop's that fails for want of them keeps
+    those that it got, and after one the loop cannot be closed any more.
+    """
+    taken: list[int] = []
+    try:
+        while len(taken) < DESCRIPTORS:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "dengine.snapshot_writer",
+        str(os.getpid()),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=LINE_BYTES_MAX,
+    )

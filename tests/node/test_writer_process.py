@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 
 from dengine.errors import DataCorruption, FatalError, TryAgain
 from dengine.node import writer_process
@@ -59,6 +61,39 @@ def test_a_silent_one_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_one_that_is_stopped_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """SIGSTOP looks like silence, and SIGKILL ends a stopped process as well."""
     assert "no sign of life" in run(monkeypatch, tmp_path, "kill -STOP $$").message
+
+
+def test_one_that_cannot_be_started_may_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A node that has no file descriptor left goes on without snapshots, and takes them again when
+    it has some."""
+    program = tmp_path / "writer"
+    program.write_text("#!/bin/sh\ncat > /dev/null\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    async def attempt() -> str:
+        with pytest.raises(TryAgain) as caught:
+            await WriterProcess().run(A_JOB)
+        return caught.value.message
+
+    async def attempts() -> None:
+        assert "exit code 0" in await attempt()  # the first one sets things up for good
+        before = len(os.listdir("/proc/self/fd"))
+        for spare in range(24):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (before - 1 + spare, hard))
+            try:
+                said = await attempt()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert "LimitNOFILE" in said or "exit code 0" in said
+            assert spare or "LimitNOFILE" in said
+            assert len(os.listdir("/proc/self/fd")) <= before, "an attempt keeps what it got"
+        assert "exit code 0" in await attempt()
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    uvloop.run(attempts())  # ends, unlike after a failed attempt by uvloop itself
 
 
 def test_one_that_says_nothing_is_watched_too(
