@@ -422,31 +422,34 @@ class Faults:
 
         self._operate(growing())
 
-    async def _remove_and_join(self, action: Action) -> None:
-        """Removed for good; then the id comes back with an empty directory. Faults go on."""
-        self._operate(self._removed_and_joined(action))
+    async def _replace(self, action: Action) -> None:
+        """A node is removed for good and a new one joins. Faults go on meanwhile."""
+        self._operate(self._replaced(action))
 
-    async def _removed_and_joined(self, action: Action) -> None:
+    async def _replaced(self, action: Action) -> None:
         async with self._operating:
-            node = (await self._hit(action))[0]
-            async with self._band(action, names([node])):
-                with node.excuse(REMOVED):
+            if not self.nodes.spares:
+                self.say("replace: skipped, no id is left")
+                return
+            old, new = (await self._hit(action))[0], self.nodes.all[self.nodes.spares.pop(0)]
+            async with self._band(action, f"node {old.id} by node {new.id}"):
+                with old.excuse(REMOVED):
                     removed = await self.nodes.wait(
-                        lambda: self._remove(node.id), f"node {node.id} to be removed", OPERATION_S
+                        lambda: self._remove(old.id), f"node {old.id} to be removed", OPERATION_S
                     )
                     if not removed:
                         return
-                    node.wanted = False
-                    self.nodes.voters.discard(node.id)
+                    old.wanted = False
+                    self.nodes.voters.discard(old.id)
 
                 async def gone() -> bool:
-                    return not node.up
+                    return not old.up
 
-                await holds_within(gone, action.seconds)  # one that is cut off never hears of it
-                with node.down():
-                    await asyncio.to_thread(self.nodes.wipe, node)
-                self.nodes.voters.add(node.id)
-                node.wanted = True
+                await holds_within(gone, action.seconds)
+                if old.up:  # one that is cut off never hears of it
+                    old.serve.kill()
+                self.nodes.voters.add(new.id)
+                new.wanted = True
 
     async def _remove(self, node_id: int) -> bool:
         """One try through every node in turn."""

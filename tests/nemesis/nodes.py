@@ -77,7 +77,7 @@ class Node:
         try:
             if self.up:
                 self.serve.kill()
-                self.noted = True
+            self.noted = True
             yield
         finally:
             self.held -= 1
@@ -98,6 +98,7 @@ class Nodes:
 
     Attributes:
         problems: what no fault explains.
+        spares: ids that were never used.
         exits: ends of processes that nobody asked for, as sentences, explained or not.
     """
 
@@ -108,7 +109,8 @@ class Nodes:
         self.problems: list[str] = []
         self.exits: list[str] = []
         self._peer_secret = secrets.token_hex(32)
-        self.all = {node_id: self._make(node_id) for node_id in plan.ids}
+        self.all = {node_id: self._make(node_id) for node_id in (*plan.ids, *plan.spares)}
+        self.spares = list(plan.spares)
         self.voters = set(plan.founders)  # once everything asked for is done
 
     @property
@@ -140,7 +142,7 @@ class Nodes:
 
     def configure(self, node: Node, *, joins: bool) -> None:
         """Write the file of a founder, or of a node that joins with an empty directory."""
-        known = self._plan.ids if joins else self._plan.founders
+        known = sorted({*self._plan.ids, node.id}) if joins else self._plan.founders
         rows = []
         for member in known:
             role, status = (3, 0) if joins and member == node.id else (0, 2)

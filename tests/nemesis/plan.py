@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 SHAPES = {"1": 1, "3": 3, "5": 3, "1->3": 2, "3->5": 2, "replace": 2}  # with their weights
 FOUNDERS = {"1": 1, "3": 3, "5": 5, "1->3": 1, "3->5": 3, "replace": 3}
 GROWN = {"1->3": (2, 3), "3->5": (4, 5)}
+SPARES = 2
 OVERLAP = 0.35  # how often two faults come together
 REST_S = (0.3, 3.0)
 
@@ -62,7 +63,7 @@ KINDS = {
     "flip in log": Kind(("minority",), (1.0, 1.0), 3, (1.0, 3.0), alone=True),
     "flip in state": Kind(("minority",), (1.0, 1.0), 3, (1.0, 3.0), alone=True),
     "flip in snapshot": Kind(("minority",), (1.0, 1.0), 3, (1.0, 3.0), alone=True),
-    "remove and join": Kind(("any", "leader"), (1.0, 4.0), 3),
+    "replace": Kind(("any", "leader"), (1.0, 4.0), 3),
     "wipe and join": Kind(("any", "leader"), (1.0, 4.0), 3, alone=True),
 }
 
@@ -134,7 +135,13 @@ class Plan:
 
     @property
     def ids(self) -> list[int]:
+        """Of the nodes that make the shape."""
         return [*self.founders, *self.joiners]
+
+    @property
+    def spares(self) -> list[int]:
+        """Ids for nodes that take the place of removed ones; an id is never used twice."""
+        return [10 + number for number in range(SPARES if len(self.ids) > 2 else 0)]
 
     def _possible(self) -> list[str]:
         return [
@@ -150,7 +157,7 @@ class Plan:
         """Deals the kinds like cards, so that even a short run meets many of them."""
         steps, left_s, deck = [], self.seconds, list[str]()
         if self.shape == "replace" and not self.only:
-            deck = [rng.choice(("wipe and join", "remove and join"))]
+            deck = [rng.choice(("wipe and join", "replace"))]
         while left_s > 0 and self._possible():
             actions = [self._deal(deck, rng)]
             if not KINDS[actions[0].name].alone and rng.random() < OVERLAP:

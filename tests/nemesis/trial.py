@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -64,11 +65,15 @@ class Outcome:
 
 def run(plan: Plan, work: Path, say: Callable[[str], None]) -> Outcome:
     """Carry out a plan. Needs root; leaves nothing but, after a failure, the directory `work`."""
-    with Machines(plan.ids, work, proxied=plan.proxied) as machines:
+    with Machines([*plan.ids, *plan.spares], work, proxied=plan.proxied) as machines:
         machines.keep = True  # until it is known that nobody needs to look at it
         outcome = asyncio.run(_Trial(plan, machines, say).run())
         machines.keep = bool(outcome.problems)
-        return outcome
+    if outcome.problems:  # under a name that nothing cleans up
+        kept = work.parent / f"failed-{plan.seed}"
+        shutil.rmtree(kept, ignore_errors=True)
+        work.rename(kept)
+    return outcome
 
 
 class _Trial:
@@ -134,7 +139,8 @@ class _Trial:
             if number == self._plan.grows_at and self._plan.joiners:
                 faults.grow(self._plan.joiners)
             await faults.carry_out(step.actions)
-            await asyncio.sleep(step.rest_s)
+            if step is not self._plan.steps[-1]:
+                await asyncio.sleep(step.rest_s)
         if self._plan.grows_at >= len(self._plan.steps) and self._plan.joiners:
             faults.grow(self._plan.joiners)
 

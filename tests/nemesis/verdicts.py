@@ -21,6 +21,23 @@ def resolved(history: Sequence[Operation], seen: Iterable[Eventual]) -> list[Ope
     has read is left out: nothing is deleted here, so if it happened between two others, then no
     answer shows its state, and without it all of them say the same.
     """
+    observed = _observed(history, seen)
+    found, free = [], []
+    for op in history:
+        if op.returned != FOREVER:
+            found.append(op)
+        elif value_of(op) in observed:
+            revision, returned = observed[value_of(op)]
+            found.append(op._replace(returned=max(returned, op.called), result=revision))
+        else:
+            free.append(op)
+    return found + _refused_for(found, free)
+
+
+def _observed(
+    history: Sequence[Operation], seen: Iterable[Eventual]
+) -> dict[str, tuple[int, float]]:
+    """For each value that was read its revision, and when the first such answer returned."""
     observed: dict[str, tuple[int, float]] = {}
     readings = [(op.result[0], op.result[1], op.returned) for op in history if op.name == "read"]
     readings += [(read.revision, read.value, read.returned) for read in seen]
@@ -28,14 +45,36 @@ def resolved(history: Sequence[Operation], seen: Iterable[Eventual]) -> list[Ope
         if value is not None:
             first = observed.get(value, (revision, FOREVER))[1]
             observed[value] = (revision, min(first, returned))
-    found = []
-    for op in history:
-        if op.returned != FOREVER:
-            found.append(op)
-        elif value_of(op) in observed:
-            revision, returned = observed[value_of(op)]
-            found.append(op._replace(returned=max(returned, op.called), result=revision))
-    return found
+    return observed
+
+
+def _refused_for(found: Sequence[Operation], free: list[Operation]) -> list[Operation]:
+    """Changes of which only the revision was seen, by a swap that was refused because of it.
+
+    Which of the unknown ones made it nobody can tell, nor does it matter: nobody has read its
+    value. The one that was called first leaves the others the most room in time; a swap goes only
+    behind what it expected, and is taken first for it fits nowhere else.
+    """
+    known = {op.result for op in found if op.name != "read" and isinstance(op.result, int)}
+    unexplained: dict[int, float] = {}
+    for op in found:
+        there = op.result[1] if op.name == "cas" and isinstance(op.result, tuple) else None
+        if there is not None and there not in known:
+            unexplained[there] = min(unexplained.get(there, FOREVER), op.returned)
+    made = []
+    for revision, returned in sorted(unexplained.items()):
+        before = max((other for other in known if other < revision), default=None)
+        fitting = [
+            op
+            for op in free
+            if op.called <= returned and (op.name == "write" or op.argument[0] == before)
+        ]
+        if fitting:  # else it came from nowhere, and is found to
+            op = min(fitting, key=lambda op: (op.name == "write", op.called))
+            free.remove(op)
+            known.add(revision)
+            made.append(op._replace(returned=returned, result=revision))
+    return made
 
 
 def value_of(op: Operation) -> str:
