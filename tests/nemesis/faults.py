@@ -162,6 +162,8 @@ class Faults:
 
     async def _pause(self, action: Action) -> None:
         hit = [node for node in await self._hit(action) if node.up]
+        if not hit:
+            return
         processes = [node.serve.process for node in hit]
         async with self._band(action, names(hit)):
             try:
@@ -361,7 +363,6 @@ class Faults:
                 finally:
                     self.machines.resize_disk(path, SMALL_DISK_BYTES)
                 node.failing = 0
-                await asyncio.sleep(1.0)  # an end that is on its way is still explained
 
     async def _fill(self, action: Action) -> None:
         for number in range(FILLING):

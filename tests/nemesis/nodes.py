@@ -26,6 +26,7 @@ from tests.nemesis.plan import Plan
 
 LOOK_S = 0.05
 SAMPLE_S = 0.5
+LENIENT_S = 1.0  # an end is noticed a moment after it came
 RESTART_S = 1.0  # after an end that nobody asked for
 RESTARTS_MAX = 6  # in a row without having been ready, as the unit has it
 READY_S = 60.0  # for a busy machine; a quiet one takes a second or two
@@ -47,6 +48,7 @@ class Node:
     held: int = 0  # faults that keep it down
     boots: int = 0
     excused: Counter[int] = field(default_factory=Counter)  # exit codes
+    lenient_until: dict[int, float] = field(default_factory=dict)
     failing: int = 0  # ends in a row
     noted: bool = True  # the end of its last process
     restart_at: float = 0.0
@@ -63,12 +65,17 @@ class Node:
 
     @contextlib.contextmanager
     def excuse(self, *codes: int) -> Iterator[None]:
-        """Within it the node may end like this; a negative code is a signal."""
+        """Within it, and a moment longer, the node may end like this; signals are negative."""
         self.excused.update(codes)
         try:
             yield
         finally:
             self.excused.subtract(codes)
+            self.lenient_until.update(dict.fromkeys(codes, time.monotonic() + LENIENT_S))
+
+    def explains(self, code: int) -> bool:
+        """Does a fault of this moment, or of the one before, explain this exit code?"""
+        return self.excused[code] > 0 or time.monotonic() < self.lenient_until.get(code, 0.0)
 
     @contextlib.contextmanager
     def down(self) -> Iterator[None]:
@@ -210,7 +217,7 @@ class Nodes:
         self._say(text)
         node.restart_at = now + RESTART_S
         node.failing += 1
-        if node.excused[code] <= 0:
+        if not node.explains(code):
             self.problems.append(f"no fault explains that {text}")
         if node.failing > RESTARTS_MAX:
             self.problems.append(f"node {node.id} ended {node.failing} times in a row: {said}")

@@ -9,7 +9,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -115,7 +115,7 @@ class _Trial:
         return self.outcome
 
     @contextlib.asynccontextmanager
-    async def _links(self):  # type: ignore[no-untyped-def]
+    async def _links(self) -> AsyncIterator[Links | None]:
         if not self._plan.proxied:
             yield None
             return
@@ -259,7 +259,7 @@ class _Trial:
         outcome.descriptors = max(node.descriptors for node in nodes)
 
 
-async def _unless_it_ends(other: asyncio.Task[None], life) -> None:  # type: ignore[no-untyped-def]
+async def _unless_it_ends(other: asyncio.Task[None], life: Awaitable[None]) -> None:
     """Await `life`; when `other` ends first, that is what went wrong."""
     living = asyncio.ensure_future(life)
     try:
