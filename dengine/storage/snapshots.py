@@ -194,11 +194,13 @@ def put_aside_foreign(directory: Path, cluster_id: str) -> None:
 def remove_partial(directory: Path, *, fetched_too: bool) -> None:
     """Remove what an interrupted take has left, and of an interrupted fetch if it is of no use.
 
-    What the disk does not let go stays.
+    What the disk does not let go stays, and so does all of it where the directory cannot be read,
+    as by a process without a free file descriptor: the next one removes it.
     """
-    for path in directory.glob(f"{'' if fetched_too else 'snapshot-'}*{PARTIAL_SUFFIX}"):
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        for path in directory.glob(f"{'' if fetched_too else 'snapshot-'}*{PARTIAL_SUFFIX}"):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _make_private(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from dengine.storage.snapshot_file import (
     verify,
 )
 from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, sound_prefix
-from dengine.storage.snapshots import take
+from dengine.storage.snapshots import remove_partial, take
 from dengine.storage.state_store import StateStore
 from tests.storage.states import commands, config, membership
 
@@ -234,3 +235,18 @@ def test_a_file_made_meanwhile_is_not_replaced(
     path.unlink()
     assert SnapshotWriter(path, HEADER, 100, replace=False).finish() == verify(path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_a_file_descriptor_the_remains_of_a_failed_one_stay(tmp_path: Path) -> None:
+    """Nobody ends over a file that nobody needs: it goes when there are descriptors again."""
+    partial = tmp_path / (snapshot_name(LogId(1, 1)) + PARTIAL_SUFFIX)
+    partial.touch()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+    try:
+        remove_partial(tmp_path, fetched_too=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert partial.exists()
+    remove_partial(tmp_path, fetched_too=False)
+    assert not partial.exists()
