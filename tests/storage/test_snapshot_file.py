@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import stat
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +28,7 @@ from dengine.storage.snapshot_file import (
 from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, sound_prefix
 from dengine.storage.snapshots import remove_partial, take
 from dengine.storage.state_store import StateStore
+from tests.limits import descriptors_left
 from tests.storage.states import commands, config, membership
 
 HEADER = SnapshotHeader(
@@ -241,12 +241,8 @@ def test_without_a_file_descriptor_the_remains_of_a_failed_one_stay(tmp_path: Pa
     """Nobody ends over a file that nobody needs: it goes when there are descriptors again."""
     partial = tmp_path / (snapshot_name(LogId(1, 1)) + PARTIAL_SUFFIX)
     partial.touch()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
-    try:
+    with descriptors_left(0):
         remove_partial(tmp_path, fetched_too=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert partial.exists()
     remove_partial(tmp_path, fetched_too=False)
     assert not partial.exists()
