@@ -23,7 +23,7 @@ from tests.crash_sweep.strace import Fault, Injection, Strace, process_of
 from tests.nemesis.client import Connection, Unanswered, call
 from tests.nemesis.damage import file_of, flip
 from tests.nemesis.links import Link, Links
-from tests.nemesis.machines import Machines
+from tests.nemesis.machines import Machines, Pair
 from tests.nemesis.nodes import READY_S, SMALL_DISK_BYTES, Node, Nodes, holds_within
 from tests.nemesis.plan import KINDS, Action
 from tests.nemesis.workload import Workload
@@ -31,13 +31,12 @@ from tests.nemesis.workload import Workload
 STORAGE_IO, REMOVED = 74, 76
 # What a damaged file may do to who reads it; a start after that knows (see ARCHITECTURE.md).
 DAMAGED = (65, STORAGE_IO, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
+STOP_S = 40.0  # with a leader to hand over to, and perhaps paused meanwhile
 OPERATION_S = 120.0  # for an operator who tries again and again, while faults go on
 FAIL_STOP_S = 15.0  # from an error of the disk under the log to the end of the process
 IDLE_CONNECTIONS = 12
 FILLING = 6  # values that fill a small disk
 FILLING_BYTES = 60_000
-
-Pair = tuple[int, int]
 
 
 @dataclass
@@ -65,7 +64,6 @@ class Faults:
     say: Callable[[str], None]
     bands: list[Band] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    _cuts: Counter[Pair] = field(default_factory=Counter)
     _operations: set[asyncio.Task[None]] = field(default_factory=set)
     _operating: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -160,6 +158,25 @@ class Faults:
                     stack.enter_context(node.down())
                 await asyncio.sleep(action.seconds)
 
+    async def _restart(self, action: Action) -> None:
+        """As an operator does it: SIGTERM, and a start when it has ended well."""
+        answering = await self.nodes.statuses()  # one that has just begun dies of the signal
+        hit = [node for node in await self._hit(action) if node.id in answering]
+
+        async def ended() -> bool:
+            return not any(node.up for node in hit)
+
+        async with self._band(action, names(hit)):
+            with contextlib.ExitStack() as stack:
+                for node in hit:
+                    node.serve.signal(signal.SIGTERM)
+                    stack.enter_context(node.kept_down())
+                if not await self.nodes.wait(ended, f"{names(hit)} to stop", STOP_S):
+                    return
+                for node in hit:
+                    self.nodes.asked_to_end(node)
+                await asyncio.sleep(action.seconds)
+
     async def _pause(self, action: Action) -> None:
         hit = [node for node in await self._hit(action) if node.up]
         if not hit:
@@ -195,26 +212,10 @@ class Faults:
 
     # --- The network.
 
-    @contextlib.asynccontextmanager
-    async def _cut(self, pairs: Iterable[Pair]) -> AsyncIterator[None]:
-        """Cuts may overlap: each is counted, and mended when the last one ends."""
-        made: list[Pair] = []
-        try:
-            for pair in pairs:
-                made.append(pair)
-                self._cuts[pair] += 1
-                if self._cuts[pair] == 1:
-                    self.machines.cut(*pair)
-            yield
-        finally:
-            for pair in made:
-                self._cuts[pair] -= 1
-                if not self._cuts[pair]:
-                    self.machines.mend(*pair)
-
     async def _cut_for(self, action: Action, pairs: Iterable[Pair], whom: str) -> None:
-        async with self._band(action, whom), self._cut(pairs):
-            await asyncio.sleep(action.seconds)
+        async with self._band(action, whom):
+            with self.machines.cut(pairs):
+                await asyncio.sleep(action.seconds)
 
     async def _one_way_cut(self, action: Action) -> None:
         pairs = await self._pairs(action)

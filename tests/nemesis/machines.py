@@ -11,7 +11,8 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tests.namespaces import add_switch, inside, remove, wire
@@ -21,6 +22,8 @@ PORT = 9081
 CLIENTS = "10.77.0.100"
 PROXY_PORT = 20_000  # plus the id of the node behind it
 PROXY_MARK = 7  # of what the proxies send, which must not be led to them again
+
+Pair = tuple[int, int]  # who sends, who receives
 
 # Directed cuts drop what comes in. A closed connection is told by nobody: cables do not speak.
 RULES = """
@@ -71,6 +74,7 @@ class Machines:
         self.work = work
         self.keep = False
         self._proxied = proxied
+        self._cuts: Counter[Pair] = Counter()
         self._mounts: list[Path] = []
         self._stack = contextlib.ExitStack()
 
@@ -137,12 +141,25 @@ class Machines:
             text=True,
         )
 
-    def cut(self, source: int, target: int) -> None:
-        """From now on nothing that machine `source` sends arrives at `target`."""
-        self._nft(target, f"add element inet nemesis cut {{ {host(source)} }}")
+    @contextlib.contextmanager
+    def cut(self, pairs: Iterable[Pair]) -> Iterator[None]:
+        """Within, nothing that the first machine of a pair sends arrives at the second.
 
-    def mend(self, source: int, target: int) -> None:
-        self._nft(target, f"delete element inet nemesis cut {{ {host(source)} }}")
+        Cuts may overlap: each is counted, and mended when the last one ends.
+        """
+        made: list[Pair] = []
+        try:
+            for source, target in pairs:
+                made.append((source, target))
+                self._cuts[source, target] += 1
+                if self._cuts[source, target] == 1:
+                    self._nft(target, f"add element inet nemesis cut {{ {host(source)} }}")
+            yield
+        finally:
+            for source, target in made:
+                self._cuts[source, target] -= 1
+                if not self._cuts[source, target]:
+                    self._nft(target, f"delete element inet nemesis cut {{ {host(source)} }}")
 
     def mount_disk(self, path: Path, size_bytes: int) -> None:
         """A file system of its own at `path`, in memory."""

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -80,11 +81,17 @@ class Node:
     @contextlib.contextmanager
     def down(self) -> Iterator[None]:
         """kill -9, and nothing starts it within."""
-        self.held += 1
-        try:
+        with self.kept_down():
             if self.up:
                 self.serve.kill()
             self.noted = True
+            yield
+
+    @contextlib.contextmanager
+    def kept_down(self) -> Iterator[None]:
+        """However it ends, nothing starts it within, and nobody asks why it ended."""
+        self.held += 1
+        try:
             yield
         finally:
             self.held -= 1
@@ -222,6 +229,18 @@ class Nodes:
         if node.failing > RESTARTS_MAX:
             self.problems.append(f"node {node.id} ended {node.failing} times in a row: {said}")
             node.wanted = False
+
+    def asked_to_end(self, node: Node) -> None:
+        """A node has ended after SIGTERM: that has to be with 0."""
+        node.noted = True
+        code = node.serve.wait_exit()
+        if (
+            code != 0
+            and not (code == -signal.SIGKILL and node.held > 1)
+            and not node.explains(code)
+        ):
+            said = (node.serve.lines() or [""])[-1]
+            self.problems.append(f"node {node.id} ended with {code} when asked to: {said}")
 
     # --- What they say.
 

@@ -45,6 +45,7 @@ class Kind:
 
 KINDS = {
     "kill": Kind(("any", "leader", "leader", "minority", "majority", "all"), (0.05, 5.0)),
+    "restart": Kind(("any", "leader", "minority", "all"), (0.05, 1.0)),
     "pause": Kind(("any", "leader", "leader", "minority", "majority", "all"), (0.1, 10.0)),
     "one-way cut": Kind(("from leader", "to leader", "pair"), (1.0, 10.0), 2),
     "two-way cut": Kind(("leader", "pair"), (1.0, 10.0), 2),

@@ -19,7 +19,7 @@ from dengine.storage.state_reader import StateReader
 from tests.nemesis import verdicts
 from tests.nemesis.client import Unanswered, call
 from tests.nemesis.damage import file_of
-from tests.nemesis.faults import Band, Faults
+from tests.nemesis.faults import STOP_S, Band, Faults
 from tests.nemesis.links import Links
 from tests.nemesis.machines import Machines
 from tests.nemesis.nodes import READY_S, Node, Nodes
@@ -32,7 +32,6 @@ LEADER_S = 30.0
 OPERATORS_S = 120.0
 LEVEL_S = 60.0
 ANSWER_S = 20.0
-STOP_S = 40.0
 CALM_S = 2.0  # of load without faults, before the end
 OVERHEAD_S = 600.0  # everything but the faults, at its very worst
 
@@ -223,9 +222,7 @@ class _Trial:
         hashes = {}
         for node in stopped:
             if not node.up:
-                code = node.serve.wait_exit()
-                if code != 0:
-                    self.nodes.problems.append(f"node {node.id} ended with {code} when asked to")
+                self.nodes.asked_to_end(node)
                 hashes[node.id] = self._state_of(node)
         if len(set(hashes.values())) > 1:
             self.nodes.problems.append(f"the nodes hold different states: {hashes}")
