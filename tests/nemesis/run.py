@@ -2,6 +2,7 @@
 
 python -m tests.nemesis.run --minutes 10 --seed 7      runs with the seeds 7, 8, ...
 python -m tests.nemesis.run --seed 7 --runs 1          the run with seed 7 again
+python -m tests.nemesis.run --seed 7 --runs 20 --same  and 20 times, or until it fails
 python -m tests.nemesis.run --seed 7 --plan            what that would do
 python -m tests.nemesis.run --only "kill,flip in log"  these kinds of faults alone
 
@@ -69,7 +70,8 @@ def many(args: argparse.Namespace, only: Collection[str]) -> int:
         for number in itertools.count():
             if number >= args.runs if args.runs else time.monotonic() > end:
                 break
-            outcomes.append(one(Plan(args.seed + number, args.seconds, only), BUILD))
+            seed = args.seed if args.same else args.seed + number
+            outcomes.append(one(Plan(seed, args.seconds, only), BUILD))
             if outcomes[-1].problems and not args.keep_going:
                 break
     except KeyboardInterrupt:
@@ -92,6 +94,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--runs", type=int, default=0, help="so many instead of so long")
+    parser.add_argument("--same", action="store_true", help="every run with the same seed")
     parser.add_argument("--seconds", type=float, default=RUN_S, help="of faults in each run")
     parser.add_argument("--only", default="", help="kinds of faults, by comma")
     parser.add_argument("--plan", action="store_true", help="print it and do nothing")

@@ -25,6 +25,7 @@ from tests.nemesis.run import ROOT, missing, one
 from tests.simulation.rotation import commit_number
 
 BUDGET_S = float(os.environ.get("DENGINE_NEMESIS_SECONDS") or 120)
+BEGIN_S = 120.0  # of a run on a busy machine; a quiet one takes three seconds
 SAMPLE_S = 20.0  # of faults in a run; with the beginning and the end it takes twice that
 
 REASON = missing()
@@ -43,7 +44,7 @@ def test_nothing_is_lost_and_no_read_is_stale(tmp_path: Path) -> None:
         print(report.as_text(outcomes))
         assert not outcomes[-1].problems, (
             f"seed {seed} fails; logs are in {tmp_path}; repeat it with\n"
-            f"  python -m tests.nemesis.run --seed {seed} --seconds {SAMPLE_S:.0f} --runs 20"
+            f"  python -m tests.nemesis.run --seed {seed} --seconds {SAMPLE_S:.0f} --runs 20 --same"
         )
         if time.monotonic() > end:
             break
@@ -94,7 +95,7 @@ def child(work: Path) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(work)], cwd=ROOT, stdout=stream, stderr=stream
         )
-    wait_for(lambda: "kill: node" in output.read_text(), "the first fault of a run", 60)
+    wait_for(lambda: "kill: node" in output.read_text(), "the first fault of a run", BEGIN_S)
     return process
 
 
@@ -103,6 +104,7 @@ def mine(pid: int) -> list[str]:
 
 
 @needs_root
+@pytest.mark.timeout(300)
 def test_an_interrupted_run_removes_what_it_made(tmp_path: Path) -> None:
     """Ctrl-C leaves no namespace, no mount and no process."""
     process = child(tmp_path)
@@ -113,6 +115,7 @@ def test_an_interrupted_run_removes_what_it_made(tmp_path: Path) -> None:
 
 
 @needs_root
+@pytest.mark.timeout(600)
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     """And nothing of a run that goes on beside it."""
     other, process = child_directory(tmp_path, "other"), child_directory(tmp_path, "killed")
