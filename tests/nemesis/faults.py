@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -32,6 +33,8 @@ STORAGE_IO, REMOVED = 74, 76
 # What a damaged file may do to who reads it; a start after that knows (see ARCHITECTURE.md).
 DAMAGED = (65, STORAGE_IO, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 STOP_S = 40.0  # with a leader to hand over to, and perhaps paused meanwhile
+# What a node says when it has read all of its state, or has built another one.
+CHECKED = re.compile(r"the state was read through|snapshot up to entry|rebuilt from|rebuilding")
 OPERATION_S = 120.0  # for an operator who tries again and again, while faults go on
 FAIL_STOP_S = 15.0  # from an error of the disk under the log to the end of the process
 IDLE_CONNECTIONS = 12
@@ -82,7 +85,8 @@ class Faults:
             self.say(f"{action.name}: skipped, it takes {kind.nodes} voters and there are {voters}")
             return
         self.counts[action.name] += 1
-        await getattr(self, "_" + action.name.replace(" ", "_").replace("-", "_").lower())(action)
+        name = action.name.partition(" in ")[0].replace(" ", "_").replace("-", "_")
+        await getattr(self, f"_{name.lower()}")(action)
 
     async def _settled(self) -> bool:
         """What an operator began is done, and the cluster is whole."""
@@ -371,18 +375,18 @@ class Faults:
             key = f"s/fill-{action.dice}-{number}"
             await self.workload.collect(node_id, key, f"{key} ".ljust(FILLING_BYTES, "x"))
 
-    async def _flip_in_log(self, action: Action) -> None:
-        await self._flip(action, "log")
-
-    async def _flip_in_state(self, action: Action) -> None:
-        await self._flip(action, "state")
-
-    async def _flip_in_snapshot(self, action: Action) -> None:
-        await self._flip(action, "snapshot")
-
-    async def _flip(self, action: Action, part: str) -> None:
+    async def _flip(self, action: Action) -> None:
         """`amount` bits of the same file on each of a minority; then wait until all is well."""
         hit, rng = await self._hit(action), random.Random(action.dice)
+        part = action.name.partition(" in ")[2]
+        said = {node.id: len(node.serve.output()) for node in hit}
+
+        async def checked() -> bool:
+            return all(CHECKED.search(node.serve.output()[said[node.id] :]) for node in hit)
+
+        if part == "log":  # of which parts are read when somebody needs them, perhaps much later
+            for node in hit:
+                node.excused.update(DAMAGED)
         async with self._band(action, names(hit)):
             with contextlib.ExitStack() as stack:
                 for node in hit:
@@ -393,6 +397,8 @@ class Faults:
                     await asyncio.sleep(action.seconds)
                     for node in hit:
                         self._flip_bits(node, file_of(node.serve.directory, part), action, rng)
+                if part == "state":
+                    await self.nodes.wait(checked, "the states to be read through", READY_S)
                 await self.nodes.wait(self.nodes.whole, f"repairs after {action.name}", READY_S)
 
     def _flip_bits(self, node: Node, file: Path | None, action: Action, rng: random.Random) -> None:
