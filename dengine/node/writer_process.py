@@ -28,6 +28,7 @@ from dengine.storage.snapshot_jobs import (
 STALL_S = 30.0  # without a sign of life it is stuck
 WATCH_S = 1.0  # at least so often is asked whether it may go on, whatever it says or does not say
 LINE_BYTES_MAX = 65_536
+DESCRIPTORS = 16  # more than a subprocess with two pipes takes while it is being started
 
 Report = Callable[[int, int], None]
 Watch = Callable[[], str | None]
@@ -104,27 +105,20 @@ class WriterProcess:
             self._process = None
 
     async def _start(self) -> asyncio.subprocess.Process:
-        starting = asyncio.get_running_loop().create_task(
-            asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "dengine.snapshot_writer",
-                str(os.getpid()),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=LINE_BYTES_MAX,
-            )
-        )
+        starting = asyncio.get_running_loop().create_task(_spawn())
         try:
             return await asyncio.shield(starting)
+        except OSError as error:  # it says nothing of the disk, and will not be so for ever
+            raise TryAgain(
+                f"the snapshot writer could not be started: {error.strerror or error}; is this "
+                "node short of file descriptors or processes? Then raise LimitNOFILE or TasksMax"
+            ) from error
         except asyncio.CancelledError:  # nobody else would know of it
             with suppress(OSError):
                 process = await starting
                 _kill(process)
                 await process.wait()
             raise
-        except OSError as error:  # no descriptors, no processes or no memory are left
-            raise TryAgain(f"the snapshot writer could not be started: {error}") from error
 
     async def _follow(
         self, events: asyncio.StreamReader, report: Report | None, watch: Watch | None
@@ -174,3 +168,27 @@ def _kill(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         with suppress(ProcessLookupError):  # it has just ended by itself
             process.kill()
+
+
+async def _spawn() -> asyncio.subprocess.Process:
+    """Raises OSError.
+
+    Not where file descriptors are short: an attempt of uvloop's that fails for want of them keeps
+    those that it got, and after one the loop cannot be closed any more.
+    """
+    taken: list[int] = []
+    try:
+        while len(taken) < DESCRIPTORS:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "dengine.snapshot_writer",
+        str(os.getpid()),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=LINE_BYTES_MAX,
+    )

@@ -208,23 +208,31 @@ def put_aside_foreign(directory: Path, cluster_id: str) -> None:
 
 
 def remove_partial(directory: Path) -> None:
-    """Remove what an interrupted take has left. What the disk does not let go stays."""
-    for path in directory.glob(f"snapshot-*{PARTIAL_SUFFIX}"):
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+    """Remove what an interrupted take has left.
+
+    What the disk does not let go stays, and so does all of it where the directory cannot be read,
+    as by a process without a free file descriptor: the next one removes it.
+    """
+    with suppress(OSError):
+        for path in directory.glob(f"snapshot-*{PARTIAL_SUFFIX}"):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def remove_overtaken(directory: Path, applied: int) -> bool:
     """Remove what interrupted fetches have left, where a state that has applied so much needs it
     no more. True when some is left, with which a fetch may go on.
     """
-    left = False
-    for path in directory.glob(f"fetch-*{PARTIAL_SUFFIX}"):
-        with suppress(OSError, StorageIO):
-            if _brings(path) <= applied:
-                path.unlink(missing_ok=True)
-            else:
-                left = True
+    left = True  # until all of it has been seen
+    with suppress(OSError):
+        partial = list(directory.glob(f"fetch-*{PARTIAL_SUFFIX}"))
+        left = False
+        for path in partial:
+            with suppress(OSError, StorageIO):
+                if _brings(path) <= applied:
+                    path.unlink(missing_ok=True)
+                else:
+                    left = True
     return left
 
 

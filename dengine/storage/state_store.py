@@ -198,7 +198,7 @@ class StateStore:
         except lmdb.Error as error:
             raise _state_error(error, self._path) from error
         finally:
-            self._read = self._environment.begin(self._keys)
+            self._read_on()
         self.applied, self.revision, self.membership = applied, revision, membership
         self._hash = view.hash & _HASH_MASK
         self._digests += digests
@@ -217,9 +217,15 @@ class StateStore:
         except lmdb.Error as error:
             raise _state_error(error, self._path) from error
         finally:
-            self._read = self._environment.begin(self._keys)
+            self._read_on()
         self.membership, self.revision = membership, revision
         self._hash = state_hash & _HASH_MASK
+
+    def _read_on(self) -> None:
+        # After a write of its first pages has failed, LMDB begins nothing more in this environment.
+        # The process ends over that write, and its error is the one that tells why.
+        with suppress(lmdb.PanicError):
+            self._read = self._environment.begin(self._keys)
 
     def get(self, key: bytes) -> Record | None:
         """The record of `key` as of `applied`; None when there is none."""

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 
 from dengine.errors import DataCorruption, FatalError, TryAgain
 from dengine.node import writer_process
-from dengine.node.writer_process import WriterProcess
+from dengine.node.writer_process import DESCRIPTORS, WriterProcess
 from dengine.storage.snapshot_jobs import Check, Job, Verify
+from tests.limits import descriptors_left
 from tests.node.hosts import on_loop, until
 
 A_JOB = Verify("file", 1)
@@ -60,6 +62,34 @@ def test_a_silent_one_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_one_that_is_stopped_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """SIGSTOP looks like silence, and SIGKILL ends a stopped process as well."""
     assert "no sign of life" in run(monkeypatch, tmp_path, "kill -STOP $$").message
+
+
+def test_one_that_cannot_be_started_may_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A node that has no file descriptor left goes on without snapshots, and takes them again when
+    it has some."""
+    program = tmp_path / "writer"
+    program.write_text("#!/bin/sh\ncat > /dev/null\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    async def attempt() -> str:
+        with pytest.raises(TryAgain) as caught:
+            await WriterProcess().run(A_JOB)
+        return caught.value.message
+
+    async def attempts() -> None:
+        assert "exit code 0" in await attempt()  # the first one sets things up for good
+        before = len(os.listdir("/proc/self/fd"))
+        for spare in range(24):
+            with descriptors_left(spare):
+                said = await attempt()
+            assert ("LimitNOFILE" in said) == (spare < DESCRIPTORS)
+            assert len(os.listdir("/proc/self/fd")) <= before, "an attempt keeps what it got"
+        assert "exit code 0" in await attempt()
+
+    uvloop.run(attempts())  # ends, unlike after a failed attempt by uvloop itself
 
 
 def test_one_that_says_nothing_is_watched_too(
