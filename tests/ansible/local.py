@@ -27,9 +27,9 @@ from examples.ansible.run import nodes_of, stop_nodes
 ROOT = Path(__file__).resolve().parents[2]
 CALLBACKS = Path(__file__).with_name("callback")
 PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
-RUN_S = 240
+RUN_S = 480
 _RECAP = re.compile(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.M)
-_CHANGED = re.compile(r"^changed: \[(\w+)", re.M)
+_TASK = re.compile(r"^TASK \[(.*)\] \*+$|^changed: \[([\w.-]+)", re.M)
 
 
 @dataclass
@@ -38,18 +38,35 @@ class Run:
 
     code: int
     output: str
+    hosts: tuple[str, ...] = ()
 
     @property
     def changed(self) -> dict[str, int]:
         """Changed tasks by host, as the recap counts them."""
         return {host: int(count) for host, count, _, _ in _RECAP.findall(self.output)}
 
+    def changed_outside(self, role: str) -> dict[str, int]:
+        """The same without the tasks of one role: tasks with a change, by host."""
+        found = dict.fromkeys(self.hosts, 0)
+        task, counted = "", set[str]()
+        for name, host in _TASK.findall(self.output):
+            if name:
+                task, counted = name, set()
+            elif not task.startswith(f"{role} : ") and host not in counted:
+                counted.add(host)
+                found[host] += 1
+        return found
+
     def ok(self) -> Run:
         assert self.code == 0, self.output[-6000:]
         return self
 
-    def failed(self) -> Run:
+    def failed(self, *hosts: str) -> Run:
+        """It came to an end that is no success, and changed nothing on any of `hosts` (all)."""
         assert self.code not in (0, -9), self.output[-6000:]
+        expected = hosts or self.hosts
+        assert self.changed, f"no recap: {self.output[-6000:]}"
+        assert not expected or set(self.changed) == set(expected), self.output[-6000:]
         assert not any(self.changed.values()), self.output[-6000:]
         return self
 
@@ -82,6 +99,11 @@ class Local:
     def set_group(self, **values: Any) -> None:
         self._set(self.inventory / "group_vars" / "all.yml", values)
 
+    def skip_checks(self, names: list[str]) -> None:
+        """In place of what the inventory itself skips on one machine."""
+        file = self.inventory / "group_vars" / "dengine.yml"
+        self._set(file, {"dengine_preflight_skip": names})
+
     def set_host(self, host: str, **values: Any) -> None:
         self._set(self.inventory / "host_vars" / f"{host}.yml", values)
 
@@ -98,6 +120,7 @@ class Local:
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_HOME": str(self.directory / "ansible"),
+            "ANSIBLE_REMOTE_TEMP": str(self.directory / "remote"),
             "ANSIBLE_CALLBACK_PLUGINS": str(CALLBACKS),
             "ANSIBLE_CALLBACKS_ENABLED": "at_task",
             **more,
@@ -122,7 +145,7 @@ class Local:
             timeout=RUN_S,
             check=False,
         )
-        return Run(done.returncode, done.stdout)
+        return Run(done.returncode, done.stdout, tuple(self.hosts))
 
     def port(self, host: str) -> int:
         return self.base + int(host[1:])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -117,4 +119,34 @@ def run_module(name: str, check: bool = False, **arguments: Any) -> dict[str, An
     )
     result: dict[str, Any] = json.loads(done.stdout)
     result["raw"] = done.stdout + done.stderr
+    return result
+
+
+def ad_hoc(name: str, **arguments: Any) -> dict[str, Any]:
+    """The same with its action plugin: what a task of a playbook gets."""
+    with tempfile.TemporaryDirectory() as home:
+        done = subprocess.run(
+            [
+                str(Path(sys.executable).with_name("ansible")),
+                *("localhost", "-i", "localhost,", "-c", "local"),
+                *("-m", f"dengine.core.{name}", "-a", json.dumps(arguments)),
+            ],
+            env={
+                **os.environ,
+                "ANSIBLE_CONFIG": str(COLLECTIONS.parent / "ansible.cfg"),
+                "ANSIBLE_HOME": home,
+                "ANSIBLE_COLLECTIONS_PATH": str(COLLECTIONS),
+                "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",
+                "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
+                "ANSIBLE_NOCOLOR": "1",
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=MODULE_S,
+            check=False,
+        )
+    start = done.stdout.find("{", done.stdout.find("=>") + 1)
+    assert start >= 0, done.stdout + done.stderr
+    result: dict[str, Any] = json.JSONDecoder().raw_decode(done.stdout[start:])[0]
     return result

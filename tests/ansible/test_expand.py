@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from examples.ansible.load import Watch, Writer
 from tests.ansible.local import Local, local
 from tests.cluster import wait_for
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)  # on a shared machine a run takes minutes
 WRITERS = 4
 PER_SECOND = 50
 
@@ -54,7 +55,7 @@ def test_one_node_becomes_three_under_four_writers_through_three_kills_of_the_ru
         killed = site.play("expand", KILL_AT=name, KILL_AFTER_S="0.3")
         assert killed.code == -9, killed.output[-3000:]
         assert site.voters() == [1], name
-    said += site.play("expand", "--diff").ok().output
+    said += site.play("expand", "-vvv", "--diff").ok().output
     through_all = [len(w.acknowledged) + 2 * len(site.hosts) for w in writers]
     wait_for(
         lambda: all(len(w.acknowledged) >= n for w, n in zip(writers, through_all, strict=True)),
@@ -88,7 +89,8 @@ def test_one_node_becomes_three_under_four_writers_through_three_kills_of_the_ru
     for name, secret in site.secrets.items():
         assert len(secret) >= 32
         assert secret not in said, f"{name} was shown"
-        files = [p for p in site.state.rglob("*") if p.is_file() and "db" not in p.parts]
+        # Everything that a run leaves: the hosts, the controller's own directory, remote ones.
+        files = [p for p in site.directory.rglob("*") if p.is_file() and "db" not in p.parts]
         holders = [p for p in files if secret.encode() in p.read_bytes()]
         assert {stat.S_IMODE(p.stat().st_mode) for p in holders} == {0o600}
         assert {p.name for p in holders} == {"secrets.json", name}
@@ -112,10 +114,10 @@ def test_check_mode_tells_what_growing_changes(site: Local) -> None:
     assert site.voters() == [1]
     assert "voters" in predicted.output
     real = site.play("expand").ok()
-    # The backup's verification and fetch can only be told when there is a backup.
-    assert {h: c for h, c in real.changed.items() if h != "n1"} == {
-        h: c for h, c in predicted.changed.items() if h != "n1"
-    }
+    # What becomes of a backup can only be told when there is one; all else is told exactly.
+    role = "dengine.core.backup"
+    assert real.changed_outside(role) == predicted.changed_outside(role)
+    assert predicted.changed["n1"] > predicted.changed_outside(role)["n1"], "and that there is one"
 
 
 @pytest.mark.playbooks
@@ -136,6 +138,39 @@ def test_three_become_five(tmp_path: Path) -> None:
         assert set(site.play("expand").ok().changed.values()) == {0}
 
 
+@pytest.mark.playbooks
+@pytest.mark.parametrize("after", ["site", "expand -e dengine_target_voters=1"])
+def test_a_learner_that_a_killed_run_left_is_not_made_the_second_voter(
+    after: str, site: Local
+) -> None:
+    """expand.yml is killed with node 2 ready and node 3 not there. What asks for one voter leaves
+    node 2 what it is; expand.yml then takes up where it was."""
+    site.play("site").ok()
+    name = "dengine.core.rollout : The cluster is well before the join of node 3"
+    assert site.play("expand", KILL_AT=name).code == -9
+    assert {m["id"]: m["status"] for m in site.get("n1", "/v1/cluster")["members"]} == {
+        1: "active", 2: "promotable",
+    }  # fmt: skip
+    playbook, *arguments = after.split()
+    assert set(site.play(playbook, *arguments).ok().changed.values()) == {0}
+    assert site.voters() == [1]
+    site.play("expand").ok()
+    assert site.voters() == [1, 2, 3]
+
+
+@pytest.mark.playbooks
+def test_three_become_five_although_the_first_one_was_stopped(tmp_path: Path) -> None:
+    """The backup comes from a follower that runs; node 1 is started again, 4 and 5 join."""
+    with local(tmp_path, 5) as site:
+        site.set_group(dengine_shared_zones=True)
+        site.play("expand", "-e", "dengine_target_voters=3").ok()
+        os.kill(site.pid("n1"), signal.SIGTERM)
+        wait_for(lambda: len(site.node_pids()) == 2, "node 1 to stop")
+        wait_for(lambda: site.get("n2", "/v1/cluster")["leader"], "another leader")
+        site.play("expand").ok()
+        assert site.voters() == [1, 2, 3, 4, 5]
+
+
 def tasks_of(site: Local, playbook: str) -> list[str]:
     """Names of the tasks that a run starts, in order; the run is a real one."""
     file = site.directory / "tasks.txt"
@@ -144,10 +179,12 @@ def tasks_of(site: Local, playbook: str) -> list[str]:
 
 
 def kill_and_resume(site: Local, number: int, name: str, after_s: float) -> None:
+    """site.yml after a kill may find one voter or three, and never makes two of it."""
     killed = site.play("expand", KILL_AT=str(number), KILL_AFTER_S=str(after_s))
     assert killed.code == -9, killed.output[-3000:]
-    voters = site.voters()
-    assert voters in ([1], [1, 2, 3]), name
+    assert site.voters() in ([1], [1, 2, 3]), name
+    site.play("site").ok()
+    assert site.voters() in ([1], [1, 2, 3]), name
     site.play("expand").ok()
     assert site.voters() == [1, 2, 3], name
     assert site.report()["verdict"] == "Verified."

@@ -18,8 +18,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ansible_collections.dengine.core.plugins.plugin_utils import run_lock
 
 from tests.ansible.local import PLAYBOOK, ROOT, Local, Run
 from tests.cluster import wait_for
@@ -92,6 +94,21 @@ def python_with(directory: Path, name: str, code: str) -> str:
 
 
 OLD_PYTHON = "import sys\nsys.version_info = (3, 9, 2, 'final', 0)\n"
+
+
+def clock_that_is(status: str) -> str:
+    """What adjtimex says of the kernel's clock: 0x40 is STA_UNSYNC."""
+    return f"""
+import ctypes, struct
+class Libc:
+    def __init__(self, *_, **__): pass
+    def adjtimex(self, buffer):
+        struct.pack_into("i", buffer, 8 + 4 * ctypes.sizeof(ctypes.c_long), {status})
+        return 5 if {status} else 0
+ctypes.CDLL = Libc
+"""
+
+
 WRONG_CLOCK = "import time\nright = time.time\ntime.time = lambda: right() - 5\n"
 
 
@@ -115,18 +132,19 @@ def test_every_check_that_fails_is_a_row_of_one_table_and_nothing_is_changed(
     assert not (site.state / "hosts" / "n2").exists()
 
 
-FAULTS = {
-    "port": "taken",
-    "disk_space": {"dengine_preflight_limits": {"disk_free_mb": 10**9}},
-    "memory": {"dengine_preflight_limits": {"memory_mb": 10**9}},
-    "fsync": {"dengine_preflight_limits": {"fsync_p99_ms": 0.000001}},
-    "open_files": {"dengine_preflight_limits": {"open_files": 10**9}},
-    "python": OLD_PYTHON,
-    "clock_offset": WRONG_CLOCK,
-    "rtt": "far away",
-    "connect": "closed",
-    "filesystem": "tmpfs",
-    "time_sync": "unsynchronized",
+# The check, the fault on n3, and the hosts whose row it fails: a way has two ends.
+FAULTS: dict[str, tuple[Any, set[str]]] = {
+    "port": ("taken", {"n3"}),
+    "disk_space": ({"dengine_preflight_limits": {"disk_free_mb": 10**9}}, {"n3"}),
+    "memory": ({"dengine_preflight_limits": {"memory_mb": 10**9}}, {"n3"}),
+    "fsync": ({"dengine_preflight_limits": {"fsync_p99_ms": 0.000001}}, {"n3"}),
+    "open_files": ({"dengine_preflight_limits": {"open_files": 10**9}}, {"n3"}),
+    "python": (OLD_PYTHON, {"n3"}),
+    "clock_offset": (WRONG_CLOCK, {"n1", "n2", "n3"}),
+    "rtt": ("far away", {"n1", "n2"}),
+    "connect": ("closed", {"n1", "n2"}),
+    "filesystem": ("tmpfs", {"n3"}),
+    "time_sync": (clock_that_is("0x40"), {"n3"}),
 }
 
 
@@ -135,48 +153,33 @@ FAULTS = {
 def test_each_check_alone_fails_exactly_its_row_and_can_be_skipped_by_name(
     check: str, site: Local, tmp_path: Path
 ) -> None:
-    """One fault on n3, one row; with its name in dengine_preflight_skip, `--check` goes through."""
-    fault, port = FAULTS[check], site.port("n3")
+    """One fault on n3, its rows and no other; with its name in dengine_preflight_skip, `--check`
+    goes through."""
+    (fault, hosts), port = FAULTS[check], site.port("n3")
     skip = [c for c in ("time_sync", "filesystem", "fsync", "memory") if c != check]
-    if check == "time_sync":
-        pytest.importorskip("ctypes")
-    elsewhere = [] if check == "time_sync" else ["time_sync"]
-    site.set_group(dengine_preflight_skip=sorted({*skip, *elsewhere} - {check}))
-    settings = yaml_of(site)
-    settings.pop("dengine_preflight_skip", None)
+    site.skip_checks(skip)
     with contextlib.ExitStack() as stack:
         if isinstance(fault, dict):
             site.set_host("n3", **fault)
-        elif fault in (OLD_PYTHON, WRONG_CLOCK):
-            site.set_host("n3", ansible_python_interpreter=python_with(tmp_path, check, fault))
         elif fault == "taken":
             stack.enter_context(taken(port))
-        elif fault == "far away":
+        elif fault in ("far away", "closed"):
             site.set_host("n3", dengine_port=port + 5, dengine_listen_address=f"127.0.0.1:{port}")
-            stack.enter_context(far_away(port + 5, port))
-        elif fault == "closed":
-            site.set_host("n3", dengine_port=port + 5, dengine_listen_address=f"127.0.0.1:{port}")
+            if fault == "far away":
+                stack.enter_context(far_away(port + 5, port))
         elif fault == "tmpfs":
             place = Path("/dev/shm") / f"dengine-test-{os.getpid()}"
             stack.callback(shutil.rmtree, place, ignore_errors=True)
             site.set_host("n3", dengine_process_dir=str(place))
-        rows = failed_rows(site.play("expand"))
-        assert {c for _, c in rows} == {check}
-        if check not in ("clock_offset", "rtt", "connect", "time_sync"):
-            assert rows == {("n3", check)}
-        site.set_group(dengine_preflight_skip=[*skip, "time_sync", check])
+        else:
+            site.set_host("n3", ansible_python_interpreter=python_with(tmp_path, check, fault))
+        if check == "time_sync":  # whatever this machine's clock is, it is right on the others
+            right = python_with(tmp_path, "right", clock_that_is("0"))
+            for host in ("n1", "n2"):
+                site.set_host(host, ansible_python_interpreter=right)
+        assert failed_rows(site.play("expand")) == {(host, check) for host in hosts}
+        site.skip_checks([*skip, check])
         site.play("expand", "--check").ok()
-
-
-def yaml_of(site: Local) -> dict[str, object]:
-    """The group's own skip list must not hide what the test provokes: it goes."""
-    import yaml
-
-    file = site.inventory / "group_vars" / "dengine.yml"
-    values: dict[str, object] = yaml.safe_load(file.read_text())
-    values.pop("dengine_preflight_skip", None)
-    file.write_text(yaml.safe_dump(values))
-    return values
 
 
 @pytest.mark.playbooks
@@ -206,13 +209,14 @@ def test_a_foreign_directory_stops_the_run_with_the_command_to_run_next(site: Lo
 
 
 def test_the_gate_refuses_within_seconds_and_touches_no_host(site: Local) -> None:
-    """--limit, an even target and two hosts with one id are refused together or alone."""
-    for arguments, said in (
-        (("--limit", "n1"), "--limit is refused"),
-        (("-e", "dengine_target_voters=2"), "it must be odd"),
+    """--limit, an even target, two hosts with one id; and to leave out the gate itself."""
+    for arguments, hosts, said in (
+        (("--limit", "n1"), ("n1",), "--limit is refused"),
+        (("-e", "dengine_target_voters=2"), (), "it must be odd"),
+        (("--skip-tags", "always"), (), "A step was left out"),
     ):
         began = time.monotonic()
-        assert said in site.play("expand", *arguments).failed().output
+        assert said in site.play("expand", *arguments).failed(*hosts).output
         assert time.monotonic() - began < 30
     site.set_host("n3", dengine_node_id=2)
     assert "both have dengine_node_id 2" in site.play("expand").failed().output
@@ -248,15 +252,15 @@ def test_a_second_operator_is_refused_while_the_first_is_at_work(site: Local) ->
     lock = site.state / "hosts" / "n1" / "dengine-deploy.json"
     lock.parent.mkdir(parents=True)
     other = {
-        "controller": "elsewhere", "boot": "x", "pid": 7, "started": "1", "user": "alice",
+        "controller": "elsewhere", "place": "x", "pid": 7, "started": "1", "user": "alice",
         "nonce": "elsewhere/x/7/1", "refreshed": time.time(),
     }  # fmt: skip
     lock.write_text(json.dumps(other))
     run = site.play("expand").failed()
     assert "alice on elsewhere (process 7)" in run.output
     assert "dengine_take_lock=true" in run.output
-    own = other | {"controller": socket.gethostname(), "nonce": "gone"}
-    lock.write_text(json.dumps(own))
+    assert json.loads(lock.read_text()) == other, "a run that was refused lets go nobody's lock"
+    lock.write_text(json.dumps(other | run_lock.owner(7) | {"started": "1", "nonce": "gone"}))
     site.play("expand", KILL_AT="dengine.core.discover : Look at the host")
     assert json.loads(lock.read_text())["pid"] != 7
 
@@ -278,3 +282,42 @@ def test_every_playbook_is_sound_with_every_inventory(tmp_path: Path) -> None:
                 check=False,
             )
             assert done.returncode == 0, done.stderr
+
+
+def test_with_several_inventories_the_controller_keeps_one_place(tmp_path: Path) -> None:
+    """Each host has the directory of its own file; secrets made in two places would be two."""
+    for number, zone in ((1, "az-a"), (2, "az-b")):
+        file = tmp_path / zone / "hosts.yml"
+        file.parent.mkdir()
+        values = {"dengine_node_id": number, "dengine_address": f"10.0.0.{number}"}
+        values["ansible_python_interpreter"] = sys.executable
+        host = {f"n{number}": {**values, "dengine_zone": zone}}
+        file.write_text(json.dumps({"dengine": {"hosts": host}}))
+    play = {
+        "hosts": "dengine",
+        "gather_facts": False,
+        "tasks": [
+            {"ansible.builtin.import_role": {"name": "dengine.core.dengine"}},
+            {"ansible.builtin.debug": {"msg": "kept in {{ dengine_secrets_file }}"}},
+        ],
+    }
+    (tmp_path / "play.yml").write_text(json.dumps([play]))
+    done = subprocess.run(
+        [
+            *(str(PLAYBOOK), "-i", str(tmp_path / "az-b"), "-i", str(tmp_path / "az-a")),
+            str(tmp_path / "play.yml"),
+        ],
+        env={
+            **os.environ,
+            "ANSIBLE_HOME": str(tmp_path / "home"),
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_COLLECTIONS_PATH": str(ROOT / "ansible" / "collections"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    kept = set(re.findall(r"kept in (\S+)", done.stdout))
+    assert kept == {str(tmp_path / "az-a" / ".dengine" / "secrets.json")}

@@ -14,54 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.dengine.core.plugins.module_utils import checks, host
 
-from tests.ansible.server import COLLECTIONS, Answers, Asked, Say, Server, run_module
+from tests.ansible.answers import BUSY, LOST, member, view
+from tests.ansible.server import COLLECTIONS, Answers, Say, Server, run_module
 
 TOKEN = "a-token-that-nobody-may-see-0123456789"
-
-
-def member(node_id: int, status: str = "active", **more: Any) -> dict[str, Any]:
-    return {
-        "id": node_id,
-        "address": f"10.0.0.{node_id}:9081",
-        "zone": "az-a",
-        "role": "follower",
-        "status": status,
-        "incarnation": f"{node_id:016x}",
-        "match": 12,
-        "lag": 0,
-        "ready": True,
-        "reason": None,
-        "transfer": None,
-        **more,
-    }
-
-
-def view(*members: dict[str, Any], joint: bool = False) -> Say:
-    return Say(
-        {
-            "cluster_id": "c1",
-            "leader": {"id": 1, "address": "10.0.0.1:9081"},
-            "term": 2,
-            "commit_index": 12,
-            "applied_index": 12,
-            "revision": 3,
-            "settings": {"promotion": "immediate", "history_revisions": 10},
-            "members": list(members),
-            "joint": joint,
-            "fault_tolerance": (len(members) - 1) // 2,
-            "advice": "",
-        }
-    )
-
-
-REFUSED = Say(
-    {"error": "conflict", "message": "not now", "outcome": "none", "retryable": False}, 409
-)
-BUSY = Say({"error": "not_leader", "message": "not me", "outcome": "none", "retryable": True}, 503)
-LOST = Say(
-    {"error": "timeout", "message": "who knows", "outcome": "unknown", "retryable": True}, 504
-)
 
 
 # --- the client that all of them share ---------------------------------------------------------
@@ -160,86 +118,6 @@ def test_info_without_an_answer_fails_only_where_one_is_required() -> None:
         assert run_module("dengine_cluster_info", endpoints=endpoints)["failed"]
         result = run_module("dengine_cluster_info", endpoints=endpoints, required=False)
         assert not result["answered"]
-
-
-# --- dengine_member ----------------------------------------------------------------------------
-
-
-def test_member_waits_for_the_clusters_own_promotion() -> None:
-    before = view(member(1), member(2, "promotable"), member(3, "promotable"))
-    joint = view(member(1), member(2), member(3), joint=True)
-    after = view(member(1), member(2), member(3))
-    with Server({"GET /v1/cluster": [before, before, joint, after]}) as server:
-        result = run_module("dengine_member", endpoints=[server.endpoint], ids=[1, 2, 3])
-        assert server.changes == []
-    assert result["done"]
-    assert result["changed"]
-    assert result["diff"]["before"] == {"voters": [1], "learners": [2, 3]}
-    assert result["after"] == {"voters": [1, 2, 3], "learners": []}
-
-
-def test_member_promotes_both_in_one_call_when_the_cluster_does_not() -> None:
-    before = view(member(1), member(2, "promotable"), member(3, "promotable"))
-    answers: Answers = {"GET /v1/cluster": before}
-
-    def promoted(_: Asked) -> Say:
-        answers["GET /v1/cluster"] = view(member(1), member(2), member(3))
-        return Say({"promoted": [2, 3]})
-
-    answers["POST /v1/cluster/promote"] = promoted
-    with Server(answers) as server:
-        result = run_module("dengine_member", endpoints=[server.endpoint], ids=[2, 3], slice=20)
-        (call,) = [a for a in server.asked if a.method == "POST"]
-    assert json.loads(call.body) == {"ids": [2, 3]}
-    assert result["done"]
-
-
-def test_member_tells_percent_and_speed_and_comes_back_when_its_slice_is_over() -> None:
-    transfer = {"index": 9, "percent": 43, "sent_bytes": 1, "size_bytes": 120_000_000}
-    learner = member(2, "promotable", ready=False, transfer={**transfer, "bytes_per_s": 12_000_000})
-    with Server({"GET /v1/cluster": view(member(1), learner)}) as server:
-        result = run_module(
-            "dengine_member", endpoints=[server.endpoint], ids=[2], state="ready", slice=0.3
-        )
-    assert not result["done"]
-    assert result["progress"] == ["node 2: snapshot 43 % of 120.0 MB, 12.0 MB/s"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "call", "body"),
-    [
-        ({"ids": [2], "state": "absent"}, "DELETE /v1/cluster/members/2", b""),
-        (
-            {"ids": [2], "state": "present", "zone": "az-b"},
-            "PUT /v1/cluster/members/2",
-            b'{"zone": "az-b"}',
-        ),
-    ],
-)
-def test_member_removes_and_changes_with_one_call_and_none_in_check_mode(
-    arguments: dict[str, Any], call: str, body: bytes
-) -> None:
-    answers: Answers = {
-        "GET /v1/cluster": [view(member(1), member(2)), view(member(1))],
-        call: Say({"id": 2}),
-    }
-    with Server(answers) as server:
-        result = run_module("dengine_member", endpoints=[server.endpoint], **arguments)
-        assert result["changed"]
-        assert [(a.line, a.body) for a in server.asked if a.method != "GET"] == [(call, body)]
-    with Server({"GET /v1/cluster": view(member(1), member(2))}) as server:
-        result = run_module("dengine_member", check=True, endpoints=[server.endpoint], **arguments)
-        assert result["changed"]
-        assert result["diff"]["before"] != result["diff"]["after"]
-        assert server.changes == []
-
-
-def test_member_refuses_another_cluster() -> None:
-    with Server({"GET /v1/cluster": view(member(1))}) as server:
-        result = run_module(
-            "dengine_member", endpoints=[server.endpoint], ids=[1], expect_cluster_id="c2"
-        )
-    assert "this is cluster c1, not c2" in result["msg"]
 
 
 # --- dengine_settings, dengine_leader, dengine_kv ------------------------------------------------
@@ -432,7 +310,7 @@ def test_verify_compares_members_with_the_inventory() -> None:
     assert "only 0 more voters may fail, not 1" in text
 
 
-# --- dengine_probe, dengine_lock, dengine_process ------------------------------------------------
+# --- dengine_probe, dengine_process ---------------------------------------------------------------
 
 
 def test_probe_stands_in_for_a_node_and_is_taken_for_none(tmp_path: Path) -> None:
@@ -459,6 +337,34 @@ def test_probe_stands_in_for_a_node_and_is_taken_for_none(tmp_path: Path) -> Non
     assert "refused" in way["error"]
 
 
+def test_probe_tells_traces_and_secrets_without_reading_them(tmp_path: Path) -> None:
+    ask = {"action": "facts", "data_dir": str(tmp_path), "secrets_dir": str(tmp_path / "s")}
+    found = run_module("dengine_probe", backend="process", **ask)["facts"]
+    assert (found["secrets"], found["trace"]) == (False, "")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "token").write_text(TOKEN)
+    (tmp_path / "s" / "cluster.json").write_text("{}")
+    seen = run_module("dengine_probe", backend="process", **ask)
+    assert seen["facts"]["secrets"]
+    assert seen["facts"]["trace"].endswith("cluster.json")
+    assert TOKEN not in seen["raw"]
+    assert host.trace(str(tmp_path), str(tmp_path / "dengine.service")) == ""
+    (tmp_path / "dengine.service").symlink_to("/nowhere")
+    assert "is enabled" in host.trace(str(tmp_path), str(tmp_path / "dengine.service"))
+
+
+@pytest.mark.parametrize(
+    ("version", "ok"), [((3, 10), 0), ((3, 11), 1), ((3, 13), 1), ((3, 14), 0)]
+)
+def test_probe_takes_the_pythons_that_there_are_wheels_for(
+    version: tuple[int, int], ok: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "version_info", version)
+    found = checks.python({"backend": "process"}, checks.LIMITS, None)
+    assert found[0] is bool(ok)
+    assert found[2] == "3.11 to 3.13"
+
+
 def test_probe_tells_identity_and_checks_without_leaving_anything(tmp_path: Path) -> None:
     data = tmp_path / "1"
     data.mkdir()
@@ -477,22 +383,6 @@ def test_probe_tells_identity_and_checks_without_leaving_anything(tmp_path: Path
     assert [r["check"] for r in rows if r["status"] != "ok"][:1] == ["memory"]
     assert [p.name for p in data.iterdir()] == ["identity.json"]
     assert run_module("dengine_probe", action="checks", checks=["luck"])["failed"]
-
-
-def test_lock_has_one_holder_and_goes_stale(tmp_path: Path) -> None:
-    path = str(tmp_path / "lock" / "l.json")
-    first, second = {"nonce": "a"}, {"nonce": "b"}
-    assert run_module("dengine_lock", check=True, path=path, owner=first)["held"]
-    assert not (tmp_path / "lock").exists()
-    assert run_module("dengine_lock", path=path, owner=first)["held"]
-    assert run_module("dengine_lock", path=path, owner=first)["held"]
-    refused = run_module("dengine_lock", path=path, owner=second)
-    assert not refused["held"]
-    assert refused["holder"]["nonce"] == "a"
-    assert run_module("dengine_lock", path=path, owner=second, ttl=0)["held"]
-    assert run_module("dengine_lock", path=path, owner=first, take_from="b")["held"]
-    assert run_module("dengine_lock", path=path, owner=first, state="released")["held"]
-    assert run_module("dengine_lock", path=path, owner=second)["held"]
 
 
 def test_process_is_found_by_what_runs_and_outlives_the_module(tmp_path: Path) -> None:

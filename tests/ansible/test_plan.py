@@ -12,14 +12,14 @@ HOSTS = ["n1", "n2", "n3"]
 OPTIONS: dict[str, Any] = {"target": 3, "zones": ["az-a", "az-b", "az-c"], "secrets": {}}
 
 
-def hostvars() -> dict[str, dict[str, Any]]:
+def hostvars(count: int = 3) -> dict[str, dict[str, Any]]:
     return {
         f"n{i}": {
             "dengine_node_id": i,
             "dengine_address": f"10.0.0.{i}",
-            "dengine_zone": f"az-{'abc'[i - 1]}",
+            "dengine_zone": f"az-{'abc'[(i - 1) % 3]}",
         }
-        for i in (1, 2, 3)
+        for i in range(1, count + 1)
     }
 
 
@@ -60,6 +60,11 @@ def test_a_sound_inventory_has_no_problems_and_an_order() -> None:
         ({"n2": {"dengine_zone": ""}}, {"zones": []}, "n2: dengine_zone is missing"),
         ({"n2": {"dengine_zone": "az-a"}}, {"zones": []}, "zone az-a has 2 of 3 voters"),
         ({}, {"zones": ["az-d"]}, "zone az-d of dengine_zones has no host"),
+        (
+            {},
+            {"paths": {"dengine_db_root": ["/data", "/var/lib/dengine"]}},
+            "dengine_db_root is /data",
+        ),
         ({}, {"secrets": {"token": "CHANGE-ME"}}, "dengine_token has fewer than 32 characters"),
     ],
 )
@@ -76,6 +81,8 @@ def test_what_is_meant_is_let_through() -> None:
     values = hostvars()
     values["n2"]["dengine_zone"] = "az-a"
     assert problems(values, zones=[], shared_zones=True, limit="all") == []
+    paths = {"dengine_db_root": ["/var/lib/dengine/", "/var/lib/dengine"]}
+    assert problems(hostvars(4), target=None, paths=paths) == [], "no target, nothing to be odd"
     for host in values:
         values[host].update(dengine_address="127.0.0.1", dengine_zone=host)
     assert problems(values, zones=[], local=True) == []
@@ -85,15 +92,16 @@ def test_what_is_meant_is_let_through() -> None:
 
 
 class World:
-    """What three hosts say; changed by the tests."""
+    """What the hosts, three or more, say; changed by the tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 3) -> None:
+        self.values = hostvars(count)
         self.facts: dict[str, dict[str, Any]] = {
             h: {"process": None, "identity": {}, "data_dir": f"/var/lib/dengine/{h[1:]}"}
-            for h in HOSTS
+            for h in self.values
         }
         self.infos: dict[str, dict[str, Any]] = {
-            h: {"cluster": {}, "nodes": {}, "message": ""} for h in HOSTS
+            h: {"cluster": {}, "nodes": {}, "message": ""} for h in self.values
         }
 
     def has(self, host: str, cluster_id: str = "c1", **more: Any) -> World:
@@ -109,42 +117,50 @@ class World:
         self.infos[host]["nodes"] = {endpoint: {"status": {"role": "follower"}, "reason": ""}}
         return self
 
-    def sees(self, voters: tuple[int, ...], learners: tuple[int, ...] = (), **more: Any) -> World:
+    def sees(
+        self,
+        voters: tuple[int, ...],
+        learners: tuple[int, ...] = (),
+        readers: tuple[int, ...] = (),
+        **more: Any,
+    ) -> World:
+        status = dict.fromkeys(voters, "active") | dict.fromkeys(readers, "read_only")
         members = [
             {
                 "id": i,
                 "address": f"10.0.0.{i}:908{i}",
-                "status": "active" if i in voters else "promotable",
+                "status": status.get(i, "promotable"),
                 "incarnation": f"{i:016x}",
                 "ready": True,
                 "reason": None,
             }
-            for i in (*voters, *learners)
+            for i in (*voters, *learners, *readers)
         ]
         view = {
             "cluster_id": "c1", "term": 2, "commit_index": 9, "leader": {"id": voters[0]},
             "joint": False, "members": members, **more,
         }  # fmt: skip
-        for host in HOSTS:
+        for host in self.values:
             if self.facts[host]["process"]:
                 self.infos[host]["cluster"] = copy.deepcopy(view)
         return self
 
-    def plan(self, target: int = 3, mode: str = "expand") -> dict[str, Any]:
-        nodes = inventory.topology(HOSTS, hostvars())
-        return plan.expansion_plan(nodes, self.facts, self.infos, target, mode)
+    def plan(self, target: int = 3, mode: str = "expand", **options: Any) -> dict[str, Any]:
+        nodes = inventory.topology(list(self.values), self.values)
+        return plan.expansion_plan(nodes, self.facts, self.infos, target, mode, options)
 
-    def problem(self, target: int = 3) -> str:
-        found = self.plan(target)["problems"]
-        return "; ".join(f"{p['host']} {p['check']}: {p['measured']} -> {p['hint']}" for p in found)
+    def problem(self, target: int = 3, mode: str = "expand", **options: Any) -> str:
+        found = self.plan(target, mode, **options)
+        rows = found["problems"] + found["goal_problems"]
+        return "; ".join(f"{p['host']} {p['check']}: {p['measured']} -> {p['hint']}" for p in rows)
 
 
 def one_voter() -> World:
     return World().has("n1").runs("n1").sees((1,))
 
 
-def three_voters() -> World:
-    world = World()
+def three_voters(count: int = 3) -> World:
+    world = World(count)
     for host in HOSTS:
         world.has(host).runs(host)
     return world.sees((1, 2, 3))
@@ -173,6 +189,112 @@ def test_who_is_missing_joins_whatever_an_earlier_run_did() -> None:
     assert [j["id"] for j in two.plan()["join"]] == [3]
     assert three_voters().plan()["done"]
     assert three_voters().plan(1, "site")["done"]
+
+
+def with_learners(*learners: int, count: int = 3) -> World:
+    """One voter, and what a killed expand.yml left beside it."""
+    world = World(count).has("n1").runs("n1")
+    for i in learners:
+        world.has(f"n{i}").runs(f"n{i}")
+    return world.sees((1,), learners)
+
+
+@pytest.mark.parametrize(("target", "mode"), [(1, "site"), (1, "expand")])
+@pytest.mark.parametrize("learners", [(2,), (2, 3)])
+def test_learners_become_voters_only_where_the_target_has_room(
+    target: int, mode: str, learners: tuple[int, ...]
+) -> None:
+    """site.yml, and expand.yml to one voter, leave what a killed run left alone: to promote it
+    would make two voters, or three that nobody asked for."""
+    found = with_learners(*learners).plan(target, mode)
+    assert (found["target"], found["join"], found["start"]) == ([1], [], [])
+    assert found["members"] == ["n1"]
+    assert found["done"]
+    stopped = with_learners(*learners)
+    stopped.facts["n2"]["process"] = None
+    assert stopped.plan(target, mode)["start"] == []
+
+
+def test_a_learner_is_taken_before_a_host_that_is_no_member() -> None:
+    world = with_learners(4, count=5)
+    assert world.plan(3)["target"] == [1, 2, 4]
+    assert world.plan(5)["target"] == [1, 2, 3, 4, 5]
+    assert [j["id"] for j in world.plan(3)["join"]] == [2, 4]
+
+
+def test_an_even_number_of_voters_is_never_the_target() -> None:
+    """Whatever the reason, here voters made by hand and a host too few."""
+    world = World(3).has("n1").runs("n1").has("n2").runs("n2").sees((1, 2))
+    assert "2 voters are an even number" in world.problem(1, "site")
+    assert world.plan(1, "site")["problems"] == []
+    assert world.problem(3) == ""
+
+
+def test_a_read_only_member_neither_joins_nor_votes() -> None:
+    world = World(4)
+    for host in ("n1", "n2", "n3"):
+        world.has(host).runs(host)
+    world.sees((1,), (), (2, 3))
+    assert world.plan(1)["done"]
+    assert "only 2 of 4 hosts can vote, for n2, n3 are read_only" in world.problem(3)
+    full = three_voters(4).has("n4").runs("n4").sees((1, 2, 3), (), (4,))
+    assert full.plan(3)["done"]
+    assert full.plan(3)["target"] == [1, 2, 3]
+    assert full.problem(3) == ""
+    full.facts["n4"]["process"] = None
+    assert full.plan(3)["start"] == ["n4"]
+
+
+def test_the_zones_of_the_chosen_nodes_count_whatever_is_to_spare() -> None:
+    world = World(4)
+    for host in ("n1", "n2", "n3"):
+        world.values[host]["dengine_zone"] = "az-a"
+    assert "zone az-a has 3 of 3 voters (n1, n2, n3)" in world.problem(3)
+    assert world.problem(3, shared_zones=True) == ""
+    assert world.problem(1, "site") == ""
+    grown = three_voters(4)
+    grown.values = world.values
+    assert grown.problem(1, "site") == "", "what is there already stops no other playbook"
+
+
+def test_a_follower_that_runs_makes_the_backup() -> None:
+    """Never the leader where it can be helped, and never a node that is stopped."""
+    assert one_voter().plan()["backup_host"] == "n1"
+    assert three_voters().plan()["backup_host"] == "n2"
+    world = three_voters(5)
+    world.facts["n2"]["process"] = None
+    assert world.plan(5)["backup_host"] == "n3"
+    world.facts["n3"]["process"] = None
+    assert world.plan(5)["backup_host"] == "n1"
+
+
+def test_a_host_that_cannot_be_reached_is_a_row_and_decides_nothing() -> None:
+    world = three_voters()
+    world.facts["n1"] = {"unreachable": "Connection refused"}
+    world.infos["n1"] = {"cluster": {}, "nodes": {}, "message": ""}
+    assert world.problem() == (
+        "n1 unreachable: Connection refused -> repair the connection, or take the host out of the "
+        "inventory"
+    )
+    found = world.plan()
+    assert found["unreachable"] == ["n1"]
+    assert found["coordinator"] == "n2"
+    assert found["backup_host"] == "n2"
+    blank = World()
+    blank.facts["n3"] = {"unreachable": "Connection refused"}
+    assert blank.plan()["founder"] == "", "who cannot be seen may have the cluster"
+    said = inventory.observed(
+        inventory.topology(HOSTS, hostvars()),
+        {
+            "n1": {"discover_probe": {"facts": {"process": None}}, "discover_info": {"nodes": {}}},
+            "n2": {"discover_probe": {"unreachable": True, "msg": "no route"}},
+            "n3": {},
+        },
+    )
+    assert said["facts"]["n1"] == {"process": None}
+    assert said["facts"]["n2"] == {"unreachable": "no route"}
+    assert said["infos"]["n2"]["cluster"] == {}
+    assert said["unreachable"] == ["n2", "n3"]
 
 
 def test_members_that_stopped_with_their_data_are_started() -> None:
@@ -233,6 +355,34 @@ def test_growing_does_not_shrink() -> None:
     assert "growing does not remove" in three_voters().problem(target=1)
 
 
+def test_an_earlier_cluster_whose_data_are_gone_is_not_replaced_by_a_new_one() -> None:
+    """A lost disk, or one that is not mounted, on whichever host: no second cluster without a word.
+    A directory that a killed first run left has no such trace."""
+    for host in HOSTS:
+        world = World()
+        world.facts[host]["trace"] = "dengine.service is enabled"
+        said = world.problem()
+        assert f"{host} identity: a cluster was at work here" in said
+        assert "mount its disk" in said
+    running = one_voter()
+    running.facts["n1"]["trace"] = "dengine.service is enabled"
+    assert running.problem() == ""
+
+
+def test_secrets_that_only_the_hosts_have_are_not_replaced() -> None:
+    """Whether the nodes run or not; nothing is said where no host has any."""
+    assert World().problem(secrets=False) == ""
+    for world in (World(), World().has("n2"), three_voters()):
+        world.facts["n2"].update(secrets=True, secrets_dir="/etc/dengine/secrets")
+        assert world.problem(secrets=True) == ""
+        said = world.problem(secrets=False, secrets_file="/c/secrets.json")
+        assert "n2 secrets: the cluster has secrets, and this controller has none" in said
+        assert "/c/secrets.json" in said
+        assert "/etc/dengine/secrets on n2" in said
+    stopped = World().has("n3")
+    assert "n3 secrets" in stopped.problem(secrets=False)
+
+
 # --- tables and reports --------------------------------------------------------------------------
 
 
@@ -253,6 +403,19 @@ def test_ways_are_judged_in_both_directions() -> None:
     assert "n1 (10.0.0.1:9081) timed out" in text
     assert "-> open the port in the firewall" in text
     assert "skipped by name: rtt on n1 (12.5 ms to n2)" in rows.verdict(skipped)
+
+
+def test_a_joiner_gets_the_release_of_the_members() -> None:
+    there = "/opt/dengine/releases/1.2.0-0123abcd"
+    found = rows.release_rows({"n1": there, "n2": ""}, "1.3.0")
+    (bad,) = rows.failures(found)
+    assert (bad["host"], bad["measured"]) == ("n2", "would get 1.3.0")
+    assert "1.2.0, as on n1" in bad["limit"]
+    assert rows.failures(rows.skipping(found, ["release"])) == []
+    assert rows.failures(rows.release_rows({"n1": there, "n2": ""}, "1.2.0")) == []
+    left = {"n1": there, "n2": "/opt/dengine/releases/1.1.0-fedc"}
+    assert [r["host"] for r in rows.failures(rows.release_rows(left, "1.2.0"))] == ["n2"]
+    assert rows.release_rows({"n1": "", "n2": ""}, "1.2.0") == []
 
 
 def test_a_report_is_readable() -> None:

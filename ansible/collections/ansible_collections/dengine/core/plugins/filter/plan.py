@@ -9,10 +9,12 @@ class FilterModule:
     def filters(self):
         return {
             "topology": inventory.topology,
+            "observed": inventory.observed,
             "inventory_problems": inventory.inventory_problems,
             "expansion_plan": plan.expansion_plan,
             "host_rows": rows.host_rows,
             "way_rows": rows.way_rows,
+            "release_rows": rows.release_rows,
             "skipping": rows.skipping,
             "verdict": rows.verdict,
             "failures": rows.failures,

@@ -19,6 +19,7 @@ from ansible_collections.dengine.core.plugins.module_utils.client import split_e
 
 LIMITS = {
     "python_min": "3.11",
+    "python_max": "3.13",  # wheels are pinned for these
     "memory_mb": 512,
     "disk_free_mb": 2048,
     "disk_times_data": 3,
@@ -35,15 +36,18 @@ STA_UNSYNC = 0x40
 
 def python(params, limits, run):
     have = sys.version_info[:2]
-    need = tuple(int(n) for n in str(limits["python_min"]).split("."))
+    least, most = (
+        tuple(int(n) for n in str(limits[name]).split(".")) for name in ("python_min", "python_max")
+    )
+    allowed = "{} to {}".format(limits["python_min"], limits["python_max"])
     shown = "{} at {}".format(".".join(map(str, have)), sys.executable)
-    if have < need:
-        return False, shown, limits["python_min"], "install a newer python3"
+    if not least <= have <= most:
+        return False, shown, allowed, f"install a python3 of version {allowed}"
     if params["backend"] == "systemd":
         code = run([sys.executable, "-c", "import ensurepip, venv"])[0]
         if code:
             return False, shown + " without venv", "venv", "apt-get install python3-venv"
-    return True, shown, ">= {}".format(limits["python_min"]), ""
+    return True, shown, allowed, ""
 
 
 def architecture(params, limits, run):

@@ -7,6 +7,10 @@ import json
 import os
 
 IDENTITY = "identity.json"
+SECRETS = ("peer_secret", "token")
+# Written by role rollout when a cluster was verified, into a directory that destroy.yml removes.
+MARKER = "cluster.json"
+ENABLED_UNIT = "/etc/systemd/system/multi-user.target.wants/dengine.service"
 
 
 def find_process(config):
@@ -42,6 +46,22 @@ def read_identity(directory):
     except ValueError:
         return {"error": "it is not JSON"}
     return found if isinstance(found, dict) else {"error": "it is not an object"}
+
+
+def has_secrets(directory):
+    """Do the secrets of a cluster lie here?"""
+    return any(os.path.exists(os.path.join(directory, name)) for name in SECRETS)
+
+
+def trace(secrets_dir, unit=""):
+    """What shows that a cluster was once at work on this host, whatever became of its data, or "".
+
+    A configuration or a directory is no such trace: a first run that was killed leaves those.
+    """
+    marker = os.path.join(secrets_dir, MARKER)
+    if os.path.exists(marker):
+        return marker
+    return f"{os.path.basename(unit)} is enabled" if unit and os.path.lexists(unit) else ""
 
 
 def is_empty(directory):

@@ -8,8 +8,9 @@ module: dengine_lock
 short_description: Let only one run at a time change a cluster
 description:
   - A small file on one host says who is at work. An action plugin of the same name adds who runs
-    this playbook, and takes the lock from a run on the same controller that has ended.
-  - A lock that was not refreshed for O(ttl) seconds may be taken by anybody.
+    this playbook. It takes the lock from a run of this very controller that has ended, and from one
+    elsewhere that has not refreshed it for as long as that run said it would at most; never from
+    a run of this controller that goes on.
 options:
   path:
     description: The file.
@@ -25,7 +26,7 @@ options:
     type: dict
     default: {}
   take_from:
-    description: Nonce of a holder that is known to have ended.
+    description: Nonce of a holder that has ended, or that was not heard of for too long.
     type: str
     default: ''
   force:
@@ -33,19 +34,27 @@ options:
     type: bool
     default: false
   ttl:
-    description: Seconds after which an unrefreshed lock counts for nothing.
+    description: Seconds for which the one who asks may be silent. It stands in the lock.
     type: float
     default: 900.0
 """
 EXAMPLES = r"""
 - name: Nobody else changes this cluster now
   dengine.core.dengine_lock:
-    path: /run/lock/dengine-deploy.json
+    path: /run/dengine-deploy.json
 """
 RETURN = r"""
 held:
   description: Whether the one who asks has it, or in check mode could have it.
   type: bool
+  returned: always
+stale:
+  description: Whether the holder before this was silent for longer than it said.
+  type: bool
+  returned: always
+ttl:
+  description: Seconds for which the holder may be silent.
+  type: float
   returned: always
 holder:
   description: Who has it.
@@ -78,6 +87,27 @@ def write(file, holder):
     os.fsync(file.fileno())
 
 
+def decide(holder, params):
+    """Who holds the lock after this, and whether that is the one who asks."""
+    mine = holder.get("nonce") == params["owner"].get("nonce")
+    if params["state"] == "released":
+        return ({} if mine else holder), mine or not holder
+    taken = params["take_from"] and holder.get("nonce") == params["take_from"]
+    if not holder or mine or taken or params["force"]:
+        return {**params["owner"], "refreshed": time.time(), "ttl": params["ttl"]}, True
+    return holder, False
+
+
+def open_file(module, path):
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except PermissionError as error:
+        module.fail_json(msg=f"{path}: {error.strerror}: set ansible_become: true for the group")
+    except OSError as error:
+        module.fail_json(msg=f"{path}: {error.strerror}")
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
@@ -91,29 +121,18 @@ def main():
         supports_check_mode=True,
     )
     params = module.params
-    owner = params["owner"]
-    if module.check_mode and not os.path.exists(params["path"]):
-        module.exit_json(changed=False, held=True, holder={})
-    try:
-        os.makedirs(os.path.dirname(params["path"]), mode=0o755, exist_ok=True)
-        descriptor = os.open(params["path"], os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        module.fail_json(msg="{}: {}".format(params["path"], error.strerror))
-    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
+    path, here = params["path"], os.path.exists(params["path"])
+    if not here and (module.check_mode or params["state"] == "released"):
+        module.exit_json(changed=False, held=True, holder={}, stale=False, ttl=params["ttl"])
+    with os.fdopen(open_file(module, path), "r+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        holder = read(file)
-        mine = holder.get("nonce") == owner.get("nonce")
-        stale = time.time() - holder.get("refreshed", 0) > params["ttl"]
-        free = not holder or mine or stale or params["force"]
-        free = free or (params["take_from"] and holder.get("nonce") == params["take_from"])
-        if params["state"] == "held" and free:
-            holder = {**owner, "refreshed": time.time()}
-            if not module.check_mode:
-                write(file, holder)
-        elif params["state"] == "released" and mine and not module.check_mode:
-            write(file, {})
-            holder = {}
-    module.exit_json(changed=False, held=bool(free), holder=holder)
+        before = read(file)
+        holder, held = decide(before, params)
+        if holder != before and not module.check_mode:
+            write(file, holder)
+    ttl = float(before.get("ttl", params["ttl"]))
+    stale = time.time() - before.get("refreshed", 0) > ttl
+    module.exit_json(changed=False, held=held, holder=holder, stale=stale, ttl=ttl)
 
 
 if __name__ == "__main__":

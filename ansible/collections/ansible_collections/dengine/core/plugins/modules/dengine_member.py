@@ -22,7 +22,8 @@ options:
   state:
     description:
       - V(learner) is a member of any kind, V(ready) a learner that has caught up, or a voter.
-      - V(voter) is a voter of a membership that is not in the middle of a change.
+      - V(voter) is a voter of a membership that is not in the middle of a change. Where the
+        cluster's own policy does not promote, this module does, to an odd number of voters only.
       - V(absent) was removed; its id never returns.
       - V(present) changes address, zone or status of a member that is there.
     type: str
@@ -47,9 +48,15 @@ options:
     type: float
     default: 3600.0
   stall_timeout:
-    description: Seconds without any progress after which to give up.
+    description: Seconds without any progress, or of refused promotions, after which to give up.
     type: float
     default: 60.0
+  lock:
+    description:
+      - File of the run lock on this host, which the action plugin keeps fresh while it waits, see
+        M(dengine.core.dengine_lock). Without it none is touched.
+    type: path
+    default: ''
 """
 EXAMPLES = r"""
 - name: Nodes 2 and 3 vote
@@ -77,6 +84,10 @@ done:
   description: Whether O(state) is reached.
   type: bool
   returned: always
+refusal:
+  description: Why the cluster refused to promote the nodes, when it did.
+  type: str
+  returned: when O(state) is not V(present)
 progress:
   description: One line for each id.
   type: list
@@ -136,30 +147,42 @@ def predicted(view, ids, state):
 
 
 def follow(client, view, ids, state, seconds):
-    """Wait until `state` is reached or `seconds` are over; returns the last view."""
+    """Wait until `state` is reached or `seconds` are over.
+
+    Returns the last view, and why the cluster refused to promote, if it did.
+    """
     deadline = time.monotonic() + seconds
-    ready_since = None
+    ready_since, refusal = None, ""
     while not reached(view, ids, state) and time.monotonic() < deadline:
         now = time.monotonic()
         if state == "voter" and not view["joint"] and reached(view, ids, "ready"):
             ready_since = ready_since or now
             if now - ready_since >= SELF_PROMOTION_S:
                 ready_since = None
-                _promote(client, view, ids)
+                refusal = _promote(client, view, ids)
         else:
             ready_since = None
         time.sleep(POLL_S)
         view = client.get("/v1/cluster")
-    return view
+    return view, refusal
 
 
 def _promote(client, view, ids):
+    """Promote those of `ids` that do not vote yet; returns why it was refused, or ""."""
+    after = predicted(view, ids, "voter")["voters"]
+    if len(after) % 2 == 0:
+        raise ApiError(
+            f"to promote {ids} would make {len(after)} voters, {after}: an even number tolerates "
+            "no more failures than one less. Name one more learner, or one less"
+        )
     waiting = [i for i in ids if newest(view, i)["status"] != "active"]
     try:
         client.call("POST", "/v1/cluster/promote", {"ids": waiting})
     except ApiError as error:
-        if error.status != 409:  # not ready any more, or the policy was faster
+        if error.status != 409:
             raise
+        return error.message  # not ready any more, or the policy was faster; or it stays like that
+    return ""
 
 
 def remove(client, view, ids):
@@ -201,7 +224,7 @@ def run(module, client):
                 view["cluster_id"], expected
             )
         )
-    before = sets(view)
+    before, refusal = sets(view), ""
     if state == "present":
         differing = wrong_fields(view, params)
         fields = ("address", "zone")
@@ -224,7 +247,7 @@ def run(module, client):
         if state == "absent":
             view = remove(client, view, ids)
         else:
-            view = follow(client, view, ids, state, params["slice"])
+            view, refusal = follow(client, view, ids, state, params["slice"])
         after = sets(view)
         changed = after != before
         done = reached(view, ids, state)
@@ -234,6 +257,7 @@ def run(module, client):
         "after": after,
         "done": done,
         "diff": {"before": before, "after": after},
+        "refusal": "" if done else refusal,
         "progress": [progress_line(view, i) for i in ids],
         "mark": progress_mark(view, ids),
         "cluster": view,
@@ -256,6 +280,7 @@ def main():
             "slice": {"type": "float", "default": 5.0},
             "timeout": {"type": "float", "default": 3600.0},
             "stall_timeout": {"type": "float", "default": 60.0},
+            "lock": {"type": "path", "default": ""},
         },
         supports_check_mode=True,
     )

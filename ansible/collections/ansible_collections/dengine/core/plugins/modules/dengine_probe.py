@@ -33,6 +33,10 @@ options:
     description: Where the node listens, as C(host:port).
     type: str
     default: 127.0.0.1:9081
+  secrets_dir:
+    description: Directory of the files peer_secret and token. Only looked at, never read.
+    type: path
+    default: /etc/dengine/secrets
   backend:
     description: What runs the node.
     type: str
@@ -71,7 +75,7 @@ rows:
   elements: dict
   returned: when O(action=checks)
 facts:
-  description: Process, identity of the data directory, versions, files.
+  description: Process, identity of the data directory, versions, files, traces of a cluster.
   type: dict
   returned: when O(action=facts)
 ways:
@@ -94,8 +98,13 @@ def facts(params):
     data_dir = params["data_dir"]
     release = os.path.realpath(params["current"]) if os.path.islink(params["current"]) else ""
     point = host.nearest(data_dir)
+    secrets_dir = params["secrets_dir"]
+    unit = host.ENABLED_UNIT if params["backend"] == "systemd" else ""
     return {
         "data_dir": data_dir,
+        "secrets_dir": secrets_dir,
+        "secrets": host.has_secrets(secrets_dir),
+        "trace": host.trace(secrets_dir, unit),
         "process": host.find_process(params["config"]),
         "identity": host.read_identity(data_dir),
         "data_empty": host.is_empty(data_dir),
@@ -122,6 +131,7 @@ def main():
             "data_dir": {"type": "path", "default": "/var/lib/dengine"},
             "current": {"type": "path", "default": "/opt/dengine/current"},
             "listen_address": {"type": "str", "default": "127.0.0.1:9081"},
+            "secrets_dir": {"type": "path", "default": "/etc/dengine/secrets", "no_log": False},
             "backend": {
                 "type": "str",
                 "default": "systemd",

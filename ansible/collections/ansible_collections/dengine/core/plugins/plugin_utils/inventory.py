@@ -38,6 +38,26 @@ def topology(hosts: list[str], hostvars: Any) -> list[dict[str, Any]]:
     return found
 
 
+def observed(nodes: list[dict[str, Any]], hostvars: Any) -> dict[str, Any]:
+    """What role `discover` registered on each host, as `expansion_plan` takes it.
+
+    A host that could not be looked at has {"unreachable": why} as its facts.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    infos: dict[str, dict[str, Any]] = {}
+    for node in nodes:
+        values = hostvars[node["host"]]
+        probe, info = values.get("discover_probe") or {}, values.get("discover_info") or {}
+        if "facts" in probe and "nodes" in info:
+            facts[node["host"]], infos[node["host"]] = probe["facts"], info
+        else:
+            why = " ".join(str(probe.get("msg") or "it could not be looked at").split())
+            facts[node["host"]] = {"unreachable": why}
+            infos[node["host"]] = {"cluster": {}, "nodes": {}, "message": ""}
+    unreachable = [host for host, said in facts.items() if "unreachable" in said]
+    return {"facts": facts, "infos": infos, "unreachable": unreachable}
+
+
 def _integer(value: Any) -> int | None:
     try:
         return int(value)
@@ -49,7 +69,8 @@ def inventory_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> 
     """Everything that can be known to be wrong without asking any host.
 
     `options`: target, limit (what --limit said), zones (that must all be there), shared_zones,
-    local (all on one machine), secrets (peer_secret and token where the inventory sets them).
+    local (all on one machine), secrets (peer_secret and token where the inventory sets them),
+    paths (by variable what it is and what it has to be). No target: nothing is to grow.
     """
     problems = []
     if options.get("limit") not in (None, "", "all"):
@@ -60,6 +81,12 @@ def inventory_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> 
     problems += _target_problems(nodes, options)
     problems += _node_problems(nodes, bool(options.get("local")))
     problems += _zone_problems(nodes, options)
+    for name, (value, unit) in sorted((options.get("paths") or {}).items()):
+        if str(value).rstrip("/") != unit:
+            problems.append(
+                f"{name} is {value}, and the unit of backend systemd has {unit}: leave it out; to "
+                f"have the data elsewhere, mount that disk on {unit}"
+            )
     for name, value in sorted((options.get("secrets") or {}).items()):
         if value and (len(value) < MIN_SECRET or value in SAMPLE_SECRETS):
             problems.append(
@@ -70,7 +97,9 @@ def inventory_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> 
 
 
 def _target_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> list[str]:
-    target = _integer(options.get("target"))
+    if options.get("target") is None:
+        return []
+    target = _integer(options["target"])
     if target is None or target < 1 or target % 2 == 0:
         return [
             f"dengine_target_voters is {options.get('target')}: it must be odd (1, 3 or 5), since "
@@ -127,12 +156,24 @@ def _zone_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> list
     for host in used.pop("", []):
         problems.append(f"{host}: dengine_zone is missing: the availability zone of the host")
     target = _integer(options.get("target")) or 1
-    allowed = max(1, (target - 1) // 2)
-    if target > 1 and not options.get("shared_zones"):
-        for zone, hosts in sorted(used.items()):
-            if len(hosts) > allowed and len(nodes) <= target:
-                problems.append(
-                    f"zone {zone} has {len(hosts)} of {target} voters ({', '.join(hosts)}): losing "
-                    "it would stop the cluster. Spread them, or set dengine_shared_zones: true"
-                )
+    # With hosts to spare it depends on who is chosen: the plan knows that.
+    if 1 < target == len(nodes) and not options.get("shared_zones"):
+        problems += [
+            f"{crowded}. Spread them, or set dengine_shared_zones: true"
+            for crowded in crowded_zones(nodes, target)
+        ]
     return problems
+
+
+def crowded_zones(nodes: list[dict[str, Any]], voters: int) -> list[str]:
+    """A sentence for each zone with so many of the `voters` that its loss would stop them all."""
+    used: dict[str, list[str]] = {}
+    for node in nodes:
+        used.setdefault(node["zone"], []).append(node["host"])
+    allowed = max(1, (voters - 1) // 2)
+    return [
+        f"zone {zone} has {len(hosts)} of {voters} voters ({', '.join(hosts)}): losing it would "
+        "stop the cluster"
+        for zone, hosts in sorted(used.items())
+        if zone and len(hosts) > allowed
+    ]

@@ -7,249 +7,156 @@ from __future__ import annotations
 
 from typing import Any
 
+from ansible_collections.dengine.core.plugins.plugin_utils.faults import faults
+from ansible_collections.dengine.core.plugins.plugin_utils.inventory import crowded_zones
 from ansible_collections.dengine.core.plugins.plugin_utils.rows import Row, row
+from ansible_collections.dengine.core.plugins.plugin_utils.survey import Survey
+
+Node = dict[str, Any]
 
 
 class Planner:
     """Turns what was observed into the plan of one run. Use `expansion_plan`."""
 
-    def __init__(
-        self,
-        nodes: list[dict[str, Any]],
-        facts: dict[str, dict[str, Any]],
-        infos: dict[str, dict[str, Any]],
-        target: int,
-        mode: str,
-    ) -> None:
-        self.nodes = nodes
-        self.facts = facts
-        self.infos = infos
-        self.target = target
+    def __init__(self, survey: Survey, target: int, mode: str, options: dict[str, Any]) -> None:
+        self.survey = survey
+        self.nodes = survey.nodes
         self.mode = mode
-        self.problems: list[Row] = []
-        self.view = self._best_view()
-        self.voter_ids = sorted({m["id"] for m in self._members() if m["status"] == "active"})
-        self.learner_ids = sorted({m["id"] for m in self._members() if m["status"] != "active"})
-
-    def _best_view(self) -> dict[str, Any]:
-        views = [i["cluster"] for i in self.infos.values() if i.get("cluster")]
-        return max(views, key=lambda v: (v["term"], v["commit_index"]), default={})
-
-    def _members(self) -> list[dict[str, Any]]:
-        members: list[dict[str, Any]] = self.view.get("members", [])
-        return members
-
-    def _identity(self, host: str) -> dict[str, Any]:
-        identity: dict[str, Any] = self.facts[host]["identity"]
-        return identity
-
-    def _belongs(self, host: str) -> str:
-        return str(self._identity(host).get("cluster_id") or "")
-
-    def _runs(self, host: str) -> bool:
-        return bool(self.facts[host]["process"])
+        self.options = options
+        # site.yml never calls an existing larger cluster wrong.
+        self.target = max(target, len(survey.voters)) if mode == "site" else target
+        self.wanted = target
 
     def plan(self) -> dict[str, Any]:
+        survey = self.survey
         founder = self._founder()
-        members = self._target_nodes()
-        start = [
-            n["host"]
-            for n in self.nodes
-            if not self._runs(n["host"]) and self._belongs(n["host"]) and not founder
-        ]
-        for node in self.nodes:
-            self._check_identity(node)
-        self._check_clusters()
-        self._check_health(start)
+        members = self._members()
+        start = [] if founder else self._start()
         join = [
             {"host": n["host"], "id": n["id"], "endpoint": n["endpoint"]}
             for n in members
-            if n["id"] not in self.voter_ids and n["host"] != founder
+            if n["id"] not in survey.voters and n["host"] != founder and n["host"] not in start
         ]
-        if not self.view and start:
-            join = [j for j in join if j["host"] not in start]
-        running = [n["host"] for n in members if self._runs(n["host"])]
         return {
-            "cluster_id": self.view.get("cluster_id", ""),
-            "voters": self.voter_ids,
-            "learners": self.learner_ids,
-            "leader": (self.view.get("leader") or {}).get("id"),
+            "cluster_id": survey.view.get("cluster_id", ""),
+            "voters": survey.voters,
+            "learners": survey.learners,
+            "leader": survey.leader,
             "founder": founder,
             "start": start,
             "join": join,
             "members": [n["host"] for n in members],
             "target": [n["id"] for n in members],
             "endpoints": [n["endpoint"] for n in members],
-            "voter_endpoints": [n["endpoint"] for n in members if n["id"] in self.voter_ids],
-            "coordinator": members[0]["host"] if members else "",
-            "running": running,
-            "processes": {n["host"]: self.facts[n["host"]]["process"] for n in self.nodes},
-            "blank": [n["host"] for n in members if not self._identity(n["host"])],
+            "voter_endpoints": [n["endpoint"] for n in members if n["id"] in survey.voters],
+            "coordinator": self._coordinator(members),
+            "backup_host": self._backup_host(members),
+            "running": [n["host"] for n in members if survey.process(n["host"])],
+            "unreachable": list(survey.unreachable),
+            "processes": {n["host"]: survey.process(n["host"]) for n in self.nodes},
+            "blank": [n["host"] for n in members if not survey.identity(n["host"])],
             "done": not (founder or start or join),
-            "problems": self.problems,
+            "problems": faults(survey, founder, start, self.options),
+            "goal_problems": self._goal_problems(members, bool(join)),
             "summary": self._summary(founder, start, join),
         }
 
     def _founder(self) -> str:
-        """The lowest id founds, and only where there is no cluster and no data of one."""
-        if self.view or any(self._belongs(n["host"]) for n in self.nodes) or not self.nodes:
+        """The lowest id founds, and only where nobody has a cluster or data of one. Who cannot be
+        looked at may have."""
+        survey = self.survey
+        if survey.view or survey.unreachable or not self.nodes:
+            return ""
+        if any(survey.belongs(n["host"]) for n in self.nodes):
             return ""
         return str(self.nodes[0]["host"])
 
-    def _target_nodes(self) -> list[dict[str, Any]]:
-        """Members as they are, filled up to the target with the lowest ids."""
-        known = {*self.voter_ids, *self.learner_ids}
-        if not self.view:
-            known = {n["id"] for n in self.nodes if self._belongs(n["host"])}
-        target = self.target
-        if self.mode == "site":
-            target = max(target, len(self.voter_ids))
-        elif len(self.voter_ids) > target:
-            self.problems.append(
-                row(
-                    "cluster",
-                    "cluster",
-                    f"{len(self.voter_ids)} voters",
-                    "growing does not remove: use dengine remove, or leave the target out",
-                    f"dengine_target_voters {target}",
-                )
-            )
-        chosen = [n for n in self.nodes if n["id"] in known]
-        for node in self.nodes:
-            if len(chosen) < target and node not in chosen:
-                chosen.append(node)
+    def _members(self) -> list[Node]:
+        """The voters, filled up to the target: learners first, then the lowest ids. A learner for
+        which there is no room stays one: with it the voters would be even, or more than asked for.
+        """
+        survey = self.survey
+        if survey.view:
+            ranks = [survey.voters, survey.learners]
+        else:  # who has data is started first, and then says what it is
+            ranks = [[n["id"] for n in self.nodes if survey.belongs(n["host"])]]
+        chosen = [n for n in self.nodes if n["id"] in ranks[0]]
+        for rank in [*ranks[1:], [n["id"] for n in self.nodes]]:
+            for node in self.nodes:
+                fits = node["id"] in rank and node["id"] not in survey.readers
+                if fits and node not in chosen and len(chosen) < self.target:
+                    chosen.append(node)
         return sorted(chosen, key=lambda node: node["id"])
 
-    def _check_identity(self, node: dict[str, Any]) -> None:
-        host, node_id = node["host"], node["id"]
-        identity, directory = self._identity(host), self.facts[host]["data_dir"]
-        aside = f"on {host}: mv {directory} {directory}.aside, then run this playbook again"
-        problem = hint = ""
-        own = [m for m in self._members() if m["id"] == node_id]
-        if identity.get("error"):
-            problem, hint = f"{directory}: identity.json: {identity['error']}", aside
-        elif identity.get("removed"):
-            problem = f"{directory} was removed from its cluster"
-            hint = f"give {host} a dengine_node_id that was never used, and {aside}"
-        elif identity and identity.get("node_id") != node_id:
-            problem, hint = (
-                f"{directory} is of node {identity.get('node_id')}, not {node_id}",
-                aside,
-            )
-        elif self.view and self._belongs(host) not in ("", self.view["cluster_id"]):
-            problem = f"{directory} belongs to cluster {self._belongs(host)}, a foreign one"
-            hint = aside
-        elif any(m["status"] == "active" for m in own) and not self._is_known(identity, own):
-            state = "is empty" if not identity else "has another incarnation"
-            problem = f"node {node_id} is a voter, and its directory {directory} {state}"
-            hint = (
-                f"bring the directory back if you can. If it is lost: dengine remove {node_id} "
-                f"(through another node), give {host} a new dengine_node_id, run this again"
-            )
-        elif self.view and node is self.nodes[0] and not own and not self._belongs(host):
-            problem = f"a cluster exists without node {node_id}, which has the lowest id"
-            hint = f"give {host} a dengine_node_id above {max(self.voter_ids)}"
-        if problem:
-            self.problems.append(row(host, "identity", problem, hint, "its own directory"))
+    def _start(self) -> list[str]:
+        """Members with data whose node does not run. Learners are started when it is their turn."""
+        survey = self.survey
+        return [
+            n["host"]
+            for n in self.nodes
+            if n["host"] not in survey.unreachable
+            and not survey.process(n["host"])
+            and survey.belongs(n["host"])
+            and (not survey.view or n["id"] in {*survey.voters, *survey.readers})
+        ]
 
-    @staticmethod
-    def _is_known(identity: dict[str, Any], own: list[dict[str, Any]]) -> bool:
-        mine = str(identity.get("incarnation", ""))
-        return bool(mine) and any(int(m["incarnation"], 16) == int(mine, 16) for m in own)
+    def _coordinator(self, members: list[Node]) -> str:
+        """Where the cluster is asked from: the first node where possible, for it has the lock."""
+        ids = {*(m["id"] for m in self.survey.members), *(n["id"] for n in members)}
+        able = [n["host"] for n in self.nodes if n["host"] not in self.survey.unreachable]
+        known = [n["host"] for n in self.nodes if n["id"] in ids and n["host"] in able]
+        return str([*known, *able, ""][0])
 
-    def _check_clusters(self) -> None:
-        found: dict[str, list[str]] = {}
-        for node in self.nodes:
-            said = self.infos[node["host"]].get("cluster") or {}
-            cluster_id = said.get("cluster_id") or (
-                "" if self.view else self._belongs(node["host"])
-            )
-            if cluster_id:
-                found.setdefault(cluster_id, []).append(node["host"])
-        if len(found) > 1:
-            text = "; ".join(f"{c}: {', '.join(hosts)}" for c, hosts in sorted(found.items()))
-            self.problems.append(
-                row(
-                    "cluster",
-                    "identity",
-                    f"{len(found)} clusters: {text}",
-                    "keep the one with your data; on the other hosts stop dengine and move the "
-                    "data directory aside",
-                    "one cluster",
-                )
-            )
+    def _backup_host(self, members: list[Node]) -> str:
+        """A voter that runs, and a follower where there is one: the leader has enough to do."""
+        survey = self.survey
+        running = [
+            n
+            for n in members
+            if n["id"] in survey.voters
+            and survey.process(n["host"])
+            and n["host"] not in survey.unreachable
+        ]
+        followers = [n["host"] for n in running if n["id"] != survey.leader]
+        return str([*followers, *(n["host"] for n in running), self._coordinator(members)][0])
 
-    def _check_health(self, start: list[str]) -> None:
-        by_id = {n["id"]: n for n in self.nodes}
-        for node in self.nodes:
-            host = node["host"]
-            said = self.infos[host]["nodes"].get(node["endpoint"], {})
-            if self._runs(host) and not said.get("status"):
-                self.problems.append(
-                    row(
-                        host,
-                        "cluster",
-                        f"process {self.facts[host]['process']['pid']} runs and does not answer: "
-                        f"{said.get('reason')}",
-                        "look at its log; diagnose.yml collects it",
-                        node["endpoint"],
-                    )
-                )
-        for member in self._members():
-            known = by_id.get(member["id"])
-            if known is None:
-                self.problems.append(
-                    row(
-                        "cluster",
-                        "cluster",
-                        f"node {member['id']} at {member['address']} is a member",
-                        f"add it to the inventory, or: dengine remove {member['id']}",
-                        "members of the inventory",
-                    )
-                )
-            elif (
-                member["status"] == "active"
-                and member["ready"] is False
-                and known["host"] not in start
-                and not any(p["host"] == known["host"] for p in self.problems)
-            ):
-                self.problems.append(
-                    row(
-                        known["host"],
-                        "cluster",
-                        f"node {member['id']}: {member['reason']}",
-                        f"repair {known['host']} before you grow the cluster",
-                        "every voter answers",
-                    )
-                )
-        if self.view.get("joint"):
-            self.problems.append(
-                row("cluster", "cluster", "a change of members is under way", "run again", "none")
-            )
-        self._check_leader(start)
+    def _goal_problems(self, members: list[Node], grows: bool) -> list[Row]:
+        """What is wrong with what is to be, not with what is: it stops site.yml and expand.yml."""
+        survey, voters = self.survey, len(members)
+        found = []
 
-    def _check_leader(self, start: list[str]) -> None:
-        if self.view or start or any(p["check"] == "identity" for p in self.problems):
-            return
-        for node in self.nodes:
-            if self._runs(node["host"]) and self._belongs(node["host"]):
-                said = self.infos[node["host"]]["nodes"].get(node["endpoint"], {})
-                reason = said.get("reason") or self.infos[node["host"]].get("message")
-                self.problems.append(
-                    row(
-                        "cluster",
-                        "cluster",
-                        f"no leader: {reason}",
-                        "start the missing voters; docs/operations.md, 'Lost quorum'",
-                        "a leader",
-                    )
-                )
-                return
+        def wrong(measured: str, hint: str, limit: str = "") -> None:
+            found.append(row("cluster", "cluster", measured, hint, limit))
+
+        if len(survey.voters) > self.target:
+            wrong(
+                f"{len(survey.voters)} voters",
+                "growing does not remove: use dengine remove, or leave the target out",
+                f"dengine_target_voters {self.target}",
+            )
+        elif voters < self.target:
+            readers = [n["host"] for n in self.nodes if n["id"] in survey.readers]
+            why = f", for {', '.join(readers)} are read_only" if readers else ""
+            wrong(
+                f"only {voters} of {len(self.nodes)} hosts can vote{why}",
+                "add hosts, set a member promotable (PUT /v1/cluster/members/ID), or ask for fewer",
+                f"{self.target} voters",
+            )
+        elif survey.view and voters % 2 == 0:
+            wrong(
+                f"{voters} voters are an even number: no more may fail than of {voters - 1}",
+                f"expand.yml with -e dengine_target_voters={voters + 1}",
+                "an odd number",
+            )
+        if voters > 1 and (grows or self.mode == "expand") and not self.options.get("shared_zones"):
+            for problem in crowded_zones(members, voters):
+                wrong(problem, "spread them, or set dengine_shared_zones: true", "zones")
+        return found
 
     def _summary(self, founder: str, start: list[str], join: list[dict[str, Any]]) -> list[str]:
         lines = []
-        if self.view:
-            lines.append(f"cluster {self.view['cluster_id']}, voters {self.voter_ids}")
+        if self.survey.view:
+            lines.append(f"cluster {self.survey.view['cluster_id']}, voters {self.survey.voters}")
         if founder:
             lines.append(f"found a new cluster on {founder}")
         if start:
@@ -262,19 +169,22 @@ class Planner:
 
 
 def expansion_plan(
-    nodes: list[dict[str, Any]],
+    nodes: list[Node],
     facts: dict[str, dict[str, Any]],
     infos: dict[str, dict[str, Any]],
     target: int,
     mode: str = "expand",
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The plan of one run.
 
     Args:
         nodes: `topology`.
-        facts: by host, what `dengine_probe` says, with `data_dir` added.
+        facts: by host, what `dengine_probe` says; or {"unreachable": why}.
         infos: by host, what `dengine_cluster_info` got from the host's own endpoint.
         target: voters that there are to be.
         mode: "expand", or "site", which never calls an existing larger cluster wrong.
+        options: shared_zones (their loss may stop the cluster), secrets (does the controller have
+            them?), secrets_file (where).
     """
-    return Planner(nodes, facts, infos, int(target), mode).plan()
+    return Planner(Survey(nodes, facts, infos), int(target), mode, options or {}).plan()

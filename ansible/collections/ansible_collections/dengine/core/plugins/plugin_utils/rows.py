@@ -75,6 +75,37 @@ def way_rows(
     return rows
 
 
+def release_rows(releases: dict[str, str], coming: str) -> list[Row]:
+    """A row for each host whose release would be another than the first one's.
+
+    Args:
+        releases: by host, in order of node id, the directory of the release in use, or "".
+        coming: version that a host without one gets.
+    """
+    versions = {
+        host: path.rpartition("/")[2].partition("-")[0] if path else ""
+        for host, path in releases.items()
+    }
+    first = next((host for host, version in versions.items() if version), "")
+    if not first:
+        return []
+    limit = versions[first]
+    rows = []
+    for host, version in versions.items():
+        new = "" if version else "would get "
+        rows.append(
+            _judged(
+                host,
+                "release",
+                (version or coming) == limit,
+                f"{new}{version or coming}",
+                f"{limit}, as on {first}",
+                f"run this from a checkout of version {limit}: one cluster, one release",
+            )
+        )
+    return rows
+
+
 def _judged(host: str, check: str, ok: bool, measured: str, limit: str, hint: str) -> Row:
     return {
         "host": host,

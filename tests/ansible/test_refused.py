@@ -1,0 +1,146 @@
+"""What is refused because of what there was before, and what no tag may leave out: each ends the
+run, changes nothing, and says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from examples.ansible.load import request
+from tests.ansible.local import Local
+from tests.ansible.test_gate import failed_rows
+from tests.cluster import wait_for
+
+pytestmark = [pytest.mark.playbooks, pytest.mark.timeout(1800)]
+
+
+def lock_of(site: Local) -> dict[str, object]:
+    file = site.state / "hosts" / "n1" / "dengine-deploy.json"
+    found: dict[str, object] = json.loads(file.read_text())
+    return found
+
+
+def test_the_only_voter_lost_its_disk_and_no_second_cluster_is_founded(site: Local) -> None:
+    """An unmounted data disk looks like an empty one. Mounted again, all is as it was; destroy.yml
+    is the word that a new cluster is meant."""
+    site.play("site").ok()
+    os.kill(site.pid("n1"), signal.SIGTERM)
+    wait_for(lambda: not site.node_pids(), "node 1 to stop")
+    aside = site.directory / "aside"
+    shutil.move(site.data("n1").parent, aside)
+    for playbook in ("expand", "site"):
+        run = site.play(playbook)
+        assert failed_rows(run) == {("n1", "identity")}
+        assert "mount its disk" in run.output
+        assert lock_of(site) == {}, "a run that failed lets the lock go"
+    assert site.node_pids() == []
+    shutil.move(aside, site.data("n1").parent)
+    site.play("site").ok()
+    assert site.voters() == [1]
+    site.play("destroy", "-e", "dengine_confirm=local").ok()
+    site.play("site").ok()
+    assert site.voters() == [1]
+
+
+def test_a_controller_without_the_secrets_makes_no_new_ones(site: Local) -> None:
+    """Whether the cluster runs or not. Copied back, everything goes on."""
+    site.play("site").ok()
+    file = site.state / "secrets.json"
+    kept = file.read_bytes()
+    on_host = site.state / "hosts" / "n1" / "secrets" / "token"
+    before = on_host.read_bytes()
+    for stop in (False, True):
+        file.unlink()
+        if stop:
+            os.kill(site.pid("n1"), signal.SIGTERM)
+            wait_for(lambda: not site.node_pids(), "node 1 to stop")
+        run = site.play("expand")
+        assert failed_rows(run) == {("n1", "secrets")}
+        assert str(on_host.parent) in run.output
+        assert not file.exists()
+        assert on_host.read_bytes() == before
+        file.write_bytes(kept)
+        file.chmod(0o600)
+    site.play("expand").ok()
+    assert site.voters() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("tags", "target", "said"),
+    [
+        ("--skip-tags always", 2, "A step was left out"),
+        ("--skip-tags always,backup,install", 2, "A step was left out"),
+        ("--skip-tags gate,discover,preflight", 2, "it must be odd"),
+        ("--skip-tags backup", 3, "A step was left out"),
+        ("--tags untagged", 3, "A step was left out"),
+        ("--start-at-task join", 2, "is undefined"),
+    ],
+)
+def test_no_tag_leaves_out_what_comes_before(
+    tags: str, target: int, said: str, site: Local
+) -> None:
+    """Not even with a target that the gate refuses; nothing is started or changed."""
+    tags = tags.replace("join", "*All become voters*")
+    how, names = tags.split(" ", 1)
+    run = site.play("expand", how, names, "-e", f"dengine_target_voters={target}")
+    assert said in run.failed().output
+    assert site.node_pids() == []
+
+
+def test_tags_end_a_run_early(site: Local) -> None:
+    site.play("expand", "--tags", "always").ok()
+    assert not (site.state / "hosts" / "n1" / "dengine.toml").exists()
+    site.play("expand", "--tags", "install").ok()
+    assert (site.state / "hosts" / "n3" / "dengine.toml").exists()
+    assert site.node_pids() == []
+    site.play("expand").ok()
+    assert site.voters() == [1, 2, 3]
+
+
+def test_a_host_that_cannot_be_reached_is_a_row_where_it_matters(site: Local) -> None:
+    """expand.yml and rolling_restart.yml stop with a row. The first host, which has the run lock,
+    may be the one: the lock then lies on the next."""
+    site.play("expand").ok()
+    for host in ("n3", "n1"):
+        values = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
+        site.set_host(host, **values)
+        assert failed_rows(site.play("expand")) == {(host, "unreachable")}
+        assert f"{host}" in site.play("rolling_restart").failed().output
+        (site.inventory / "host_vars" / f"{host}.yml").unlink()
+    assert not any(site.play("expand").ok().changed.values())
+
+
+def test_joiners_get_the_release_that_the_members_have(site: Local) -> None:
+    """A checkout of another version is a row for each host that would get it."""
+    opt = site.state / "hosts" / "n1" / "opt"
+    (opt / "releases" / "9.9.9-0123abcd").mkdir(parents=True)
+    (opt / "current").symlink_to("releases/9.9.9-0123abcd")
+    ask = ("--tags", "always", "-e", '{"dengine_release_enabled": true}')
+    run = site.play("expand", *ask)
+    assert failed_rows(run) == {("n2", "release"), ("n3", "release")}
+    assert "9.9.9, as on n1" in run.output
+    site.skip_checks(["time_sync", "filesystem", "fsync", "memory", "release"])
+    site.play("expand", *ask).ok()
+
+
+def test_a_read_only_member_is_left_alone(site: Local) -> None:
+    """It neither blocks what is there already nor is taken for a voter to be; where it is needed
+    as one, the row says so."""
+    site.play("site").ok()
+    name = "dengine.core.rollout : The cluster is well before the join of node 3"
+    assert site.play("expand", KILL_AT=name).code == -9
+    ask = ("PUT", "/v1/cluster/members/2", site.secrets["token"])
+    status, body = request(site.endpoint("n1"), *ask, b'{"status": "read_only"}')
+    assert status == 200, body
+    run = site.play("expand", "-e", "dengine_target_voters=1")
+    assert not any(run.ok().changed.values())
+    run = site.play("expand")
+    assert failed_rows(run) == {("cluster", "cluster")}
+    assert "only 2 of 3 hosts can vote, for n2 are read_only" in run.output
+    assert request(site.endpoint("n1"), *ask, b'{"status": "promotable"}')[0] == 200
+    site.play("expand").ok()
+    assert site.voters() == [1, 2, 3]
