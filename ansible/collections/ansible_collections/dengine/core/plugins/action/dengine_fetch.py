@@ -1,8 +1,8 @@
 """Action plugin: a large file from a host, piece by piece.
 
 Where it has to become somebody else, `fetch` holds the whole file in memory on both sides, and it
-writes under the final name. This one asks for a piece at a time, whatever the connection and the way
-to become, and gives the file its name when it is complete and has the right digest.
+writes under the final name. This one asks for a piece at a time, with any connection and any way to
+become, and gives the file its name when it is complete and has the right digest.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ module: dengine_snapshot
 short_description: Take, download and check snapshots of a dengine node
 description:
   - V(taken) has the node write a snapshot. V(saved) also downloads it to O(dest), resuming what an
-    earlier run left of the same one, compares it with the SHA-256 that the node names, and only then
-    gives it its name. V(pruned) deletes the oldest copies of that name, and what is left of downloads
-    of them that nobody has gone on with for an hour.
+    earlier run left of the same one, compares it with the SHA-256 that the node names, and only
+    then gives it its name. V(pruned) deletes the oldest copies of that name, and what is left of
+    downloads of them that nobody has gone on with for an hour.
 extends_documentation_fragment: dengine.core.api
 options:
   state:
