@@ -65,6 +65,38 @@ def test_the_life_of_a_cluster(site: Local) -> None:
     assert copy.exists(), "backups stay"
 
 
+def test_verify_collects_all_that_is_wrong_and_leaves_no_older_report(site: Local) -> None:
+    """A wrong file here, a dead node there: both are in the report, and check mode finds them. A
+    run that cannot even begin leaves no report that says "Verified."."""
+    site.play("expand").ok()
+    site.play("verify", "--check").ok()
+    site.play("verify").ok()
+    assert site.report("verify")["verdict"] == "Verified."
+    site.play("verify", "--limit", "n1").failed()
+    assert site.report("verify")["verdict"] == "NOT as it should be."
+    assert "--limit is refused" in "".join(site.report("verify")["problems"])
+    config = site.state / "hosts" / "n2" / "dengine.toml"
+    was = config.read_text()
+    config.write_text(was.replace("az-b", "az-x"))
+    os.kill(site.pid("n3"), signal.SIGKILL)
+    wait_for(lambda: len(site.node_pids()) == 2, "node 3 to be gone")
+    site.play("verify", "--check").failed()
+    assert site.play("verify").failed()
+    report = site.report("verify")
+    assert report["verdict"] == "NOT as it should be."
+    text = "\n".join(report["problems"])
+    assert "n2: the configuration is not that of the inventory" in text
+    assert f"{site.endpoint('n3')}: Connection refused" in text
+    assert report["facts"]["keys compared"] == 3, "the other two are compared all the same"
+
+
+def test_verify_counts_the_voters_of_the_inventory(site: Local) -> None:
+    """One voter of three hosts is a cluster that has shrunk, unless it was asked for."""
+    site.play("site").ok()
+    assert "sees the voters [1], not [1, 2, 3]" in site.play("verify").failed().output
+    site.play("verify", "-e", "dengine_verify_voters=1").ok()
+
+
 def test_a_single_voter_is_not_restarted_by_accident(site: Local) -> None:
     site.play("site").ok()
     pid = site.pid("n1")

@@ -106,7 +106,7 @@ def view_problems(views, wanted):
 
 
 def zone_problems(view, zones, shared_zones):
-    """Zones that are not as the inventory says, or have so many voters that their loss stops all."""
+    """Zones that are not as the inventory says, or have too many of the voters."""
     problems, used = [], {}
     for member in view["members"]:
         zone = zones.get(str(member["id"]))
@@ -217,7 +217,7 @@ def main():
         problems += view_problems(views, params["voters"])
         first = next(iter(views.values()))
         problems += zone_problems(first, params["zones"], params["shared_zones"])
-    if len(views) == len(client.endpoints):
+        client.endpoints = list(views)  # who does not answer is a problem; the others are compared
         try:
             if params["canary_prefix"] and not module.check_mode:
                 problems += canary_problems(client, params["canary_prefix"])
