@@ -65,6 +65,50 @@ def test_the_life_of_a_cluster(site: Local) -> None:
     assert copy.exists(), "backups stay"
 
 
+def lose(site: Local, host: str) -> None:
+    """The node is killed, and nobody reaches its host any more."""
+    os.kill(site.pid(host), signal.SIGKILL)
+    site.set_host(host, ansible_connection="ssh", ansible_host="127.0.0.1", ansible_port=1)
+    wait_for(lambda: len(site.node_pids()) == 2, f"{host} to be gone")
+
+
+def test_one_dead_host_of_three(site: Local) -> None:
+    """Backup and switchover work, the latter never towards it; verify reports it, and destroy does
+    not leave it behind without being told to."""
+    site.play("expand").ok()
+    lose(site, "n3")
+    site.play("backup").ok()
+    assert len(list((site.state / "hosts" / "n2" / "backups").glob("*.dsnap"))) == 1
+    run = site.play("switchover", "-e", "dengine_leader=3").failed()
+    assert "Who takes over is well" in run.output
+    assert site.get("n1", "/v1/cluster")["leader"]["id"] == 1
+    assert "node 2 leads" in site.play("switchover").ok().output
+
+    site.play("verify").failed()
+    assert "n3" in "".join(site.report("verify")["problems"])
+    assert site.report("verify")["facts"]["keys compared"] == 3
+
+    name = ("-e", "dengine_confirm=local")
+    assert "n3 cannot be reached" in site.play("destroy", *name).failed().output
+    site.play("destroy", *name, "-e", '{"destroy_without_unreachable": true}').ok()
+    assert site.node_pids() == []
+    assert [host for host in site.hosts if site.data(host).exists()] == ["n3"]
+
+
+def test_destroy_leaves_another_clusters_data_alone(site: Local) -> None:
+    """It is found by the cluster's id, also when it is the directory of another node."""
+    site.play("site").ok()
+    foreign = site.data("n3")
+    foreign.mkdir(parents=True)
+    identity = json.loads((site.data("n1") / "identity.json").read_text())
+    identity |= {"node_id": 7, "cluster_id": "f" * 32}
+    (foreign / "identity.json").write_text(json.dumps(identity))
+    run = site.play("destroy", "-e", "dengine_confirm=local").failed()
+    assert "is of 2 clusters" in run.output
+    assert (foreign / "identity.json").exists()
+    assert site.voters() == [1]
+
+
 def test_verify_collects_all_that_is_wrong_and_leaves_no_older_report(site: Local) -> None:
     """A wrong file here, a dead node there: both are in the report, and check mode finds them. A
     run that cannot even begin leaves no report that says "Verified."."""
