@@ -71,9 +71,10 @@ ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to
 bench: $(STAMP) ## Compare with a bare aiohttp server and with etcd; prints and saves a table
 	$(PYTHON) bench/run.py
 
-lab: $(STAMP) ## Three machines with the addresses of inventories/vagrant, one voter on n1
+lab: $(STAMP) ## Three machines with the addresses of inventories/vagrant, one voter on n1 with some data
 	scripts/lab up
 	@$(call in_lab,site.yml)
+	scripts/lab exec $(PYTHON) -m examples.ansible.seed 10.88.0.11:9081 inventories/vagrant/.dengine/secrets.json
 
 lab-expand: $(STAMP) ## One voter in the lab becomes three
 	@$(call in_lab,expand.yml)
@@ -83,6 +84,7 @@ lab-full: $(STAMP) test-packages ## The playbooks here, and the tests on three b
 
 lab-down: ## Remove the lab without a trace; only the cached box stays
 	scripts/lab down
+	rm -rf inventories/vagrant/.dengine
 
 # A playbook on the lab, from inside its network. From there no index can be reached: what the
 # machines get is built before, and found to be up to date.
