@@ -52,6 +52,7 @@ def observed(nodes: list[dict[str, Any]], hostvars: Any) -> dict[str, Any]:
             facts[node["host"]], infos[node["host"]] = probe["facts"], info
         else:
             why = " ".join(str(probe.get("msg") or "it could not be looked at").split())
+            why = why.removeprefix("Task failed: ")
             facts[node["host"]] = {"unreachable": why}
             infos[node["host"]] = {"cluster": {}, "nodes": {}, "message": ""}
     unreachable = [host for host, said in facts.items() if "unreachable" in said]
