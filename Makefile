@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install run walkthrough test sim mutants soak crash-sweep ansible-full lint fix bench lab lab-expand lab-full lab-down lock clean test-packages
+.PHONY: help install run walkthrough test sim mutants soak nemesis crash-sweep ansible-full lint fix bench lab lab-expand lab-full lab-down lock clean test-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,8 +53,14 @@ soak: $(STAMP) ## The same until told to stop: make soak FROM=0
 mutants: $(STAMP) ## Defects put in on purpose: does the simulator find every one?
 	$(PYTHON) -m tests.mutants.run
 
+MINUTES ?= 10
+SEED    ?=
+
+nemesis: $(STAMP) test-packages ## Real nodes under faults, as root: make nemesis MINUTES=10 SEED=7
+	$(PYTHON) -m tests.nemesis.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
 test-packages:
-	@scripts/system-packages.sh iproute2 strace util-linux
+	@scripts/system-packages.sh iproute2 nftables strace util-linux
 
 crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (half an hour)
 	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v
@@ -65,9 +71,10 @@ ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to
 bench: $(STAMP) ## Compare with a bare aiohttp server and with etcd; prints and saves a table
 	$(PYTHON) bench/run.py
 
-lab: $(STAMP) ## Three machines with the addresses of inventories/vagrant, one voter on n1
+lab: $(STAMP) ## Three machines with the addresses of inventories/vagrant, one voter on n1 with some data
 	scripts/lab up
 	@$(call in_lab,site.yml)
+	scripts/lab exec $(PYTHON) -m examples.ansible.seed 10.88.0.11:9081 inventories/vagrant/.dengine/secrets.json
 
 lab-expand: $(STAMP) ## One voter in the lab becomes three
 	@$(call in_lab,expand.yml)
@@ -77,6 +84,7 @@ lab-full: $(STAMP) test-packages ## The playbooks here, and the tests on three b
 
 lab-down: ## Remove the lab without a trace; only the cached box stays
 	scripts/lab down
+	rm -rf inventories/vagrant/.dengine
 
 # A playbook on the lab, from inside its network. From there no index can be reached: what the
 # machines get is built before, and found to be up to date.

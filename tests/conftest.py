@@ -13,7 +13,7 @@ import pytest
 # The lowest layer first: a broken quorum function is easier to read than a broken cluster.
 LAYERS = (
     *("raft", "kv", "storage", "node", "api", "linearizability", "simulation", "mutants"),
-    *("integration", "crash_sweep", "ansible", "lab"),
+    *("integration", "crash_sweep", "nemesis", "ansible", "lab"),
 )
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # `make crash-sweep`
 LAB = bool(os.environ.get("DENGINE_LAB_TESTS"))  # `make lab-full`

@@ -185,7 +185,7 @@ class KvCalls:
     def _page(self, start: bytes, end: bytes | None, limit: int, keys_only: bool) -> dict[str, Any]:
         """One page; it may hold fewer rows than `limit` (the store bounds its size in bytes)."""
         page = self._node.state.page(start, end, limit, keys_only)
-        rows = [_row(key, record, keys_only) for key, record in page.items]
+        rows = [row(key, record, keys_only) for key, record in page.items]
         token = None if page.next is None else base64.urlsafe_b64encode(page.next).decode()
         return {"revision": page.revision, "items": rows, "count": len(rows), "next": token}
 
@@ -223,15 +223,16 @@ def _evaluate(request: Request, record: Record) -> int:
     return 304 if not known or any(tag == current for _, tag in known) else 200
 
 
-def _row(key: bytes, record: Record, keys_only: bool) -> dict[str, Any]:
-    row = _text_or_base64("key", key)
+def row(key: bytes, record: Record, keys_only: bool = False) -> dict[str, Any]:
+    """A key as listings and transactions show it."""
+    shown = _text_or_base64("key", key)
     if not keys_only:
-        row |= _text_or_base64("value", record.value)
-    row["mod_revision"] = record.mod_revision
-    row["create_revision"] = record.create_revision
-    row["version"] = record.version
-    row["ttl"] = row["lease"] = None
-    return row
+        shown |= _text_or_base64("value", record.value)
+    shown["mod_revision"] = record.mod_revision
+    shown["create_revision"] = record.create_revision
+    shown["version"] = record.version
+    shown["ttl"] = shown["lease"] = None
+    return shown
 
 
 def _text_or_base64(name: str, data: bytes) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import orjson
 
-from dengine.api import cluster, health, kv, openapi, snapshots
+from dengine.api import cluster, health, kv, openapi, snapshots, txn
 from dengine.api.guard import Guard
 from dengine.api.params import IDEMPOTENCY_KEY, BodyReader
 from dengine.api.protocol import (
@@ -108,6 +108,7 @@ class HttpServer:
         bodies = BodyReader(self._config.limits.pending_bytes)
         routes = [
             *kv.routes(kv.KvCalls(self._node, self._config, bodies)),
+            *txn.routes(txn.TxnCalls(self._node, self._config, bodies)),
             *cluster.routes(cluster.ClusterCalls(self._node, self._config, bodies, self._closing)),
             *snapshots.routes(snapshots.SnapshotCalls(self._node, self._config, bodies)),
             *health.routes(health.HealthCalls(self._node)),

@@ -18,6 +18,7 @@ from dengine.api.params import BodyReader
 from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
 from dengine.api.routes import Body, Parameter, Route
 from dengine.errors import (
+    ClusterUnavailable,
     InvalidRequest,
     NotFound,
     RangeNotSatisfiable,
@@ -77,8 +78,13 @@ class SnapshotCalls:
         response.content_length = last + 1 - start
         try:
             fd = os.open(file, os.O_RDONLY)
-        except FileNotFoundError:
-            raise NotFound(f"{file.name} has just been removed: a newer one is there") from None
+        except OSError as error:
+            self._node.snapshots.suspect(ref)
+            if isinstance(error, FileNotFoundError):
+                raise NotFound(f"{file.name} has been removed: try another one") from None
+            raise ClusterUnavailable(
+                f"this node cannot open {file.name} now: {error.strerror}; ask another one"
+            ) from error
         try:
             async with asyncio.timeout(WRITE_STALL_S):
                 await response.prepare(request.as_aiohttp())
@@ -110,7 +116,11 @@ class SnapshotCalls:
         began, position = self._loop.time(), start
         while position < stop:
             size = min(PIECE_BYTES, stop - position)
-            piece = await self._loop.run_in_executor(None, os.pread, fd, size, position)
+            try:
+                piece = await self._loop.run_in_executor(None, os.pread, fd, size, position)
+            except OSError as error:
+                snapshots.suspect(ref)
+                raise ConnectionResetError("the snapshot file cannot be read") from error
             if not piece:
                 snapshots.suspect(ref)
                 raise ConnectionResetError("the snapshot file is shorter than it was")

@@ -27,10 +27,10 @@ def get(args: Namespace, remote: Remote) -> int:
     try:
         reply = remote.call("GET", key_target(key, consistency=args.consistency))
     except KeyNotFound:
-        raise KeyNotFound(f"there is no key {_printable(key)!r}") from None
+        raise KeyNotFound(f"there is no key {printable(key)!r}") from None
     if args.json:
         revision = int(reply.headers.get("ETag", "0").strip('"'))
-        named = {**_json_bytes("key", key), **_json_bytes("value", reply.body)}
+        named = {**json_bytes("key", key), **json_bytes("value", reply.body)}
         print_json({**named, "mod_revision": revision})
     else:
         sys.stdout.flush()
@@ -88,14 +88,14 @@ def list_keys(args: Namespace, remote: Remote) -> int:
         print_json({**page, "items": items, "count": len(items)})
     elif args.keys_only:
         for item in items:
-            print(_printable(_item_bytes(item, "key")))
+            print(printable(item_bytes(item, "key")))
     else:
         rows = [
             (
-                _printable(_item_bytes(item, "key")),
+                printable(item_bytes(item, "key")),
                 item["mod_revision"],
                 item["version"],
-                _shortened(_printable(_item_bytes(item, "value"))),
+                _shortened(printable(item_bytes(item, "value"))),
             )
             for item in items
         ]
@@ -230,21 +230,22 @@ def _selection(args: Namespace) -> dict[str, bytes]:
     return {name: os.fsencode(v) for name in names if (v := getattr(args, name)) is not None}
 
 
-def _item_bytes(item: dict[str, Any], name: str) -> bytes:
+def item_bytes(item: dict[str, Any], name: str) -> bytes:
     """A key or value of a JSON answer: a string, or base64 where it is no UTF-8."""
     if f"{name}_base64" in item:
         return base64.b64decode(item[f"{name}_base64"])
     return str(item.get(name, "")).encode()
 
 
-def _json_bytes(name: str, data: bytes) -> dict[str, str]:
+def json_bytes(name: str, data: bytes) -> dict[str, str]:
+    """Bytes as a field of JSON: a string, or base64 where they are no UTF-8."""
     try:
         return {name: data.decode()}
     except UnicodeDecodeError:
         return {f"{name}_base64": base64.b64encode(data).decode()}
 
 
-def _printable(data: bytes) -> str:
+def printable(data: bytes) -> str:
     """What a terminal may safely show of any bytes."""
     text = data.decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dengine import __version__
-from dengine.cli import arguments, commands, snapshots
+from dengine.cli import arguments, commands, snapshots, txn
 from dengine.cli.parsers import add_repair, add_snapshot_commands
 from dengine.cli.remote import Remote, resolve_endpoints, resolve_token
 from dengine.errors import ConfigError, DengineError, FatalError
@@ -186,6 +186,10 @@ def _add_key_commands(add: Add) -> None:
         help='only if the key is at this revision ("*")',
     )
     delete.set_defaults(run=commands.delete)
+
+    transaction = add("txn", "compare, then change several keys as one", txn.EXAMPLES)
+    transaction.add_argument("--json", action="store_true", help="print the answer as JSON")
+    transaction.set_defaults(run=txn.txn)
 
     listing = add(
         "list",

@@ -20,7 +20,7 @@ from dengine.raft.types import MemberId
 from dengine.storage.directory import DataDirectory
 from dengine.storage.recovery import open_stores
 from dengine.storage.repair import Survey, not_needed, repairing
-from dengine.storage.restore import CHUNK_BYTES, REVISION_STEP, Founded, restore
+from dengine.storage.restore import CHUNK_BYTES, REVISION_STEP, Founded, give_to, restore
 from dengine.storage.snapshot_file import SnapshotInfo, read_header
 from dengine.storage.snapshots import take, unpack
 
@@ -93,6 +93,7 @@ def save_stopped(args: Namespace) -> int:
         directory.mark_clean()
     finally:
         directory.close()
+        give_to(directory.path, args.data_dir)  # also what an attempt has made that failed
     header = info.header
     size = format_bytes(info.size_bytes)
     print(f"{file}: everything up to entry {header.index} of term {header.term}, {size}")

@@ -8,7 +8,7 @@ the leader never decodes what it merely passes on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -59,7 +59,53 @@ class DeleteRange(
     limit: int
 
 
-Command = Put | Delete | DeleteRange
+class Get(
+    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False, tag="g"
+):
+    """Reads a key: an operation of a transaction only."""
+
+    key: bytes
+
+
+Target = Literal["mod_revision", "version", "value", "exists"]
+Relation = Literal["=", "!=", "<", "<=", ">", ">="]
+
+
+class Compare(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """What must hold for a key before a transaction takes its first branch.
+
+    Args:
+        target: of the key. A key that does not exist has mod_revision and version 0, and no value:
+            whatever is said of its value does not hold.
+        operand: a number, bytes for `value`, a bool for `exists`.
+    """
+
+    key: bytes
+    target: Target
+    relation: Relation
+    operand: int | bytes | bool
+
+
+Operation = Put | Get | Delete | DeleteRange
+
+
+class Txn(
+    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False, tag="x"
+):
+    """The operations of one branch, in order, all or none of them, as one change.
+
+    Args:
+        compare: all of it must hold for `success`, else it is `failure`.
+        success, failure: each sees what those before it have done. A Put or Delete has no condition
+            of its own here.
+    """
+
+    compare: tuple[Compare, ...]
+    success: tuple[Operation, ...]
+    failure: tuple[Operation, ...]
+
+
+Command = Put | Delete | DeleteRange | Txn
 
 
 class PutResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="p"):
@@ -90,7 +136,27 @@ class Invalid(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="i"):
     message: str
 
 
-Result = PutResult | DeleteResult | ConditionFailed | TooMany | Invalid
+class GetResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="g"):
+    """A key as an operation of a transaction has read it; all zero where there was none."""
+
+    mod_revision: int = 0
+    create_revision: int = 0
+    version: int = 0
+    value: bytes = b""
+
+
+OperationResult = PutResult | GetResult | DeleteResult
+
+
+class TxnResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="x"):
+    """`revision` is the store's afterwards; it has grown only when something was changed."""
+
+    revision: int
+    succeeded: bool
+    results: tuple[OperationResult, ...]
+
+
+Result = PutResult | DeleteResult | TxnResult | ConditionFailed | TooMany | Invalid
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

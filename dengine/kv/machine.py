@@ -20,13 +20,20 @@ from dengine.kv.commands import (
     Delete,
     DeleteRange,
     DeleteResult,
+    Get,
+    GetResult,
     Invalid,
+    Operation,
+    OperationResult,
     Put,
     PutResult,
     Result,
     TooMany,
+    Txn,
+    TxnResult,
     decode_batch,
 )
+from dengine.kv.transaction import READ_BYTES_MAX, Overlay, flaw, holds
 
 KEY_BYTES_MAX: Final = 511
 VALUE_BYTES_MAX: Final = 1024 * 1024
@@ -73,7 +80,7 @@ def apply_batch(data: bytes, view: View, revision: int) -> tuple[int, list[Resul
     for command in decode_batch(data):
         result = _apply(command, view, revision)
         results.append(result)
-        if isinstance(result, (PutResult, DeleteResult)):
+        if isinstance(result, (PutResult, DeleteResult, TxnResult)):
             revision = result.revision
     return revision, results
 
@@ -85,10 +92,65 @@ def _apply(command: Command | Invalid, view: View, revision: int) -> Result:
         return _delete(command, view, revision)
     if isinstance(command, DeleteRange):
         return _delete_range(command, view, revision)
+    if isinstance(command, Txn):
+        return _txn(command, view, revision)
     return command
 
 
-def _put(command: Put, view: View, revision: int) -> Result:
+def _txn(txn: Txn, view: View, revision: int) -> Result:
+    """One branch, as one change: every operation is at the same revision, the one after."""
+    wrong = flaw(txn)
+    if wrong is not None:
+        return Invalid(wrong)
+    for compare in txn.compare:
+        if not 1 <= len(compare.key) <= KEY_BYTES_MAX:
+            return _bad_key(compare.key)
+    succeeded = all(holds(compare, view.get(compare.key)) for compare in txn.compare)
+    overlay, after = Overlay(view), revision
+    results: list[OperationResult] = []
+    read = deleted = 0
+    for operation in txn.success if succeeded else txn.failure:
+        result = _operate(operation, overlay, revision, deleted)
+        if isinstance(result, GetResult):
+            read += len(result.value)
+            if read > READ_BYTES_MAX:
+                return Invalid(
+                    f"the values that this transaction reads have more than {READ_BYTES_MAX} bytes"
+                )
+        elif isinstance(result, PutResult | DeleteResult):
+            deleted += result.deleted if isinstance(result, DeleteResult) else 0
+            after = max(after, result.revision)
+        else:
+            return result
+        results.append(result)
+    overlay.carry_out()
+    return TxnResult(after, succeeded, tuple(results))
+
+
+def _operate(
+    operation: Operation, overlay: Overlay, revision: int, deleted: int
+) -> OperationResult | ConditionFailed | TooMany | Invalid:
+    """One operation of a transaction that has deleted so many keys so far."""
+    match operation:
+        case Get(key):
+            if not 1 <= len(key) <= KEY_BYTES_MAX:
+                return _bad_key(key)
+            found = overlay.get(key)
+            if found is None:
+                return GetResult()
+            return GetResult(found.mod_revision, found.create_revision, found.version, found.value)
+        case DeleteRange(start, end, limit):
+            done = _delete_range(DeleteRange(start, end, limit - deleted), overlay, revision)
+            return TooMany(max(limit, 0)) if isinstance(done, TooMany) else done
+        case Put() | Delete():
+            if operation.condition is not None:
+                return Invalid("an operation of a transaction has no condition of its own")
+            if isinstance(operation, Put):
+                return _put(operation, overlay, revision)
+            return _delete(operation, overlay, revision)
+
+
+def _put(command: Put, view: View, revision: int) -> PutResult | ConditionFailed | Invalid:
     key, value = command.key, command.value
     if not 1 <= len(key) <= KEY_BYTES_MAX:
         return _bad_key(key)
@@ -105,7 +167,7 @@ def _put(command: Put, view: View, revision: int) -> Result:
     return PutResult(revision, False)
 
 
-def _delete(command: Delete, view: View, revision: int) -> Result:
+def _delete(command: Delete, view: View, revision: int) -> DeleteResult | ConditionFailed | Invalid:
     key = command.key
     if not 1 <= len(key) <= KEY_BYTES_MAX:
         return _bad_key(key)
@@ -118,7 +180,7 @@ def _delete(command: Delete, view: View, revision: int) -> Result:
     return DeleteResult(revision + 1, 1)
 
 
-def _delete_range(command: DeleteRange, view: View, revision: int) -> Result:
+def _delete_range(command: DeleteRange, view: View, revision: int) -> DeleteResult | TooMany:
     limit = max(command.limit, 0)
     keys: list[bytes] = []
     for key in view.scan(command.start, command.end):

@@ -92,7 +92,8 @@ class Agreement:
 
     Args:
         send: one frame to a member; it may be lost.
-        distrust: throws the applied state away, and our snapshots of it.
+        distrust: throws the applied state away, and our snapshots of it; told why, and after which
+            entry it was wrong.
         fail: ends the process.
     """
 
@@ -103,7 +104,7 @@ class Agreement:
         *,
         grace_ms: int,
         send: Callable[[MemberId, Frame], object],
-        distrust: Callable[[str], None],
+        distrust: Callable[[str, int], None],
         fail: Callable[[DataCorruption], None],
     ) -> None:
         self._raft = raft
@@ -177,4 +178,5 @@ class Agreement:
                 )
             )
         else:
-            self._distrust(f"after entry {verdict.index} it differs from that of the majority")
+            reason = f"after entry {verdict.index} it differs from that of the majority"
+            self._distrust(reason, verdict.index)

@@ -27,7 +27,7 @@ from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import name_durably, read_header, snapshot_name
 from dengine.storage.snapshot_jobs import Credentials, Fetch, Unpack
-from dengine.storage.snapshots import make_empty_state
+from dengine.storage.snapshots import make_empty_state, put_all_aside
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
@@ -64,8 +64,12 @@ class Installer:
         self._fetching: tuple[MemberId, SnapshotRef] | None = None
         self._installed: asyncio.Future[None] | None = None
         self._fetched: Path | None = None  # what gets its name when it is installed
+        self._received: Path | None = None  # the last one that was
         self._attempts = -1  # the first goes to the best address
+        self.is_unpacking = False  # a file of ours
+        self.forgotten_for = "the state is lost"
         self.forgotten_at = 0  # commit index when the state was last thrown away
+        self.renewed_at = 0  # all that was said of the state up to this entry is about another one
 
     def is_busy_with(self, sender: MemberId, ref: SnapshotRef) -> bool:
         """Is this very file on its way, or any already being installed?"""
@@ -105,48 +109,73 @@ class Installer:
         finally:
             self._fetching = None
         report.finished()
-        await self._restore(ref, Path(done.file), path)
+        if await self._restore(ref, Path(done.file), path):
+            self._received = self._directory.snapshots_path / snapshot_name(ref.log_id)
 
-    async def rebuild(self, reason: str, *, files_too: bool) -> None:
-        """Throw the state away; then the log, our snapshots or the leader's build it again."""
+    async def put_files_aside(self, *, but_received: bool) -> None:
+        """They may be of a wrong state. That comes before the state is thrown away: a start in the
+        middle would take the newest one for the state.
+
+        Args:
+            but_received: leave what the leader sent last, and was installed.
+        """
+        spare = self._received if but_received else None
+        self._files.distrust(spare)
+        await self._in_thread(put_all_aside, self._directory.snapshots_path, spare)
+
+    async def forget(self, reason: str) -> None:
+        """Throw the state away; then the log, our snapshots or the leader's build it again.
+
+        Raises:
+            StorageIO: it is still there.
+        """
         log.error("the state is wrong and is thrown away: %s", reason)
+        self.forgotten_for = reason
         old, new = self._directory.state_path(), self._directory.next_state_path()
         await self._in_thread(make_empty_state, new)
         await self._cycle.act(lambda raft: self._forget_state(raft, new))
         # A large one takes its time. What a crash leaves of it the next start removes.
         await self._drop(old)
-        for ref, file in reversed(list(self._files)):
-            if files_too:
-                self._files.put_aside(ref)
-            elif self._raft.state_lost and ref.index >= self._raft.log.base.index:
-                await self._unpack(ref, file)
-        if self._raft.state_lost and self._raft.membership.is_sole_voter(self._raft.me):
-            self._cycle.fail(
-                DataCorruption(
-                    f"{reason}; no snapshot of this node continues in its log, and it is the only "
-                    "voter: restore a backup with `dengine snapshot restore`"
-                )
-            )
 
     def _forget_state(self, raft: Raft, new: Path) -> None:
         """In a turn, so that nobody sees half of it: go on with the empty state at `new`."""
         self._directory.adopt_state(new)
         self._state.replace(new)
         self._directory.mark_running()
-        self.forgotten_at = raft.log.commit_index
+        self.forgotten_at = self.renewed_at = raft.log.commit_index
         raft.forget_state()
 
-    async def _unpack(self, ref: SnapshotRef, file: Path) -> None:
-        path = self._directory.next_state_path()
+    @property
+    def own_file(self) -> SnapshotRef | None:
+        """The newest file of ours from which the log goes on, while the state is lost."""
+        if not self._raft.state_lost:
+            return None
+        usable = [ref for ref in self._files.refs if ref.index >= self._raft.log.base.index]
+        return usable[-1] if usable else None
+
+    async def unpack(self, ref: SnapshotRef) -> None:
+        """Have the state again from a file of ours.
+
+        Raises:
+            TryAgain, StorageIO: not this time.
+            DataCorruption: never with this file; it was put aside.
+        """
+        file, path = self._files.get(ref), self._directory.next_state_path()
+        if file is None:
+            return
+        self.is_unpacking = True
         try:
             await self._writer.run(Unpack(str(file), str(path)))
-        except DataCorruption as error:
-            log.warning("%s; trying an older one", error.message)
-            self._files.put_aside(ref)
-            return
+        except FatalError as error:
+            await self._drop(path)  # of a writer that was killed
+            if isinstance(error, DataCorruption):
+                self._files.put_aside(ref)
+            raise
+        finally:
+            self.is_unpacking = False
         await self._restore(ref, file, path)
 
-    async def _restore(self, ref: SnapshotRef, file: Path, state: Path) -> None:
+    async def _restore(self, ref: SnapshotRef, file: Path, state: Path) -> bool:
         """Have Raft install the unpacked `state`, and wait until it is; drop it if not wanted."""
         header = read_header(file)
         named = self._directory.snapshots_path / snapshot_name(ref.log_id)
@@ -158,10 +187,11 @@ class Installer:
                 if self._files.get(ref) is None:
                     applied_bytes = self._files.applied_bytes  # nothing was applied after it yet
                     await self._files.add(ref, named, header.taken_at_s, applied_bytes)
-            else:
-                await self._drop(state)
-                if self._fetched is not None:
-                    self._fetched.unlink(missing_ok=True)
+                return True
+            await self._drop(state)
+            if self._fetched is not None:
+                self._fetched.unlink(missing_ok=True)
+            return False
         finally:
             self._installed = self._fetched = None
 
@@ -190,6 +220,7 @@ class Installer:
         self._state.replace(self._directory.state_path())
         if self._state.applied != restore.log_id:
             raise InvariantBroken(f"the installed state is of {self._state.applied}")
+        self.renewed_at = max(self.renewed_at, restore.log_id.index)
         log.info("snapshot up to entry %d installed", restore.log_id.index)
         if self._installed is not None and not self._installed.done():
             self._installed.set_result(None)

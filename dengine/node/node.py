@@ -145,7 +145,7 @@ class Node:
             self.state,
             grace_ms=2 * config.election.timeout_ms_max,
             send=lambda to, frame: self.peers.send(to, frame),
-            distrust=lambda reason: self.snapshots.distrust(reason, files_too=True),
+            distrust=lambda why, at: self.snapshots.distrust(why, files_too=True, index=at),
             fail=self.fail,
         )
         self._exchange = Exchange(
@@ -293,9 +293,9 @@ class Node:
         Args:
             consistency: "linearizable", "lease" or "eventual".
         """
-        applied = self.raft.log.applied_index
-        rebuilt_at = max(self._announce_above, self.snapshots.installer.forgotten_at)
-        if consistency == "eventual" and applied and applied >= rebuilt_at:
+        self.snapshots.require_trusted()
+        rebuilt_at = max(1, self._announce_above, self.snapshots.installer.forgotten_at)
+        if consistency == "eventual" and self.raft.log.applied_index >= rebuilt_at:
             return  # a state that is being rebuilt would take readers back in time
         while True:
             if self.raft.leader is not None:
@@ -303,7 +303,8 @@ class Node:
                 self._reads.add(future, deadline, lease=consistency == "lease")
                 self._cycle.wake()
                 try:
-                    return await future
+                    await future
+                    return self.snapshots.require_trusted()  # still
                 except LeaderChanged:
                     await self._at_leader.pause(deadline)
             await self._at_leader.known(deadline)

@@ -24,7 +24,6 @@ log = logging.getLogger("dengine.snapshots")
 class _Kept(NamedTuple):
     path: Path
     taken_at_s: int  # Unix time
-    applied_bytes: int  # of `SnapshotFiles`, when it was taken
 
 
 class SnapshotFiles:
@@ -39,6 +38,7 @@ class SnapshotFiles:
         self._config = config
         self._raft = raft
         self._files: dict[SnapshotRef, _Kept] = {}
+        self._taken_after: dict[SnapshotRef, int] = {}  # `applied_bytes` then; also of some gone
         self.applied_bytes = 0
         self.transfers = Transfers()
 
@@ -66,19 +66,21 @@ class SnapshotFiles:
 
     def bytes_since(self, ref: SnapshotRef | None) -> int:
         """Bytes of log applied after `ref`; what came before our start does not count."""
-        kept = self._files.get(ref) if ref is not None else None
-        return self.applied_bytes - (0 if kept is None else kept.applied_bytes)
+        return self.applied_bytes - (0 if ref is None else self._taken_after.get(ref, 0))
 
     async def add(
         self, ref: SnapshotRef, file: Path, taken_at_s: int, applied_bytes: int = 0
     ) -> None:
         """One more; those that are too many are deleted, but for what is being sent."""
         others = {r: k for r, k in self._files.items() if k.path != file}  # it was written anew
-        kept = {**others, ref: _Kept(file, taken_at_s, applied_bytes)}
+        kept = {**others, ref: _Kept(file, taken_at_s)}
+        self._taken_after[ref] = applied_bytes
         self._files = dict(sorted(kept.items(), key=lambda f: f[0].index))
         in_use = set(self._raft.offered_snapshots().values()) | self.transfers.refs
         spare = [ref for ref in self.refs[: -self._config.keep] if ref not in in_use]
         gone = [self._forget(ref) for ref in spare]
+        needed = {*self.refs, *(ref for ref, _ in self._raft.helped_by_snapshots().values())}
+        self._taken_after = {r: n for r, n in self._taken_after.items() if r in needed}
         self._raft.snapshots_changed(self.refs)
         for path in gone:  # a large file takes its time
             await asyncio.get_running_loop().run_in_executor(None, _unlink, path)
@@ -89,8 +91,13 @@ class SnapshotFiles:
             self._forget(ref)
         self._raft.snapshots_changed(self.refs)
 
+    def distrust(self, spare: Path | None = None) -> None:
+        """Rely on none of them any longer, but `spare`."""
+        self._files = {ref: kept for ref, kept in self._files.items() if kept.path == spare}
+        self._raft.snapshots_changed(self.refs)
+
     def put_aside(self, ref: SnapshotRef) -> None:
-        """It turned out to be damaged, or of a state that was wrong."""
+        """It turned out to be damaged."""
         put_aside(self._forget(ref))
         self._raft.snapshots_changed(self.refs)
 
@@ -110,7 +117,8 @@ class SnapshotFiles:
     def purge_limit(self) -> int:
         """Up to where the log may go: the second-newest snapshot, for should the newest prove
         unreadable, the one before still continues in the log. What a transfer needs stays, within
-        `hold_bytes`, and so do `retained_log_entries` for followers that are a little behind.
+        `hold_bytes`, and then what its receiver has not got of the log after it: that would need
+        the next file at once. So do `retained_log_entries` for followers that are a little behind.
         """
         refs, raft = self.refs, self._raft
         if len(refs) < 2 or raft.state_lost:
@@ -119,6 +127,9 @@ class SnapshotFiles:
         for held in raft.offered_snapshots().values():
             if self.bytes_since(held) <= self._config.hold_bytes:
                 limit = min(limit, held.index)
+        for held, match_index in raft.helped_by_snapshots().values():
+            if self.bytes_since(held) <= self._config.hold_bytes:
+                limit = min(limit, match_index)
         return limit
 
     def _forget(self, ref: SnapshotRef) -> Path:

@@ -1,7 +1,8 @@
 """When a node takes a snapshot, and the one task that does whatever concerns snapshots.
 
 The work itself is done by a subprocess (writer_process.py); this is the policy around it. One job
-runs at a time: a state that is wrong goes first, then a fetch, then a file to verify, then a take.
+runs at a time: a state that is wrong goes first; then it is rebuilt from a file of ours; then come
+a fetch, a file to verify, a take, a check.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from dengine.errors import (
     StorageIO,
     TryAgain,
 )
+from dengine.node.backoff import RETRY_S_MIN, Backoff
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.installing import Installer
 from dengine.node.reader_watch import ReaderWatch
 from dengine.node.snapshot_files import SnapshotFiles
 from dengine.node.snapshot_turn import Lead, OwnTurn, SnapshotTurn
+from dengine.node.snapshot_wants import Distrust, Wanted
 from dengine.node.transfers import format_bytes, percent
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
@@ -38,43 +41,12 @@ from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_jobs import Check, Done, Take, Verify
-from dengine.storage.snapshots import list_files, put_aside, remove_partial
+from dengine.storage.snapshots import list_files, put_aside, remove_overtaken, remove_partial
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
 
 POLL_S = 1.0
-RETRY_S_MIN, RETRY_S_MAX = 1.0, 60.0
-
-
-@dataclass(slots=True)
-class _Backoff:
-    """When the next attempt is due; the pause doubles with each failure."""
-
-    pause_s: float = RETRY_S_MIN
-    due_s: float = 0.0
-
-    def failed(self) -> None:
-        self.due_s = time.monotonic() + self.pause_s
-        self.pause_s = min(2 * self.pause_s, RETRY_S_MAX)
-
-    def succeeded(self) -> None:
-        self.pause_s, self.due_s = RETRY_S_MIN, 0.0
-
-    @property
-    def is_due(self) -> bool:
-        return time.monotonic() >= self.due_s
-
-
-@dataclass(slots=True)
-class _Wanted:
-    """What the task has to do next, most urgent first."""
-
-    check: bool = True  # the state, once: what an earlier process left may have rotted since
-    distrust: tuple[str, bool] | None = None  # why the state is wrong; are our files wrong too?
-    fetch: tuple[MemberId, SnapshotRef] | None = None
-    unverified: list[Path] = field(default_factory=list)  # newest last
-    takers: list[asyncio.Future[SnapshotRef]] = field(default_factory=list)
 
 
 class Snapshots:
@@ -107,15 +79,18 @@ class Snapshots:
         self._state = state
         self._loop = asyncio.get_running_loop()
         self._writer = WriterProcess()
-        self._wanted = _Wanted()
+        self._wanted = Wanted()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._take_backoff, self._fetch_backoff = _Backoff(), _Backoff()
+        self._take_backoff, self._fetch_backoff = Backoff(), Backoff()
+        self._verify_backoff, self._forget_backoff = Backoff(), Backoff()
+        self._rebuild_backoff = Backoff()
         self._turn, self._turns = OwnTurn(cycle.raft.me.id, lead), SnapshotTurn()
         self.files = SnapshotFiles(self._config, cycle.raft)
         self.installer = Installer(
             directory, cycle, log_store, state, self.files, self._writer, source, secrets
         )
+        self._fetched_some = True  # perhaps a fetch that was not finished left something
         self.taken = self.failures = 0
         self.job = ""  # what is being done, for people
         self.last_error: str | None = None
@@ -124,8 +99,7 @@ class Snapshots:
 
     def start(self) -> None:
         """Begin with what lies in the directory: complete files are checked before they count."""
-        fetching = not self._raft.log.applied_index  # what came so far is still of use
-        remove_partial(self._path, fetched_too=not fetching)
+        remove_partial(self._path)
         self._wanted.unverified = list_files(self._path)
         self._task = self._loop.create_task(self._work(), name="snapshots")
 
@@ -148,7 +122,7 @@ class Snapshots:
                     self.failures += 1
                     self.last_error = error.message
                     log.warning("%s failed: %s", self.job or "snapshot", error.message)
-                    if self._wanted.fetch is None and self._wanted.distrust is None:
+                    if not self._is_urgent:
                         await self._pause(RETRY_S_MIN)
                 finally:
                     self.job = ""
@@ -158,21 +132,93 @@ class Snapshots:
 
     async def _next_job(self) -> None:
         wanted = self._wanted
+        await self._tidy_up()
         if wanted.distrust is not None:
-            (reason, files_too), wanted.distrust = wanted.distrust, None
-            self.job = "rebuilding the state"
-            await self.installer.rebuild(reason, files_too=files_too)
+            await self._forget(wanted.distrust)
+        elif self._rebuild_backoff.is_due and (ref := self.installer.own_file) is not None:
+            await self._rebuild(ref)
         elif wanted.fetch is not None and self._fetch_backoff.is_due:
             (sender, ref), wanted.fetch = wanted.fetch, None
             await self._fetch(sender, ref)
-        elif wanted.unverified:
+        elif wanted.unverified and self._verify_backoff.is_due:
             await self._verify(wanted.unverified.pop())
-        elif await self._may_take():
+        elif self._is_hopeless():
+            self._cycle.fail(
+                DataCorruption(
+                    f"{self.installer.forgotten_for}; no snapshot of this node continues in its "
+                    "log, and it is the only voter: restore a backup with "
+                    "`dengine snapshot restore`"
+                )
+            )
+            await self._pause(POLL_S)
+        elif (may_take := await self._may_take()) and not self._is_urgent:
             await self._take()
-        elif wanted.check and not wanted.takers and self._may_check():
+        elif self._is_urgent:
+            return  # since the leader was asked
+        elif not may_take and wanted.check and not wanted.takers and self._may_check():
             await self._check()
         else:
             await self._pause(POLL_S)
+
+    @property
+    def _is_urgent(self) -> bool:
+        """Is there something that must not wait for a take or a check?"""
+        wanted = self._wanted
+        return wanted.distrust is not None or (
+            wanted.fetch is not None and self._fetch_backoff.is_due
+        )
+
+    async def _forget(self, distrust: Distrust) -> None:
+        """Nothing else is done before that has succeeded."""
+        self.job = "throwing the state away"
+        if not self._forget_backoff.is_due:
+            await self._pause(RETRY_S_MIN)
+            return
+        replaced = self._state.path != distrust.state  # the leader's has been installed meanwhile
+        try:
+            if distrust.files_too:
+                await self.installer.put_files_aside(but_received=replaced)
+                self._wanted.unverified.clear()
+            if not replaced:
+                await self.installer.forget(distrust.reason)
+        except StorageIO:
+            self._forget_backoff.failed()
+            raise
+        self._forget_backoff.succeeded()
+        if self._wanted.distrust is distrust:  # and nobody has more to say
+            self._wanted.distrust = None
+
+    async def _tidy_up(self) -> None:
+        """What was fetched in part is of use until the log has brought as much: also after a
+        restart, and after another way to get there has been found."""
+        if self._fetched_some and not self._raft.state_lost:
+            applied = self._raft.log.applied_index
+            self._fetched_some = await self._loop.run_in_executor(
+                None, remove_overtaken, self._path, applied
+            )
+
+    async def _rebuild(self, ref: SnapshotRef) -> None:
+        """While the state is lost; again and again, for where nobody else has one nothing else
+        helps."""
+        self.job = "rebuilding the state"
+        try:
+            await self.installer.unpack(ref)
+            if self._raft.state_lost:
+                raise TryAgain("the rebuilt state was not wanted")
+        except (TryAgain, StorageIO):
+            self._rebuild_backoff.failed()
+            raise
+        self._rebuild_backoff.succeeded()
+
+    def _is_hopeless(self) -> bool:
+        """The state is lost, and neither a file of ours nor another member can have it."""
+        raft, wanted = self._raft, self._wanted
+        return (
+            raft.state_lost
+            and raft.membership.is_sole_voter(raft.me)
+            and self.installer.own_file is None
+            and not wanted.unverified
+        )
 
     async def _pause(self, seconds: float) -> None:
         """Until something is wanted, `seconds` at most."""
@@ -199,7 +245,8 @@ class Snapshots:
         """The leader offers a file that this node needs; repeated until it is installed."""
         if not self.installer.is_busy_with(sender, ref):
             self._wanted.fetch = (sender, ref)
-            if self._fetch_backoff.is_due:  # else what is being done has time until it is
+            # Else what is being done has time until it is. What is here already is had sooner.
+            if self._fetch_backoff.is_due and not self.installer.is_unpacking:
                 self._writer.kill("a snapshot from the leader comes first")
                 self._wake.set()
 
@@ -210,16 +257,32 @@ class Snapshots:
             self._wanted.unverified.append(file)
             self._wake.set()
 
-    def distrust(self, reason: str, *, files_too: bool) -> None:
-        """The applied state is wrong: throw it away and build it again.
+    def distrust(self, reason: str, *, files_too: bool, index: int | None = None) -> None:
+        """The applied state is wrong: throw it away and build it again. From now on it is not to
+        be read.
 
         Args:
             files_too: the state may have been wrong for long, and so our snapshots with it.
+            index: the entry after which it was; None says that it is now.
         """
-        if self._wanted.distrust is None:
-            self._wanted.distrust = (reason, files_too)
-            self._writer.kill("the state is thrown away")
-            self._wake.set()
+        if index is not None and index <= self.installer.renewed_at:
+            return  # that one is gone; of the one that took its place others will be said
+        before = self._wanted.distrust
+        if before is None:
+            self._wanted.distrust = Distrust(reason, files_too, self._state.path)
+        elif files_too and not before.files_too:
+            self._wanted.distrust = replace(before, files_too=True)
+        self._writer.kill("the state is thrown away")
+        self._wake.set()
+
+    def require_trusted(self) -> None:
+        """Raises ClusterUnavailable while the state in use is known to be wrong."""
+        distrust = self._wanted.distrust
+        if distrust is not None and distrust.state == self._state.path:
+            raise ClusterUnavailable(
+                f"the state of this node is wrong and is being replaced ({distrust.reason}); "
+                "ask another node"
+            )
 
     def persist_restore(self, ready: Ready) -> None:
         self.installer.persist(ready)
@@ -270,8 +333,8 @@ class Snapshots:
         """Staggered, so that the members do not all become due at once: node k of n waits for
         1 + k/n times the entries, or bytes, that the configuration names.
         """
-        # By now every file is verified. If none reaches up to where the log begins, for they were
-        # damaged or removed, nothing here could build the state again: that cannot wait.
+        # If no verified file reaches up to where the log begins, for they were damaged, removed or
+        # cannot be read now, nothing here could build the state again: that cannot wait.
         if self._newest_index < self._raft.log.base.index:
             return True
         voters = self._raft.membership.voters
@@ -313,7 +376,7 @@ class Snapshots:
             if isinstance(error, DataCorruption):
                 self.distrust(error.message, files_too=False)
             # A writer that was killed leaves its file, and the next one will have another name.
-            remove_partial(self._path, fetched_too=False)
+            remove_partial(self._path)
             raise
         self.taken += 1
         seconds = time.monotonic() - started
@@ -366,11 +429,20 @@ class Snapshots:
             self.files.drop(file)
             put_aside(file)
             raise TryAgain(f"{error.message}; it was put aside") from error
-        except TryAgain:
-            self._wanted.unverified.append(file)
+        except (TryAgain, StorageIO):  # says nothing of the file
+            self._verify_later(file)
             raise
+        self._verify_backoff.succeeded()
         if self.files.get(done.ref) is None:
             await self.files.add(done.ref, file, done.taken_at_s)
+
+    def _verify_later(self, file: Path) -> None:
+        """After the others; unless somebody has removed it."""
+        self._verify_backoff.failed()
+        if file.exists():
+            self._wanted.unverified.insert(0, file)
+        else:
+            self.files.drop(file)
 
     def _may_check(self) -> bool:
         return self._take_backoff.is_due and self._state.applied.index > 0
@@ -391,8 +463,11 @@ class Snapshots:
         log.info("the state was read through and is sound")
 
     async def _fetch(self, sender: MemberId, ref: SnapshotRef) -> None:
+        if not self._raft.snapshot_helps(ref.log_id):
+            return  # what it was offered for has been had otherwise
         self.job = f"fetching a snapshot from node {sender.id}"
         try:
+            self._fetched_some = True
             self._require_room(2 * ref.size_bytes)  # the file, and the state unpacked from it
             await self.installer.fetch(sender, ref)
         except FatalError:

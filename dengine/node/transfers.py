@@ -92,12 +92,11 @@ class Report:
     def __init__(self, what: str) -> None:
         self._what = what
         self._started = time.monotonic()
-        self._first: int | None = None
-        self._done = self._due = 0
+        self._first = self._done = self._due = 0
 
     def __call__(self, done: int, total: int) -> None:
-        if self._first is None:
-            self._first = done  # of an earlier attempt
+        if not self._done:
+            self._first = done  # of an earlier attempt, which was read before
         self._done = max(self._done, done)  # unpacking what has come begins at 0 again
         if (reached := percent(done, total)) >= self._due:
             self._due = reached - reached % LOG_EVERY_PERCENT + LOG_EVERY_PERCENT
@@ -107,7 +106,7 @@ class Report:
         log.info("%s: done, %s/s", self._what, format_bytes(self._rate()))
 
     def _rate(self) -> int:
-        return int((self._done - (self._first or 0)) / max(time.monotonic() - self._started, 0.001))
+        return int((self._done - self._first) / max(time.monotonic() - self._started, 0.001))
 
 
 def percent(done: int, total: int) -> int:

@@ -28,6 +28,7 @@ from dengine.storage.snapshot_jobs import (
 STALL_S = 30.0  # without a sign of life it is stuck
 WATCH_S = 1.0  # at least so often is asked whether it may go on, whatever it says or does not say
 LINE_BYTES_MAX = 65_536
+DESCRIPTORS = 16  # more than a subprocess with two pipes takes while it is being started
 
 Report = Callable[[int, int], None]
 Watch = Callable[[], str | None]
@@ -51,9 +52,8 @@ class WriterProcess:
         if not self._busy:
             return
         self._killed_for = self._killed_for or reason
-        if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
+        if self._process is not None:
+            _kill(self._process)
 
     async def run(self, job: Job, report: Report | None = None, watch: Watch | None = None) -> Done:
         """Carry out `job`.
@@ -66,7 +66,8 @@ class WriterProcess:
         Raises:
             DataCorruption: what was read is damaged, or ended its reader twice in a row.
             StorageIO: the disk refused.
-            TryAgain: it hung, was killed, ran out of memory, or its peer failed.
+            TryAgain: it could not be started, hung, was killed, ran out of memory, or its peer
+                failed.
         """
         self._busy, self._killed_for = True, ""
         try:
@@ -90,37 +91,33 @@ class WriterProcess:
             assert process.stdin is not None
             assert process.stdout is not None
             if self._killed_for:  # while it was being started
-                process.kill()
-            with suppress(ConnectionError):
+                _kill(process)
+            # One that is dead by now takes no job: uvloop says so by a RuntimeError.
+            with suppress(ConnectionError, RuntimeError):
                 process.stdin.write(encode_job(job))
                 process.stdin.close()
             ended = await self._follow(process.stdout, report, watch)
             async with asyncio.timeout(STALL_S):
                 return ended, await process.wait()
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            _kill(process)
+            await process.wait()
             self._process = None
 
     async def _start(self) -> asyncio.subprocess.Process:
-        starting = asyncio.get_running_loop().create_task(
-            asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "dengine.snapshot_writer",
-                str(os.getpid()),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=LINE_BYTES_MAX,
-            )
-        )
+        starting = asyncio.get_running_loop().create_task(_spawn())
         try:
             return await asyncio.shield(starting)
+        except OSError as error:  # it says nothing of the disk, and will not be so for ever
+            raise TryAgain(
+                f"the snapshot writer could not be started: {error.strerror or error}; is this "
+                "node short of file descriptors or processes? Then raise LimitNOFILE or TasksMax"
+            ) from error
         except asyncio.CancelledError:  # nobody else would know of it
-            process = await starting
-            process.kill()
-            await process.wait()
+            with suppress(OSError):
+                process = await starting
+                _kill(process)
+                await process.wait()
             raise
 
     async def _follow(
@@ -165,3 +162,33 @@ class WriterProcess:
             return TryAgain(f"the snapshot writer ended with {how}")
         kinds: dict[int, type[FatalError]] = {65: DataCorruption, 74: StorageIO}
         return kinds.get(ended.exit_code, TryAgain)(ended.message)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            process.kill()
+
+
+async def _spawn() -> asyncio.subprocess.Process:
+    """Raises OSError.
+
+    Not where file descriptors are short: an attempt of uvloop's that fails for want of them keeps
+    those that it got, and after one the loop cannot be closed any more.
+    """
+    taken: list[int] = []
+    try:
+        while len(taken) < DESCRIPTORS:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "dengine.snapshot_writer",
+        str(os.getpid()),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=LINE_BYTES_MAX,
+    )

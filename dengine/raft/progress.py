@@ -39,6 +39,7 @@ class Progress:
         "answered",
         "commit_sent",
         "heard_ms",
+        "helped_by",
         "inflight",
         "match_index",
         "needs_snapshot",
@@ -63,6 +64,7 @@ class Progress:
         self.timeout_ms_min = 0  # as it last announced; 0: never answered a heartbeat
         self.needs_snapshot: int | None = None  # lost its state: the least index that helps it
         self.offered: SnapshotRef | None = None  # the file it has been told to fetch
+        self.helped_by: SnapshotRef | None = None  # the last one, since it needs none any more
 
     @property
     def paused(self) -> bool:
@@ -109,7 +111,7 @@ class Progress:
             self.state = ProgressState.REPLICATE
             self.next_index = self.match_index + 1
             if self.needs_snapshot is None:
-                self.offered = None
+                self.withdraw()
         return news
 
     def refused(self, prev_index: int, retry_at: int) -> bool:
@@ -130,7 +132,13 @@ class Progress:
         self.probe_sent = False
         self.inflight.clear()
 
+    def withdraw(self) -> None:
+        """It needs no snapshot any more; what was offered it may have installed."""
+        if self.offered is not None:
+            self.helped_by, self.offered = self.offered, None
+
     def await_snapshot(self) -> None:
         """Its next entry was purged: only a snapshot helps."""
         self.state = ProgressState.SNAPSHOT
+        self.helped_by = None
         self.inflight.clear()

@@ -269,6 +269,14 @@ class Raft:
         """Leader only: the offers under way. Their files, and the log after them, are needed."""
         return {m: p.offered for m, p in self.progress.items() if p.offered is not None}
 
+    def helped_by_snapshots(self) -> dict[MemberId, tuple[SnapshotRef, int]]:
+        """Leader only: who has come by a file of ours, which, and how far each has got since."""
+        return {
+            m: (p.helped_by, p.match_index)
+            for m, p in self.progress.items()
+            if p.helped_by is not None
+        }
+
     def heard_within(self, member: MemberId, ms: int) -> bool:
         """Leader only: has `member` answered anything during the last `ms`?"""
         if member == self.me:
@@ -425,6 +433,14 @@ class Raft:
         """
         self.log.purge(index)
 
+    def snapshot_helps(self, log_id: LogId) -> bool:
+        """Is a snapshot up to there newer than what is committed here? Of a member without state:
+        does its log go on from there?
+        """
+        if self.state_lost:
+            return log_id.index >= self.log.base.index
+        return log_id.index > self.log.commit_index
+
     def restore(self, log_id: LogId, membership: Membership) -> bool:
         """A verified snapshot up to `log_id` is unpacked and durable on this node: use it.
 
@@ -432,7 +448,7 @@ class Raft:
         appended. False: not wanted, for the state is as new or another one is being installed; a
         leader, which holds all that is committed, never wants one.
         """
-        if self.is_leader or self._restore is not None or not self._snapshot_helps(log_id):
+        if self.is_leader or self._restore is not None or not self.snapshot_helps(log_id):
             return False
         if log_id.term > self.term:
             self._become_follower(log_id.term, "a snapshot of a higher term was installed")
@@ -925,7 +941,7 @@ class Raft:
         if progress.wants_snapshot:
             self._offer_snapshot(m.sender, progress, again=False)
         else:
-            progress.offered = None
+            progress.withdraw()
 
     # --- leading: heartbeats and reads (6.4) ----------------------------------------------------
 
@@ -1041,7 +1057,7 @@ class Raft:
         self._follow(m.sender)
         if self._restore is not None:
             return  # acknowledged once that is installed
-        if self._snapshot_helps(m.snapshot.log_id):
+        if self.snapshot_helps(m.snapshot.log_id):
             self._out.fetch = (m.sender, m.snapshot)
         elif not self.state_lost:
             commit = self.log.commit_index
@@ -1095,14 +1111,6 @@ class Raft:
                 self._send(PreVoteResponse(self.me, m.sender, self.term, False))
 
     # --- installing a snapshot (7) -------------------------------------------------------------
-
-    def _snapshot_helps(self, log_id: LogId) -> bool:
-        """Is a snapshot up to there newer than what is committed here? Of a member without state:
-        does its log go on from there?
-        """
-        if self.state_lost:
-            return log_id.index >= self.log.base.index
-        return log_id.index > self.log.commit_index
 
     def _begin_restore(self) -> Restore | None:
         """The snapshot to install now: log and memberships in memory become what the durable

@@ -22,7 +22,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -36,6 +36,7 @@ from dengine.storage.state_store import DAMAGED_MARK
 
 FORMAT = 1
 UNPACKED_MARK = "UNPACKED"
+UNCLEAN = " unclean ends before: "  # in RUN
 NEW_LOG = "log.new"
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
@@ -154,16 +155,25 @@ class DataDirectory:
         return self.path / name
 
     def trusted_state(self) -> bool:
-        """Is the state in `state_path()` sure to be what was applied? An empty one always is."""
-        if (self.state_path() / DAMAGED_MARK).exists():
-            return False
-        if self.installing or not (self.state_path() / DATA_FILE).exists():
-            return True
-        return (
-            self._mark("CLEAN") == self.state_path().name or self._mark("RUN") == self._run_mark()
-        )
+        """Is the state in `state_path()` sure to be what was applied? An empty one always is.
 
-    def mark_running(self) -> None:
+        Raises StorageIO.
+        """
+        state = self.state_path()
+        if not state.exists() or (state / DAMAGED_MARK).exists():
+            return False
+        if self.installing or not (state / DATA_FILE).exists() or self._is_clean():
+            return True
+        return self._mark("RUN").partition(UNCLEAN)[0] == self._run_mark()
+
+    def unclean_ends(self) -> int:
+        """How many processes in a row have used the trusted state and not closed it."""
+        found, _, before = self._mark("RUN").partition(UNCLEAN)
+        if self._is_clean() or found != self._run_mark():
+            return 0
+        return 1 + (int(before) if before.isdecimal() else 0)
+
+    def mark_running(self, unclean_ends: int = 0) -> None:
         """Before the first commit to the state: from now on only this boot can trust it.
 
         Call it after `discard_state`, if that is called.
@@ -171,7 +181,7 @@ class DataDirectory:
         """
         try:
             (self.path / "CLEAN").unlink(missing_ok=True)
-            self._write_file("RUN", self._run_mark())
+            self._write_file("RUN", f"{self._run_mark()}{UNCLEAN}{unclean_ends}")
         except OSError as error:
             raise StorageIO(f"cannot write {self.path / 'RUN'}: {error.strerror}") from error
 
@@ -204,7 +214,7 @@ class DataDirectory:
             sync_directory(path)
         except OSError as error:
             raise StorageIO(f"cannot finish {path}: {error.strerror}") from error
-        self._delete_other_states(path)
+        self.tidy()
 
     @property
     def died_opening(self) -> bool:
@@ -241,9 +251,8 @@ class DataDirectory:
         new, aside = self.path / NEW_LOG, self.path / "log.damaged"
         try:
             shutil.rmtree(new, ignore_errors=True)
-            log = LogStore(new)
-            log.reset(hard_state, base, membership)
-            log.close()
+            with closing(LogStore(new)) as log:
+                log.reset(hard_state, base, membership)
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(self.log_path, aside)
             self._finish_new_log()
@@ -257,6 +266,8 @@ class DataDirectory:
         if new.exists() and not self.log_path.exists():
             os.rename(new, self.log_path)
             sync_directory(self.path)
+        # One that did not get that far must never take the place of a log that is lost later.
+        shutil.rmtree(new, ignore_errors=True)
 
     def mark_clean(self) -> None:
         """After the last commit: the state has been synced and closed. Raises StorageIO."""
@@ -281,7 +292,16 @@ class DataDirectory:
             self._switch_state(name)
         except OSError as error:
             raise StorageIO(f"cannot replace {old}: {error.strerror}") from error
+        self.tidy()
         return self.path / name
+
+    def tidy(self) -> None:
+        """Delete every state but the one in use. Call it when that one is known to be sound: until
+        then another may be all that is left for a person to go on from."""
+        current = self.state_path()
+        for path in self.path.glob("state-*"):
+            if path != current:
+                shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -309,8 +329,9 @@ class DataDirectory:
                 file=str(log),
             )
         if not (self.path / "CURRENT").exists():
-            self._switch_state("state-1")
-        self._delete_other_states(self.state_path())
+            known = [_state_number(path.name) or 0 for path in self.path.glob("state-*")]
+            self._switch_state(f"state-{max(known, default=0) + 1}")
+        self.state_path()  # raises where CURRENT is damaged
 
     def _make_log(self, identity_file: Path) -> None:
         """The log comes before the identity: so an identity without a log means it was lost."""
@@ -342,18 +363,19 @@ class DataDirectory:
         new.mkdir(mode=0o700)
         sync_directory(new)
         self._write_file("CURRENT", name)
-        self._delete_other_states(new)
 
-    def _delete_other_states(self, current: Path) -> None:
-        for path in self.path.glob("state-*"):
-            if path != current:
-                shutil.rmtree(path, ignore_errors=True)
+    def _is_clean(self) -> bool:
+        return self._mark("CLEAN") == self.state_path().name
 
-    def _mark(self, name: str) -> str | None:
+    def _mark(self, name: str) -> str:
+        """Empty where there is no such mark. Raises StorageIO."""
+        file = self.path / name
         try:
-            return (self.path / name).read_text(encoding="utf-8", errors="replace").strip()
+            return file.read_text(encoding="utf-8", errors="replace").strip()
         except FileNotFoundError:
-            return None
+            return ""
+        except OSError as error:
+            raise StorageIO(f"cannot read {file}: {error.strerror}") from error
 
     def _run_mark(self) -> str:
         """This boot, and which directory: a copy of a running one was copied page by page."""

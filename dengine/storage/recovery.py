@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import NamedTuple
 
-from dengine.errors import DataCorruption, FatalError, StorageIO
+from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.raft.membership import Membership
 from dengine.raft.types import HardState, MemberId
 from dengine.storage.directory import DataDirectory, distrusted_log
 from dengine.storage.log_store import REMEDY, LogStore
-from dengine.storage.probe import probe_log
+from dengine.storage.probe import probe_log, probe_state
 from dengine.storage.snapshot_file import parse_name, read_header
 from dengine.storage.snapshots import list_files, put_aside, put_aside_foreign, unpack
 from dengine.storage.state_store import StateStore
@@ -31,6 +33,8 @@ from dengine.storage.state_store import StateStore
 log = logging.getLogger("dengine.recovery")
 
 REPAIR = "dengine repair --accept-data-loss"
+# A kill or two happen, and reading a large state takes time; a row of them may be its own work.
+SUSPICIOUS_ENDS = 2
 
 
 class Stores(NamedTuple):
@@ -60,10 +64,12 @@ def open_stores(directory: DataDirectory) -> Stores:
         if old is not None:
             store.close()
             return _without_log(directory, old)
-        return _with_log(directory, store)
+        stores = _with_log(directory, store)
     except BaseException:
         store.close()
         raise
+    directory.tidy()
+    return stores
 
 
 def _rolled_back(directory: DataDirectory, store: LogStore) -> DataCorruption | None:
@@ -152,12 +158,34 @@ def _trusted_state(directory: DataDirectory) -> StateStore | None:
         log.info("the state was not closed cleanly: rebuilding it")
         return None
     if not directory.installing:
-        directory.mark_running()
+        ends = directory.unclean_ends()
+        directory.mark_running(ends)
+        if ends >= SUSPICIOUS_ENDS:
+            log.warning("%d processes in a row have not closed the state: checking it", ends)
+            if not _survives_reading(directory.state_path()):
+                return None
+            directory.mark_running()
     try:
         return StateStore(directory.state_path())
     except DataCorruption as error:
         log.warning("%s; rebuilding it", error.message)
         return None
+
+
+def _survives_reading(path: Path) -> bool:
+    """Can another process read all of this state, and is it sound?
+
+    LMDB ends the process that meets some kinds of damage, whenever that is; the one that comes next
+    would meet it again.
+    """
+    try:
+        probe_state(path)
+    except DataCorruption as error:
+        log.warning("%s; rebuilding it", error.message)
+        return False
+    except TryAgain as error:  # the reader was killed, which says nothing about the data
+        log.warning("%s: it is used as it is", error.message)
+    return True
 
 
 def _continues(store: LogStore, state: StateStore) -> bool:
@@ -225,16 +253,14 @@ def _forget_beyond(directory: DataDirectory, index: int) -> None:
 def _without_log(directory: DataDirectory, error: DataCorruption) -> Stores:
     """The log is damaged: begin a new one behind the state, or behind a snapshot that is newer."""
     state = _trusted_state(directory)
-    applied = state.applied.index if state is not None else 0
-    newer = _newest_snapshot(directory, error, applied)
+    if state is not None and not state.applied.index:
+        state.close()
+        state = None
+    newer, unreadable = _newest_snapshot(directory, state.applied.index if state is not None else 0)
     if newer is not None:
         if state is not None:
             state.close()
         state = newer
-    elif not applied:
-        if state is not None:
-            state.close()
-        state = None
     if state is None:
         raise DataCorruption(
             f"{error.message.removesuffix(f'; {REMEDY}')}; nothing else here could take its place: "
@@ -243,46 +269,60 @@ def _without_log(directory: DataDirectory, error: DataCorruption) -> Stores:
             f"read with `{REPAIR}`",
             **error.details,
         )
-    return _begin_anew(directory, state, error)
+    return _begin_anew(directory, state, error, unreadable)
 
 
-def _newest_snapshot(
-    directory: DataDirectory, error: DataCorruption, after: int
-) -> StateStore | None:
-    """As the state in use, if it goes beyond entry `after`; nothing is touched where a person has
-    to decide."""
+def _newest_snapshot(directory: DataDirectory, after: int) -> tuple[StateStore | None, list[Path]]:
+    """The newest sound one beyond entry `after`, unpacked and not in use yet, and the damaged ones
+    before it. Those stay where they are: what they say of the log's end is true all the same, and
+    the next start has to find it again if this one comes to nothing."""
+    unreadable: list[Path] = []
     for file in reversed(list_files(directory.snapshots_path)):
         log_id = parse_name(file.name)
         if log_id is None or log_id.index <= after:
             break
         path = directory.next_state_path()
         try:
-            info = unpack(file, path, lambda done, total: None)
+            unpack(file, path, lambda done, total: None)
         except DataCorruption as damage:
             log.warning("%s; trying an older one", damage.message)
-            put_aside(file)
+            unreadable.append(file)
             continue
-        if not _others(directory, info.header.membership):
-            shutil.rmtree(path, ignore_errors=True)
-            raise _needs_person(directory, error)
-        directory.adopt_state(path)
-        return StateStore(path)
-    return None
+        return StateStore(path), unreadable
+    return None, unreadable
 
 
-def _begin_anew(directory: DataDirectory, state: StateStore, error: DataCorruption) -> Stores:
+def _begin_anew(
+    directory: DataDirectory,
+    state: StateStore,
+    error: DataCorruption,
+    unreadable: Sequence[Path] = (),
+) -> Stores:
     """Votes and acknowledgements given with the lost log count no more: another incarnation takes
     its place, with the state as a valid past of the cluster. The other voters have the rest.
+
+    The incarnation comes first. With anything else done before it, a start after a crash could find
+    a directory that agrees with itself and vote under the name whose promises are broken.
     """
-    membership = state.membership
+    membership, in_use = state.membership, state.path == directory.state_path()
     if membership is None or not _others(directory, membership):
         state.close()
+        if not in_use:
+            shutil.rmtree(state.path, ignore_errors=True)
         raise _needs_person(directory, error)
     log.warning("%s; going on as a new incarnation, from the other members", error.message)
-    directory.reincarnate()
-    hard_state = HardState(state.applied.term, None, state.applied.index)
-    store = directory.replace_log(hard_state, state.applied, membership)
-    directory.finish_install()
+    with ExitStack() as opened:
+        opened.callback(state.close)
+        directory.reincarnate()
+        if not in_use:
+            directory.adopt_state(state.path)
+        for file in unreadable:
+            put_aside(file)
+        hard_state = HardState(state.applied.term, None, state.applied.index)
+        store = directory.replace_log(hard_state, state.applied, membership)
+        opened.callback(store.close)
+        directory.finish_install()
+        opened.pop_all()
     return Stores(store, state)
 
 

@@ -38,6 +38,7 @@ from dengine.storage.snapshot_frames import (
     pack_end,
     pack_header,
     read_header_bytes,
+    reading,
     scan,
     sync_file,
 )
@@ -248,10 +249,11 @@ def read_header(path: Path) -> SnapshotHeader:
     """The header alone, which proves nothing about the rest.
 
     Raises:
-        DataCorruption: this is no snapshot, or one of a newer format.
-        StorageIO: it cannot be read.
+        DataCorruption: this is no snapshot, or one of a newer format; or the disk cannot give it
+            back.
+        StorageIO: it cannot be opened.
     """
-    with disk(path), open(path, "rb") as stream:
+    with reading(path), open(path, "rb") as stream:
         return _decoded(path, read_header_bytes(path, stream, hashlib.sha256()))
 
 
@@ -263,12 +265,13 @@ def verify(
     """Read all of a file and check every part of it.
 
     Args:
-        sink: takes the state's bytes, in order, as they are found sound.
+        sink: takes the state's bytes, in order, as they are found sound; raises no OSError.
         progress: told how many bytes of the file have been read.
 
     Raises:
-        DataCorruption: damaged, cut off, of a newer format, or no snapshot at all.
-        StorageIO: it cannot be read.
+        DataCorruption: damaged, cut off, of a newer format, or no snapshot at all; or the disk
+            cannot give it back.
+        StorageIO: it cannot be opened.
     """
     frames = scan(path, sink, progress)
     header = _decoded(path, frames.header)

@@ -5,6 +5,7 @@ Standard library only: a client without the extra `dengine[node]` downloads and 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -31,6 +32,11 @@ _PREFIX: Final = struct.Struct("<8sHII")
 _CHUNK: Final = struct.Struct("<II")
 _END: Final = struct.Struct("<IIQQ")
 _HEADER_BYTES_MAX: Final = 16 * 1024 * 1024
+# What a disk or a file system says of data that it cannot give back. Nothing else, as a lack of
+# descriptors or permissions, says anything of the file.
+_LOST: Final = frozenset(
+    (errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN, errno.EILSEQ, errno.EREMOTEIO)
+)
 
 
 class Frames(NamedTuple):
@@ -64,15 +70,16 @@ def scan(
     """Read all of a file and check every part of it.
 
     Args:
-        sink: takes the data of each chunk, in order, as it is found sound.
+        sink: takes the data of each chunk, in order, as it is found sound; raises no OSError.
         progress: told how many bytes of the file have been read.
 
     Raises:
-        DataCorruption: damaged, cut off, of a newer format, or no snapshot at all.
-        StorageIO: it cannot be read.
+        DataCorruption: damaged, cut off, of a newer format, or no snapshot at all; or the disk
+            cannot give it back.
+        StorageIO: it cannot be opened.
     """
     sha = hashlib.sha256()
-    with disk(path), open(path, "rb") as stream:
+    with reading(path), open(path, "rb") as stream:
         header = read_header_bytes(path, stream, sha)
         data_bytes = chunks = 0
         for data in _chunks(path, stream, sha):
@@ -94,16 +101,22 @@ def scan(
     return Frames(header, sha.digest().hex(), size, data_bytes)
 
 
-def sound_prefix(path: Path) -> int:
-    """How many bytes of a partial file may be kept: up to the end of its last sound chunk."""
+def sound_prefix(path: Path, progress: Callable[[int], None] | None = None) -> int:
+    """How many bytes of a partial file may be kept: up to the end of its last sound chunk.
+
+    Args:
+        progress: told how many bytes of the file have been read.
+    """
     kept = 0
     try:
-        with disk(path), open(path, "rb") as stream:
+        with reading(path), open(path, "rb") as stream:
             sha = hashlib.sha256()
             read_header_bytes(path, stream, sha)
             kept = stream.tell()
             for _ in _chunks(path, stream, sha):
                 kept = stream.tell()
+                if progress is not None:
+                    progress(kept)
     except DataCorruption:
         pass
     return kept
@@ -144,6 +157,19 @@ def disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        raise StorageIO(f"{path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """As `disk`, of a snapshot that is read: where a sector is lost it is damaged, as where one is
+    wrong. Another snapshot helps then, and no other attempt.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _LOST:
+            raise damaged_snapshot(path, f"it cannot be read ({error.strerror})") from error
         raise StorageIO(f"{path}: {error.strerror or error}") from error
 
 

@@ -173,6 +173,22 @@ def put_aside(file: Path) -> None:
         file.rename(file.with_name(file.name + DAMAGED_SUFFIX))
 
 
+def put_all_aside(directory: Path, spare: Path | None = None) -> None:
+    """All snapshots in `directory` but `spare` may be of a wrong state: none of them is one any
+    more, and a crash brings none back. Raises StorageIO.
+    """
+    wrong = [file for file in list_files(directory) if file != spare]
+    for file in wrong:
+        put_aside(file)
+    if left := [file for file in list_files(directory) if file != spare]:
+        raise StorageIO(f"cannot rename {left[0]}, which may hold a wrong state", file=str(left[0]))
+    try:
+        if wrong:
+            sync_directory(directory)
+    except OSError as error:
+        raise StorageIO(f"cannot sync {directory}: {error.strerror}") from error
+
+
 def put_aside_foreign(directory: Path, cluster_id: str) -> None:
     """Put aside what was never of this cluster, or is not what its name says: nobody here may
     take it for the cluster's past. One that cannot be read is left to whoever verifies it, and
@@ -191,14 +207,41 @@ def put_aside_foreign(directory: Path, cluster_id: str) -> None:
                 file.rename(file.with_name(file.name + FOREIGN_SUFFIX))
 
 
-def remove_partial(directory: Path, *, fetched_too: bool) -> None:
-    """Remove what an interrupted take has left, and of an interrupted fetch if it is of no use.
+def remove_partial(directory: Path) -> None:
+    """Remove what an interrupted take has left.
 
-    What the disk does not let go stays.
+    What the disk does not let go stays, and so does all of it where the directory cannot be read,
+    as by a process without a free file descriptor: the next one removes it.
     """
-    for path in directory.glob(f"{'' if fetched_too else 'snapshot-'}*{PARTIAL_SUFFIX}"):
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        for path in directory.glob(f"snapshot-*{PARTIAL_SUFFIX}"):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def remove_overtaken(directory: Path, applied: int) -> bool:
+    """Remove what interrupted fetches have left, where a state that has applied so much needs it
+    no more. True when some is left, with which a fetch may go on.
+    """
+    left = True  # until all of it has been seen
+    with suppress(OSError):
+        partial = list(directory.glob(f"fetch-*{PARTIAL_SUFFIX}"))
+        left = False
+        for path in partial:
+            with suppress(OSError, StorageIO):
+                if _brings(path) <= applied:
+                    path.unlink(missing_ok=True)
+                else:
+                    left = True
+    return left
+
+
+def _brings(partial: Path) -> int:
+    """Up to which entry the file would go; 0 where not even that has come."""
+    try:
+        return read_header(partial).index
+    except DataCorruption:
+        return 0
 
 
 def _make_private(directory: Path) -> None:

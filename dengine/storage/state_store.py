@@ -198,7 +198,7 @@ class StateStore:
         except lmdb.Error as error:
             raise _state_error(error, self._path) from error
         finally:
-            self._read = self._environment.begin(self._keys)
+            self._read_on()
         self.applied, self.revision, self.membership = applied, revision, membership
         self._hash = view.hash & _HASH_MASK
         self._digests += digests
@@ -217,9 +217,15 @@ class StateStore:
         except lmdb.Error as error:
             raise _state_error(error, self._path) from error
         finally:
-            self._read = self._environment.begin(self._keys)
+            self._read_on()
         self.membership, self.revision = membership, revision
         self._hash = state_hash & _HASH_MASK
+
+    def _read_on(self) -> None:
+        # After a write of its first pages has failed, LMDB begins nothing more in this environment.
+        # The process ends over that write, and its error is the one that tells why.
+        with suppress(lmdb.PanicError):
+            self._read = self._environment.begin(self._keys)
 
     def get(self, key: bytes) -> Record | None:
         """The record of `key` as of `applied`; None when there is none."""
@@ -285,10 +291,17 @@ class StateStore:
         yield total
 
     def sync(self) -> None:
-        """Make everything applied so far durable. Waits for the disk. Raises StorageIO."""
+        """Make everything applied so far durable. Waits for the disk.
+
+        Raises:
+            StorageIO: it may not be durable, and is never tried again: the kernel drops pages that
+                it could not write, and the next sync would find nothing wrong. The state is marked
+                to be rebuilt.
+        """
         try:
             self._environment.sync(True)
         except lmdb.Error as error:
+            _distrust(self._path)
             raise _state_error(error, self._path) from error
 
     def close(self) -> None:
@@ -459,8 +472,12 @@ def _state_error(error: lmdb.Error, path: Path) -> FatalError:
 
 
 def _distrusted(path: Path, error: DataCorruption) -> DataCorruption:
+    _distrust(path)
+    return error
+
+
+def _distrust(path: Path) -> None:
     """Have the next start rebuild this state: unlike a log, it can be rebuilt."""
     with suppress(OSError):  # on a disk that refuses even this, the error itself must come out
         (path / DAMAGED_MARK).touch(mode=0o600)
         sync_directory(path)
-    return error

@@ -105,7 +105,7 @@ class Server:
         return [a.line for a in self.asked if a.method != "GET"]
 
 
-def run_module(name: str, check: bool = False, **arguments: Any) -> dict[str, Any]:
+def run_module(name: str, /, check: bool = False, **arguments: Any) -> dict[str, Any]:
     """Run a module as Ansible does: a process of its own, arguments on standard input."""
     options = {**arguments, "_ansible_check_mode": check, "_ansible_diff": True}
     done = subprocess.run(

@@ -65,6 +65,82 @@ def test_the_life_of_a_cluster(site: Local) -> None:
     assert copy.exists(), "backups stay"
 
 
+def lose(site: Local, host: str) -> None:
+    """The node is killed, and nobody reaches its host any more."""
+    os.kill(site.pid(host), signal.SIGKILL)
+    site.set_host(host, ansible_connection="ssh", ansible_host="127.0.0.1", ansible_port=1)
+    wait_for(lambda: len(site.node_pids()) == 2, f"{host} to be gone")
+
+
+def test_one_dead_host_of_three(site: Local) -> None:
+    """Backup and switchover work, the latter never towards it; verify reports it, and destroy does
+    not leave it behind without being told to."""
+    site.play("expand").ok()
+    lose(site, "n3")
+    site.play("backup").ok()
+    assert len(list((site.state / "hosts" / "n2" / "backups").glob("*.dsnap"))) == 1
+    run = site.play("switchover", "-e", "dengine_leader=3").failed()
+    assert "Who takes over is well" in run.output
+    assert site.get("n1", "/v1/cluster")["leader"]["id"] == 1
+    assert "node 2 leads" in site.play("switchover").ok().output
+
+    site.play("verify").failed()
+    assert "n3" in "".join(site.report("verify")["problems"])
+    assert site.report("verify")["facts"]["keys compared"] == 3
+
+    name = ("-e", "dengine_confirm=local")
+    assert "n3 cannot be reached" in site.play("destroy", *name).failed().output
+    site.play("destroy", *name, "-e", '{"destroy_without_unreachable": true}').ok()
+    assert site.node_pids() == []
+    assert [host for host in site.hosts if site.data(host).exists()] == ["n3"]
+
+
+def test_destroy_leaves_another_clusters_data_alone(site: Local) -> None:
+    """It is found by the cluster's id, also when it is the directory of another node."""
+    site.play("site").ok()
+    foreign = site.data("n3")
+    foreign.mkdir(parents=True)
+    identity = json.loads((site.data("n1") / "identity.json").read_text())
+    identity |= {"node_id": 7, "cluster_id": "f" * 32}
+    (foreign / "identity.json").write_text(json.dumps(identity))
+    run = site.play("destroy", "-e", "dengine_confirm=local").failed()
+    assert "is of 2 clusters" in run.output
+    assert (foreign / "identity.json").exists()
+    assert site.voters() == [1]
+
+
+def test_verify_collects_all_that_is_wrong_and_leaves_no_older_report(site: Local) -> None:
+    """A wrong file here, a dead node there: both are in the report, and check mode finds them. A
+    run that cannot even begin leaves no report that says "Verified."."""
+    site.play("expand").ok()
+    site.play("verify", "--check").ok()
+    site.play("verify").ok()
+    assert site.report("verify")["verdict"] == "Verified."
+    site.play("verify", "--limit", "n1").failed()
+    assert site.report("verify")["verdict"] == "NOT as it should be."
+    assert "--limit is refused" in "".join(site.report("verify")["problems"])
+    config = site.state / "hosts" / "n2" / "dengine.toml"
+    was = config.read_text()
+    config.write_text(was.replace("az-b", "az-x"))
+    os.kill(site.pid("n3"), signal.SIGKILL)
+    wait_for(lambda: len(site.node_pids()) == 2, "node 3 to be gone")
+    site.play("verify", "--check").failed()
+    assert site.play("verify").failed()
+    report = site.report("verify")
+    assert report["verdict"] == "NOT as it should be."
+    text = "\n".join(report["problems"])
+    assert "n2: the configuration is not that of the inventory" in text
+    assert f"{site.endpoint('n3')}: Connection refused" in text
+    assert report["facts"]["keys compared"] == 3, "the other two are compared all the same"
+
+
+def test_verify_counts_the_voters_of_the_inventory(site: Local) -> None:
+    """One voter of three hosts is a cluster that has shrunk, unless it was asked for."""
+    site.play("site").ok()
+    assert "sees the voters [1], not [1, 2, 3]" in site.play("verify").failed().output
+    site.play("verify", "-e", "dengine_verify_voters=1").ok()
+
+
 def test_a_single_voter_is_not_restarted_by_accident(site: Local) -> None:
     site.play("site").ok()
     pid = site.pid("n1")

@@ -11,7 +11,16 @@ from pathlib import Path
 
 from tests.cluster import Cluster, wait_for
 from tests.crash_sweep.scenarios import PATHS, Scenario, litter
-from tests.crash_sweep.sites import CHANGING, FIRST_TAKE, INSTALL, PURGE, REBUILD, TAKE, Site
+from tests.crash_sweep.sites import (
+    CHANGING,
+    DISTRUST,
+    FIRST_TAKE,
+    INSTALL,
+    PURGE,
+    REBUILD,
+    TAKE,
+    Site,
+)
 from tests.crash_sweep.strace import Fault, Injection, Strace, process_of, recorded, wait_gone
 
 SITES: dict[str, tuple[Site, ...]] = {
@@ -20,6 +29,7 @@ SITES: dict[str, tuple[Site, ...]] = {
     "purge": PURGE,
     "install": INSTALL,
     "rebuild": REBUILD,
+    "distrust": DISTRUST,
 }
 STORAGE_IO = 74  # the exit code for "the disk refused; a restart recovers"
 POINT_DEADLINE_S = 60.0  # a writer that is stuck is killed after 30

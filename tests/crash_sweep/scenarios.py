@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import shutil
 import signal
 from collections.abc import Mapping
@@ -258,19 +259,81 @@ class Rebuild(Scenario):
         return self.victim.ready()
 
 
+class Distrust(Scenario):
+    """A running node alone finds its state damaged, throws it away, and unpacks its own newest
+    snapshot, for the log begins later than entry 1."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster)
+        port = free_port()
+        cluster.node(1, config_text(1, {1: port}, 2, 2, QUIET), port).start()
+        cluster.wait_leader()
+        for _ in range(2):
+            self.write(self.victim, KEYS)
+            _take(self.victim)
+        wait_for(lambda: _view(self.victim)["purged_index"], "a purged log")
+
+    @property
+    def victim(self) -> ServeProcess:
+        return self.cluster.nodes[1]
+
+    def prepare(self) -> None:
+        self.write(self.victim, 5)
+        wait_for(lambda: _view(self.victim)["job"] is None, "the writer to rest")
+        self._state = state_number(self.victim.directory)
+
+    def files(self) -> Mapping[str, Path]:
+        newest = self.victim.directory / f"state-{self._state + 2}"
+        return {
+            "newest state/": newest,
+            "newest state data": newest / "data.mdb",
+            "newest state lock": newest / "lock.mdb",
+            "newest state UNPACKED": newest / "UNPACKED",
+            **state_files(self.victim.directory),
+        }
+
+    def go(self) -> None:
+        """A value rots, in every copy of it, and somebody reads all."""
+        file = self.victim.directory / f"state-{self._state}" / "data.mdb"
+        data, value = file.read_bytes(), self.acknowledged["key000"].encode()
+        with file.open("r+b") as stream:
+            for found in re.finditer(re.escape(value), data):
+                stream.seek(found.start() + VALUE_BYTES // 2)
+                stream.write(b"!")
+        reply = self.victim.request("POST", "/v1/snapshots", b"", {"Dengine-Timeout-Ms": "100"})
+        assert reply.status in (202, 503), reply
+
+    def done(self) -> bool:
+        return state_number(self.victim.directory) >= self._state + 2 and self.victim.ready()
+
+    def restart(self) -> None:
+        """Until it has read its state through: before that it may not know yet that it is wrong."""
+        said = len(self.victim.output())
+        super().restart()
+        sound = "the state was read through and is sound"
+        wait_for(lambda: sound in self.victim.output()[said:], "the state to be checked", 60)
+        wait_for(self.victim.ready, "the node to be ready")
+
+
 PATHS: dict[str, type[Scenario]] = {
     "first take": TakeFirst,
     "take": TakeAndPurge,
     "purge": TakeAndPurge,
     "install": Install,
     "rebuild": Rebuild,
+    "distrust": Distrust,
 }
+
+
+def state_number(directory: Path) -> int:
+    """Of the state in use."""
+    return int((directory / "CURRENT").read_text(encoding="utf-8").partition("-")[2])
 
 
 def state_files(directory: Path) -> dict[str, Path]:
     """What changes when the state in use is replaced by the next one."""
-    current = (directory / "CURRENT").read_text(encoding="utf-8").strip()
-    new = directory / f"state-{int(current.partition('-')[2]) + 1}"
+    number = state_number(directory)
+    current, new = f"state-{number}", directory / f"state-{number + 1}"
     return {
         "directory": directory,
         "CURRENT.tmp": directory / "CURRENT.tmp",

@@ -81,18 +81,18 @@ _ADOPT: Final = (
 )
 
 
-def _unpack(who: str) -> tuple[Site, ...]:
+def _unpack(who: str, state: str = "new state") -> tuple[Site, ...]:
     return (
-        Site("new state/", "mkdir", who, ends=None),  # the last one finds it there already
+        Site(f"{state}/", "mkdir", who, ends=None),  # the last one finds it there already
         # One of these opens is only for reading, and LMDB tries that one twice.
-        Site("new state data", "openat", who, about=2, ends=None),
-        Site("new state data", WRITES, who, about=15),
-        Site("new state data", SYNCS, who),
-        Site("new state data", "truncate", who, about=2),
-        Site("new state lock", "openat", who),
-        Site("new state lock", WRITES + ",ftruncate", who),
-        Site("new state UNPACKED", "openat", who),
-        Site("new state/", SYNCS, who),
+        Site(f"{state} data", "openat", who, about=2, ends=None),
+        Site(f"{state} data", WRITES, who, about=15),
+        Site(f"{state} data", SYNCS, who),
+        Site(f"{state} data", "truncate", who, about=2),
+        Site(f"{state} lock", "openat", who),
+        Site(f"{state} lock", WRITES + ",ftruncate", who),
+        Site(f"{state} UNPACKED", "openat", who),
+        Site(f"{state}/", SYNCS, who),
     )
 
 
@@ -117,4 +117,31 @@ REBUILD: Final = (
     Site("log lock", "openat", "node"),
     *_unpack("node"),
     *_ADOPT,
+)
+
+# First an empty state takes the place of the wrong one ("old"), then one that a subprocess unpacks
+# from the newest snapshot ("newest") that of the empty one ("new"). The first is done by the loop,
+# the second by the thread that writes the log, and calls are counted per thread.
+DISTRUST: Final = (
+    # Where making it fails that is tried again; opening it must not fail.
+    Site("new state/", "mkdir", "node", about=2, ends=None, new_thread=True),
+    Site("new state/", SYNCS, "node", ends=False, new_thread=True),
+    Site("new state data", "openat", "node", ends=None),
+    Site("new state data", WRITES, "node", about=2, ends=None),
+    Site("new state lock", "openat", "node"),
+    Site("new state lock", WRITES + ",ftruncate", "node"),
+    Site("old state/", REMOVES, "node", about=2, ends=False, new_thread=True),
+    *_unpack("writer", "newest state"),
+    Site("CURRENT.tmp", "openat", "node"),
+    Site("CURRENT.tmp", WRITES, "node"),
+    Site("CURRENT.tmp", SYNCS, "node"),
+    Site("CURRENT.tmp", "rename", "node"),
+    Site("CLEAN", REMOVES, "node"),
+    Site("RUN.tmp", "openat", "node"),
+    Site("RUN.tmp", WRITES, "node"),
+    Site("RUN.tmp", SYNCS, "node"),
+    Site("RUN.tmp", "rename", "node"),
+    Site("directory", SYNCS, "node", about=8),
+    Site("newest state UNPACKED", REMOVES, "node"),
+    Site("new state/", REMOVES, "node", about=3, ends=False),
 )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -22,18 +20,14 @@ from tests.cluster import (
     static_cluster,
     wait_for,
 )
+from tests.namespaces import add_switch, inside, remove, wire
 
 HOSTS = {1: "192.168.1.10", 2: "192.168.1.11", 3: "192.168.1.12"}
 CLIENT = "192.168.1.100"
-CLONE_NEWNET = 0x40000000
 
 needs_namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"
 )
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
 @contextlib.contextmanager
@@ -44,38 +38,13 @@ def machines() -> Iterator[dict[int, str]]:
     switch = f"{prefix}-switch"
     names = {node_id: f"{prefix}-{node_id}" for node_id in HOSTS}
     try:
-        ip("netns", "add", switch)
-        ip("-n", switch, "link", "add", "bridge0", "type", "bridge")
-        ip("-n", switch, "addr", "add", f"{CLIENT}/24", "dev", "bridge0")
-        ip("-n", switch, "link", "set", "bridge0", "up")
+        add_switch(switch, f"{CLIENT}/24")
         for node_id, name in names.items():
-            port = f"port{node_id}"
-            ip("netns", "add", name)
-            ip("-n", switch, "link", "add", port, "type", "veth", "peer", "eth0", "netns", name)
-            ip("-n", switch, "link", "set", port, "master", "bridge0", "up")
-            ip("-n", name, "addr", "add", f"{HOSTS[node_id]}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
+            wire(switch, name, f"port{node_id}", f"{HOSTS[node_id]}/24")
         yield {0: switch, **names}
     finally:
         for name in (switch, *names.values()):
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-
-
-@contextlib.contextmanager
-def inside(namespace: str) -> Iterator[None]:
-    """Sockets that this thread and its new threads open belong to the namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    there = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
-    try:
-        if libc.setns(there, CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
-        yield
-    finally:
-        libc.setns(home, CLONE_NEWNET)
-        os.close(home)
-        os.close(there)
+            remove(name)
 
 
 def production_text(node_id: int) -> str:

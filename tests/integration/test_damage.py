@@ -7,6 +7,7 @@ answer, never a trace.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 from tests.cluster import (
+    ROOT,
+    UNREACHABLE,
     Cluster,
     ServeProcess,
     Writer,
@@ -27,6 +30,12 @@ from tests.cluster import (
 
 ROUNDS = 12 if os.environ.get("DENGINE_CRASH_SWEEP") else 1
 DATA_CORRUPTION = 65  # exit code
+_UNIT = (ROOT / "systemd" / "dengine.service").read_text(encoding="utf-8")
+START_LIMIT = int(re.findall(r"^StartLimitBurst=(\d+)$", _UNIT, re.MULTILINE)[0])  # in 5 minutes
+NEVER_RESTARTED = {
+    int(code)
+    for code in re.findall(r"^RestartPreventExitStatus=(.*)$", _UNIT, re.MULTILINE)[0].split()
+}
 QUIET = """founding_wait_ms = 0
 [raft.snapshot]
 retained_log_entries = 20
@@ -109,12 +118,42 @@ DAMAGES = {"flip": flip, "value": flip_value, "cut": cut}
 FILES = {"state": state_of, "log": log_of, "snapshot": newest_snapshot}
 
 
+class Supervisor:
+    """Starts a node again when it has stopped, as systemd/dengine.service does and no more often:
+    what a node cannot repair within so many starts is a crash loop, and a person is called.
+    """
+
+    def __init__(self, node: ServeProcess) -> None:
+        self.node = node
+        self._starts = 0
+
+    def start(self) -> None:
+        """A person starts it: what was counted before does not matter any more."""
+        self._starts = 1
+        self.node.start()
+
+    def sees_it_run(self) -> bool:
+        if self.node.running:
+            return True
+        code, said = self.node.wait_exit(), self.node.lines()[-1]
+        print(f"it stopped with {code}: {said}")
+        assert code not in NEVER_RESTARTED, f"it waits for a person:\n{self.node.tail()}"
+        assert self._starts < START_LIMIT, f"a crash loop:\n{self.node.tail()}"
+        self._starts += 1
+        self.node.start()
+        return False
+
+    def wait_ready(self) -> None:
+        wait_for(lambda: self.sees_it_run() and self.node.ready(), "the node to be ready", 60)
+
+
 class Three:
     """Three voters with data, two snapshots on each and a purged log; the third gets damaged."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = static_cluster(cluster, 1, 2, 3, extra=QUIET)
         self.victim = cluster.nodes[3]
+        self.supervisor = Supervisor(self.victim)
         leader = cluster.wait_leader()
         self.values = fill(leader, "a")
         cluster.wait_applied()
@@ -144,14 +183,14 @@ class Three:
         for writer in writers:
             writer.wait_more(5)
         self.cluster.wait_voters(1, 2, 3, deadline_s=40)
-        wait_for(self.victim.ready, "the damaged node to be ready")
+        self.supervisor.wait_ready()
         for writer in writers:
             assert not writer.stop().failures
         self.cluster.wait_applied()
         truth = self.cluster.nodes[1].items("")
         assert self.values.items() <= truth.items()
         assert self.cluster.nodes[2].items("") == truth
-        read_all(self.victim, truth)
+        read_all(self.supervisor, truth)
         self.cluster.assert_everywhere(*writers)
         assert "Traceback" not in self.victim.output()
 
@@ -174,9 +213,9 @@ def test_damage_to_one_of_three_is_repaired(cluster: Cluster, rng: random.Random
         writers = three.writers()
         DAMAGES[how](file, rng)
         said = len(victim.output())
-        victim.start()
-        restart_until_it_stays(victim)
-        wait_checked(victim, said)
+        three.supervisor.start()
+        three.supervisor.wait_ready()
+        wait_checked(three.supervisor, said)
         if what == "snapshot":
             wait_for(lambda s=said: "put aside" in victim.output()[s:], "the damage to be found")
             assert not file.exists()
@@ -184,49 +223,36 @@ def test_damage_to_one_of_three_is_repaired(cluster: Cluster, rng: random.Random
         take(victim)
 
 
-def wait_checked(node: ServeProcess, said: int) -> None:
+def wait_checked(supervisor: Supervisor, said: int) -> None:
     """Wait until a node that started with `said` characters of output has read its state through,
     or has built another one: a key that rots is not found, and only the sum of all shows it."""
 
     def checked() -> bool:
-        if not node.running:
-            restart_until_it_stays(node)
         found = ("the state was read through", "snapshot up to entry", "rebuilt from", "rebuilding")
-        return any(text in node.output()[said:] for text in found)
+        output = supervisor.node.output()[said:]
+        return supervisor.sees_it_run() and any(text in output for text in found)
 
     wait_for(checked, "the state to have been checked", 30)
 
 
-def read_all(node: ServeProcess, truth: dict[str, str]) -> None:
+def read_all(supervisor: Supervisor, truth: dict[str, str]) -> None:
     """Read every key until all can be read. A refusal will pass; a wrong value is the end."""
+    node = supervisor.node
 
     def complete() -> bool:
-        if not node.running:
-            print(f"it stopped with {node.wait_exit()}: {node.lines()[-1]}")
-            node.start()
-        for key, value in truth.items():
-            reply = node.get(key, "eventual")
-            assert not reply.ok or reply.body.decode() == value, f"{key}: {reply}"
-            assert reply.status != 404, f"{key} is lost"
-            if not reply.ok:
-                return False
-        return node.items("") == truth
+        if not supervisor.sees_it_run():
+            return False
+        with contextlib.suppress(*UNREACHABLE):  # it may meet the damage just now
+            for key, value in truth.items():
+                reply = node.get(key, "eventual")
+                assert not reply.ok or reply.body.decode() == value, f"{key}: {reply}"
+                assert reply.status != 404, f"{key} is lost"
+                if not reply.ok:
+                    return False
+            return node.items("") == truth
+        return False
 
     wait_for(complete, f"node {node.node_id} to answer for every key", 30)
-
-
-def restart_until_it_stays(node: ServeProcess, attempts: int = 4) -> None:
-    """Do what systemd does: a node that stops with 65 or 74 over damage is started again.
-
-    It may do so once or twice, when the damage is met in the middle of something; not for ever.
-    """
-    for _ in range(attempts):
-        wait_for(lambda: node.ready() or not node.running, "the node to be ready or to stop", 30)
-        if node.running:
-            return
-        print(f"it stopped with {node.wait_exit()}: {node.lines()[-1]}")
-        node.start()
-    raise AssertionError(f"it stopped {attempts} times:\n{node.tail()}")
 
 
 def test_a_damaged_snapshot_of_a_running_node_is_never_installed(
@@ -235,7 +261,6 @@ def test_a_damaged_snapshot_of_a_running_node_is_never_installed(
     """The leader's newest file rots while it runs, and a follower needs just that one: what
     arrives damaged is not installed, and the follower gets there."""
     three = Three(cluster)
-    victim = three.victim
     three.down()
     leader = cluster.wait_leader()
     three.values |= fill(leader, "d")
@@ -245,7 +270,7 @@ def test_a_damaged_snapshot_of_a_running_node_is_never_installed(
     wait_for(lambda: snapshots(leader)["purged_index"] > 182, "a log purged beyond the victim's")
     flip(newest_snapshot(leader), rng, start=2000)  # behind its header
     writers = three.writers()
-    victim.start()
+    three.supervisor.start()
     three.settled(writers)
 
 
@@ -269,15 +294,16 @@ def test_a_single_node_recovers_its_state_from_snapshot_and_log(
 ) -> None:
     """Whatever happens to the state of a node without others: the snapshot and the log have it."""
     node, values = single(cluster)
+    supervisor = Supervisor(node)
     for number in range(3 * ROUNDS):
         how = list(DAMAGES)[number % 3]
         node.kill()
         DAMAGES[how](state_of(node), rng)
         said = len(node.output())
-        node.start()
-        restart_until_it_stays(node)
-        wait_checked(node, said)
-        read_all(node, values)
+        supervisor.start()
+        supervisor.wait_ready()
+        wait_checked(supervisor, said)
+        read_all(supervisor, values)
         assert node.put("a000", values["a000"]).ok
         assert "Traceback" not in node.output()
 
@@ -289,6 +315,7 @@ def test_a_single_node_with_a_damaged_log_stops_and_says_what_to_do(
     """Nobody else has what the log held: exit code 65, the file, and the way out; or the damage
     was where nothing is kept, and everything is there."""
     node, values = single(cluster)
+    supervisor = Supervisor(node)
     assert node.stop() == 0
     sound = log_of(node).read_bytes()
     stops = 0
@@ -296,11 +323,11 @@ def test_a_single_node_with_a_damaged_log_stops_and_says_what_to_do(
         how = list(DAMAGES)[number % 3]
         log_of(node).write_bytes(sound)
         DAMAGES[how](log_of(node), rng)
-        node.start()
+        supervisor.start()
         wait_for(lambda: node.ready() or not node.running, "the node to be ready or to stop")
         if node.running:
             assert how != "value"
-            read_all(node, values)
+            read_all(supervisor, values)
             assert node.stop() == 0
             sound = log_of(node).read_bytes()
             continue
@@ -312,5 +339,5 @@ def test_a_single_node_with_a_damaged_log_stops_and_says_what_to_do(
         assert "Traceback" not in node.output()
     assert stops
     log_of(node).write_bytes(sound)
-    node.start()
-    read_all(node, values)
+    supervisor.start()
+    read_all(supervisor, values)

@@ -10,16 +10,21 @@ from hypothesis import strategies as st
 from dengine.kv.commands import (
     BATCH_VERSION,
     Command,
+    Compare,
     Condition,
     ConditionFailed,
     Delete,
     DeleteRange,
     DeleteResult,
+    Get,
+    GetResult,
     Invalid,
     Put,
     PutResult,
     Result,
     TooMany,
+    Txn,
+    TxnResult,
     decode_batch,
     decode_result,
     encode_batch,
@@ -35,6 +40,16 @@ COMMANDS: list[Command] = [
     Delete(b"k", Condition(if_match=(1, 2**63))),
     DeleteRange(b"", None, 10),
     DeleteRange(b"a", b"b", 0),
+    Txn((), (), ()),
+    Txn(
+        (
+            Compare(b"k", "version", ">=", 2),
+            Compare(b"\xff", "value", "=", b"v"),
+            Compare(b"k", "exists", "!=", True),
+        ),
+        (Put(b"k", b"v"), Get(b"k"), Delete(b"k"), DeleteRange(b"a", None, 9)),
+        (Get(b"k"),),
+    ),
 ]
 RESULTS: list[Result] = [
     PutResult(7, True),
@@ -43,6 +58,7 @@ RESULTS: list[Result] = [
     ConditionFailed(9),
     TooMany(10),
     Invalid("no"),
+    TxnResult(7, False, (PutResult(7, True), GetResult(), GetResult(1, 2, 3, b"v"))),
 ]
 
 

@@ -7,16 +7,21 @@ from collections.abc import Iterator
 
 from dengine.kv.commands import (
     Command,
+    Compare,
     Condition,
     ConditionFailed,
     Delete,
     DeleteRange,
     DeleteResult,
+    Get,
+    GetResult,
     Invalid,
     Put,
     PutResult,
     Result,
     TooMany,
+    Txn,
+    TxnResult,
 )
 from dengine.kv.machine import Record
 
@@ -49,6 +54,8 @@ class Twin:
         self.revision = 0
 
     def apply(self, command: Command) -> Result:
+        if isinstance(command, Txn):
+            return self._txn(command)
         before = copy.copy(self.records)
         result = self._apply(command)
         if self.records != before:
@@ -82,6 +89,68 @@ class Twin:
         version = 1 if old is None else old.version + 1
         self.records[command.key] = Record(created, now, version, command.value)
         return PutResult(now, old is None)
+
+    def _txn(self, txn: Txn) -> Result:
+        for compare in txn.compare:
+            number, is_flag = type(compare.operand) is int, type(compare.operand) is bool
+            fits = {"value": type(compare.operand) is bytes, "exists": is_flag}
+            if not fits.get(compare.target, number):
+                return Invalid("any words")
+            if is_flag and compare.relation not in ("=", "!="):
+                return Invalid("any words")
+            if len(compare.key) == 0 or len(compare.key) > 511:
+                return Invalid("any words")
+        succeeded = all(self._true(compare) for compare in txn.compare)
+        records, results, deleted, changed = dict(self.records), [], 0, False
+        for operation in txn.success if succeeded else txn.failure:
+            trial = Twin()
+            trial.records, trial.revision = records, self.revision
+            if isinstance(operation, Get):
+                if len(operation.key) == 0 or len(operation.key) > 511:
+                    return Invalid("any words")
+                found = records.get(operation.key)
+                result: Result | GetResult = GetResult()
+                if found:
+                    result = GetResult(
+                        found.mod_revision, found.create_revision, found.version, found.value
+                    )
+            elif isinstance(operation, DeleteRange):
+                left = operation.limit - deleted
+                result = trial._apply(DeleteRange(operation.start, operation.end, left))
+            elif operation.condition is not None:
+                return Invalid("any words")
+            else:
+                result = trial._apply(operation)
+            if isinstance(result, TooMany):
+                return TooMany(max(operation.limit, 0))
+            if isinstance(result, Invalid):
+                return result
+            if isinstance(result, DeleteResult):
+                deleted += result.deleted
+            changed = changed or isinstance(result, PutResult) or bool(deleted)
+            results.append(result)
+        self.records, self.revision = records, self.revision + changed
+        return TxnResult(self.revision, succeeded, tuple(results))
+
+    def _true(self, compare: Compare) -> bool:
+        old = self.records.get(compare.key)
+        if compare.target == "value" and old is None:
+            return False
+        actual = {
+            "exists": old is not None,
+            "value": old.value if old else b"",
+            "version": old.version if old else 0,
+            "mod_revision": old.mod_revision if old else 0,
+        }[compare.target]
+        below, same = actual < compare.operand, actual == compare.operand
+        return {
+            "=": same,
+            "!=": not same,
+            "<": below,
+            "<=": below or same,
+            ">": not below and not same,
+            ">=": not below,
+        }[compare.relation]
 
     @staticmethod
     def _allowed(condition: Condition | None, old: Record | None) -> bool:

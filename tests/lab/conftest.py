@@ -112,12 +112,18 @@ def node(machines: dict[int, Machine]) -> Iterator[Machine]:
 
 
 @contextlib.contextmanager
-def one_voter(letter: str, directory: Path, wheelhouse: Path) -> Iterator[Site]:
-    """A lab of its own with one voter on n1, made by site.yml, and two blank machines."""
+def one_voter(
+    letter: str, directory: Path, wheelhouse: Path, **config: dict[str, int]
+) -> Iterator[Site]:
+    """A lab of its own with one voter on n1, made by site.yml, and two blank machines.
+
+    `config` is more of the nodes' configuration, by section.
+    """
     with new_lab(letter) as lab:
         place = directory / f"cp311-{HOSTS_ARCH}"
         place.symlink_to(wheelhouse)
         made = Site(lab, directory, place)
+        made.set_group(dengine_config=config)
         made.play("site").ok()
         made.learn_secrets()
         yield made

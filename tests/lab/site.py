@@ -32,6 +32,9 @@ class Site:
         self.wheels = self.state / "wheelhouse" / wheelhouse.name
         shutil.copytree(wheelhouse, self.wheels)
 
+    def set_group(self, **values: Any) -> None:
+        (self.inventory / "group_vars" / "all.yml").write_text(json.dumps(values))
+
     def play(self, playbook: str, *arguments: str, **environment: str) -> Run:
         """Run ansible/`playbook`.yml from inside the lab's network, to its end."""
         command = [str(PLAYBOOK), "-i", str(self.inventory), str(ROOT / f"ansible/{playbook}.yml")]

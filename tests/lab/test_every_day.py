@@ -31,6 +31,9 @@ def test_a_rolling_restart_costs_no_write(grown: Grown) -> None:
     order = re.findall(r"TASK \[Restart n(\d)\]", said)
     assert sorted(order) == ["1", "2", "3"]
     assert order[-1] == str(leader)
+    # A node that is told to stop hands over by itself; this is about what comes before.
+    first = rf"TASK \[[^\n]*Hand leadership over, where it is with node {leader}\] \*+\nchanged: "
+    assert re.search(first, said), "the leader was not asked to hand over"
     assert n1.json("/v1/cluster")["leader"]["id"] != leader
     site.play("verify").ok()
 
@@ -73,3 +76,31 @@ def test_any_host_may_die(grown: Grown) -> None:
     wait_for(lambda: victim.pid not in (0, pid), "another process", 15)
     wait_for(victim.ready, "the node to be ready again", 30)
     site.play("verify").ok()
+
+
+def test_a_voter_that_lost_its_directory_stops_the_run(grown: Grown) -> None:
+    """Its row names it and what to do, and nothing is changed."""
+    n3 = grown.site.machines[3]
+    n3.run("systemctl stop dengine; mv /var/lib/dengine/3 /var/lib/dengine/lost")
+    try:
+        run = grown.site.play("expand").failed()
+        assert n3.attempt("systemctl is-active --quiet dengine").returncode != 0
+    finally:
+        n3.run("rm -rf /var/lib/dengine/3; mv /var/lib/dengine/lost /var/lib/dengine/3")
+        n3.start()
+    assert set(re.findall(r"([\w-]+) +(\w+) +FAILED", run.output)) == {("n3", "identity")}
+    assert "dengine remove 3" in run.output
+
+
+def test_destroy_stops_a_node_whose_file_is_gone(grown: Grown) -> None:
+    """With dengine.toml deleted by hand the unit still runs: it is stopped before its data goes. No
+    test can come after this one."""
+    site = grown.site
+    n2 = site.machines[2]
+    n2.run("rm /etc/dengine/dengine.toml")
+    site.play("destroy", "-e", "dengine_confirm=lab").ok()
+    for machine in site.machines.values():
+        assert machine.unit()["ActiveState"] == "inactive", machine.name
+        assert machine.unit()["UnitFileState"] == "disabled", machine.name
+        assert machine.run("pgrep -c -u dengine || true") == "0"
+        assert machine.attempt("ls -d /var/lib/dengine/*").returncode != 0

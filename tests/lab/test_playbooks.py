@@ -6,6 +6,7 @@ a way out, so whatever gets onto the machines comes from the controller.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import UNREACHABLE, wait_for
 from tests.lab.machines import ADDRESSES, ZONES, Machine
 from tests.lab.site import Grown
 
 EXPOSURE_MAX = 1.5
 SLOWEST_MS = 5000
 WRITES_PER_S = 100  # that four writers reach together at least, on two busy cores
+SLOWER = 2.0
 
 pytestmark = pytest.mark.lab_sample
 
@@ -34,6 +37,9 @@ def test_one_becomes_three_while_clients_write(grown: Grown) -> None:
     expand = grown.load["phases"]["expand"]
     assert expand["writes"] / expand["seconds"] > WRITES_PER_S
     assert expand["max_ms"] < SLOWEST_MS
+    # Nodes, clients and ansible share two cores here, so the slowest per cent says more about them
+    # than about dengine: it is printed, and the median is judged.
+    assert expand["p50_ms"] <= SLOWER * grown.load["phases"]["quiet"]["p50_ms"]
     for name in ("MainPID", "ExecMainStartTimestampMonotonic", "NRestarts"):
         assert grown.after[name] == grown.before[name], name
     assert grown.again == {"n1": 0, "n2": 0, "n3": 0}
@@ -125,17 +131,46 @@ def nothing_failed(machine: Machine) -> None:
 
 def secrets(machine: Machine) -> None:
     """Only root and the service can read them, and they stand in no argument or variable."""
-    for path in ("/etc/dengine/secrets/token", "/run/credentials/dengine.service/token"):
+    places = ("/etc/dengine/secrets", "/run/credentials/dengine.service")
+    for path in (f"{place}/{name}" for place in places for name in ("token", "peer_secret")):
+        machine.run(f"test -s {path}")
         refused = machine.attempt(f"setpriv --reuid=vagrant --clear-groups cat {path}")
         assert b"Permission denied" in refused.stderr
     for place in ("cmdline", "environ"):
-        assert machine.lab.token not in machine.run(f"tr '\\0' ' ' < /proc/{machine.pid}/{place}")
+        said = machine.run(f"tr '\\0' ' ' < /proc/{machine.pid}/{place}")
+        assert machine.lab.token not in said
+        assert machine.lab.peer_secret not in said
+
+
+OWN = re.compile(r"^(node_id|listen_address|advertise_address|zone) = .*$", re.M)
+
+
+def config(machine: Machine) -> None:
+    """The file is the same on every host, but for the lines that say which node it is of."""
+    hosts = machine.lab.machines.values()
+    texts = {m.name: OWN.sub(r"\1", m.run("cat /etc/dengine/dengine.toml")) for m in hosts}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    common = max(digests.values(), key=list(digests.values()).count)
+    assert digests[machine.name] == common, texts[machine.name]
+
+
+def same_view(machine: Machine) -> None:
+    """Each host tells the same members with the same roles, terms and settings."""
+    seen = []
+    for one in (machine, *machine.lab.machines.values()):
+        found = one.json("/v1/cluster")
+        members = [{k: m[k] for k in ("id", "address", "zone", "role", "status", "incarnation")}
+                   for m in found["members"]]  # fmt: skip
+        names = ("cluster_id", "term", "joint", "settings", "fault_tolerance")
+        seen.append((members, *(found[name] for name in names)))
+    assert all(view == seen[0] for view in seen)
 
 
 CHECKS: dict[str, Callable[[Machine], None]] = {
     check.__name__: check
     for check in (
-        unit, sandbox, listens, user, modes, release, zone, view, timer, nothing_failed, secrets
+        unit, sandbox, listens, user, modes, release, zone, config, view, same_view, timer,
+        nothing_failed, secrets
     )
 }  # fmt: skip
 
@@ -146,7 +181,7 @@ def red(machine: Machine) -> set[str]:
     for name, check in CHECKS.items():
         try:
             check(machine)
-        except AssertionError as error:
+        except (AssertionError, *UNREACHABLE) as error:
             print(machine.name, name, error)
             failed.add(name)
     return failed
@@ -164,7 +199,13 @@ FAULTS = {
         "sed -i.was s/az-b/az-x/ /etc/dengine/dengine.toml",
         "mv /etc/dengine/dengine.toml.was /etc/dengine/dengine.toml",
     ),
+    "config": (
+        "sed -i.was '$a # mine' /etc/dengine/dengine.toml",
+        "mv /etc/dengine/dengine.toml.was /etc/dengine/dengine.toml",
+    ),
 }
+# What a node that does not run cannot show; files, modes and timers are as they were.
+OF_THE_PROCESS = {"unit", "listens", "user", "release", "zone", "view", "same_view", "secrets"}
 
 
 def test_a_fault_turns_its_check_red_and_no_other(grown: Grown) -> None:
@@ -177,3 +218,13 @@ def test_a_fault_turns_its_check_red_and_no_other(grown: Grown) -> None:
         finally:
             machine.run(remedy)
     assert red(machine) == set()
+
+
+def test_a_stopped_unit_turns_red_what_a_process_shows(grown: Grown) -> None:
+    machine = grown.site.machines[2]
+    machine.run("systemctl stop dengine")
+    try:
+        assert red(machine) == OF_THE_PROCESS
+    finally:
+        machine.start()
+    wait_for(lambda: red(machine) == set(), "all to be as before", 60)

@@ -273,8 +273,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "state trusted after a power cut",
         (
             "dengine.storage.directory",
-            'self._mark("RUN") == self._run_mark()',
-            'self._mark("RUN") is not None',
+            'self._mark("RUN").partition(UNCLEAN)[0] == self._run_mark()',
+            'self._mark("RUN") != ""',
         ),
     ),
     _mutant(
@@ -311,10 +311,26 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     _mutant(
+        "a transaction that compares nothing",
+        (
+            "dengine.kv.machine",
+            "succeeded = all(holds(compare, view.get(compare.key)) for compare in txn.compare)",
+            "succeeded = True",
+        ),
+    ),
+    _mutant(
+        "the second half of a transaction is one revision later",
+        (
+            "dengine.kv.machine",
+            "result = _operate(operation, overlay, revision, deleted)",
+            "result = _operate(operation, overlay, after, deleted)",
+        ),
+    ),
+    _mutant(
         "same incarnation with a new log",
         (
             "dengine.storage.recovery",
-            "    directory.reincarnate()\n",
+            "        directory.reincarnate()\n",
             "",
         ),
     ),

@@ -22,11 +22,13 @@ class Shelf:
     def __init__(self, path: Path, **config: int) -> None:
         self.path = path
         self.offered: dict[MemberId, SnapshotRef] = {}
+        self.helped: dict[MemberId, tuple[SnapshotRef, int]] = {}
         self.told: list[Sequence[SnapshotRef]] = []
         self.raft: Any = SimpleNamespace(
             log=SimpleNamespace(applied_index=1000),
             state_lost=False,
             offered_snapshots=lambda: self.offered,
+            helped_by_snapshots=lambda: self.helped,
             snapshots_changed=self.told.append,
         )
         settings = {"retained_log_entries": 0, "keep": 3, "hold_bytes": 1000, **config}
@@ -118,3 +120,29 @@ def test_a_transfer_holds_the_log_that_follows_it(tmp_path: Path) -> None:
     assert shelf.files.purge_limit() == 100
     shelf.files.applied_bytes = 1501
     assert shelf.files.purge_limit() == 200
+
+
+def test_a_receiver_finds_the_log_that_follows_its_snapshot(tmp_path: Path) -> None:
+    """From the moment it has installed it until it has come as far as the others, within the same
+    bound; also once the file itself is gone."""
+    shelf = Shelf(tmp_path, keep=2, hold_bytes=1000)
+    shelf.files.applied_bytes = 500
+    sent = shelf.add(100, applied_bytes=500)
+    shelf.offered[PEER] = sent
+    for index in (200, 300):
+        shelf.add(index, applied_bytes=600)
+    assert shelf.files.purge_limit() == 100
+    shelf.offered.clear()
+    shelf.helped[PEER] = sent, 100
+    assert shelf.files.purge_limit() == 100, "it has just acknowledged the snapshot"
+    shelf.helped[PEER] = sent, 150
+    assert shelf.files.purge_limit() == 150
+    shelf.add(400, applied_bytes=700)
+    assert shelf.on_disk == [300, 400]
+    shelf.files.applied_bytes = 1500
+    assert shelf.files.purge_limit() == 150
+    shelf.helped[PEER] = sent, 350
+    assert shelf.files.purge_limit() == 300, "it has got there"
+    shelf.helped[PEER] = sent, 150
+    shelf.files.applied_bytes = 1501
+    assert shelf.files.purge_limit() == 300, "that is too much: it needs a newer one"

@@ -19,19 +19,30 @@ from typing import Any, cast
 import pytest
 
 from dengine import config
-from dengine.errors import ClusterUnavailable, NotLeader
+from dengine.errors import (
+    ClusterUnavailable,
+    DataCorruption,
+    FatalError,
+    NotLeader,
+    StorageIO,
+    TryAgain,
+)
 from dengine.kv.commands import Put
-from dengine.node import reader_watch, writer_process
+from dengine.node import installing, reader_watch, writer_process
+from dengine.node import snapshots as snapshots_module
 from dengine.node.cycle import Cycle
+from dengine.node.node import Node
 from dengine.node.snapshots import Snapshots
 from dengine.node.writer_process import WriterProcess
-from dengine.raft.raft import Raft
-from dengine.raft.types import LogId, MemberId
+from dengine.raft.membership import Membership
+from dengine.raft.raft import Raft, Restore
+from dengine.raft.types import LogId, MemberId, SnapshotRef
 from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import SnapshotInfo
-from dengine.storage.snapshot_jobs import Done
+from dengine.storage.snapshot_jobs import Check, Done, Fetch, Job, Take, Unpack, Verify
+from dengine.storage.snapshots import make_empty_state, unpack
 from dengine.storage.state_store import StateStore
 from tests.node.hosts import on_loop, until
 from tests.storage.states import commands, history, me, membership, snapshot_of
@@ -76,9 +87,11 @@ class Stage:
             state_lost=False,
             snapshot_wanted=False,
             offered_snapshots=dict,
+            helped_by_snapshots=dict,
             snapshots_changed=lambda refs: None,
             forget_state=lambda: None,
             restore=lambda log_id, content: False,
+            snapshot_helps=lambda log_id: True,
         )
         self.answers: bool | None = True
         self.asked: list[int] = []
@@ -313,6 +326,69 @@ def test_a_snapshot_leaves_room_for_the_log(
     on_loop(test)
 
 
+class Spoiler:
+    """Has jobs of one kind end with an error; all others are carried out.
+
+    Attributes:
+        begun: the kinds of jobs that were begun.
+        error: what ends those of `kind`; None lets them be.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, kind: type[Job], error: FatalError | None
+    ) -> None:
+        self.begun: list[type[Job]] = []
+        self.error = error
+        run = WriterProcess.run
+
+        async def spoiled(writer: WriterProcess, job: Job, *args: Any, **more: Any) -> Done:
+            self.begun.append(type(job))
+            if self.error is not None and isinstance(job, kind):
+                raise self.error
+            return await run(writer, job, *args, **more)
+
+        monkeypatch.setattr(WriterProcess, "run", spoiled)
+
+
+@pytest.mark.parametrize("error", [TryAgain("it was killed"), StorageIO("no descriptors")])
+def test_a_file_that_cannot_be_verified_blocks_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: FatalError
+) -> None:
+    """However often that is aborted: snapshots are taken and the state is checked meanwhile, and
+    the file counts as soon as it has been read."""
+    monkeypatch.setattr(snapshots_module, "RETRY_S_MIN", 0.05)
+    spoiler = Spoiler(monkeypatch, Verify, error)
+    stage = Stage(tmp_path)
+    old = stage.snapshot()
+    stage.apply()
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            await until(lambda: Check in spoiler.begun, "the state to be checked")
+            assert (await snapshots.take(deadline())).index == ENTRIES + 1
+            spoiler.error = None
+            await until(lambda: len(snapshots.files.refs) == 2, "the old file to be verified")
+            assert snapshots.files.refs[0] == old.ref
+            assert spoiler.begun.count(Verify) > 1
+
+    on_loop(test)
+
+
+def test_a_file_that_is_gone_is_not_relied_on(tmp_path: Path) -> None:
+    """Somebody removed it: who was to be sent it has it looked at, and nobody is offered it."""
+    stage = Stage(tmp_path)
+    old = stage.snapshot()
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            old.path.unlink()
+            snapshots.suspect(old.ref)
+            await until(lambda: not snapshots.files.refs, "it to be forgotten")
+
+    on_loop(test)
+
+
 # --- states that come and go ------------------------------------------------------------------
 
 
@@ -368,5 +444,354 @@ def test_a_state_is_thrown_away_beside_the_loop(
             assert stage.state.path == stage.directory.state_path() != old
             assert stage.state.applied == LogId(0, 0)
             assert snapshots.installer.forgotten_at == ENTRIES
+
+    on_loop(test)
+
+
+def test_wrong_files_go_before_the_state_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a crash leaves of it, no start takes a wrong file for the state; also one that was
+    not verified yet is such a file."""
+    stage = Stage(tmp_path)
+    stage.snapshot()
+    seen: list[list[str]] = []
+    adopt_state = DataDirectory.adopt_state
+
+    def adopt(directory: DataDirectory, path: Path) -> None:
+        seen.append(stage.files)
+        adopt_state(directory, path)
+
+    monkeypatch.setattr(DataDirectory, "adopt_state", adopt)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            snapshots.distrust("it differs", files_too=True)
+            await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
+        assert seen == [[f"snapshot-1-{ENTRIES}.dsnap.damaged"]]
+        assert snapshots.files.refs == []
+
+    on_loop(test)
+
+
+class Lost:
+    """A stage whose state is lost when it is thrown away, for its log begins after entry 10; what
+    Raft is told to restore gets installed."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.snapshots: Snapshots | None = None
+        stage.raft.log.base = LogId(10, 1)
+        stage.raft.forget_state = self.forget_state
+        stage.raft.restore = self.restore
+
+    def forget_state(self) -> None:
+        self.stage.raft.state_lost = True
+
+    def restore(self, log_id: LogId, content: Membership) -> bool:
+        asyncio.get_running_loop().call_soon(self.install, Restore(log_id, content, False))
+        return True
+
+    def install(self, restore: Restore) -> None:
+        assert self.snapshots is not None
+        self.stage.directory.adopt_state(self.stage.directory.next_state_path())
+        self.stage.directory.finish_install()
+        self.stage.raft.state_lost = False
+        self.snapshots.restored(restore)
+
+    @property
+    def states(self) -> set[str]:
+        return {path.name for path in self.stage.directory.path.glob("state-*")}
+
+
+@pytest.mark.parametrize("error", [TryAgain("it was killed"), StorageIO("the disk is full")])
+def test_a_rebuild_that_was_interrupted_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: FatalError
+) -> None:
+    """A node alone has nobody else to turn to: it tries its own file again until it is unpacked,
+    and nothing is left of the attempts."""
+    spoiler = Spoiler(monkeypatch, Unpack, error)
+    stage = Stage(tmp_path)
+    stage.snapshot()
+    lost = Lost(stage)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            lost.snapshots = snapshots
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            next_path = DataDirectory.next_state_path
+
+            def half_made(directory: DataDirectory) -> Path:
+                path = next_path(directory)
+                if stage.raft.state_lost and spoiler.error is not None:
+                    path.mkdir(exist_ok=True)
+                return path
+
+            monkeypatch.setattr(DataDirectory, "next_state_path", half_made)
+            snapshots.distrust("it is damaged", files_too=False)
+            await until(lambda: spoiler.begun.count(Unpack) > 1, "another attempt")
+            await until(lambda: lost.states == {stage.state.path.name}, "its rest to be removed")
+            assert stage.raft.state_lost
+            spoiler.error = None
+            await until(lambda: not stage.raft.state_lost, "the state to be there again")
+            assert stage.state.applied == LogId(ENTRIES, 1)
+            assert lost.states == {stage.state.path.name}
+
+    on_loop(test)
+
+
+def test_a_node_alone_without_any_file_ends(tmp_path: Path) -> None:
+    """After the last of its own has turned out to be damaged nothing can be waited for."""
+    stage = Stage(tmp_path)
+    made = stage.snapshot()
+    lost = Lost(stage)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            lost.snapshots = snapshots
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            made.path.write_bytes(made.path.read_bytes()[:-1])
+            snapshots.distrust("it is damaged", files_too=False)
+            await until(lambda: stage.failed, "the node to be ended")
+            error = stage.failed.pop()
+            assert isinstance(error, DataCorruption)
+            assert error.message.startswith("it is damaged; no snapshot of this node")
+            assert stage.files == [f"{made.path.name}.damaged"]
+        stage.failed.clear()
+
+    on_loop(test)
+
+
+def test_a_file_that_is_here_is_unpacked_before_another_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader's offer does not end that, and is not taken up when it is not needed any more."""
+    spoiler = Spoiler(monkeypatch, Unpack, None)
+    stage = Stage(tmp_path)
+    stage.snapshot()
+    lost = Lost(stage)
+    stage.raft.snapshot_helps = lambda log_id: stage.raft.state_lost
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            lost.snapshots = snapshots
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            snapshots.distrust("it is damaged", files_too=False)
+            await until(lambda: Unpack in spoiler.begun, "the unpacking to begin")
+            snapshots.offered(SENDER, SnapshotRef(99, 1, "c" * 64, 100))
+            await until(lambda: stage.state.applied.index, "the state to be there again")
+            await until(lambda: snapshots._wanted.fetch is None, "the offer to be looked at")
+            await snapshots.take(deadline())  # comes after it
+            assert Fetch not in spoiler.begun
+            assert spoiler.begun.count(Unpack) == 1
+
+    on_loop(test)
+
+
+def test_a_state_that_turns_out_to_be_wrong_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that is heard of while the leader is asked for the turn, when there is nothing to
+    end yet; and from that moment nobody reads it."""
+    spoiler = Spoiler(monkeypatch, Take, None)
+    stage = Stage(tmp_path)
+    granted = asyncio.Event()
+    asked: list[bool] = []
+    lead = stage.lead
+
+    async def slow(op: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
+        if args["for_ms"]:
+            asked.append(True)
+            await granted.wait()
+        return await lead(op, args, deadline)
+
+    monkeypatch.setattr(stage, "lead", slow)
+
+    async def test() -> None:
+        async with stage.running(takers=1) as snapshots:
+            await until(lambda: asked, "the turn to be asked for")
+            snapshots.require_trusted()
+            snapshots.distrust("it differs", files_too=False)
+            with pytest.raises(ClusterUnavailable, match="it differs"):
+                snapshots.require_trusted()
+            granted.set()
+            await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
+            await until(lambda: snapshots._wanted.distrust is None, "the end of that")
+            snapshots.require_trusted()
+            assert Take not in spoiler.begun
+            with pytest.raises(ClusterUnavailable):
+                await stage.taking[0]  # nothing is applied any more
+
+    on_loop(test)
+
+
+def test_a_wrong_state_goes_before_anything_else_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk refuses that for now, it is tried again, and the state is neither read nor
+    written to a file meanwhile."""
+    spoiler = Spoiler(monkeypatch, Take, None)
+    stage = Stage(tmp_path)
+    full, tried = True, 0
+
+    def make(path: Path) -> None:
+        nonlocal tried
+        tried += 1
+        if full:
+            raise StorageIO("the disk is full")
+        make_empty_state(path)
+
+    monkeypatch.setattr(installing, "make_empty_state", make)
+
+    async def test() -> None:
+        nonlocal full
+        async with stage.running() as snapshots:
+            snapshots.distrust("it differs", files_too=False)
+            taking = asyncio.create_task(snapshots.take(deadline()))
+            await until(lambda: tried > 1, "another attempt")
+            with pytest.raises(ClusterUnavailable, match="it differs"):
+                snapshots.require_trusted()
+            assert spoiler.begun == []
+            full = False
+            await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
+            with pytest.raises(ClusterUnavailable):
+                await taking
+
+    on_loop(test)
+
+
+def test_a_state_that_has_just_come_from_the_leader_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was said of the one before is not about it; but our own files are not believed."""
+    stage = Stage(tmp_path)
+    lost = Lost(stage)
+    own = stage.snapshot()
+    sent = stage.directory.path.parent / "sent"
+
+    async def fetched(job: Fetch) -> Done:
+        info = unpack(own.path, Path(job.state), lambda done, total: None)
+        partial = own.path.with_name("fetch-sent.partial")
+        shutil.copy(own.path, partial)
+        return Done(str(partial), info.ref, info.header.taken_at_s)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            lost.snapshots = snapshots
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            shutil.copytree(stage.directory.snapshots_path, sent)
+            old, run = stage.state.path, WriterProcess.run
+
+            def restore(log_id: LogId, content: Membership) -> bool:
+                snapshots.distrust("it differs", files_too=True)
+                own.path.rename(own.path.with_name("snapshot-1-7.dsnap"))
+                shutil.copy(sent / own.path.name, own.path)  # as the durable part names it
+                return lost.restore(log_id, content)
+
+            async def with_fetch(self: WriterProcess, job: Job, *args: Any, **more: Any) -> Done:
+                if isinstance(job, Fetch):
+                    return await fetched(job)
+                return await run(self, job, *args, **more)
+
+            monkeypatch.setattr(WriterProcess, "run", with_fetch)
+            stage.raft.restore = restore
+            snapshots.offered(SENDER, own.ref)
+            await until(lambda: stage.state.path != old, "the state to be replaced")
+            await until(lambda: snapshots._wanted.distrust is None, "that to be looked at")
+            assert stage.state.applied == LogId(ENTRIES, 1)
+            assert "snapshot-1-7.dsnap.damaged" in stage.files
+            assert own.path.name in stage.files
+            assert snapshots.files.refs == [own.ref]
+
+    on_loop(test)
+
+
+@pytest.mark.parametrize("consistency", ["eventual", "linearizable"])
+def test_a_state_that_is_known_to_be_wrong_is_not_read(consistency: str) -> None:
+    """Neither by who comes then, nor by who has waited for the leader's word meanwhile."""
+    refused: list[str] = []
+    waiting: list[asyncio.Future[None]] = []
+
+    def require_trusted() -> None:
+        if refused:
+            raise ClusterUnavailable(refused[0])
+
+    node: Any = SimpleNamespace(
+        snapshots=SimpleNamespace(
+            require_trusted=require_trusted, installer=SimpleNamespace(forgotten_at=0)
+        ),
+        raft=SimpleNamespace(log=SimpleNamespace(applied_index=5), leader=SENDER),
+        _announce_above=0,
+        _reads=SimpleNamespace(add=lambda future, deadline, lease: waiting.append(future)),
+        _cycle=SimpleNamespace(wake=lambda: None),
+    )
+
+    async def test() -> None:
+        node._loop = asyncio.get_running_loop()
+        early = asyncio.create_task(Node.read_barrier(node, consistency, deadline()))
+        await until(lambda: waiting or early.done(), "the read to be served, or to wait")
+        refused.append("it differs")
+        if consistency == "eventual":
+            await early
+        else:
+            waiting[0].set_result(None)
+            with pytest.raises(ClusterUnavailable):
+                await early
+        with pytest.raises(ClusterUnavailable):
+            await Node.read_barrier(node, consistency, deadline())
+
+    on_loop(test)
+
+
+@pytest.mark.parametrize("renewed", ["thrown away", "installed"])
+def test_a_verdict_on_a_state_that_is_gone_is_ignored(tmp_path: Path, renewed: str) -> None:
+    """Several may be under way. The next one that is about the new state counts."""
+    stage = Stage(tmp_path)
+    lost = Lost(stage)
+    stage.raft.forget_state = lambda: None  # the log has it all
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            lost.snapshots = snapshots
+            if renewed == "thrown away":
+                snapshots.distrust("it differs", files_too=True, index=ENTRIES)
+                await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
+                await until(lambda: snapshots._wanted.distrust is None, "the end of that")
+            else:
+                new = stage.directory.next_state_path()
+                shutil.copytree(stage.state.path, new)
+                lost.install(Restore(LogId(ENTRIES, 1), stage.raft.membership, False))
+            path = stage.state.path
+            snapshots.distrust("it differs", files_too=True, index=ENTRIES - 1)
+            snapshots.require_trusted()
+            assert stage.state.path == path
+            snapshots.distrust("it differs", files_too=True, index=ENTRIES + 1)
+            with pytest.raises(ClusterUnavailable):
+                snapshots.require_trusted()
+            await until(lambda: stage.state.path != path, "the new one to be thrown away")
+
+    on_loop(test)
+
+
+def test_what_was_fetched_is_kept_while_it_is_of_use(tmp_path: Path) -> None:
+    """A member that lags goes on where it was, also after a restart. What the log has brought by
+    another way is removed, without a restart, and so is what is no beginning of a file."""
+    stage = Stage(tmp_path)
+    stage.apply()
+    ahead = stage.snapshot()
+    partial = ahead.path.with_name(f"fetch-{ahead.sha256}.partial")
+    partial.write_bytes(ahead.path.read_bytes()[:2000])
+    ahead.path.unlink()
+    scraps = ahead.path.with_name("fetch-scraps.partial")
+    scraps.write_bytes(b"DENG")
+    stage.raft.log.applied_index = ENTRIES
+    stage.answers = False
+
+    async def test() -> None:
+        async with stage.running():
+            await until(lambda: not scraps.exists(), "what is of no use to be removed")
+            assert partial.exists(), "it goes one entry further"
+            stage.raft.log.applied_index = ENTRIES + 1
+            await until(lambda: not partial.exists(), "it to be removed as well")
 
     on_loop(test)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 
 from dengine.errors import DataCorruption, FatalError, TryAgain
 from dengine.node import writer_process
-from dengine.node.writer_process import WriterProcess
+from dengine.node.writer_process import DESCRIPTORS, WriterProcess
 from dengine.storage.snapshot_jobs import Check, Job, Verify
-from tests.node.hosts import on_loop
+from tests.limits import descriptors_left
+from tests.node.hosts import on_loop, until
 
 A_JOB = Verify("file", 1)
 
@@ -59,6 +62,34 @@ def test_a_silent_one_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_one_that_is_stopped_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """SIGSTOP looks like silence, and SIGKILL ends a stopped process as well."""
     assert "no sign of life" in run(monkeypatch, tmp_path, "kill -STOP $$").message
+
+
+def test_one_that_cannot_be_started_may_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A node that has no file descriptor left goes on without snapshots, and takes them again when
+    it has some."""
+    program = tmp_path / "writer"
+    program.write_text("#!/bin/sh\ncat > /dev/null\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    async def attempt() -> str:
+        with pytest.raises(TryAgain) as caught:
+            await WriterProcess().run(A_JOB)
+        return caught.value.message
+
+    async def attempts() -> None:
+        assert "exit code 0" in await attempt()  # the first one sets things up for good
+        before = len(os.listdir("/proc/self/fd"))
+        for spare in range(24):
+            with descriptors_left(spare):
+                said = await attempt()
+            assert ("LimitNOFILE" in said) == (spare < DESCRIPTORS)
+            assert len(os.listdir("/proc/self/fd")) <= before, "an attempt keeps what it got"
+        assert "exit code 0" in await attempt()
+
+    uvloop.run(attempts())  # ends, unlike after a failed attempt by uvloop itself
 
 
 def test_one_that_says_nothing_is_watched_too(
@@ -137,5 +168,78 @@ def test_one_that_is_just_being_started_is_ended_too() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await running
             assert psutil.Process().children() == []
+
+    on_loop(test)
+
+
+def test_one_that_dies_while_it_is_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When memory runs out it may go before it has been given its job: only that job fails."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    start = WriterProcess._start
+
+    async def start_and_see_it_end(self: WriterProcess) -> asyncio.subprocess.Process:
+        process = await start(self)
+        await process.wait()
+        return process
+
+    monkeypatch.setattr(WriterProcess, "_start", start_and_see_it_end)
+
+    async def test() -> None:
+        with pytest.raises(TryAgain, match="ended with exit code 1"):
+            await WriterProcess().run(A_JOB)
+
+    on_loop(test)
+
+
+@pytest.mark.parametrize("cause", ["no interpreter", "no descriptors"])
+def test_one_that_cannot_be_started_is_reported(
+    monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    """What it takes to start a process may be lacking for a while: the node goes on, and nothing
+    is held that the next attempt needs."""
+
+    async def test() -> None:
+        writer, executable = WriterProcess(), sys.executable
+
+        async def one_that_starts() -> None:
+            monkeypatch.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(TryAgain, match="exit code 1"):
+                await writer.run(A_JOB)
+            monkeypatch.setattr(sys, "executable", executable)
+
+        await one_that_starts()  # the loop gets what it needs for any
+        held = len(os.listdir("/proc/self/fd"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if cause == "no interpreter":
+            monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        else:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            for _ in range(5):
+                with pytest.raises(TryAgain, match="could not be started: "):
+                    await writer.run(A_JOB)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= held, "nothing to be held")
+        await one_that_starts()
+
+    on_loop(test)
+
+
+def test_a_node_that_stops_does_not_wait_for_one_that_cannot_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever was told to end ends, and does not take that failure for one to be tried again."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+
+    async def test() -> None:
+        for steps in range(3):
+            running = asyncio.create_task(WriterProcess().run(A_JOB))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            if not running.done():
+                running.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await running
 
     on_loop(test)

@@ -122,13 +122,17 @@ def test_an_offer_is_repeated_with_every_periodic_heartbeat_and_no_entry_is_sent
 
 def test_a_member_that_has_what_was_offered_gets_the_entries_after_it() -> None:
     """7: "the follower ... accepts log entries that follow it." """
-    node, _ = purged_leader()
+    node, ref = purged_leader()
     awaiting(node)
     node.settle()
+    assert node.raft.helped_by_snapshots() == {}
     node.step(ack(B, A, 2, 5, 2))
     expect(node.take(), messages=[AppendRequest(A, B, 2, 5, 2, (normal(6, 2, b"y"),), 6)])
     assert node.raft.progress[B].state is ProgressState.REPLICATE
     assert node.raft.offered_snapshots() == {}
+    assert node.raft.helped_by_snapshots() == {B: (ref, 5)}, "the log after it is still needed"
+    node.step(ack(B, A, 2, 6, 2))
+    assert node.raft.helped_by_snapshots() == {B: (ref, 6)}
 
 
 def test_late_answers_do_not_end_the_wait_for_a_snapshot() -> None:

@@ -1,4 +1,6 @@
-"""Clients that write, compare-and-swap, delete and read at three levels, and what they saw."""
+"""Clients that write, compare-and-swap, delete, change two keys at once and read at three levels,
+and what they saw.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,18 @@ from typing import TYPE_CHECKING, Any
 from dengine.errors import DengineError
 from dengine.kv.commands import (
     Command,
+    Compare,
     Condition,
     ConditionFailed,
     DeleteRange,
     DeleteResult,
+    Get,
+    GetResult,
     Put,
     PutResult,
     Result,
+    Txn,
+    TxnResult,
     decode_batch,
 )
 from dengine.kv.machine import Record, apply_batch
@@ -100,7 +107,7 @@ class Clients:
         """So many writes at once to one node, by clients that are not heard of again."""
         for _ in range(count if process.serves else 0):
             self._counter += 1
-            key, value = b"k%d" % rng.randrange(self.world.plan.keys), b"%d" % self._counter
+            key, value = self._key(rng.randrange(self.world.plan.keys)), b"%d" % self._counter
             now = self.world.scheduler.now
             call = Call(
                 self._clients, key, "write", value, Put(key, value), "", now, process=process
@@ -111,7 +118,7 @@ class Clients:
     def read_once(self, process: Process, rng: random.Random) -> None:
         """By a client that asks this very node, if that believes to lead."""
         if process.serves and process.leads and not self.stopped:
-            key = b"k%d" % rng.randrange(self.world.plan.keys)
+            key = self._key(rng.randrange(self.world.plan.keys))
             now, level = self.world.scheduler.now, rng.choice(LEVELS[:2])
             call = Call(self._clients, key, "read", None, None, level, now, process=process)
             self.pending[call] = None
@@ -125,7 +132,7 @@ class Clients:
         return process is not None and process.node is not None and process.node.leader is not None
 
     def _choose(self, slot: int, rng: random.Random) -> Call:
-        key = b"k%d" % rng.randrange(self.world.plan.keys)
+        key = self._key(rng.randrange(self.world.plan.keys))
         self._counter += 1
         value = b"%d" % self._counter
         now, dice = self.world.scheduler.now, rng.random()
@@ -144,8 +151,24 @@ class Clients:
             # Of this key only; the limit is never reached, and makes the command one of a kind.
             command = DeleteRange(key, key + b"\0", 1000 + self._counter)
             return Call(slot, key, "delete", None, command, "", now)
+        if dice < 0.7 and self.world.plan.keys > 1:
+            return self._swap_two(slot, key, value, rng)
         level = rng.choices(LEVELS, (6, 3, 1))[0]
         return Call(slot, key, "read", None, None, level, now)
+
+    def _swap_two(self, slot: int, key: bytes, value: bytes, rng: random.Random) -> Call:
+        """A transaction: if `key` is what it was, it and another one change together."""
+        other = rng.choice([k for k in map(self._key, range(self.world.plan.keys)) if k != key])
+        expected = self._revision.get((slot, key))
+        compare = Compare(key, "mod_revision", "=", expected or 0)
+        success = (Put(key, value), Put(other, b"+" + value))
+        argument = (expected, value, other, b"+" + value)
+        command = Txn((compare,), success, (Get(key),))
+        return Call(slot, key, "txn", argument, command, "", self.world.scheduler.now)
+
+    @staticmethod
+    def _key(number: int) -> bytes:
+        return b"k%d" % number
 
     def _invoke(self, call: Call, slot: int | None) -> None:
         assert call.process is not None
@@ -211,8 +234,17 @@ class Clients:
         seen: Any = None
         if call.command is not None:
             self._told[mark_of(call.command)] = result
-        if isinstance(result, PutResult | DeleteResult):
+        if isinstance(result, PutResult | DeleteResult | TxnResult):
             self._acknowledged(call)
+        if isinstance(result, TxnResult):
+            self.world.count("transaction")
+            self._revision[(call.client, call.key)] = _revision_after(result)
+            operation = Operation(
+                call.client, call.called, self.world.scheduler.now, call.name, call.argument
+            )
+            for key, part in _parts(call.key, operation, result):
+                self.history.setdefault(key, []).append(part)
+            return
         if isinstance(result, PutResult):
             seen = result.revision
         elif isinstance(result, ConditionFailed):
@@ -299,8 +331,12 @@ class Clients:
             if mark in results and _changed(results[mark]):
                 at = checker.committed_at[checker.index_of[mark] - 1]
                 called = max(operation.called, at)
-                seen = _seen(results[mark])
-                yield key, operation._replace(called=called, returned=at + 1, result=seen)
+                done = operation._replace(called=called, returned=at + 1)
+                result = results[mark]
+                if isinstance(result, TxnResult):
+                    yield from _parts(key, done, result)
+                else:
+                    yield key, done._replace(result=_seen(result))
 
 
 class _Records(dict[bytes, Record]):
@@ -329,9 +365,31 @@ def _replay(entries: Sequence[Entry]) -> dict[bytes, Result]:
 
 
 def _changed(result: Result) -> bool:
+    if isinstance(result, TxnResult):
+        return result.succeeded
     return isinstance(result, PutResult) or (
         isinstance(result, DeleteResult) and result.deleted > 0
     )
+
+
+def _revision_after(result: TxnResult) -> int | None:
+    """Of the key that was compared."""
+    if result.succeeded:
+        return result.revision
+    (found,) = result.results
+    assert isinstance(found, GetResult)
+    return found.mod_revision or None
+
+
+def _parts(key: bytes, txn: Operation, result: TxnResult) -> Iterator[tuple[bytes, Operation]]:
+    """What a transaction was for each of its keys: all of it happened at one moment."""
+    expected, value, other, other_value = txn.argument
+    swap = txn._replace(name="cas", argument=(expected, value))
+    if not result.succeeded:
+        yield key, swap._replace(result=("is", _revision_after(result)))
+        return
+    yield key, swap._replace(result=result.revision)
+    yield other, txn._replace(name="write", argument=other_value, result=result.revision)
 
 
 def _seen(result: Result) -> Any:

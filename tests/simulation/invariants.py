@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 from zlib import crc32
 
-from dengine.kv.commands import DeleteRange, Put, decode_batch
+from dengine.kv.commands import DeleteRange, Put, Txn, decode_batch
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.messages import (
     AppendResponse,
@@ -49,9 +49,12 @@ def violated(invariant: str, text: str) -> NoReturn:
 
 
 def mark_of(command: object) -> bytes:
-    """Tells apart all commands of a run: a put by its value, a deletion by its limit."""
+    """Tells apart all commands of a run: a put by its value, a deletion by its limit, a transaction
+    by what it puts first."""
     if isinstance(command, Put):
         return command.value
+    if isinstance(command, Txn):
+        return b"t" + mark_of(command.success[0])
     assert isinstance(command, DeleteRange), command
     return b"-%d" % command.limit
 

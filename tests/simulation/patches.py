@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dengine.node import (
+    backoff,
     cycle,
     entrance,
     exchange,
@@ -93,6 +94,9 @@ def _urandom(count: int) -> bytes:
 def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
     simulated_os = disk.SimOs(lambda: _process().machine.disk, _urandom)
     return [
+        (backoff, "time", _Time),
+        (backoff, "RETRY_S_MIN", 0.05),
+        (backoff, "RETRY_S_MAX", 0.5),
         (cycle, "time", _Time),
         (cycle, "LogWriter", writer.LogWriter),
         (status, "time", _Time),
@@ -103,7 +107,6 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (snapshots, "WriterProcess", writer.WriterProcess),
         (snapshots, "POLL_S", 0.05),
         (snapshots, "RETRY_S_MIN", 0.05),
-        (snapshots, "RETRY_S_MAX", 0.5),
         (snapshot_turn, "TURN_S", 0.6),
         (snapshot_turn, "WAITING_MS", 300),
         (reader_watch, "time", _Time),
@@ -125,6 +128,7 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (recovery, "unpack", writer.unpack),
         (recovery, "read_header", writer.read_header),
         (recovery, "probe_log", lambda path: None),
+        (recovery, "probe_state", lambda path: None),  # its damage never ends a process
         (snapshots_storage, "read_header", writer.read_header),
         (snapshots_storage, "shutil", disk),
         (snapshots_storage, "sync_directory", disk.sync_directory),

@@ -302,6 +302,7 @@ def test_a_switch_that_died_half_way_is_finished_at_the_next_start(
         (directory.path / "CURRENT").write_text("state-2")
     directory.close()
     directory = DataDirectory.open(tmp_path, 1)
+    directory.tidy()
     kept = directory.path / ("state-1" if step == "before" else "state-2")
     assert directory.state_path() == kept
     assert list(directory.path.glob("state-*")) == [kept]

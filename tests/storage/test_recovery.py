@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import lmdb
 import pytest
 
 from dengine.errors import DataCorruption, StorageIO, TryAgain
@@ -256,6 +260,119 @@ def test_a_log_older_than_a_snapshot_is_replaced(tmp_path: Path, how: str) -> No
         directory.close()
 
 
+def rolled_back(root: Path, others: Sequence[MemberId]) -> DataDirectory:
+    """It had 30 entries and a snapshot of 25; its log ends at 20, and its state is lost."""
+    directory = lived(root, 30, others=others)
+    snapshot_at(directory, 25)
+    shutil.rmtree(directory.log_path)
+    lived(root / "old", 20, others=others, like=directory).close()
+    shutil.move(root / "old" / "1" / "log", directory.log_path)
+    lose_power(directory)
+    return restarted(directory)
+
+
+def flip_body(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-200] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("others", [(OTHER,), ()])
+def test_a_refused_start_leaves_the_proof_for_the_next_one(
+    tmp_path: Path, others: tuple[MemberId, ...]
+) -> None:
+    """The only snapshot that shows the rollback is damaged behind its header. There is nothing to
+    go on from, so every start says so and changes nothing."""
+    directory = rolled_back(tmp_path, others)
+    (file,) = list_files(directory.snapshots_path)
+    flip_body(file)
+    for _ in range(3):
+        with pytest.raises(DataCorruption, match="rolled back"):
+            open_stores(directory)
+        assert list_files(directory.snapshots_path) == [file]
+        directory = restarted(directory)
+    directory.close()
+
+
+@pytest.mark.parametrize("fails", ["_write_identity", "adopt_state", "replace_log"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_rolled_back_node_never_comes_back_under_its_old_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, damaged: bool
+) -> None:
+    """The start that goes on as a new incarnation ends at any step: the next one does as well,
+    whether the newest snapshot can be used or only one before it."""
+    directory = rolled_back(tmp_path, [OTHER])
+    old = me(directory)
+    if damaged:
+        (newest,) = list_files(directory.snapshots_path)
+        flip_body(newest)
+        with closing(LogStore(directory.log_path)):
+            pass
+        snapshot_at(directory, 15)
+
+    def full(*args: object) -> None:
+        raise StorageIO("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DataDirectory, fails, full)
+        with pytest.raises(StorageIO):
+            open_stores(directory)
+    directory = restarted(directory)
+    opened(directory, lambda stores: None)
+    assert me(directory) != old
+    directory.close()
+
+
+class Crash(BaseException):
+    """The process ends here, and nothing that it would have done after an error is done."""
+
+
+DURABLE_STEPS = ("open", "fsync", "fdatasync", "replace", "rename", "unlink", "rmdir", "mkdir")
+
+
+@contextmanager
+def ends_at_step(number: int, end: BaseException) -> Iterator[list[str]]:
+    """Raise `end` instead of carrying out the given step on the disk; what was reached."""
+    reached: list[str] = []
+
+    def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **options: Any) -> Any:
+            reached.append(f"{name} {args[0]}")
+            if len(reached) == number:
+                raise end
+            return real(*args, **options)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in DURABLE_STEPS:
+            patched.setattr(os, name, counting(name, getattr(os, name)))
+        yield reached
+
+
+@pytest.mark.parametrize("end", [Crash(), OSError(errno.EIO, "Input/output error")])
+def test_every_step_of_going_on_anew_may_be_the_last(tmp_path: Path, end: BaseException) -> None:
+    """Whatever step a start with a rolled back log dies at or fails at: the one after it goes on as
+    a new incarnation, with what the snapshot has, and leaves one state and nothing half-made."""
+    for number in itertools.count(1):
+        directory = rolled_back(tmp_path / str(number), [OTHER])
+        old = me(directory)
+        with ends_at_step(number, end) as reached, suppress(type(end), StorageIO):
+            opened(directory, lambda stores: None)
+        if len(reached) < number:
+            directory.close()
+            break
+        directory = restarted(directory)
+        opened(directory, has(25, 25, first=26))
+        assert me(directory) != old, reached[-1]
+        left = {path.name for path in directory.path.iterdir()}
+        known = {"LOCK", "identity.json", "CURRENT", "RUN", "log", "snapshots"}
+        left.discard("log.damaged")  # once the state is in use, the old log is just emptied
+        assert left == known | {directory.state_path().name}, reached[-1]
+        directory.close()
+    assert number > 20
+
+
 @pytest.mark.parametrize("crash_after", ["unpack", "adopt", "reset", "running", "finish"])
 def test_an_install_is_done_or_not(tmp_path: Path, crash_after: str) -> None:
     """A crash between any two steps leaves the old state or the new one, with its log."""
@@ -329,11 +446,19 @@ def root_page(file: Path, tree: int) -> int:
     return int.from_bytes(newest[tree + 40 : tree + 48], "little")
 
 
-def make_deadly(file: Path) -> None:
-    """Damage the root page of an LMDB file such that LMDB ends the process which reads it: a
-    branch with a single child, which its assertions exclude."""
+def keys_page(directory: Path) -> int:
+    """The root of the tree that holds the keys of a state, as LMDB describes a named database."""
+    with lmdb.open(str(directory), readonly=True, map_size=1 << 40) as state, state.begin() as txn:
+        described = txn.get(b"keys")
+        assert described is not None
+        return int.from_bytes(described[40:48], "little")
+
+
+def make_deadly(file: Path, page: int) -> None:
+    """Damage a branch page of an LMDB file such that LMDB ends the process which reads it: one
+    with a single child, which its assertions exclude."""
     with file.open("r+b") as stream:
-        stream.seek(root_page(file, FIRST_TREE + 48) * 4096 + 12)  # where its list of children ends
+        stream.seek(page * 4096 + 12)  # where its list of children ends
         stream.write((16 + 2).to_bytes(2, "little"))
 
 
@@ -348,8 +473,9 @@ from pathlib import Path
 from dengine.storage.directory import DataDirectory
 from dengine.storage.recovery import open_stores
 
-open_stores(DataDirectory.open(Path(sys.argv[1]), 1))
+stores = open_stores(DataDirectory.open(Path(sys.argv[1]), 1))
 """
+READ_ALL = 'stores.state.page(b"", None, 1000, False)'
 
 
 @pytest.mark.parametrize("others", [(OTHER,), ()])
@@ -360,7 +486,8 @@ def test_a_log_that_ends_its_reader_is_damage_for_the_next_start(
     and then does what it does for any damage: go on anew with other voters, else stop."""
     directory = lived(tmp_path, 400, others=others)
     directory.close()
-    make_deadly(directory.log_path / "data.mdb")
+    file = directory.log_path / "data.mdb"
+    make_deadly(file, root_page(file, FIRST_TREE + 48))
     start = [sys.executable, "-c", START, str(tmp_path)]
     assert subprocess.run(start, capture_output=True, check=False).returncode == -signal.SIGABRT
 
@@ -374,6 +501,90 @@ def test_a_log_that_ends_its_reader_is_damage_for_the_next_start(
             open_stores(again)
     assert again.died_opening == (not others), "a log that stays is read with care again"
     again.close()
+
+
+def test_a_state_that_ends_its_reader_is_built_again(tmp_path: Path) -> None:
+    """LMDB aborts the node whenever somebody asks for a certain key. After the second time in a
+    row another process reads the state first, and what is damaged is built again from the log."""
+    directory = lived(tmp_path, 400)
+    directory.mark_running()
+    directory.close()
+    make_deadly(directory.state_path() / "data.mdb", keys_page(directory.state_path()))
+    start = [sys.executable, "-c", START + READ_ALL, str(tmp_path)]
+    ends = [subprocess.run(start, capture_output=True, check=False).returncode for _ in range(3)]
+    assert ends == [-signal.SIGABRT, 0, 0], "the kill before was the first of the row"
+    assert DataDirectory.open(tmp_path, 1).state_path().name == "state-2"
+
+
+def test_a_row_of_kills_costs_a_sound_state_nothing(tmp_path: Path) -> None:
+    """It is read through, kept, and the row begins anew."""
+    directory = lived(tmp_path, 9)
+    for number in (1, 2, 1, 2):
+        directory = restarted(directory)
+        assert directory.unclean_ends() == number
+        opened(directory, has(9, 9))
+    assert directory.state_path().name == "state-1"
+    directory.mark_clean()
+    assert directory.unclean_ends() == 0
+    directory.close()
+
+
+def test_a_missing_state_is_built_again(tmp_path: Path) -> None:
+    """As one that cannot be trusted; nothing else is thrown away for it before."""
+    directory = lived(tmp_path, 9)
+    shutil.copytree(directory.state_path(), directory.path / "state-7")
+    shutil.rmtree(directory.state_path())
+    directory = restarted(directory)
+    assert (directory.path / "state-7").exists()
+    opened(directory, has(0, 9))
+    opened(directory, has(9, 9))
+    directory.close()
+
+
+def test_without_current_no_state_goes_before_another_is_sound(tmp_path: Path) -> None:
+    """Nothing says which state is in use, the only snapshot is damaged, and the log has no
+    beginning: alone the node stops, each time, and what a repair could use stays."""
+    directory = lived(tmp_path, 30)
+    flip_body(snapshot_at(directory, 25).path)
+    purge(directory, 20)
+    (directory.path / "CURRENT").unlink()
+    for _ in range(3):
+        directory = restarted(directory)
+        with pytest.raises(DataCorruption, match="dengine repair"):
+            open_stores(directory)
+        assert (directory.path / "state-1" / "data.mdb").exists()
+    directory.close()
+
+
+def test_a_failed_sync_of_the_state_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel drops the pages that it could not write: a later sync would succeed, and CLEAN
+    would vouch for what is not there. The next start builds the state again."""
+    directory = lived(tmp_path, 9)
+    state = StateStore(directory.state_path())
+
+    class Failing:
+        def sync(self, force: bool) -> None:
+            raise lmdb.DiskError("Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "_environment", Failing())
+        with pytest.raises(StorageIO):
+            state.sync()
+    state.close()
+    directory = restarted(directory)
+    assert not directory.trusted_state()
+    opened(directory, has(0, 9))
+    directory.close()
+
+
+def test_marks_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    directory = lived(tmp_path, 9)
+    (directory.path / "CLEAN").mkdir()
+    with pytest.raises(StorageIO, match=r"cannot read .*CLEAN"):
+        open_stores(directory)
+    directory.close()
 
 
 def test_a_reader_that_is_killed_proves_nothing(

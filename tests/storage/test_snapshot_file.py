@@ -26,8 +26,9 @@ from dengine.storage.snapshot_file import (
     verify,
 )
 from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, sound_prefix
-from dengine.storage.snapshots import take
+from dengine.storage.snapshots import remove_partial, take
 from dengine.storage.state_store import StateStore
+from tests.limits import descriptors_left
 from tests.storage.states import commands, config, membership
 
 HEADER = SnapshotHeader(
@@ -234,3 +235,14 @@ def test_a_file_made_meanwhile_is_not_replaced(
     path.unlink()
     assert SnapshotWriter(path, HEADER, 100, replace=False).finish() == verify(path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_a_file_descriptor_the_remains_of_a_failed_one_stay(tmp_path: Path) -> None:
+    """Nobody ends over a file that nobody needs: it goes when there are descriptors again."""
+    partial = tmp_path / (snapshot_name(LogId(1, 1)) + PARTIAL_SUFFIX)
+    partial.touch()
+    with descriptors_left(0):
+        remove_partial(tmp_path)
+    assert partial.exists()
+    remove_partial(tmp_path)
+    assert not partial.exists()

@@ -8,8 +8,9 @@ module: dengine_snapshot
 short_description: Take, download and check snapshots of a dengine node
 description:
   - V(taken) has the node write a snapshot. V(saved) also downloads it to O(dest), resuming what an
-    earlier run left, compares it with the SHA-256 that the node names, and only then gives it its
-    name. V(pruned) deletes old copies.
+    earlier run left of the same one, compares it with the SHA-256 that the node names, and only
+    then gives it its name. V(pruned) deletes the oldest copies of that name, and what is left of
+    downloads of them that nobody has gone on with for an hour.
 extends_documentation_fragment: dengine.core.api
 options:
   state:
@@ -21,7 +22,9 @@ options:
     description: Directory for the copy. Required with O(state=saved) and O(state=pruned).
     type: path
   name:
-    description: Beginning of the file's name; index and a part of the SHA-256 follow.
+    description:
+      - Beginning of the file's name; index and a part of the SHA-256 follow. Clusters that share a
+        directory need names of their own, for V(pruned) goes by the name.
     type: str
     default: backup
   keep:
@@ -62,6 +65,7 @@ removed:
 import hashlib
 import http.client
 import os
+import re
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -75,6 +79,7 @@ PIECE = 1024 * 1024
 DIGEST_BYTES = 32
 POLL_S = 0.2
 SUFFIX = ".dsnap"
+LEFTOVER_S = 3600  # a download that nobody wrote to for so long has ended
 
 
 def take(client, timeout):
@@ -105,12 +110,20 @@ def download(client, snapshot, path, timeout):
     """`path` with exactly that snapshot, durable before it has its name."""
     partial = path + "." + snapshot["sha256"][:16] + ".part"
     deadline = time.monotonic() + timeout
-    while os.path.getsize(partial) < snapshot["size_bytes"] if os.path.exists(partial) else True:
+    while size(partial) < snapshot["size_bytes"]:
+        before, reason = size(partial), "the node sends nothing more"
         try:
-            _fetch(client, snapshot, partial)
+            _fetch(client, snapshot, partial, deadline)
         except (OSError, http.client.HTTPException) as error:
-            if time.monotonic() >= deadline:
-                raise ApiError(f"the download does not get on: {error}") from None
+            reason = str(error) or type(error).__name__
+        have = size(partial)
+        if have < snapshot["size_bytes"] and time.monotonic() >= deadline:
+            raise ApiError(
+                "the download has {} of {} bytes after {:g} s: {}".format(
+                    have, snapshot["size_bytes"], timeout, reason
+                )
+            )
+        if have == before:
             time.sleep(POLL_S)
     if sha256(partial) != snapshot["sha256"]:
         os.unlink(partial)
@@ -123,9 +136,14 @@ def download(client, snapshot, path, timeout):
     os.close(directory)
 
 
-def _fetch(client, snapshot, partial):
+def size(path):
+    """Bytes of a file; 0 where there is none."""
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def _fetch(client, snapshot, partial, deadline):
     """Append what is missing; a node that lost the file in the meantime is an ApiError."""
-    have = os.path.getsize(partial) if os.path.exists(partial) else 0
+    have = size(partial)
     endpoint = client.endpoints[0]
     headers = {"Range": f"bytes={have}-"} if have else {}
     connection, response = client.open(
@@ -137,7 +155,7 @@ def _fetch(client, snapshot, partial):
         mode = "ab" if response.status == 206 else "wb"
         flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if mode == "ab" else os.O_TRUNC)
         with os.fdopen(os.open(partial, flags, 0o600), mode) as file:
-            while True:
+            while time.monotonic() < deadline:
                 piece = response.read(PIECE)
                 if not piece:
                     break
@@ -162,10 +180,21 @@ def sha256(path):
 
 
 def surplus(dest, name, keep):
-    """Copies beyond the newest `keep`, and leftovers of downloads, oldest first."""
-    files = [os.path.join(dest, f) for f in sorted(os.listdir(dest)) if f.startswith(name + "-")]
-    copies = sorted((f for f in files if f.endswith(SUFFIX)), key=os.path.getmtime)
-    return copies[: max(0, len(copies) - keep)]
+    """Copies of that name beyond the newest `keep`, oldest first, then leftovers of downloads.
+
+    What begins with the name and goes on otherwise is somebody else's: of another cluster, perhaps.
+    """
+    own = re.compile(rf"{re.escape(name)}-(\d+)(-[0-9a-f]+)?{re.escape(SUFFIX)}(.*\.part)?")
+    copies, leftovers = [], []
+    for match in filter(None, map(own.fullmatch, os.listdir(dest))):
+        file = os.path.join(dest, match.group())
+        written = os.path.getmtime(file)
+        if not match[3]:
+            copies.append((int(match[1]), written, file))
+        elif written < time.time() - LEFTOVER_S:
+            leftovers.append(file)
+    old = sorted(copies)[: max(0, len(copies) - keep)]
+    return [file for _, _, file in old] + sorted(leftovers)
 
 
 def save(module, client):

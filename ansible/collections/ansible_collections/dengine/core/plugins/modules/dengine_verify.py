@@ -19,9 +19,15 @@ options:
     elements: int
     required: true
   zones:
-    description: Zone by node id, as the inventory has them.
+    description:
+      - Zone by node id, as the inventory has them. With them it is also judged whether the voters
+        are spread so that losing one zone leaves a majority; three voters need three zones.
     type: dict
     default: {}
+  shared_zones:
+    description: Losing one zone may stop the cluster.
+    type: bool
+    default: false
   max_keys:
     description: Most keys to compare on each node; 0 compares none.
     type: int
@@ -53,7 +59,9 @@ cluster:
   returned: always
 """
 
+import base64
 import http.client
+import urllib.parse
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.dengine.core.plugins.module_utils.client import (
@@ -68,7 +76,7 @@ PAGE = 1000
 VALUE = b"dengine"
 
 
-def view_problems(views, wanted, zones):
+def view_problems(views, wanted):
     """What is wrong with the membership, as every endpoint sees it."""
     problems = []
     first = next(iter(views.values()))
@@ -84,13 +92,6 @@ def view_problems(views, wanted, zones):
         if view["joint"]:
             problems.append(f"{endpoint} sees a change of members under way")
     for member in first["members"]:
-        zone = zones.get(str(member["id"]))
-        if zone is not None and member["zone"] != zone:
-            problems.append(
-                "node {} is in zone {!r}, the inventory says {!r}".format(
-                    member["id"], member["zone"], zone
-                )
-            )
         if member["status"] == "active" and member["ready"] is False:
             problems.append("node {}: {}".format(member["id"], member["reason"]))
     tolerance = (len(wanted) - 1) // 2
@@ -98,6 +99,32 @@ def view_problems(views, wanted, zones):
         problems.append(
             "only {} more voters may fail, not {}".format(first["fault_tolerance"], tolerance)
         )
+    count = len(voters(first))
+    if count % 2 == 0:
+        problems.append(f"{count} voters: an even number tolerates no more failures than one less")
+    return problems
+
+
+def zone_problems(view, zones, shared_zones):
+    """Zones that are not as the inventory says, or have too many of the voters."""
+    problems, used = [], {}
+    for member in view["members"]:
+        zone = zones.get(str(member["id"]))
+        if zone is not None and member["zone"] != zone:
+            problems.append(
+                "node {} is in zone {!r}, the inventory says {!r}".format(
+                    member["id"], member["zone"], zone
+                )
+            )
+        if member["status"] == "active":
+            used.setdefault(member["zone"], set()).add(member["id"])
+    count = len(voters(view))
+    for zone, ids in sorted(used.items()):
+        if zones and not shared_zones and len(ids) > max(1, (count - 1) // 2):
+            problems.append(
+                f"zone {zone!r} has {len(ids)} of {count} voters ({sorted(ids)}): losing it would "
+                "stop the cluster"
+            )
     return problems
 
 
@@ -117,13 +144,17 @@ def canary_problems(client, prefix):
 
 
 def held(client, endpoint, max_keys):
-    """Revision by key of at most `max_keys` keys on one node, and where the listing ended."""
+    """Revision by key of at most `max_keys` keys on one node, and where the listing ended.
+
+    A key is bytes, in whose order they are listed: not every key is text.
+    """
     node, found, after = client.only(endpoint, client.patience), {}, ""
     while True:
         page = node.get(f"/v1/kv?limit={PAGE}&keys_only=true{after}")
         for item in page["items"]:
-            name = item.get("key")
-            found[name if name is not None else item["key_base64"]] = item["mod_revision"]
+            text = item.get("key")
+            key = base64.b64decode(item["key_base64"]) if text is None else text.encode("utf-8")
+            found[key] = item["mod_revision"]
         if page["next"] is None:
             return found, None
         if len(found) >= max_keys:
@@ -141,18 +172,25 @@ def data_problems(client, max_keys):
     first, (reference, end) = next(iter(listings.items()))
     problems = []
     for endpoint, (found, own_end) in listings.items():
-        stop = min(x for x in (end, own_end, "\U0010ffff") if x is not None)
-        keys = [k for k in {*reference, *found} if k <= stop]
+        ends = [x for x in (end, own_end) if x is not None]
+        keys = [k for k in {*reference, *found} if not ends or k <= min(ends)]
         for key in sorted(k for k in keys if reference.get(k) != found.get(k)):
             one, other = (_settled(client, e, key) for e in (first, endpoint))
             if one != other and _settled(client, first, key) == one:
-                problems.append(f"{first} and {endpoint} differ at key {key!r}")
+                name = key.decode("utf-8", "backslashreplace")
+                problems.append(f"{first} and {endpoint} differ at key {name!r}")
                 break
     return problems, len(reference)
 
 
 def _settled(client, endpoint, key):
-    reply = client.only(endpoint, client.patience).call("GET", key_path(key), accept=(404,))
+    """The revision of one key, by a linearizable read."""
+    try:
+        path = key_path(key.decode("utf-8"))
+    except UnicodeDecodeError:
+        encoded = base64.b64encode(key).decode("ascii")
+        path = "/v1/kv?key_base64=" + urllib.parse.quote(encoded, safe="")
+    reply = client.only(endpoint, client.patience).call("GET", path, accept=(404,))
     return reply.headers["ETag"] if reply.status == 200 else None
 
 
@@ -162,6 +200,7 @@ def main():
             **API_SPEC,
             "voters": {"type": "list", "elements": "int", "required": True},
             "zones": {"type": "dict", "default": {}},
+            "shared_zones": {"type": "bool", "default": False},
             "max_keys": {"type": "int", "default": 20000, "no_log": False},
             "canary_prefix": {"type": "str", "default": ".dengine/canary/"},
         },
@@ -175,8 +214,10 @@ def main():
         except ApiError as error:
             problems.append(error.message)
     if views:
-        problems += view_problems(views, params["voters"], params["zones"])
-    if len(views) == len(client.endpoints):
+        problems += view_problems(views, params["voters"])
+        first = next(iter(views.values()))
+        problems += zone_problems(first, params["zones"], params["shared_zones"])
+        client.endpoints = list(views)  # who does not answer is a problem; the others are compared
         try:
             if params["canary_prefix"] and not module.check_mode:
                 problems += canary_problems(client, params["canary_prefix"])

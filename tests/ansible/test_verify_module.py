@@ -1,0 +1,95 @@
+"""What `dengine_verify` must not overlook: keys that are no text, zones that are shared."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+
+from tests.ansible.server import Answers, Say, Server, run_module
+from tests.ansible.test_modules import member, view
+
+BINARY = base64.b64encode(b"\xff\xfe+/").decode()
+LISTING = "GET /v1/kv?limit=1000&keys_only=true"
+
+
+def cluster(*zones: str) -> Say:
+    """A view with a voter in each of these zones."""
+    return view(*(member(i, zone=zone) for i, zone in enumerate(zones, 1)))
+
+
+def holding(revision: int) -> Answers:
+    """A node of three with one key that is not UTF-8 among others."""
+    items = [
+        {"key": "\U0001f600", "mod_revision": 1},
+        {"key_base64": BINARY, "mod_revision": revision},
+    ]
+    return {
+        "GET /v1/cluster": cluster("a", "b", "c"),
+        LISTING: Say({"items": items, "next": None}),
+        "GET /v1/kv?key_base64=%2F%2F4rLw%3D%3D": Say(b"x", headers={"ETag": f'"{revision}"'}),
+    }
+
+
+def problems(answers: Answers, **more: Any) -> list[str]:
+    """What is found where a single endpoint says all."""
+    ask = {"voters": [1, 2, 3], "max_keys": 0, "canary_prefix": "", **more}
+    with Server(answers) as server:
+        found: list[str] = run_module("dengine_verify", endpoints=[server.endpoint], **ask)[
+            "problems"
+        ]
+    return found
+
+
+def test_a_key_that_is_not_text_is_compared_as_well() -> None:
+    with Server(holding(5)) as one, Server(holding(6)) as other:
+        ask = {"endpoints": [one.endpoint, other.endpoint], "voters": [1, 2, 3]}
+        (problem,) = run_module("dengine_verify", canary_prefix="", **ask)["problems"]
+    assert r"differ at key '\\xff\\xfe+/'" in problem
+
+
+def test_a_key_that_is_not_text_and_missing_is_found() -> None:
+    """Listed by one node, unknown to the other."""
+    lacking = {**holding(5), LISTING: Say({"items": [], "next": None})}
+    del lacking["GET /v1/kv?key_base64=%2F%2F4rLw%3D%3D"]
+    with Server(holding(5)) as one, Server(lacking) as other:
+        ask = {"endpoints": [one.endpoint, other.endpoint], "voters": [1, 2, 3]}
+        found = run_module("dengine_verify", canary_prefix="", **ask)["problems"]
+    assert any(r"\\xff" in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("zones", "bad"),
+    [
+        ("abc", ""),
+        ("aab", "zone 'a' has 2 of 3 voters ([1, 2])"),
+        ("aabbc", ""),
+        ("aaabc", "zone 'a' has 3 of 5 voters ([1, 2, 3])"),
+        ("a", ""),
+    ],
+)
+def test_voters_are_spread_over_zones(zones: str, bad: str) -> None:
+    """The inventory agrees with the cluster in each case, so only the distribution is judged."""
+    said = {str(i): zone for i, zone in enumerate(zones, 1)}
+    answers: Answers = {"GET /v1/cluster": cluster(*zones)}
+    ask = {"voters": [int(i) for i in said], "zones": said}
+    found = problems(answers, **ask)
+    assert len(found) == bool(bad)
+    assert bad in "".join(found)
+    assert problems(answers, shared_zones=True, **ask) == []
+
+
+def test_an_even_number_of_voters_is_a_problem_even_when_it_was_asked_for() -> None:
+    found = problems({"GET /v1/cluster": cluster("a", "b")}, voters=[1, 2])
+    assert found == ["2 voters: an even number tolerates no more failures than one less"]
+
+
+def test_check_mode_compares_and_writes_nothing() -> None:
+    """Everything but the canaries, which are the only thing that it ever writes."""
+    with Server(holding(5)) as one, Server(holding(5)) as other:
+        ask = {"endpoints": [one.endpoint, other.endpoint], "voters": [1, 2, 3]}
+        result = run_module("dengine_verify", check=True, **ask)
+        assert result["compared_keys"] == 2
+        assert result["problems"] == []
+        assert one.changes == other.changes == []

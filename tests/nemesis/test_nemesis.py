@@ -1,0 +1,151 @@
+"""Real processes under faults, as long as the budget allows: another part of the seeds with each
+commit. And that the nemesis itself leaves nothing behind.
+
+DENGINE_NEMESIS_SECONDS is the budget; `make nemesis` runs more. A failure prints its seed, how to
+repeat it, and where its logs are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import wait_for
+from tests.nemesis import report
+from tests.nemesis.machines import PREFIX, remove_orphans
+from tests.nemesis.plan import KINDS, SHAPES, Plan
+from tests.nemesis.run import ROOT, missing, one
+from tests.simulation.rotation import commit_number
+
+BUDGET_S = float(os.environ.get("DENGINE_NEMESIS_SECONDS") or 120)
+BEGIN_S = 120.0  # of a run on a busy machine; a quiet one takes three seconds
+SAMPLE_S = 20.0  # of faults in a run; with the beginning and the end it takes twice that
+
+REASON = missing()
+needs_root = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+
+@needs_root
+@pytest.mark.timeout(0)
+def test_nothing_is_lost_and_no_read_is_stale(tmp_path: Path) -> None:
+    """Processes are killed and stopped, cables cut, disks fail and members come and go: what was
+    acknowledged stays, every history is linearizable, and the cluster works again afterwards."""
+    end, outcomes = time.monotonic() + BUDGET_S, []
+    for seed in itertools.count(commit_number() % 10_000 * 1000):
+        plan = Plan(seed, SAMPLE_S)
+        outcomes.append(one(plan, tmp_path, quiet=True))
+        print(report.as_text(outcomes))
+        assert not outcomes[-1].problems, (
+            f"seed {seed} fails; logs are in {tmp_path}; repeat it with\n"
+            f"  python -m tests.nemesis.run --seed {seed} --seconds {SAMPLE_S:.0f} --runs 20 --same"
+        )
+        if time.monotonic() > end:
+            break
+    assert report.write(outcomes, tmp_path / "report").exists()
+    assert sum(len(outcome.acknowledged_at) for outcome in outcomes) > BUDGET_S, (
+        "hardly anything was written"
+    )
+
+
+def test_a_plan_follows_from_its_seed() -> None:
+    """A run can be repeated, and every kind of fault and every shape does come."""
+    plans = [Plan(seed, 40.0) for seed in range(200)]
+    assert [plan.describe() for plan in plans] == [Plan(s, 40.0).describe() for s in range(200)]
+    assert {plan.shape for plan in plans} == set(SHAPES)
+    done = {action.name for plan in plans for step in plan.steps for action in step.actions}
+    assert done == set(KINDS)
+
+
+def test_faults_that_damage_come_alone() -> None:
+    """More than a minority damaged at once is beyond what is promised."""
+    for seed in range(200):
+        for step in Plan(seed, 60.0).steps:
+            alone = [action for action in step.actions if KINDS[action.name].alone]
+            assert not alone or len(step.actions) == 1
+
+
+def left_behind() -> list[str]:
+    """What anything of the nemesis has in the system, by name; this process's own apart."""
+    said = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True)
+    mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
+    return [line for line in (said.stdout + mounts).splitlines() if PREFIX in line]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from tests.nemesis.plan import Plan
+from tests.nemesis.run import one
+plan = next(p for p in map(lambda seed: Plan(seed, 60.0, ["kill"]), range(99)) if p.small)
+one(plan, Path(sys.argv[1]))
+"""
+
+
+def child(work: Path) -> subprocess.Popen[str]:
+    """Another process with a run, once its nodes have begun to fall."""
+    output = work / "child.log"
+    with output.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(work)], cwd=ROOT, stdout=stream, stderr=stream
+        )
+    wait_for(lambda: "kill: node" in output.read_text(), "the first fault of a run", BEGIN_S)
+    return process
+
+
+def mine(pid: int) -> list[str]:
+    return [line for line in left_behind() if f"{PREFIX}{pid}-" in line]
+
+
+@needs_root
+@pytest.mark.timeout(300)
+def test_an_interrupted_run_removes_what_it_made(tmp_path: Path) -> None:
+    """Ctrl-C leaves no namespace, no mount and no process."""
+    process = child(tmp_path)
+    assert mine(process.pid)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    assert mine(process.pid) == []
+
+
+@needs_root
+@pytest.mark.timeout(600)
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """And nothing of a run that goes on beside it."""
+    other, process = child_directory(tmp_path, "other"), child_directory(tmp_path, "killed")
+    beside, killed = child(other), child(process)
+    killed.kill()
+    killed.wait(10)
+    assert mine(killed.pid)
+    nodes = processes_of(killed.pid)
+    try:
+        removed = remove_orphans(process)
+        assert any(f"{PREFIX}{killed.pid}-" in name for name in removed)
+        assert mine(killed.pid) == []
+        assert not any(Path(f"/proc/{pid}").exists() for pid in nodes)
+        assert mine(beside.pid), "the other run goes on"
+    finally:
+        beside.send_signal(signal.SIGINT)
+        beside.wait(60)
+    assert mine(beside.pid) == []
+
+
+def child_directory(tmp_path: Path, name: str) -> Path:
+    path = tmp_path / name
+    path.mkdir()
+    return path
+
+
+def processes_of(pid: int) -> list[int]:
+    """The processes in the namespaces of a run."""
+    found = []
+    for name in {line.split()[0] for line in mine(pid) if "tmpfs" not in line}:
+        said = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+        found += [int(text) for text in said.stdout.split()]
+    return found

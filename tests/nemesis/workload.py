@@ -1,0 +1,271 @@
+"""Clients that write, compare-and-swap, count, collect and read at three levels; what they saw.
+
+Everything is kept that a judge needs, and nothing is judged here. Each client asks any node, one
+request at a time, and repeats nothing. Every value is written once, so whoever reads one knows
+whose it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.cluster import Reply
+from tests.linearizability.checker import FOREVER, Operation
+from tests.nemesis.client import Connection, Unanswered
+
+CLIENTS = 8
+THINK_S = 0.02  # on average, between two requests of a client: the load is bounded
+BACK_OFF_S = 0.05  # a node that is down refuses thousands a second
+REGISTERS, COUNTERS = 4, 2
+TIMEOUTS_MS = (500, 2000, 5000)
+GRACE_S = 3.0  # beyond the timeout that the node was given; then there is no answer
+LEVELS = ("linearizable", "lease", "eventual")
+EXPECTED = {200, 404, 412, 429, 503, 504, 507}
+
+
+@dataclass(frozen=True, slots=True)
+class Eventual:
+    """A read of what one process of a node holds."""
+
+    node_id: int
+    boot: int  # number of the process of this node
+    called: float
+    returned: float
+    state_revision: int
+    key: str
+    revision: int
+    value: str
+
+
+@dataclass
+class Records:
+    """What the clients of a run have seen. Times are time.monotonic()."""
+
+    history: dict[str, list[Operation]] = field(default_factory=dict)
+    eventual: list[Eventual] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)  # values of writes with the outcome "none"
+    collected: dict[str, str] = field(default_factory=dict)  # acknowledged: key -> value
+    attempted: dict[str, str] = field(default_factory=dict)  # unknown outcome
+    acknowledged_at: list[float] = field(default_factory=list)
+    read_at: list[float] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    surprises: list[str] = field(default_factory=list)  # answers that no fault explains
+
+    @property
+    def operations(self) -> int:
+        return sum(self.counts.values())
+
+
+class Workload:
+    """The clients of a run.
+
+    Args:
+        nodes: ids of the nodes that clients may ask now.
+        boot: number of the process that a node runs now.
+        excused: may this node answer with an internal error now?
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        nodes: Callable[[], list[int]],
+        boot: Callable[[int], int],
+        excused: Callable[[int], bool],
+    ) -> None:
+        self.records = Records()
+        self._seed = seed
+        self._nodes = nodes
+        self._boot = boot
+        self._excused = excused
+        self._stopping = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        for number in range(CLIENTS):
+            client = _Client(self, number, random.Random(f"{self._seed} client {number}"))
+            self._tasks.append(asyncio.create_task(self._loop(client)))
+
+    async def stop(self, deadline_s: float) -> bool:
+        """Let every client finish its request; False when one did not in time."""
+        self._stopping = True
+        if not self._tasks:
+            return True
+        _, hanging = await asyncio.wait(self._tasks, timeout=deadline_s)
+        for task in self._tasks:
+            task.cancel()
+        results = await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        errors = [r for r in results if isinstance(r, Exception)]
+        if errors:
+            raise errors[0]
+        return not hanging
+
+    async def read_all(self, node_id: int) -> bool:
+        """Read every key of the history once through this node; False when one was not answered."""
+        reader = _Client(self, CLIENTS + node_id, random.Random(node_id))
+        try:
+            return all([await reader.read(key, node_id, LEVELS[0]) for key in keys()])
+        finally:
+            reader.close()
+
+    async def collect(self, node_id: int, key: str, value: str) -> bool:
+        """Add one key through this node; was it acknowledged?"""
+        client = _Client(self, CLIENTS + node_id, random.Random(node_id))
+        try:
+            return await client.collect(key, value, node_id)
+        finally:
+            client.close()
+
+    async def _loop(self, client: _Client) -> None:
+        try:
+            while not self._stopping:
+                await asyncio.sleep(client.rng.expovariate(1 / THINK_S))
+                nodes = self._nodes()
+                if not nodes or not await client.once(client.rng.choice(nodes)):
+                    await asyncio.sleep(BACK_OFF_S)
+        finally:
+            client.close()
+
+
+def keys() -> list[str]:
+    return [f"r/{n}" for n in range(REGISTERS)] + [f"c/{n}" for n in range(COUNTERS)]
+
+
+class _Client:
+    def __init__(self, owner: Workload, number: int, rng: random.Random) -> None:
+        self.rng = rng
+        self._owner = owner
+        self._records = owner.records
+        self._number = number
+        self._made = 0
+        self._connections: dict[int, Connection] = {}
+        self._known: dict[str, tuple[int, str]] = {}  # key -> revision and value, as last read
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+
+    async def once(self, node_id: int) -> bool:
+        """One request; False when it was not answered as a working cluster would."""
+        dice, rng = self.rng.random(), self.rng
+        register = f"r/{rng.randrange(REGISTERS)}"
+        if dice < 0.2:
+            return await self._change("write", register, self._value(), node_id)
+        if dice < 0.35:
+            return await self._change("cas", register, self._value(), node_id)
+        if dice < 0.65:
+            key = rng.choice(keys())
+            return await self.read(key, node_id, rng.choices(LEVELS, (4, 3, 3))[0])
+        if dice < 0.8:
+            return await self._increment(f"c/{rng.randrange(COUNTERS)}", node_id)
+        value = self._value()
+        padded = value + "." * int(rng.paretovariate(0.7) * 50 % 8000)
+        return await self.collect(f"s/{value}", padded, node_id)
+
+    def _value(self) -> str:
+        self._made += 1
+        return f"{self._number}.{self._made}"
+
+    async def _increment(self, key: str, node_id: int) -> bool:
+        if not await self.read(key, node_id, "linearizable"):
+            return False
+        _, value = self._known.get(key, (0, "0"))
+        count = int(value.partition(" ")[0]) + 1
+        return await self._change("cas", key, f"{count} {self._value()}", node_id)
+
+    async def _change(self, name: str, key: str, value: str, node_id: int) -> bool:
+        """Write, or swap for what this client has seen last."""
+        expected = self._known.get(key, (None, ""))[0]
+        argument: Any = value if name == "write" else (expected, value)
+        headers: dict[str, str] = {}
+        if name == "cas":
+            headers = {"If-None-Match": "*"} if expected is None else {"If-Match": f'"{expected}"'}
+        called = time.monotonic()
+        reply, outcome = await self._send("PUT", key, value, headers, node_id)
+        returned = time.monotonic()
+        result: Any = None
+        if reply is not None and reply.status == 200:
+            result = json.loads(reply.body)["revision"]
+            self._known[key] = (result, value)
+            self._records.acknowledged_at.append(returned)
+        elif reply is not None and reply.status == 412 and name == "cas":
+            result = ("is", json.loads(reply.body)["current_revision"])
+            self._known.pop(key, None)
+        elif outcome == "none":
+            self._records.refused.add(value)
+            return False
+        else:
+            self._known.pop(key, None)
+            returned = FOREVER
+        op = Operation(self._number, called, returned, name, argument, result)
+        self._records.history.setdefault(key, []).append(op)
+        return returned != FOREVER
+
+    async def read(self, key: str, node_id: int, level: str) -> bool:
+        boot, called = self._owner._boot(node_id), time.monotonic()
+        reply, _ = await self._send("GET", f"{key}?consistency={level}", None, {}, node_id)
+        returned = time.monotonic()
+        if reply is None or reply.status not in (200, 404):
+            return False
+        self._records.read_at.append(returned)
+        found = reply.status == 200
+        revision = int(reply.headers["etag"].strip('"')) if found else 0
+        value = reply.body.decode() if found else None
+        if level == "eventual":
+            if found and value is not None and boot == self._owner._boot(node_id):
+                seen = int(reply.headers["dengine-revision"])
+                self._records.eventual.append(
+                    Eventual(node_id, boot, called, returned, seen, key, revision, value)
+                )
+            return True
+        if value is None:
+            self._known.pop(key, None)
+        else:
+            self._known[key] = (revision, value)
+        op = Operation(self._number, called, returned, "read", None, (revision, value))
+        self._records.history.setdefault(key, []).append(op)
+        return True
+
+    async def collect(self, key: str, value: str, node_id: int) -> bool:
+        """Add a key that nobody else adds."""
+        reply, outcome = await self._send("PUT", key, value, {}, node_id)
+        if reply is not None and reply.status == 200:
+            self._records.collected[key] = value
+            self._records.acknowledged_at.append(time.monotonic())
+            return True
+        if outcome == "none":
+            self._records.refused.add(value)
+        else:
+            self._records.attempted[key] = value
+        return False
+
+    async def _send(
+        self, method: str, key: str, value: str | None, headers: Mapping[str, str], node_id: int
+    ) -> tuple[Reply | None, str]:
+        """The answer, if there was one, and the outcome if it was a refusal."""
+        timeout_ms = self.rng.choice(TIMEOUTS_MS)
+        connection = self._connections.setdefault(node_id, Connection(node_id))
+        body = None if value is None else value.encode()
+        headers = {**headers, "Dengine-Timeout-Ms": str(timeout_ms)}
+        counts = self._records.counts
+        try:
+            reply = await connection.request(
+                method, f"/v1/kv/{key}", body, headers, timeout_ms / 1000 + GRACE_S
+            )
+        except Unanswered as error:
+            counts["unanswered" if error.sent else "not sent"] += 1
+            return None, "unknown" if error.sent else "none"
+        counts[str(reply.status)] += 1
+        if reply.status in (200, 404, 412):
+            return reply, ""
+        if reply.status not in EXPECTED and not self._owner._excused(node_id):
+            said = f"node {node_id}: {method} {key}: {reply.status} {reply.body[:200]!r}"
+            self._records.surprises.append(said)
+        return reply, str(json.loads(reply.body).get("outcome", "unknown"))

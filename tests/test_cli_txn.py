@@ -1,0 +1,67 @@
+"""`dengine txn`: what the lines of standard input mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from dengine.cli.txn import parse
+from dengine.errors import InvalidRequest
+
+
+def test_lines_become_the_json_of_the_call() -> None:
+    """Comparisons, then what is done, then what is done otherwise."""
+    text = """
+    # a transfer
+    if accounts/a value = 5
+    if accounts/b exists          # both are there
+    if accounts/c absent
+    if accounts/a version >= 2
+    put accounts/a 3
+    put 'with space' "two words"
+    delete accounts/old
+    delete-prefix session/
+    delete-range a b
+    else
+    get accounts/a
+    """
+    assert parse(text) == {
+        "compare": [
+            {"key": "accounts/a", "target": "value", "op": "=", "operand": "5"},
+            {"key": "accounts/b", "target": "exists", "op": "=", "operand": True},
+            {"key": "accounts/c", "target": "exists", "op": "=", "operand": False},
+            {"key": "accounts/a", "target": "version", "op": ">=", "operand": 2},
+        ],
+        "success": [
+            {"op": "put", "key": "accounts/a", "value": "3"},
+            {"op": "put", "key": "with space", "value": "two words"},
+            {"op": "delete", "key": "accounts/old"},
+            {"op": "delete_range", "prefix": "session/"},
+            {"op": "delete_range", "start": "a", "end": "b"},
+        ],
+        "failure": [{"op": "get", "key": "accounts/a"}],
+    }
+
+
+def test_bytes_that_are_no_text_travel_in_base64() -> None:
+    raw = b"put k\xff v\xfe".decode("utf-8", "surrogateescape")
+    assert parse(raw)["success"] == [{"op": "put", "key_base64": "a/8=", "value_base64": "dv4="}]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("put k", "line 1, 'put k': not an operation"),
+        ("put k v w", "not an operation"),
+        ("\nincrement k", "line 2, 'increment k'"),
+        ("if k value ~ 5", "not a comparison"),
+        ("if k version = five", "line 1"),
+        ("if k", "not a comparison"),
+        ("put k v\nif k exists", "comparisons come before"),
+        ("else\nelse", "not an operation"),
+        ("put k 'v", "line 1"),
+    ],
+)
+def test_a_line_that_means_nothing_is_named(text: str, words: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(text)
+    assert words in refused.value.message
