@@ -416,6 +416,7 @@ def test_a_joiner_gets_the_release_of_the_members() -> None:
     left = {"n1": there, "n2": "/opt/dengine/releases/1.1.0-fedc"}
     assert [r["host"] for r in rows.failures(rows.release_rows(left, "1.2.0"))] == ["n2"]
     assert rows.release_rows({"n1": "", "n2": ""}, "1.2.0") == []
+    assert [r["host"] for r in rows.release_rows({"n1": there, "n2": ""}, "")] == ["n1"]
 
 
 def test_a_report_is_readable() -> None:

@@ -80,7 +80,7 @@ def release_rows(releases: dict[str, str], coming: str) -> list[Row]:
 
     Args:
         releases: by host, in order of node id, the directory of the release in use, or "".
-        coming: version that a host without one gets.
+        coming: version that a host without one gets, or "" where that is not known yet.
     """
     versions = {
         host: path.rpartition("/")[2].partition("-")[0] if path else ""
@@ -92,6 +92,8 @@ def release_rows(releases: dict[str, str], coming: str) -> list[Row]:
     limit = versions[first]
     rows = []
     for host, version in versions.items():
+        if not (version or coming):
+            continue
         new = "" if version else "would get "
         rows.append(
             _judged(
