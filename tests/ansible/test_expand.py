@@ -158,6 +158,25 @@ def test_a_learner_that_a_killed_run_left_is_not_made_the_second_voter(
     assert site.voters() == [1, 2, 3]
 
 
+FOUNDING = (
+    "dengine.core.node : Secrets",
+    "dengine.core.node : Configuration",
+    "dengine.core.rollout : Wait for a leader",
+    "dengine.core.rollout : Look at the processes once more",
+    "dengine.core.rollout : Note that the cluster is at work here",
+)
+
+
+@pytest.mark.playbooks
+def test_a_first_run_that_is_killed_is_simply_run_again(site: Local) -> None:
+    """What it left is neither taken for a lost cluster nor for secrets that somebody else has."""
+    for name in FOUNDING:
+        assert site.play("site", KILL_AT=name).code == -9, name
+    site.play("site").ok()
+    assert site.voters() == [1]
+    assert set(site.play("site").ok().changed.values()) == {0}
+
+
 @pytest.mark.playbooks
 def test_three_become_five_although_the_first_one_was_stopped(tmp_path: Path) -> None:
     """The backup comes from a follower that runs; node 1 is started again, 4 and 5 join."""

@@ -155,7 +155,7 @@ IN_PLAYBOOKS = (
     Guard(
         "roles/rollout/tasks/guard.yml",
         "that: rollout_marks | default([])",
-        "that: rollout_expected < 0 or rollout_marks | default([])",
+        "that: true or rollout_marks | default([])",
         "test_gate.py::test_the_gate_refuses_within_seconds_and_touches_no_host",
     ),
 )
