@@ -116,7 +116,7 @@ def test_verify_collects_all_that_is_wrong_and_leaves_no_older_report(site: Loca
     site.play("verify", "--check").ok()
     site.play("verify").ok()
     assert site.report("verify")["verdict"] == "Verified."
-    site.play("verify", "--limit", "n1").failed()
+    site.play("verify", "--limit", "n1").failed("n1")
     assert site.report("verify")["verdict"] == "NOT as it should be."
     assert "--limit is refused" in "".join(site.report("verify")["problems"])
     config = site.state / "hosts" / "n2" / "dengine.toml"
