@@ -22,6 +22,7 @@ install: $(STAMP) ## Make .venv with dengine and everything that development nee
 # Rebuilt when the dependencies change; the source itself is installed in place. The stamp is
 # the last step, so an interrupted installation is simply done again.
 $(STAMP): pyproject.toml
+	@[ ! -L $(VENV) ] || { echo "$(VENV) is a link: it would be emptied where it points; remove it" >&2; exit 1; }
 	@scripts/system-packages.sh python3-venv
 	python3 -m venv --clear $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[node,dev,ops]'
