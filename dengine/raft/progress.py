@@ -64,7 +64,7 @@ class Progress:
         self.timeout_ms_min = 0  # as it last announced; 0: never answered a heartbeat
         self.needs_snapshot: int | None = None  # lost its state: the least index that helps it
         self.offered: SnapshotRef | None = None  # the file it has been told to fetch
-        self.helped_by: SnapshotRef | None = None  # the last one, since it needs none any more
+        self.helped_by: SnapshotRef | None = None  # what it came by, until it has caught up
 
     @property
     def paused(self) -> bool:

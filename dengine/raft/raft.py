@@ -270,7 +270,8 @@ class Raft:
         return {m: p.offered for m, p in self.progress.items() if p.offered is not None}
 
     def helped_by_snapshots(self) -> dict[MemberId, tuple[SnapshotRef, int]]:
-        """Leader only: who has come by a file of ours, which, and how far each has got since."""
+        """Leader only: who has come by a file of ours and does not have all yet that is committed:
+        which file, and how far it has got since."""
         return {
             m: (p.helped_by, p.match_index)
             for m, p in self.progress.items()
@@ -833,6 +834,8 @@ class Raft:
                 self._advance_commit()
                 if self._transfer is not None:
                     self._hand_over_if_caught_up(self._transfer[0])
+            if progress.helped_by is not None and progress.match_index >= self.log.commit_index:
+                progress.helped_by = None  # it follows by now, and is held on to like any other
         else:
             agreed = self.log.last_not_above(m.hint_index, m.hint_term)
             progress.refused(m.index, self.log.base.index if agreed is None else agreed.index + 1)
