@@ -239,7 +239,7 @@ SAVED = "/root/single.tar"
 def reset(site: Site, *, keep_release: bool = False) -> None:
     """Back to one voter and two blank machines; n1 keeps its release, and the others if told to."""
     gone = "/var/lib/dengine /etc/dengine /etc/systemd/system/dengine* /var/backups/dengine "
-    gone += "/run/lock/dengine-deploy.json" + ("" if keep_release else " /opt/dengine")
+    gone += "/run/dengine-deploy.json" + ("" if keep_release else " /opt/dengine")
     for i in (2, 3):
         machine = site.machines[i]
         # The stand-in of a run that was killed goes on for a minute at most.
@@ -251,7 +251,7 @@ def reset(site: Site, *, keep_release: bool = False) -> None:
     n1 = site.machines[1]
     n1.run(
         f"systemctl stop dengine; [ -e {SAVED} ] || tar -C /var/lib -cf {SAVED} dengine; "
-        f"rm -rf /var/lib/dengine /run/lock/dengine-deploy.json; tar -C /var/lib -xf {SAVED}"
+        f"rm -rf /var/lib/dengine /run/dengine-deploy.json; tar -C /var/lib -xf {SAVED}"
     )
     n1.start()
 
