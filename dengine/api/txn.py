@@ -12,7 +12,7 @@ from dengine.api.kv import refusal, row
 from dengine.api.params import BodyReader, decode_json
 from dengine.api.protocol import Request, Response, json_response
 from dengine.api.routes import Body, Route
-from dengine.errors import InvalidRequest
+from dengine.errors import InvalidRequest, TooLarge
 from dengine.kv.commands import (
     Compare,
     Delete,
@@ -30,14 +30,12 @@ from dengine.kv.commands import (
     TxnResult,
     prefix_end,
 )
-from dengine.kv.machine import KEY_BYTES_MAX, Record
+from dengine.kv.machine import Record
 from dengine.kv.transaction import flaw
 
 if TYPE_CHECKING:
-    from dengine.config import Config
+    from dengine.config import Config, Limits
     from dengine.node.node import Node
-
-BODY_BYTES_MAX = 4 * 1024 * 1024
 
 # --- the JSON -------------------------------------------------------------------------------------
 
@@ -46,10 +44,11 @@ class _Key(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     key: str | None = None
     key_base64: str | None = None
 
-    def bytes(self, where: str) -> bytes:
+    def bytes(self, where: str, limits: Limits) -> bytes:
         key = _either(self.key, self.key_base64, "key", where)
-        if not 1 <= len(key) <= KEY_BYTES_MAX:
-            raise InvalidRequest(f"{where}: a key has 1 to {KEY_BYTES_MAX} bytes, not {len(key)}")
+        if not key:
+            raise InvalidRequest(f"{where}: the key is empty: a key has 1 to 511 bytes")
+        _fits(key, limits.key_bytes, f"{where}: the key")
         return key
 
 
@@ -59,7 +58,7 @@ class CompareJson(_Key, kw_only=True, rename={"relation": "op"}):
     operand: int | bool | str | None = None
     operand_base64: str | None = None
 
-    def command(self, where: str) -> Compare:
+    def command(self, where: str, limits: Limits) -> Compare:
         asked = self.operand
         operand: int | bool | bytes
         if self.target == "value":
@@ -71,25 +70,27 @@ class CompareJson(_Key, kw_only=True, rename={"relation": "op"}):
             raise InvalidRequest(f"{where}: {self.target} is compared with {kind} in operand")
         else:
             operand = asked
-        return Compare(self.bytes(where), self.target, self.relation, operand)
+        return Compare(self.bytes(where, limits), self.target, self.relation, operand)
 
 
 class PutJson(_Key, tag_field="op", tag="put", kw_only=True):
     value: str | None = None
     value_base64: str | None = None
 
-    def command(self, where: str, limit: int) -> Put:
-        return Put(self.bytes(where), _either(self.value, self.value_base64, "value", where))
+    def command(self, where: str, limits: Limits) -> Put:
+        value = _either(self.value, self.value_base64, "value", where)
+        _fits(value, limits.value_bytes, f"{where}: the value")
+        return Put(self.bytes(where, limits), value)
 
 
 class GetJson(_Key, tag_field="op", tag="get", kw_only=True):
-    def command(self, where: str, limit: int) -> Get:
-        return Get(self.bytes(where))
+    def command(self, where: str, limits: Limits) -> Get:
+        return Get(self.bytes(where, limits))
 
 
 class DeleteJson(_Key, tag_field="op", tag="delete", kw_only=True):
-    def command(self, where: str, limit: int) -> Delete:
-        return Delete(self.bytes(where))
+    def command(self, where: str, limits: Limits) -> Delete:
+        return Delete(self.bytes(where, limits))
 
 
 class DeleteRangeJson(
@@ -103,7 +104,7 @@ class DeleteRangeJson(
     end_base64: str | None = None
     all: bool = False
 
-    def command(self, where: str, limit: int) -> DeleteRange:
+    def command(self, where: str, limits: Limits) -> DeleteRange:
         prefix = _optional(self.prefix, self.prefix_base64, "prefix", where)
         start = _optional(self.start, self.start_base64, "start", where)
         end = _optional(self.end, self.end_base64, "end", where)
@@ -111,14 +112,14 @@ class DeleteRangeJson(
             raise InvalidRequest(f"{where}: use either prefix, or start and end")
         first = prefix if prefix is not None else start or b""
         last = prefix_end(prefix) if prefix else end or None
-        if len(first) > KEY_BYTES_MAX or len(last or b"") > KEY_BYTES_MAX:
-            raise InvalidRequest(f"{where}: a key has at most {KEY_BYTES_MAX} bytes")
+        for bound in (first, last or b""):
+            _fits(bound, limits.key_bytes, f"{where}: the end of a range")
         if not first and last is None and not self.all:
             raise InvalidRequest(
                 f"{where} would delete every key: name a prefix or a start and end, "
                 'or add "all": true if that is what you mean'
             )
-        return DeleteRange(first, last, limit)
+        return DeleteRange(first, last, limits.range_delete)
 
 
 OperationJson = PutJson | GetJson | DeleteJson | DeleteRangeJson
@@ -128,6 +129,11 @@ class TxnJson(msgspec.Struct, forbid_unknown_fields=True):
     compare: list[CompareJson] = []
     success: list[OperationJson] = []
     failure: list[OperationJson] = []
+
+
+def _fits(data: bytes, limit: int, what: str) -> None:
+    if len(data) > limit:
+        raise TooLarge(f"{what} has {len(data)} bytes; at most {limit} are allowed")
 
 
 def _optional(text: str | None, encoded: str | None, name: str, where: str) -> bytes | None:
@@ -154,13 +160,13 @@ class TxnCalls:
 
     def __init__(self, node: Node, config: Config, bodies: BodyReader) -> None:
         self._node = node
-        self._range_delete = config.limits.range_delete
+        self._limits = config.limits
         self._bodies = bodies
         self._loop = asyncio.get_running_loop()
 
     async def txn(self, request: Request) -> Response:
         timeout_s = params.timeout_s(request)
-        body = await self._bodies.read(request, BODY_BYTES_MAX)
+        body = await self._bodies.read(request, self._limits.txn_bytes)
         txn = self._command(decode_json(body, request, TxnJson))
         result = await self._node.write(txn, self._loop.time() + timeout_s)
         if not isinstance(result, TxnResult):
@@ -172,19 +178,21 @@ class TxnCalls:
         )
 
     def _command(self, asked: TxnJson) -> Txn:
+        limits = self._limits
+        for name in ("compare", "success", "failure"):
+            if (count := len(getattr(asked, name))) > limits.txn_ops:
+                raise InvalidRequest(
+                    f"{name} has {count} items; at most {limits.txn_ops} are allowed"
+                )
         txn = Txn(
-            tuple(c.command(f"compare[{n}]") for n, c in enumerate(asked.compare)),
-            self._branch("success", asked.success),
-            self._branch("failure", asked.failure),
+            tuple(c.command(f"compare[{n}]", limits) for n, c in enumerate(asked.compare)),
+            tuple(o.command(f"success[{n}]", limits) for n, o in enumerate(asked.success)),
+            tuple(o.command(f"failure[{n}]", limits) for n, o in enumerate(asked.failure)),
         )
         wrong = flaw(txn)
         if wrong is not None:
             raise InvalidRequest(wrong)
         return txn
-
-    def _branch(self, name: str, asked: list[OperationJson]) -> tuple[Operation, ...]:
-        limit = self._range_delete
-        return tuple(o.command(f"{name}[{n}]", limit) for n, o in enumerate(asked))
 
 
 def _answer(operation: Operation, result: OperationResult) -> dict[str, Any]:
@@ -228,8 +236,8 @@ def routes(calls: TxnCalls) -> list[Route]:
             "Compare, then change several keys at once",
             {200: Body("one branch was carried out, as one change", _DONE)},
             body=Body(
-                "comparisons, and at most 128 operations for each outcome: put, get, delete, "
-                "delete_range. A key that does not exist has mod_revision and version 0.",
+                "comparisons, and operations for each outcome (limits.txn_ops, 128): put, get, "
+                "delete, delete_range. A key that does not exist has mod_revision and version 0.",
                 _EXAMPLE,
             ),
             errors=(411, 413, 415, 429, 503, 504, 507),

@@ -12,7 +12,7 @@ from dengine.kv.commands import Compare, Relation, Txn
 if TYPE_CHECKING:
     from dengine.kv.machine import Record, View
 
-OPERATIONS_MAX: Final = 128  # in a branch; as many comparisons
+OPERATIONS_MAX: Final = 1024  # in a branch, and comparisons; a node's limits.txn_ops is never more
 READ_BYTES_MAX: Final = 4 * 1024 * 1024  # of all values that one transaction reads
 
 _RELATIONS: Final[dict[Relation, Callable[[Any, Any], bool]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import json
 import os
@@ -150,3 +151,12 @@ def ad_hoc(name: str, **arguments: Any) -> dict[str, Any]:
     assert start >= 0, done.stdout + done.stderr
     result: dict[str, Any] = json.JSONDecoder().raw_decode(done.stdout[start:])[0]
     return result
+
+
+def snapshot_file(size: int = 3000) -> tuple[bytes, dict[str, Any]]:
+    """A file that ends with the SHA-256 of the rest, as a snapshot does, and what a node says."""
+    rest = os.urandom(size)
+    digest = hashlib.sha256(rest)
+    file = rest + digest.digest()
+    said = {"index": 12, "term": 2, "sha256": digest.hexdigest(), "size_bytes": len(file)}
+    return file, said

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
-import pytest
 import yaml
 
 from tests.cluster import ROOT
-
-VALIDATE_S = 60
 
 
 def test_the_machines_have_the_addresses_of_the_inventory() -> None:
@@ -25,21 +18,6 @@ def test_the_machines_have_the_addresses_of_the_inventory() -> None:
     assert machines == {name: values["dengine_address"] for name, values in hosts.items()}
     config = (ROOT / "scripts" / "lab").read_text()
     assert dict(re.findall(r"^Host (n\d)\n    HostName (\S+)$", config, re.M)) == machines
-
-
-@pytest.mark.skipif(not shutil.which("vagrant"), reason="vagrant is not installed")
-def test_vagrant_finds_the_file_sound(tmp_path: Path) -> None:
-    places = {"VAGRANT_HOME": tmp_path / "home", "VAGRANT_DOTFILE_PATH": tmp_path / "machines"}
-    done = subprocess.run(
-        ["vagrant", "validate", "--ignore-provider"],
-        cwd=ROOT,
-        env={**os.environ, "LC_ALL": "C.UTF-8", **{k: str(v) for k, v in places.items()}},
-        capture_output=True,
-        text=True,
-        timeout=VALIDATE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_dynamic_inventory_names_zones_as_dengine_zones_does() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import os
 import socket
@@ -17,7 +16,7 @@ import pytest
 from ansible_collections.dengine.core.plugins.module_utils import checks, host
 
 from tests.ansible.answers import BUSY, LOST, member, view
-from tests.ansible.server import COLLECTIONS, Answers, Say, Server, run_module
+from tests.ansible.server import COLLECTIONS, Answers, Say, Server, run_module, snapshot_file
 
 TOKEN = "a-token-that-nobody-may-see-0123456789"
 
@@ -185,15 +184,6 @@ def test_kv_writes_under_the_condition_that_it_read() -> None:
 
 
 # --- dengine_snapshot --------------------------------------------------------------------------
-
-
-def snapshot_file(size: int = 3000) -> tuple[bytes, dict[str, Any]]:
-    """A file that ends with the SHA-256 of the rest, as a snapshot does, and what a node says."""
-    rest = os.urandom(size)
-    digest = hashlib.sha256(rest)
-    file = rest + digest.digest()
-    said = {"index": 12, "term": 2, "sha256": digest.hexdigest(), "size_bytes": len(file)}
-    return file, said
 
 
 def test_snapshot_is_taken_downloaded_checked_and_not_taken_twice(tmp_path: Path) -> None:

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.ansible.server import Answers, Asked, Say, Server, run_module
+from tests.ansible.server import Answers, Asked, Say, Server, run_module, snapshot_file
 
 HOUR_S = 3600
-
-
-def snapshot_file(size: int = 3000) -> tuple[bytes, dict[str, Any]]:
-    """A file that ends with the SHA-256 of the rest, as a snapshot does, and what a node says."""
-    rest = os.urandom(size)
-    digest = hashlib.sha256(rest)
-    file = rest + digest.digest()
-    said = {"index": 12, "term": 2, "sha256": digest.hexdigest(), "size_bytes": len(file)}
-    return file, said
 
 
 def offering(said: dict[str, Any], answer: Any) -> Answers:

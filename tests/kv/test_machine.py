@@ -28,6 +28,7 @@ from dengine.kv.commands import (
     encode_command,
 )
 from dengine.kv.machine import KEY_BYTES_MAX, VALUE_BYTES_MAX, Record, apply_batch
+from dengine.kv.transaction import OPERATIONS_MAX
 from tests.kv.twin import DictView, Twin
 
 # Few keys and small revisions, so that conditions, overwrites and ranges meet.
@@ -284,9 +285,9 @@ def test_what_transactions_expand_to_is_bounded() -> None:
     apply_batch(batch(*(Put(b"%d" % n, b"x" * VALUE_BYTES_MAX) for n in range(5))), view, 0)
     read = tuple(Get(b"%d" % n) for n in range(5))
     for many in (
-        txn(*[Get(b"k")] * 129),
-        txn(failure=(Get(b"k"),) * 129),
-        txn(compare=(Compare(b"k", "version", "=", 0),) * 129),
+        txn(*[Get(b"k")] * (OPERATIONS_MAX + 1)),
+        txn(failure=(Get(b"k"),) * (OPERATIONS_MAX + 1)),
+        txn(compare=(Compare(b"k", "version", "=", 0),) * (OPERATIONS_MAX + 1)),
         txn(*read),
     ):
         revision, (result,) = apply_batch(batch(many), view, 5)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import UNREACHABLE, wait_for
+from tests.cluster import ROOT, UNREACHABLE, wait_for
 from tests.lab.machines import ADDRESSES, ZONES, Machine
 from tests.lab.site import Grown
 
@@ -24,6 +26,21 @@ WRITES_PER_S = 100  # that four writers reach together at least, on two busy cor
 SLOWER = 2.0
 
 pytestmark = pytest.mark.lab_sample
+
+
+def test_vagrant_finds_the_file_sound(grown: Grown, tmp_path: Path) -> None:
+    """For every provider; vagrant is there, since it has brought the machines up."""
+    places = {"VAGRANT_HOME": tmp_path / "home", "VAGRANT_DOTFILE_PATH": tmp_path / "machines"}
+    done = subprocess.run(
+        ["vagrant", "validate", "--ignore-provider"],
+        cwd=ROOT,
+        env={**os.environ, "LC_ALL": "C.UTF-8", **{k: str(v) for k, v in places.items()}},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_one_becomes_three_while_clients_write(grown: Grown) -> None:
