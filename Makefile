@@ -61,7 +61,7 @@ nemesis: $(STAMP) test-packages ## Real nodes under faults, as root: make nemesi
 	$(PYTHON) -m tests.nemesis.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 test-packages:
-	@scripts/system-packages.sh iproute2 nftables strace util-linux
+	@scripts/system-packages.sh e2fsprogs iproute2 nftables strace util-linux
 
 crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (half an hour)
 	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v

@@ -16,6 +16,7 @@ present() {
         bridge-utils) command -v brctl >/dev/null ;;
         openssh-client) command -v ssh >/dev/null ;;
         vagrant-lxc) compgen -G '/usr/share/rubygems-integration/all/gems/vagrant-lxc-*' >/dev/null ;;
+        e2fsprogs) command -v mkfs.ext4 >/dev/null ;;
         util-linux) command -v unshare >/dev/null ;;
         *) command -v "$1" >/dev/null ;;
     esac

@@ -24,6 +24,7 @@ from dengine.kv.commands import encode_batch
 from dengine.node.log_writer import LogWriter
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
+from dengine.node.state_flusher import StateFlusher
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, Ready, Restore, Transition
@@ -59,7 +60,7 @@ def boottime_ms() -> int:
 
 
 class Cycle:
-    """Owns Raft, the log writer and the application of committed entries.
+    """Owns Raft, the log writer, the application of committed entries and the state's flusher.
 
     `failed` ends with the error that must end the process: no part of the core dies silently.
     `turns` counts the turns that were completed: while it grows, the node lives.
@@ -84,6 +85,7 @@ class Cycle:
         self._state = state
         self._owner = owner
         self._writer = LogWriter(log, owner.persist_restore, self._loop, self._written, self.fail)
+        self._flusher = StateFlusher(state, self._loop, self.fail)
         self._inbox: deque[Message] = deque()
         self._actions: deque[Callable[[], None]] = deque()
         self._turn_due: asyncio.Handle | None = None
@@ -95,6 +97,7 @@ class Cycle:
 
     def start(self) -> None:
         self._running = True
+        self._flusher.start()
         self._tick()
 
     def stop(self, timeout_s: float) -> bool:
@@ -103,7 +106,8 @@ class Cycle:
         for handle in (self._turn_due, self._tick_due):
             if handle is not None:
                 handle.cancel()
-        return self._writer.stop(timeout_s)
+        written = self._writer.stop(timeout_s)
+        return self._flusher.stop(timeout_s) and written
 
     # --- what goes in -----------------------------------------------------------------------
 

@@ -29,7 +29,13 @@ import lmdb
 import msgspec
 from xxhash import xxh3_128_intdigest
 
-from dengine.errors import ClusterUnavailable, DataCorruption, FatalError, InvariantBroken
+from dengine.errors import (
+    ClusterUnavailable,
+    DataCorruption,
+    FatalError,
+    InvariantBroken,
+    StorageIO,
+)
 from dengine.kv.commands import Result
 from dengine.kv.machine import KEY_BYTES_MAX, Record, apply_batch
 from dengine.raft.membership import Membership, decode_membership
@@ -44,6 +50,7 @@ from dengine.storage.environment import (
     storage_error,
     sync_directory,
 )
+from dengine.storage.writeback import write_back
 
 PAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # of records in one page, so that no page stalls the loop
 KEYS_PAGE_BYTES_MAX: Final = 64 * 1024 * 1024  # the same when values are only checked, not copied
@@ -85,7 +92,7 @@ class StateDigest(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class StateStore:
     """Opens or creates the state in directory `path`.
 
-    All methods belong to one thread, and none of them waits for a disk but `sync`.
+    All methods but `write_back` belong to one thread, and only that and `sync` wait for a disk.
 
     Attributes:
         applied: the last entry applied.
@@ -304,6 +311,21 @@ class StateStore:
             _distrust(self._path)
             raise _state_error(error, self._path) from error
 
+    def write_back(self) -> Iterator[float]:
+        """Write what is dirty to the disk, as `writeback.write_back`. Any thread may do this.
+
+        Raises:
+            StorageIO: the disk did not take a page, which the kernel then holds for written. The
+                state is marked to be rebuilt.
+        """
+        path = self._path
+        try:
+            yield from write_back(path / DATA_FILE)
+        except OSError as error:
+            if not error.filename and path == self._path:  # else it was replaced meanwhile
+                _distrust(path)
+                raise StorageIO(f"{path / DATA_FILE}: {error.strerror}; check the disk") from error
+
     def close(self) -> None:
         """Release the environment, without syncing it."""
         self._read.abort()
@@ -314,23 +336,17 @@ class StateStore:
         if raw is not None:
             found = read_applied(raw)
             if found is None:
-                raise self._damaged(APPLIED_KEY, "fails its CRC or is of an unknown layout")
+                raise _damage(self._path, APPLIED_KEY, "fails its CRC or is of an unknown layout")
             self.applied, digest = found
             self.revision = digest.revision
             self._hash = int.from_bytes(digest.state_hash, "big")
         elif self._read.stat(self._keys)["entries"]:
-            raise self._damaged(APPLIED_KEY, "is missing")
-        membership = self._get_meta(MEMBERSHIP_KEY)
-        if membership is not None:
-            self.membership = self._decode_membership(membership)
-
-    def _get_meta(self, key: bytes) -> bytes | None:
-        raw = self._read.get(key, db=self._meta)
-        if raw is None:
-            return None
-        if crc32(raw, crc32(key)) != CRC_RESIDUE:
-            raise self._damaged(key, "fails its CRC")
-        return raw[:-CRC_BYTES]
+            raise _damage(self._path, APPLIED_KEY, "is missing")
+        raw = self._read.get(MEMBERSHIP_KEY, db=self._meta)
+        if raw is not None:
+            if crc32(raw, crc32(MEMBERSHIP_KEY)) != CRC_RESIDUE:
+                raise _damage(self._path, MEMBERSHIP_KEY, "fails its CRC")
+            self.membership = self._decode_membership(raw[:-CRC_BYTES])
 
     def _put_membership(self, txn: lmdb.Transaction[bytes], data: bytes) -> int:
         """By how much the state hash grows."""
@@ -348,9 +364,6 @@ class StateStore:
                 f"{self._path}: a membership that this dengine cannot read ({error}); "
                 "start the version that wrote it"
             ) from error
-
-    def _damaged(self, key: bytes, what: str) -> DataCorruption:
-        return _damage(self._path, key, what)
 
 
 class _View:

@@ -7,6 +7,7 @@ import http.client
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -21,6 +22,7 @@ from tests.cluster import (
     static_cluster,
     wait_for,
 )
+from tests.crash_sweep.strace import Fault, Injection
 
 IO_ERROR = 74  # the exit code for a disk that refused
 
@@ -184,3 +186,27 @@ def test_a_refused_disk_write_ends_the_process_and_a_restart_goes_on(cluster: Cl
     node.start()
     wait_for(node.ready, "node 1 to lead again")
     assert [key for key in acknowledged if not node.get(key).ok] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("strace") is None, reason="needs strace")
+def test_a_refused_page_of_the_state_ends_the_process_and_is_rebuilt(cluster: Cluster) -> None:
+    """Nobody waits for the state to reach the disk, yet what does not is noticed within seconds:
+    the kernel would go on with the page as if it were there, until it has to read it again."""
+    port = free_port()
+    node = cluster.node(1, config_text(1, {1: port}, 2, 2, "founding_wait_ms = 0\n"), port)
+    node.start()
+    wait_for(node.ready, "node 1 to lead")
+    data = node.directory / "state-1" / "data.mdb"
+    trace = node.directory.parent / "trace"
+    injection = Injection(trace, "sync_file_range", [data], Fault.EIO, 1, children=True)
+    injection.attach(node.pid)
+    try:
+        assert node.put("key", "kept").ok
+        assert node.wait_exit() == IO_ERROR
+    finally:
+        injection.detach(node.pid)
+    assert "state-1/data.mdb: Input/output error" in node.output()
+    node.start()
+    wait_for(node.ready, "node 1 to lead again")
+    assert "rebuilding it" in node.output()
+    assert node.get("key").body == b"kept"

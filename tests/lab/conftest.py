@@ -21,6 +21,7 @@ from tests.cluster import ROOT, wait_for
 from tests.lab.machines import LABS, Lab, Machine
 from tests.lab.site import Grown, Site, written
 
+BESIDE = 2000  # writes before and after the growth, that those during it are compared with
 HOSTS_PYTHON, HOSTS_ARCH = "3.11", "x86_64"  # Debian 12
 
 
@@ -145,13 +146,13 @@ def grown(site: Site) -> Grown:
     load = site.load()
     try:
         load.phase("quiet")
-        wait_for(lambda: written(n1) > 2000, "the clients to have written for a while", 60)
+        wait_for(lambda: written(n1) > BESIDE, "the clients to have written for a while", 60)
         before = n1.unit()
         load.phase("expand")
         site.play("expand").ok()
         load.phase("three")
         count = written(n1)
-        wait_for(lambda: written(n1) > count + 500, "writes through all three", 60)
+        wait_for(lambda: written(n1) > count + BESIDE, "writes through all three", 60)
         found = load.end()
     finally:
         load.close()

@@ -55,8 +55,10 @@ def test_one_becomes_three_while_clients_write(grown: Grown) -> None:
     assert expand["writes"] / expand["seconds"] > WRITES_PER_S
     assert expand["max_ms"] < SLOWEST_MS
     # Nodes, clients and ansible share two cores here, so the slowest per cent says more about them
-    # than about dengine: it is printed, and the median is judged.
-    assert expand["p50_ms"] <= SLOWER * grown.load["phases"]["quiet"]["p50_ms"]
+    # than about dengine: it is printed, and the median is judged, by what one voter or three, which
+    # it is one after the other, take without a playbook beside them.
+    slower = max(grown.load["phases"][name]["p50_ms"] for name in ("quiet", "three"))
+    assert expand["p50_ms"] <= SLOWER * slower
     for name in ("MainPID", "ExecMainStartTimestampMonotonic", "NRestarts"):
         assert grown.after[name] == grown.before[name], name
     assert grown.again == {"n1": 0, "n2": 0, "n3": 0}
