@@ -115,6 +115,8 @@ class SnapshotCalls:
             snapshots.suspect(ref)
         began, position = self._loop.time(), start
         while position < stop:
+            if snapshots.files.is_distrusted(ref):
+                raise ConnectionResetError("the snapshot may be wrong")
             size = min(PIECE_BYTES, stop - position)
             try:
                 piece = await self._loop.run_in_executor(None, os.pread, fd, size, position)

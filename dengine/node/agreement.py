@@ -9,7 +9,7 @@ all stop: no answer is better than a wrong one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 from dengine.errors import DataCorruption
@@ -22,6 +22,8 @@ from dengine.storage.state_store import StateDigest, StateStore
 
 log = logging.getLogger("dengine.agreement")
 
+# A voter that is connected and behind, as after a restart, may yet decide; not for ever.
+PATIENCE = 10  # times the grace
 COMPARED_MAX = 64  # indexes that wait for more reports; who lags further is not compared
 
 
@@ -39,7 +41,8 @@ class Tally:
     """The reports of one leadership, by index. Pure: time comes in from outside.
 
     Args:
-        grace_ms: how long a disagreement without a majority may wait for further reports.
+        grace_ms: how long a disagreement without a majority may wait for further reports, if
+            those that have not come are from voters that are gone.
     """
 
     grace_ms: int
@@ -54,8 +57,12 @@ class Tally:
         while len(self._reports) > COMPARED_MAX:
             self._drop(min(self._reports))
 
-    def judge(self, membership: Membership, now_ms: int) -> list[Verdict]:
-        """What can be decided now. Each index is judged once, and again when more reports come."""
+    def judge(self, membership: Membership, live: Set[MemberId], now_ms: int) -> list[Verdict]:
+        """What can be decided now. Each index is judged once, and again when more reports come.
+
+        Args:
+            live: members that answer.
+        """
         verdicts = []
         for index in sorted(self._disputed_since_ms):
             reports = self._reports[index]
@@ -64,10 +71,10 @@ class Tally:
                 wrong = tuple(sorted(m for m, digest in reports.items() if digest != right))
                 verdicts.append(Verdict(index, wrong))
                 self._drop(index)
-            elif (
-                membership.all_voters <= reports.keys()
-                or now_ms - self._disputed_since_ms[index] >= self.grace_ms
-            ):
+                continue
+            missing = membership.all_voters - reports.keys()
+            patience_ms = self.grace_ms * (PATIENCE if missing & live else 1)
+            if not missing or now_ms - self._disputed_since_ms[index] >= patience_ms:
                 verdicts.append(Verdict(index, (), split=True))
                 self._drop(index)
         return verdicts
@@ -140,7 +147,9 @@ class Agreement:
         """Leader: act on what can be decided."""
         if not self._raft.is_leader:
             return
-        for verdict in self._tally.judge(self._raft.committed_membership, now_ms):
+        membership = self._raft.committed_membership
+        live = {voter for voter in membership.all_voters if self._raft.is_live(voter)}
+        for verdict in self._tally.judge(membership, live, now_ms):
             self._carry_out(verdict)
 
     def judged(self, sender: MemberId, verdict: StateVerdict) -> None:

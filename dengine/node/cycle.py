@@ -153,6 +153,11 @@ class Cycle:
         self.wake()
         return await future
 
+    def post(self, action: Callable[[], None]) -> None:
+        """Run `action` inside the next turn, before anything more is applied."""
+        self._actions.append(action)
+        self.wake()
+
     # --- the turn -----------------------------------------------------------------------------
 
     def _turn(self) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from dengine.errors import DataCorruption, FatalError, InvariantBroken, TryAgain
 from dengine.node.cycle import Cycle
 from dengine.node.snapshot_files import SnapshotFiles
+from dengine.node.snapshot_wants import Distrust
 from dengine.node.transfers import Report
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
@@ -111,6 +112,12 @@ class Installer:
         report.finished()
         if await self._restore(ref, Path(done.file), path):
             self._received = self._directory.snapshots_path / snapshot_name(ref.log_id)
+
+    async def mark(self, distrust: Distrust) -> None:
+        """On disk, so that no start before the end takes the state or a file for a sound one.
+        Raises StorageIO.
+        """
+        await self._in_thread(self._directory.distrust_state, distrust.state, distrust.files_too)
 
     async def put_files_aside(self, *, but_received: bool) -> None:
         """They may be of a wrong state. That comes before the state is thrown away: a start in the

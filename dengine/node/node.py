@@ -304,7 +304,8 @@ class Node:
                 self._cycle.wake()
                 try:
                     await future
-                    return self.snapshots.require_trusted()  # still
+                    if self.raft.log.applied_index >= self.snapshots.installer.forgotten_at:
+                        return self.snapshots.require_trusted()  # still, and nobody replaced it
                 except LeaderChanged:
                     await self._at_leader.pause(deadline)
             await self._at_leader.known(deadline)

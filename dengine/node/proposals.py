@@ -95,6 +95,16 @@ class Proposals:
             if not waiting.future.done():
                 waiting.future.set_result(result)
 
+    def distrusted(self) -> None:
+        """Results from here on would be those of a wrong state."""
+        error = LeaderChanged(
+            "the state of this node is wrong, so it cannot tell the result; the write may happen",
+            outcome="unknown",
+        )
+        for in_log in self._in_log.values():
+            self._fail(in_log.waiting, error)
+        self._in_log.clear()
+
     def restored(self, index: int) -> None:
         """A snapshot took the place of the entries up to `index`: nobody here saw them applied."""
         for skipped in [i for i in self._in_log if i <= index]:

@@ -39,6 +39,7 @@ class SnapshotFiles:
         self._raft = raft
         self._files: dict[SnapshotRef, _Kept] = {}
         self._taken_after: dict[SnapshotRef, int] = {}  # `applied_bytes` then; also of some gone
+        self._distrusted: set[SnapshotRef] = set()
         self.applied_bytes = 0
         self.transfers = Transfers()
 
@@ -75,6 +76,7 @@ class SnapshotFiles:
         others = {r: k for r, k in self._files.items() if k.path != file}  # it was written anew
         kept = {**others, ref: _Kept(file, taken_at_s)}
         self._taken_after[ref] = applied_bytes
+        self._distrusted.discard(ref)
         self._files = dict(sorted(kept.items(), key=lambda f: f[0].index))
         in_use = set(self._raft.offered_snapshots().values()) | self.transfers.refs
         spare = [ref for ref in self.refs[: -self._config.keep] if ref not in in_use]
@@ -92,12 +94,18 @@ class SnapshotFiles:
         self._raft.snapshots_changed(self.refs)
 
     def distrust(self, spare: Path | None = None) -> None:
-        """Rely on none of them any longer, but `spare`."""
+        """Rely on none but `spare` any longer; whoever is being sent another gets no more of it."""
+        self._distrusted |= {ref for ref, kept in self._files.items() if kept.path != spare}
         self._files = {ref: kept for ref, kept in self._files.items() if kept.path == spare}
         self._raft.snapshots_changed(self.refs)
 
+    def is_distrusted(self, ref: SnapshotRef) -> bool:
+        """May it be wrong? One that only became too many is sent to its end."""
+        return ref in self._distrusted
+
     def put_aside(self, ref: SnapshotRef) -> None:
         """It turned out to be damaged."""
+        self._distrusted.add(ref)
         put_aside(self._forget(ref))
         self._raft.snapshots_changed(self.refs)
 

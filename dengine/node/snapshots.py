@@ -176,6 +176,8 @@ class Snapshots:
             return
         replaced = self._state.path != distrust.state  # the leader's has been installed meanwhile
         try:
+            if not replaced:
+                await self.installer.mark(distrust)
             if distrust.files_too:
                 await self.installer.put_files_aside(but_received=replaced)
                 self._wanted.unverified.clear()
@@ -272,8 +274,18 @@ class Snapshots:
             self._wanted.distrust = Distrust(reason, files_too, self._state.path)
         elif files_too and not before.files_too:
             self._wanted.distrust = replace(before, files_too=True)
+        if files_too:
+            self.files.distrust()
+        self._cycle.post(self._step_aside)
         self._writer.kill("the state is thrown away")
         self._wake.set()
+
+    def _step_aside(self) -> None:
+        """In a turn: a wrong state leads nobody and tells no result."""
+        distrust = self._wanted.distrust
+        if distrust is not None and distrust.state == self._state.path:
+            self._raft.distrust_state()
+            self._cycle.proposals.distrusted()
 
     def require_trusted(self) -> None:
         """Raises ClusterUnavailable while the state in use is known to be wrong."""

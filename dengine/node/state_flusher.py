@@ -7,11 +7,14 @@ them in one burst: half a GiB, with a state that a snapshot's reader has made gr
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
 
 from dengine.storage.state_store import StateStore
+
+log = logging.getLogger("dengine.state")
 
 # What a page that is written often costs the disk, against the size of a burst: Linux writes all of
 # a file that is never clean every 30 s, however old its pages are (vm.dirty_expire_centisecs).
@@ -60,6 +63,8 @@ class StateFlusher:
             swept = self._state.applied
             try:
                 self._sweep()
+            except OSError as error:
+                log.warning("the state's pages are left to the kernel to write: %s", error.strerror)
             except BaseException as error:  # carried to the loop, where it ends the process
                 self._loop.call_soon_threadsafe(self._failed, error)
                 return

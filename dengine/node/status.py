@@ -62,7 +62,7 @@ class Status:
         checks = {
             "member": raft.committed_membership.get(raft.me) is not None,
             "leader": raft.leader is not None and (not raft.is_leader or raft.committed_in_term),
-            "state": not raft.state_lost,
+            "state": not (raft.state_lost or raft.state_wrong),
             "running": running,
         }
         reasons = []
@@ -70,7 +70,9 @@ class Status:
             reasons.append("not a member of a cluster yet")
         elif not checks["leader"]:
             reasons.append(self.no_leader())
-        if raft.state_lost and checks["member"]:
+        if raft.state_wrong:
+            reasons.append("its state is wrong and is being replaced")
+        elif raft.state_lost and checks["member"]:
             reasons.append("its state is lost and waits for a snapshot from the leader")
         if not running:
             reasons.append("stopping")
@@ -108,6 +110,8 @@ class Status:
             return "this node does not belong to a cluster yet"
         others = sorted({v.id for v in membership.all_voters} - {self._raft.me.id})
         missing = self._peer_errors(others)
+        if self._raft.state_lost:  # it votes, but its own log may be too new for those it votes for
+            missing = "; ".join(filter(None, [missing, "the state of this node is lost"]))
         if not missing:
             return "no leader is elected yet; try again in a moment"
         if len(membership.voters) == 2:

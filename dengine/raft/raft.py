@@ -194,6 +194,7 @@ class Raft:
         self._write_count = 0
         self._snapshots: tuple[SnapshotRef, ...] = ()  # files on this node, oldest first
         self._restore: Restore | None = None  # accepted, and not yet durable
+        self.state_wrong = False  # the applied state, which has yet to be replaced
 
         self._leader_contact_ms: int | None = None
         self._pre_votes: dict[MemberId, bool] = {}
@@ -466,6 +467,14 @@ class Raft:
         self._restore = Restore(log_id, membership, reset_log=not kept)
         return True
 
+    def distrust_state(self) -> None:
+        """The owner found the applied state wrong, and has yet to replace it, which may take long
+        on a bad disk: until it has, this member neither leads nor campaigns. All else it does.
+        """
+        self.state_wrong = True
+        if self.role is not Role.FOLLOWER:
+            self._become_follower(self.term, "its state is wrong")
+
     def forget_state(self) -> None:
         """The owner found the applied state wrong and threw it away.
 
@@ -473,9 +482,9 @@ class Raft:
         member may campaign meanwhile (reads wait until the state has caught up). Either way a
         leader makes room for one whose state is sound.
         """
+        self.distrust_state()
         self.log.forget_state()
-        if self.role is not Role.FOLLOWER:
-            self._become_follower(self.term, "its state was damaged")
+        self.state_wrong = False
 
     # --- outputs ----------------------------------------------------------------------------
 
@@ -533,6 +542,7 @@ class Raft:
         if ready.snapshot is not None:
             self.log.restored(ready.snapshot.log_id)
             self._restore = None
+            self.state_wrong = False
         if self.role is Role.LEADER:
             # 10.2.1: a leader writes in parallel, but counts itself only now
             self.progress[self.me].acknowledged(self.log.stable_index)
@@ -559,9 +569,10 @@ class Raft:
     def _may_campaign(self) -> bool:
         """Learners and the removed never campaign. But a voter whose removal is not committed does
         (4.2.2, figure 4.6): nobody else may have a log that its own vote allows to win. Without its
-        state, or with a log that is being replaced, a member could not serve as a leader.
+        state, with a wrong one, or with a log that is being replaced, a member could not serve as a
+        leader.
         """
-        if self.state_lost or self._restore is not None:
+        if self.state_lost or self.state_wrong or self._restore is not None:
             return False
         return any(self.me in membership.all_voters for _, membership in self._memberships)
 

@@ -32,7 +32,7 @@ from dengine.raft.membership import Membership
 from dengine.raft.types import HardState, LogId
 from dengine.storage.environment import DATA_FILE, make_directory, sync_directory
 from dengine.storage.log_store import LogStore
-from dengine.storage.state_store import DAMAGED_MARK
+from dengine.storage.marks import DAMAGED_MARK, FILES_TOO, RUN_MARK
 
 FORMAT = 1
 UNPACKED_MARK = "UNPACKED"
@@ -164,11 +164,11 @@ class DataDirectory:
             return False
         if self.installing or not (state / DATA_FILE).exists() or self._is_clean():
             return True
-        return self._mark("RUN").partition(UNCLEAN)[0] == self._run_mark()
+        return self._mark(RUN_MARK).partition(UNCLEAN)[0] == self._run_mark()
 
     def unclean_ends(self) -> int:
         """How many processes in a row have used the trusted state and not closed it."""
-        found, _, before = self._mark("RUN").partition(UNCLEAN)
+        found, _, before = self._mark(RUN_MARK).partition(UNCLEAN)
         if self._is_clean() or found != self._run_mark():
             return 0
         return 1 + (int(before) if before.isdecimal() else 0)
@@ -181,7 +181,7 @@ class DataDirectory:
         """
         try:
             (self.path / "CLEAN").unlink(missing_ok=True)
-            self._write_file("RUN", f"{self._run_mark()}{UNCLEAN}{unclean_ends}")
+            self._write_file(RUN_MARK, f"{self._run_mark()}{UNCLEAN}{unclean_ends}")
         except OSError as error:
             raise StorageIO(f"cannot write {self.path / 'RUN'}: {error.strerror}") from error
 
@@ -237,6 +237,27 @@ class DataDirectory:
         finally:
             with suppress(OSError):  # one that stays costs the next start a little time
                 mark.unlink()
+
+    def distrust_state(self, state: Path, files_too: bool) -> None:
+        """Have the next start rebuild `state`, and, with `files_too`, from no snapshot of ours.
+
+        Raises StorageIO: the next start may take it for a sound one.
+        """
+        try:
+            self._write_file(f"{state.name}/{DAMAGED_MARK}", FILES_TOO if files_too else "")
+        except OSError as error:
+            raise StorageIO(f"cannot write {state / DAMAGED_MARK}: {error.strerror}") from error
+
+    @property
+    def distrusts_files(self) -> bool:
+        """May the snapshots be wrong, as the state in use is known to be? Raises StorageIO."""
+        mark = self.state_path() / DAMAGED_MARK
+        try:
+            return mark.read_text(encoding="utf-8", errors="replace") == FILES_TOO
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StorageIO(f"cannot read {mark}: {error.strerror}") from error
 
     def distrust_log(self, reason: str) -> None:
         """Have the next start begin a new log, whether or not it can find what is wrong with it."""

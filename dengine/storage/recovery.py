@@ -27,7 +27,13 @@ from dengine.storage.directory import DataDirectory, distrusted_log
 from dengine.storage.log_store import REMEDY, LogStore
 from dengine.storage.probe import probe_log, probe_state
 from dengine.storage.snapshot_file import parse_name, read_header
-from dengine.storage.snapshots import list_files, put_aside, put_aside_foreign, unpack
+from dengine.storage.snapshots import (
+    list_files,
+    put_all_aside,
+    put_aside,
+    put_aside_foreign,
+    unpack,
+)
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.recovery")
@@ -52,6 +58,9 @@ def open_stores(directory: DataDirectory) -> Stores:
         DataCorruption: a person is needed; the message says what is lost and what to do.
         StorageIO: the disk refused.
     """
+    if directory.distrusts_files:
+        log.warning("the state was found wrong, and its snapshots with it: they are put aside")
+        put_all_aside(directory.snapshots_path)
     put_aside_foreign(directory.snapshots_path, directory.identity.cluster_id)
     try:
         store = _sound_log(directory)

@@ -48,14 +48,13 @@ from dengine.storage.environment import (
     open_environment,
     pack_crc,
     storage_error,
-    sync_directory,
 )
-from dengine.storage.writeback import write_back
+from dengine.storage.marks import distrust_state
+from dengine.storage.writeback import LOST_PAGES, write_back
 
 PAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # of records in one page, so that no page stalls the loop
 KEYS_PAGE_BYTES_MAX: Final = 64 * 1024 * 1024  # the same when values are only checked, not copied
 ROWS_PER_STEP: Final = 1000
-DAMAGED_MARK: Final = "DAMAGED"  # a file beside the data: this state is not to be used again
 
 _RECORD: Final = struct.Struct("<BQQQ")
 _PLAIN: Final = 0  # the only layout so far; a TTL or a lease would make another
@@ -308,13 +307,14 @@ class StateStore:
         try:
             self._environment.sync(True)
         except lmdb.Error as error:
-            _distrust(self._path)
+            distrust_state(self._path)
             raise _state_error(error, self._path) from error
 
     def write_back(self) -> Iterator[float]:
         """Write what is dirty to the disk, as `writeback.write_back`. Any thread may do this.
 
         Raises:
+            OSError: this system cannot, or not now; that says nothing of the state.
             StorageIO: the disk did not take a page, which the kernel then holds for written. The
                 state is marked to be rebuilt.
         """
@@ -322,9 +322,12 @@ class StateStore:
         try:
             yield from write_back(path / DATA_FILE)
         except OSError as error:
-            if not error.filename and path == self._path:  # else it was replaced meanwhile
-                _distrust(path)
-                raise StorageIO(f"{path / DATA_FILE}: {error.strerror}; check the disk") from error
+            if path != self._path:
+                return  # it was replaced meanwhile
+            if error.errno not in LOST_PAGES:
+                raise
+            distrust_state(path)
+            raise StorageIO(f"{path / DATA_FILE}: {error.strerror}; check the disk") from error
 
     def close(self) -> None:
         """Release the environment, without syncing it."""
@@ -485,12 +488,5 @@ def _state_error(error: lmdb.Error, path: Path) -> FatalError:
 
 
 def _distrusted(path: Path, error: DataCorruption) -> DataCorruption:
-    _distrust(path)
+    distrust_state(path)
     return error
-
-
-def _distrust(path: Path) -> None:
-    """Have the next start rebuild this state: unlike a log, it can be rebuilt."""
-    with suppress(OSError):  # on a disk that refuses even this, the error itself must come out
-        (path / DAMAGED_MARK).touch(mode=0o600)
-        sync_directory(path)

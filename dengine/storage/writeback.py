@@ -7,6 +7,7 @@ Whatever another file on that disk has to sync in the meantime, a log above all,
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -17,8 +18,13 @@ STEP_BYTES: Final = 1024 * 1024  # what a sync of another file may have to wait 
 # SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER
 _WRITE_AND_WAIT: Final = 1 | 2 | 4
 
-_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
-_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+# What a disk or a file system says that could not write pages it had taken. Nothing else says so:
+# a sandbox or an unusual kernel may not know the call at all.
+LOST_PAGES: Final = frozenset((errno.EIO, errno.ENOSPC, errno.EDQUOT))
+
+_sync_file_range = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 def write_back(file: Path) -> Iterator[float]:
@@ -31,8 +37,10 @@ def write_back(file: Path) -> Iterator[float]:
         After each step the seconds that it took; next to nothing where no page was dirty.
 
     Raises:
-        OSError: the file cannot be opened (`filename` is set), or the disk did not take its pages.
+        OSError: with a code of `LOST_PAGES` the disk did not take them; else it cannot be done.
     """
+    if _sync_file_range is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     fd = os.open(file, os.O_RDONLY)
     try:
         for position in range(0, os.fstat(fd).st_size, STEP_BYTES):

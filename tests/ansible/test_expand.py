@@ -55,6 +55,7 @@ def test_one_node_becomes_three_under_four_writers_through_three_kills_of_the_ru
         killed = site.play("expand", KILL_AT=name, KILL_AFTER_S="0.3")
         assert killed.code == -9, killed.output[-3000:]
         assert site.voters() == [1], name
+        assert site.report()["verdict"].startswith("NOT known"), name
     said += site.play("expand", "-vvv", "--diff").ok().output
     through_all = [len(w.acknowledged) + 2 * len(site.hosts) for w in writers]
     wait_for(

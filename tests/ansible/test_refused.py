@@ -47,6 +47,9 @@ def test_the_only_voter_lost_its_disk_and_no_second_cluster_is_founded(site: Loc
         assert failed_rows(run) == {("n1", "identity")}
         assert "mount its disk" in run.output
         assert lock_of(site) == {}, "a run that failed lets the lock go"
+        report = site.report(playbook)
+        assert report["verdict"].startswith("NOT at its end"), report
+        assert "mount its disk" in "".join(report["problems"])
     assert site.node_pids() == []
     shutil.move(aside, site.data("n1").parent)
     site.play("site").ok()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 from zlib import crc32
 
 import lmdb
+import pytest
 
 from dengine.storage.state_store import (
     APPLIED_KEY,
@@ -16,6 +19,7 @@ from dengine.storage.state_store import (
     record_hash,
 )
 from tests.cluster import Cluster, ServeProcess, Writer, static_cluster, wait_for
+from tests.crash_sweep.strace import Fault, Injection
 
 QUICK = "[raft.snapshot]\nentries = 300\nretained_log_entries = 50\n"
 
@@ -87,6 +91,40 @@ def test_a_leader_that_differs_steps_down_first(cluster: Cluster) -> None:
     wait_for(lambda: "differs from that of the majority" in nodes[1].output(), "the verdict", 30)
     wait_for(lambda: eventual(nodes[1]) == b"blue", "the right value", 30)
     writer.stop()
+    cluster.assert_everywhere(writer)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("strace") is None, reason="needs strace")
+def test_a_wrong_leader_whose_disk_refuses_serves_nobody(cluster: Cluster) -> None:
+    """It cannot put its snapshot aside, which may be wrong too, and so cannot throw its state away.
+    It says so, another leads, and once the disk is well again it gets that one's state."""
+    nodes = founded(cluster)
+    falsified(cluster, nodes[1])
+    assert nodes[1].request("POST", "/v1/snapshots", b"").ok
+    leader = cluster.wait_leader()
+    if leader is not nodes[1]:
+        assert leader.call("POST", "/v1/cluster/leader", {"id": 1}).ok
+    (file,) = (nodes[1].directory / "snapshots").glob("*.dsnap")
+    name = file.relative_to(nodes[1].config.parent)  # as the node, which works there, calls it
+    trace = nodes[1].config.parent / "trace"
+    injection = Injection(
+        trace, "rename,renameat,renameat2", [name], Fault.ENOSPC, 1, children=True
+    )
+    injection.attach(nodes[1].pid)
+    writer = Writer(nodes[2], "w", pause_s=0.0).start()
+    try:
+        wait_for(lambda: injection.seen(nodes[1].pid), "the disk to refuse", 30)
+        assert cluster.wait_leader(among=[nodes[2], nodes[3]]) is not nodes[1]
+        ready = nodes[1].request("GET", "/readyz")
+        assert ready.status == 503
+        assert b"its state is wrong" in ready.body
+        reply = nodes[1].get("color")
+        assert (reply.status, b"FALSE" in reply.body) == (503, False)
+    finally:
+        injection.detach(nodes[1].pid)
+        writer.stop()
+    wait_for(lambda: eventual(nodes[1]) == b"blue", "the right value", 90)
+    assert not writer.failures
     cluster.assert_everywhere(writer)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from examples.ansible.load import Clients, Watch, Writer
 
-WRITERS, PER_SECOND = 4, 200
+WRITERS, PER_SECOND = 4, 250  # at most: at 4 ms each a writer has no time for more
 PATIENCE_S = 5.0
 
 

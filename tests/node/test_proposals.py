@@ -52,3 +52,20 @@ def test_a_write_that_only_left_this_log_may_still_happen() -> None:
         assert (proposals.count, proposals.bytes) == (0, 0)
 
     on_loop(check)
+
+
+def test_a_wrong_state_tells_nobody_a_result() -> None:
+    """The entry may well be committed, so it is not certain that it did not happen; what still
+    waits in the queue is refused by whoever finds that this node does not lead."""
+
+    async def check() -> None:
+        proposals = Proposals(10, 1000)
+        future = _in_log(proposals, LogId(7, 2))
+        proposals.distrusted()
+        with pytest.raises(LeaderChanged) as caught:
+            await future
+        assert caught.value.outcome == "unknown"
+        assert (proposals.count, proposals.bytes) == (0, 0)
+        proposals.applied(Entry(7, 2, EntryKind.NORMAL, b""), [PutResult(1, True)])
+
+    on_loop(check)

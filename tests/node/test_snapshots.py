@@ -90,18 +90,26 @@ class Stage:
             helped_by_snapshots=dict,
             snapshots_changed=lambda refs: None,
             forget_state=lambda: None,
+            distrust_state=lambda: self.fenced.append("raft"),
             restore=lambda log_id, content: False,
             snapshot_helps=lambda log_id: True,
         )
         self.answers: bool | None = True
         self.asked: list[int] = []
         self.failed: list[BaseException] = []
+        self.fenced: list[str] = []  # who was told that the state is wrong
         self.config = config.read(file, {})
 
     @asynccontextmanager
     async def running(self, takers: int = 0) -> AsyncIterator[Snapshots]:
         """The task at work; so many have asked for a snapshot before anything else happens."""
-        cycle = SimpleNamespace(raft=self.raft, act=self.act, fail=self.failed.append)
+        cycle = SimpleNamespace(
+            raft=self.raft,
+            act=self.act,
+            post=lambda action: action(),
+            proposals=SimpleNamespace(distrusted=lambda: self.fenced.append("proposals")),
+            fail=self.failed.append,
+        )
         snapshots = Snapshots(
             self.config,
             self.directory,
@@ -470,6 +478,39 @@ def test_wrong_files_go_before_the_state_does(
             await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
         assert seen == [[f"snapshot-1-{ENTRIES}.dsnap.damaged"]]
         assert snapshots.files.refs == []
+
+    on_loop(test)
+
+
+def test_a_verdict_holds_though_the_disk_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the verdict on the node does not lead, tells no result, offers no file and sends no
+    more of one; and a start that came now would believe neither the state nor the files."""
+    stage = Stage(tmp_path)
+    stage.snapshot()
+
+    def refuse(*_: object) -> None:
+        raise StorageIO("the disk refuses")
+
+    monkeypatch.setattr(installing, "put_all_aside", refuse)
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            (ref,) = snapshots.files.refs
+            snapshots.distrust("it differs", files_too=True)
+            assert stage.fenced == ["raft", "proposals"]
+            assert snapshots.files.refs == []
+            assert snapshots.files.is_distrusted(ref)
+            with pytest.raises(ClusterUnavailable, match="it differs"):
+                snapshots.require_trusted()
+            await until(lambda: snapshots.last_error == "the disk refuses", "an attempt")
+            assert not stage.directory.trusted_state()
+            assert stage.directory.distrusts_files
+            monkeypatch.undo()
+            await until(lambda: stage.state.applied == LogId(0, 0), "the state to be gone")
+            snapshots.require_trusted()
 
     on_loop(test)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dengine.errors import StorageIO
 from dengine.node import state_flusher
 from dengine.node.state_flusher import StateFlusher
 from dengine.raft.types import LogId
+from tests.node.hosts import until
 
 DEADLINE_S = 5.0
 
@@ -88,5 +90,26 @@ def test_one_that_was_never_started_has_nothing_to_stop() -> None:
     async def main() -> None:
         flusher = StateFlusher(State(), asyncio.get_running_loop(), lambda error: None)  # type: ignore[arg-type]
         assert flusher.stop(DEADLINE_S)
+
+    asyncio.run(main())
+
+
+def test_where_it_cannot_be_done_the_node_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """It says so, and tries again with the next sweep."""
+
+    async def main() -> None:
+        state = State()
+        state.error = PermissionError(errno.EPERM, "Operation not permitted")
+        failed: list[BaseException] = []
+        flusher = StateFlusher(state, asyncio.get_running_loop(), failed.append)  # type: ignore[arg-type]
+        flusher.start()
+        state.applied = LogId(2, 1)
+        await until(lambda: state.sweeps == 1, "a sweep")
+        state.error = None
+        state.applied = LogId(3, 1)
+        await until(lambda: state.sweeps == 2, "another one")
+        assert flusher.stop(DEADLINE_S)
+        assert not failed
+        assert "left to the kernel" in caplog.text
 
     asyncio.run(main())

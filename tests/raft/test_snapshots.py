@@ -18,6 +18,7 @@ from dengine.raft.messages import (
     HeartbeatResponse,
     InstallSnapshotRequest,
     Message,
+    PreVoteRequest,
     PreVoteResponse,
     TimeoutNow,
     VoteRequest,
@@ -294,6 +295,27 @@ def test_leadership_is_not_handed_to_a_member_without_state() -> None:
         node.raft.transfer_leadership(B)
 
 
+def test_a_member_with_a_wrong_state_neither_leads_nor_campaigns() -> None:
+    """Whatever the disk makes of throwing it away: until then it is none that others may follow.
+    It votes and acknowledges as before, and a TimeoutNow (3.10) does not make it lead.
+    """
+    node = leader(A, ABC)
+    node.settle()
+    node.raft.distrust_state()
+    assert (node.raft.role, node.raft.state_wrong) == (Role.FOLLOWER, True)
+    node.settle()
+    for _ in range(50):
+        node.tick(1000)
+        assert not any(isinstance(m, VoteRequest | PreVoteRequest) for m in node.settle())
+    node.step(TimeoutNow(B, A, node.raft.term))
+    node.settle()
+    assert node.raft.role is Role.FOLLOWER
+    node.lose_state()
+    assert not node.raft.state_wrong
+    node.tick(10_000)
+    assert any(isinstance(m, PreVoteRequest) for m in node.settle()), "the log has it all"
+
+
 def stateless(commit: int = 4) -> Server:
     """A follows nobody yet in term 1: entries 1..5, of which 1..3 are purged, and no state."""
     disk = Disk(HardState(1, None, commit), make_log(ABC, [1, 1, 1, 1]))
@@ -362,7 +384,7 @@ def test_a_leader_that_loses_its_state_steps_down() -> None:
     """DESIGN 5: one whose state is sound must lead."""
     node, _ = purged_leader()
     node.lose_state()
-    reason = "its state was damaged"
+    reason = "its state is wrong"
     expect(node.take(), transitions=[Transition(Role.LEADER, Role.FOLLOWER, 2, reason)])
     assert node.raft.state_lost
     node.tick(5000)

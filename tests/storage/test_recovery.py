@@ -21,6 +21,7 @@ from dengine.errors import DataCorruption, StorageIO, TryAgain
 from dengine.raft.types import HardState, LogId, MemberId
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
+from dengine.storage.marks import distrust_state
 from dengine.storage.recovery import Stores, after_damage, open_stores
 from dengine.storage.snapshots import list_files, unpack
 from dengine.storage.state_store import StateStore
@@ -47,6 +48,13 @@ def lose_power(directory: DataDirectory) -> None:
     """Nothing says any more that the state can be trusted."""
     (directory.path / "RUN").unlink(missing_ok=True)
     (directory.path / "CLEAN").unlink(missing_ok=True)
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    return refuse
 
 
 def rot(file: Path) -> None:
@@ -123,6 +131,42 @@ def test_the_newest_sound_snapshot_in_the_log_is_used(tmp_path: Path) -> None:
     ]
     assert newest.with_name(newest.name + ".damaged").exists()
     opened(directory, has(30, 30, first=13))
+    directory.close()
+
+
+def test_what_was_found_wrong_builds_no_state_again(tmp_path: Path) -> None:
+    """Its own members said so: neither the state nor a snapshot of it comes back, whichever of its
+    steps the process that threw them away got to."""
+    directory = lived(tmp_path, 30, others=[OTHER])
+    snapshot_at(directory, 20)
+    directory.distrust_state(directory.state_path(), True)
+    directory = restarted(directory)
+    opened(directory, has(0, 30))
+    assert list_files(directory.snapshots_path) == []
+    assert not directory.distrusts_files
+    directory.close()
+
+
+def test_a_state_that_is_only_damaged_comes_from_its_own_snapshot(tmp_path: Path) -> None:
+    directory = lived(tmp_path, 30)
+    snapshot_at(directory, 20)
+    directory.distrust_state(directory.state_path(), False)
+    directory = restarted(directory)
+    opened(directory, has(20, 30))
+    directory.close()
+
+
+def test_a_full_disk_cannot_vouch_for_a_damaged_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark that it is damaged needs room; the one that it can be trusted goes instead."""
+    directory = lived(tmp_path, 9)
+    monkeypatch.setattr(Path, "touch", raises(OSError(errno.ENOSPC, "no space left")))
+    distrust_state(directory.state_path())
+    monkeypatch.undo()
+    directory = restarted(directory)
+    assert not directory.trusted_state()
+    opened(directory, has(0, 9))
     directory.close()
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from dengine.errors import StorageIO
 from dengine.storage import state_store, writeback
-from dengine.storage.state_store import DAMAGED_MARK, StateStore
+from dengine.storage.marks import DAMAGED_MARK
+from dengine.storage.state_store import StateStore
 from dengine.storage.writeback import STEP_BYTES, write_back
 
 MIB = 2**20
@@ -85,6 +86,18 @@ def test_a_refused_page_marks_the_state(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(StorageIO, match="Input/output error"):
         list(state.write_back())
     assert (tmp_path / "state" / DAMAGED_MARK).exists()
+    state.close()
+
+
+def test_a_system_that_cannot_do_this_says_nothing_of_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox that forbids the call, or a kernel that does not know it."""
+    state = StateStore(tmp_path / "state")
+    monkeypatch.setattr(state_store, "write_back", lambda _: refusing(errno.EPERM))
+    with pytest.raises(OSError, match="Operation not permitted"):
+        list(state.write_back())
+    assert not (tmp_path / "state" / DAMAGED_MARK).exists()
     state.close()
 
 
