@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import random
 import shutil
 from typing import Any
 from zlib import crc32
@@ -14,6 +16,7 @@ from dengine.storage.state_store import (
     APPLIED_KEY,
     DATABASES,
     DATABASES_MAX,
+    DIGEST_EVERY,
     StateDigest,
     read_applied,
     record_hash,
@@ -21,6 +24,8 @@ from dengine.storage.state_store import (
 from tests.cluster import Cluster, ServeProcess, Writer, static_cluster, wait_for
 from tests.crash_sweep.strace import Fault, Injection
 
+SLOW = "max_bytes_per_s = 1048576\n"
+MANY_MB = 6  # as many seconds of a download
 QUICK = "[raft.snapshot]\nentries = 300\nretained_log_entries = 50\n"
 
 
@@ -46,8 +51,8 @@ def falsify(node: ServeProcess, key: bytes, value: bytes) -> None:
             )
 
 
-def founded(cluster: Cluster) -> dict[int, ServeProcess]:
-    static_cluster(cluster, 1, 2, 3, extra=QUICK)
+def founded(cluster: Cluster, extra: str = QUICK) -> dict[int, ServeProcess]:
+    static_cluster(cluster, 1, 2, 3, extra=extra)
     assert cluster.nodes[1].put("color", "blue").ok
     cluster.wait_applied()
     return cluster.nodes
@@ -97,30 +102,45 @@ def test_a_leader_that_differs_steps_down_first(cluster: Cluster) -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("strace") is None, reason="needs strace")
 def test_a_wrong_leader_whose_disk_refuses_serves_nobody(cluster: Cluster) -> None:
     """It cannot put its snapshot aside, which may be wrong too, and so cannot throw its state away.
-    It says so, another leads, and once the disk is well again it gets that one's state."""
-    nodes = founded(cluster)
+    It says so, another leads, a download of that snapshot ends in the middle, and once the disk is
+    well again it gets the other one's state."""
+    nodes = founded(cluster, QUICK + SLOW)
+    for number in range(MANY_MB):
+        assert nodes[1].put(f"large{number}", random.randbytes(500_000).hex()).ok
+    cluster.wait_applied()
     falsified(cluster, nodes[1])
     assert nodes[1].request("POST", "/v1/snapshots", b"").ok
     leader = cluster.wait_leader()
     if leader is not nodes[1]:
         assert leader.call("POST", "/v1/cluster/leader", {"id": 1}).ok
-    (file,) = (nodes[1].directory / "snapshots").glob("*.dsnap")
+    files = nodes[1].directory / "snapshots"
+    (file,) = wait_for(lambda: list(files.glob("*.dsnap")), "a snapshot", 60)
+    wait_for(lambda: nodes[1].request("HEAD", "/v1/snapshots/latest").ok, "it to be offered")
     name = file.relative_to(nodes[1].config.parent)  # as the node, which works there, calls it
     trace = nodes[1].config.parent / "trace"
     injection = Injection(
         trace, "rename,renameat,renameat2", [name], Fault.ENOSPC, 1, children=True
     )
     injection.attach(nodes[1].pid)
+    while nodes[1].status()["last_applied"] % DIGEST_EVERY < DIGEST_EVERY - 20:
+        assert nodes[2].put("near", "the next comparison").ok
+    download = nodes[1].connect()
+    download.request("GET", "/v1/snapshots/latest")
+    answer = download.getresponse()
+    answer.read(1000)
     writer = Writer(nodes[2], "w", pause_s=0.0).start()
     try:
         wait_for(lambda: injection.seen(nodes[1].pid), "the disk to refuse", 30)
         assert cluster.wait_leader(among=[nodes[2], nodes[3]]) is not nodes[1]
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            answer.read()
         ready = nodes[1].request("GET", "/readyz")
         assert ready.status == 503
         assert b"its state is wrong" in ready.body
         reply = nodes[1].get("color")
         assert (reply.status, b"FALSE" in reply.body) == (503, False)
     finally:
+        download.close()
         injection.detach(nodes[1].pid)
         writer.stop()
     wait_for(lambda: eventual(nodes[1]) == b"blue", "the right value", 90)
