@@ -12,7 +12,7 @@ The state is what the disk says only if the kernel that holds its unwritten page
 carries its boot id), if everything was synced before the last stop (CLEAN), or if it has just been
 unpacked from a snapshot (UNPACKED, inside it: nothing was applied to it yet), and if no damage was
 found in it (DAMAGED, inside it). Otherwise the state is discarded and built again. A log can be
-DAMAGED as well: with other voters a new one is begun.
+DAMAGED as well, or lost: with other voters a new one is begun.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class DataDirectory:
         Raises:
             TryAgain: another process uses it.
             IdentityError: it belongs to another node id or was made by a newer dengine.
-            DataCorruption: part of it is damaged or missing.
+            DataCorruption: part of it is damaged or missing; the log is not looked at.
             StorageIO: the disk refused.
         """
         path = root / str(node_id)
@@ -272,6 +272,10 @@ class DataDirectory:
         new, aside = self.path / NEW_LOG, self.path / "log.damaged"
         try:
             shutil.rmtree(new, ignore_errors=True)
+            if not self.log_path.exists():
+                # Where nothing has the name of the log, a start takes a new one for complete.
+                self.log_path.mkdir(mode=0o700)
+                sync_directory(self.path)
             with closing(LogStore(new)) as log:
                 log.reset(hard_state, base, membership)
             shutil.rmtree(aside, ignore_errors=True)
@@ -342,13 +346,10 @@ class DataDirectory:
                 f"{node_id}: correct node_id or db_root_dir"
             )
         self._finish_new_log()
-        log = self.log_path / DATA_FILE
-        if not log.exists() or not log.stat().st_size:
-            raise DataCorruption(
-                f"{log} is missing or empty although this node has an identity: its votes and "
-                f"entries are lost; remove {self.path}, and the node joins anew",
-                file=str(log),
-            )
+        # A lost log is for recovery to judge, for other voters may make up for it. One that this
+        # user may not reach is told here, like everything else that is misplaced.
+        with suppress(FileNotFoundError):
+            (self.log_path / DATA_FILE).stat()
         if not (self.path / "CURRENT").exists():
             known = [_state_number(path.name) or 0 for path in self.path.glob("state-*")]
             self._switch_state(f"state-{max(known, default=0) + 1}")

@@ -4,8 +4,8 @@
     it was just unpacked from a snapshot  the log is made to begin there: an install is finished
     it cannot be trusted, or is damaged   the newest sound snapshot that the log continues, else
                                           an empty state; the log does the rest
-    the log is damaged, or older than     this node has broken what it promised with it. With other
-    the state                             voters it goes on under a new incarnation, as a learner
+    the log is damaged, lost, or older    this node has broken what it promised with it. With other
+    than the state                        voters it goes on under a new incarnation, as a learner
                                           that already holds much of the data; alone it stops
 
 Nothing here guesses. Where a person has to decide, the error says so and names `dengine repair`.
@@ -14,6 +14,7 @@ Nothing here guesses. Where a person has to decide, the error says so and names 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -24,9 +25,10 @@ from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.raft.membership import Membership
 from dengine.raft.types import HardState, MemberId
 from dengine.storage.directory import DataDirectory, distrusted_log
+from dengine.storage.environment import DATA_FILE, sync_directory
 from dengine.storage.log_store import REMEDY, LogStore
 from dengine.storage.probe import probe_log, probe_state
-from dengine.storage.snapshot_file import parse_name, read_header
+from dengine.storage.snapshot_file import parse_name, read_header, verify
 from dengine.storage.snapshots import (
     list_files,
     put_all_aside,
@@ -41,6 +43,7 @@ log = logging.getLogger("dengine.recovery")
 REPAIR = "dengine repair --accept-data-loss"
 # A kill or two happen, and reading a large state takes time; a row of them may be its own work.
 SUSPICIOUS_ENDS = 2
+SMALL_FILES_BYTES = 1024 * 1024  # for marks and LMDB's lock files; they are a few pages
 
 
 class Stores(NamedTuple):
@@ -126,6 +129,7 @@ def after_damage(
 
 
 def _sound_log(directory: DataDirectory) -> LogStore:
+    _require_log(directory.log_path / DATA_FILE)
     if (reason := distrusted_log(directory.log_path)) is not None:
         raise DataCorruption(reason, file=str(directory.log_path))
     if directory.died_opening:
@@ -133,6 +137,23 @@ def _sound_log(directory: DataDirectory) -> LogStore:
         probe_log(directory.log_path)
     with directory.opening():
         return LogStore(directory.log_path)
+
+
+def _require_log(file: Path) -> None:
+    """Raises DataCorruption where the log is lost, before anything that opens it makes a new one.
+
+    A log is made before the identity is. So a node that has one may have voted.
+    """
+    try:
+        if file.exists() and file.stat().st_size:
+            return
+    except OSError as error:
+        raise StorageIO(f"cannot read {file}: {error.strerror}") from error
+    raise DataCorruption(
+        f"{file} is missing or empty although this node has an identity: its votes and entries "
+        "are lost",
+        file=str(file),
+    )
 
 
 def _with_log(directory: DataDirectory, store: LogStore) -> Stores:
@@ -232,9 +253,8 @@ def _rebuilt_state(directory: DataDirectory, store: LogStore) -> StateStore:
             or store.term(log_id.index) != log_id.term
         ):
             continue
-        path = directory.next_state_path()
         try:
-            unpack(file, path, lambda done, total: None)
+            path = _unpacked(directory, file)
         except DataCorruption as error:
             log.warning("%s; trying an older one", error.message)
             put_aside(file)
@@ -250,6 +270,55 @@ def _rebuilt_state(directory: DataDirectory, store: LogStore) -> StateStore:
     return StateStore(directory.state_path())
 
 
+def _unpacked(directory: DataDirectory, file: Path) -> Path:
+    """The state in `file`, which the log continues, unpacked and not in use yet.
+
+    Where both do not fit on the disk, the state that cannot be used goes first, or no start would
+    ever get further. Until the file has been read through, that state may be all there is.
+
+    Raises:
+        DataCorruption: the file is damaged.
+        StorageIO: the disk refused.
+    """
+    path = directory.next_state_path()
+    shutil.rmtree(path, ignore_errors=True)  # what an attempt before has left takes room as well
+    if not _has_room_for(file, directory.path) and any(directory.path.glob("state-*")):
+        verify(file)
+        log.warning(
+            "%s was verified, and there is no room for the state in it beside the one that cannot "
+            "be used: that one is deleted first",
+            file,
+        )
+        _clear_states(directory)
+    unpack(file, path, lambda done, total: None)
+    return path
+
+
+def _has_room_for(file: Path, path: Path) -> bool:
+    """Can the state in a snapshot, which is as large as that, be unpacked on the disk of `path`?"""
+    try:
+        disk = os.statvfs(path)
+        return disk.f_bavail * disk.f_frsize >= file.stat().st_size + SMALL_FILES_BYTES
+    except OSError as error:
+        raise StorageIO(f"cannot tell whether {path} has room: {error.strerror}") from error
+
+
+def _clear_states(directory: DataDirectory) -> None:
+    """Delete every state, also the one in use, which is closed and of no use any more.
+
+    The first step takes its name away, and a start builds a state that is missing. Half of one
+    under its own name could be taken for an empty one, or for one without damage.
+    """
+    state, unused = directory.state_path(), directory.next_state_path()
+    try:
+        if state.exists():
+            os.rename(state, unused)
+            sync_directory(directory.path)
+    except OSError as error:
+        raise StorageIO(f"cannot delete {state}: {error.strerror}") from error
+    directory.tidy()
+
+
 def _forget_beyond(directory: DataDirectory, index: int) -> None:
     for file in list_files(directory.snapshots_path):
         log_id = parse_name(file.name)
@@ -260,7 +329,7 @@ def _forget_beyond(directory: DataDirectory, index: int) -> None:
 
 
 def _without_log(directory: DataDirectory, error: DataCorruption) -> Stores:
-    """The log is damaged: begin a new one behind the state, or behind a snapshot that is newer."""
+    """The log is damaged or lost: begin a new one behind the state, or a snapshot that is newer."""
     state = _trusted_state(directory)
     if state is not None and not state.applied.index:
         state.close()
@@ -286,6 +355,8 @@ def _newest_snapshot(directory: DataDirectory, after: int) -> tuple[StateStore |
     before it. Those stay where they are: what they say of the log's end is true all the same, and
     the next start has to find it again if this one comes to nothing."""
     unreadable: list[Path] = []
+    if not directory.identity.cluster_id:
+        return None, unreadable  # it has no past, whatever somebody has put into the directory
     for file in reversed(list_files(directory.snapshots_path)):
         log_id = parse_name(file.name)
         if log_id is None or log_id.index <= after:

@@ -115,7 +115,13 @@ def cut(file: Path, rng: random.Random) -> None:
     print(f"cut {file} to {size} bytes")
 
 
-DAMAGES = {"flip": flip, "value": flip_value, "cut": cut}
+def empty(file: Path, rng: random.Random) -> None:
+    """Nothing is left of it: a file system that is mended may leave a file so."""
+    os.truncate(file, 0)
+    print(f"emptied {file}")
+
+
+DAMAGES = {"flip": flip, "value": flip_value, "cut": cut, "empty": empty}
 FILES = {"state": state_of, "log": log_of, "snapshot": newest_snapshot}
 
 
@@ -296,8 +302,7 @@ def test_a_single_node_recovers_its_state_from_snapshot_and_log(
     """Whatever happens to the state of a node without others: the snapshot and the log have it."""
     node, values = single(cluster)
     supervisor = Supervisor(node)
-    for number in range(3 * ROUNDS):
-        how = list(DAMAGES)[number % 3]
+    for how in list(DAMAGES) * ROUNDS:
         node.kill()
         DAMAGES[how](state_of(node), rng)
         said = len(node.output())
@@ -327,8 +332,7 @@ def test_a_single_node_with_a_damaged_log_stops_and_says_what_to_do(
         shutil.copytree(aside, node.directory)
 
     stops = 0
-    for number in range(3 * ROUNDS):
-        how = list(DAMAGES)[number % 3]
+    for how in list(DAMAGES) * ROUNDS:
         put_back()
         DAMAGES[how](log_of(node), rng)
         supervisor.start()

@@ -124,9 +124,12 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (directory, "sync_directory", disk.sync_directory),
         (directory, "lock_directory", lambda path: 0),
         (directory, "BOOT_ID_FILE", _BootId),
+        (recovery, "os", simulated_os),
         (recovery, "shutil", disk),
         (recovery, "unpack", writer.unpack),
         (recovery, "read_header", writer.read_header),
+        (recovery, "verify", writer.read_snapshot),
+        (recovery, "sync_directory", disk.sync_directory),
         (recovery, "probe_log", lambda path: None),
         (recovery, "probe_state", lambda path: None),  # its damage never ends a process
         (snapshots_storage, "read_header", writer.read_header),

@@ -17,6 +17,7 @@ from dengine.kv.commands import Put, encode_batch, encode_command
 from dengine.raft.types import Entry, EntryKind, HardState
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
+from dengine.storage.recovery import open_stores
 from dengine.storage.restore import building
 from dengine.storage.state_store import StateStore
 from tests.storage.test_crash import CHILD, DEADLINE_S, ENVIRONMENT
@@ -163,7 +164,8 @@ def test_a_lost_identity_beside_a_used_log_is_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["directory", "file", "emptied"])
 def test_a_lost_log_is_damage_and_no_new_beginning(tmp_path: Path, how: str) -> None:
-    """A voter that lost its log would vote twice in one term; it stops instead."""
+    """A voter that lost its log would vote twice in one term. With nothing to go on from it stops,
+    each time, and no start makes another log; not even one that expects to die over it."""
     directory = DataDirectory.open(tmp_path, 1)
     log = LogStore(directory.log_path)
     log.save(HardState(9), ())
@@ -175,16 +177,26 @@ def test_a_lost_log_is_damage_and_no_new_beginning(tmp_path: Path, how: str) -> 
         (directory.log_path / "data.mdb").unlink()
     else:
         (directory.log_path / "data.mdb").write_bytes(b"")
-    with pytest.raises(DataCorruption, match="is missing or empty"):
-        DataDirectory.open(tmp_path, 1)
+    (directory.path / "OPENING").touch()
+    for _ in range(2):
+        directory = DataDirectory.open(tmp_path, 1)
+        with pytest.raises(DataCorruption, match="is missing or empty") as caught:
+            open_stores(directory)
+        assert caught.value.exit_code == 65
+        assert not any(file.stat().st_size for file in directory.log_path.glob("data.mdb"))
+        directory.close()
 
 
-@pytest.mark.parametrize("left", ["nothing", "log", "tmp"])
+@pytest.mark.parametrize("left", ["nothing", "log directory", "empty log", "log", "tmp"])
 def test_a_start_that_died_while_making_the_directory_is_finished(
     tmp_path: Path, left: str
 ) -> None:
     """Whatever a killed first start left behind, the next start makes a whole directory."""
     (tmp_path / "1").mkdir(mode=0o700)
+    if left in ("log directory", "empty log"):
+        (tmp_path / "1" / "log").mkdir(mode=0o700)
+    if left == "empty log":
+        (tmp_path / "1" / "log" / "data.mdb").touch(mode=0o600)
     if left == "log":
         LogStore(tmp_path / "1" / "log").close()
     if left == "tmp":
@@ -192,6 +204,9 @@ def test_a_start_that_died_while_making_the_directory_is_finished(
     directory = DataDirectory.open(tmp_path, 1)
     assert directory.identity.node_id == 1
     assert directory.trusted_state()
+    stores = open_stores(directory)
+    stores.state.close()
+    stores.log.close()
     directory.close()
 
 

@@ -37,6 +37,8 @@ from tests.storage.states import (
     snapshot_at,
 )
 
+LOSSES = ("lost", "file lost", "emptied")  # what may become of a log
+
 
 def restarted(directory: DataDirectory) -> DataDirectory:
     """Another process opens the directory."""
@@ -62,6 +64,16 @@ def rot(file: Path) -> None:
     with file.open("r+b") as stream:
         stream.seek(8192)
         stream.write(b"\x00" * max(0, file.stat().st_size - 8192))
+
+
+def lose_log(directory: DataDirectory, how: str) -> None:
+    """A file system that was mended, or a person, took it away."""
+    if how == "lost":
+        shutil.rmtree(directory.log_path)
+    elif how == "file lost":
+        (directory.log_path / "data.mdb").unlink()
+    else:
+        os.truncate(directory.log_path / "data.mdb", 0)
 
 
 def opened(directory: DataDirectory, check: Callable[[Stores], None]) -> None:
@@ -180,7 +192,9 @@ def test_a_lost_state_waits_for_the_others(tmp_path: Path) -> None:
     directory.close()
 
 
-@pytest.mark.parametrize("damage", ["state lost", "log", "log and state lost", "log missing tree"])
+@pytest.mark.parametrize(
+    "damage", ["state lost", "log", "log and state lost", "log missing tree", *LOSSES]
+)
 def test_alone_a_person_decides_and_nothing_is_destroyed(tmp_path: Path, damage: str) -> None:
     """A single node that cannot recover says so at each start, and leaves all of it in place."""
     directory = lived(tmp_path, 30)
@@ -190,7 +204,9 @@ def test_alone_a_person_decides_and_nothing_is_destroyed(tmp_path: Path, damage:
     before = everything(state)
     if "state lost" in damage:
         lose_power(directory)
-    if "log" in damage:
+    if damage in LOSSES:
+        lose_log(directory, damage)
+    elif "log" in damage:
         rot(directory.log_path / "data.mdb")
     for _ in range(3):
         directory = restarted(directory)
@@ -212,19 +228,25 @@ def test_a_state_older_than_the_log_is_built_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["state", "snapshot"])
-def test_with_others_a_damaged_log_is_replaced(tmp_path: Path, source: str) -> None:
-    """The promises of the old log are broken: it goes on as another incarnation, with its data."""
+@pytest.mark.parametrize("damage", ["rotten", *LOSSES])
+def test_with_others_a_damaged_log_is_replaced(tmp_path: Path, source: str, damage: str) -> None:
+    """The promises of the old log are broken: it goes on as another incarnation, with its data. Of
+    a log that is gone nothing says what it had promised, so it is no better."""
     directory = lived(tmp_path, 30, others=[OTHER])
     snapshot_at(directory, 20)
     old = directory.identity
     if source == "snapshot":
         lose_power(directory)
-    rot(directory.log_path / "data.mdb")
+    if damage == "rotten":
+        rot(directory.log_path / "data.mdb")
+    else:
+        lose_log(directory, damage)
     directory = restarted(directory)
     applied = 30 if source == "state" else 20
     opened(directory, has(applied, applied, first=applied + 1))
     assert directory.identity.incarnation != old.incarnation
-    assert (directory.path / "log.damaged" / "data.mdb").exists()
+    evidence = directory.path / "log.damaged" / "data.mdb"
+    assert evidence.exists() == (damage in ("rotten", "emptied"))
     again = directory.identity
     directory = restarted(directory)
     opened(directory, has(applied, applied, first=applied + 1))
@@ -394,12 +416,29 @@ def ends_at_step(number: int, end: BaseException) -> Iterator[list[str]]:
         yield reached
 
 
+def without_log(root: Path, how: str) -> DataDirectory:
+    """It had 30 entries and a snapshot of 25. Its log is gone; the state is not, with 'emptied'."""
+    directory = lived(root, 30, others=[OTHER])
+    snapshot_at(directory, 25)
+    if how != "emptied":
+        lose_power(directory)
+    lose_log(directory, how)
+    return restarted(directory)
+
+
 @pytest.mark.parametrize("end", [Crash(), OSError(errno.EIO, "Input/output error")])
-def test_every_step_of_going_on_anew_may_be_the_last(tmp_path: Path, end: BaseException) -> None:
-    """Whatever step a start with a rolled back log dies at or fails at: the one after it goes on as
-    a new incarnation, with what the snapshot has, and leaves one state and nothing half-made."""
+@pytest.mark.parametrize("cause", ["rolled back", "lost", "emptied"])
+def test_every_step_of_going_on_anew_may_be_the_last(
+    tmp_path: Path, cause: str, end: BaseException
+) -> None:
+    """Whatever step a start with a rolled back log, or without one, dies at or fails at: the one
+    after it goes on as a new incarnation, with what the state or the snapshot has, and leaves one
+    state and nothing half-made."""
+    reaches = 30 if cause == "emptied" else 25
     for number in itertools.count(1):
-        directory = rolled_back(tmp_path / str(number), [OTHER])
+        root = tmp_path / str(number)
+        rolled = cause == "rolled back"
+        directory = rolled_back(root, [OTHER]) if rolled else without_log(root, cause)
         old = me(directory)
         with ends_at_step(number, end) as reached, suppress(type(end), StorageIO):
             opened(directory, lambda stores: None)
@@ -407,7 +446,7 @@ def test_every_step_of_going_on_anew_may_be_the_last(tmp_path: Path, end: BaseEx
             directory.close()
             break
         directory = restarted(directory)
-        opened(directory, has(25, 25, first=26))
+        opened(directory, has(reaches, reaches, first=reaches + 1))
         assert me(directory) != old, reached[-1]
         left = {path.name for path in directory.path.iterdir()}
         known = {"LOCK", "identity.json", "CURRENT", "RUN", "log", "snapshots"}
@@ -662,6 +701,10 @@ def test_a_blank_directory_takes_nothing_from_a_snapshot_that_lies_in_it(tmp_pat
     shutil.copy(file, directory.snapshots_path)
     old = me(directory)
     opened(directory, has(0, 0))
+    assert me(directory) == old
+    lose_log(directory, "emptied")
+    with pytest.raises(DataCorruption, match="is missing or empty"):
+        open_stores(directory)
     assert me(directory) == old
     directory.close()
 

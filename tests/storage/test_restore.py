@@ -301,6 +301,8 @@ def old_log_and_snapshot(directory: DataDirectory, root: Path) -> None:
 STOPS = {
     "a damaged entry": (lambda d, root: damage_entry(d.log_path, 12), 30),
     "a write that failed": (lambda d, root: d.distrust_log("it is damaged: no room"), 30),
+    "a log that is gone": (lambda d, root: shutil.rmtree(d.log_path), 30),
+    "an empty log": (lambda d, root: os.truncate(d.log_path / "data.mdb", 0), 30),
     "a log older than the state": (put_back_an_old_log, 30),
     "a log older than a snapshot": (old_log_and_snapshot, 30),
 }
