@@ -336,9 +336,9 @@ class Node:
         Raises:
             ClusterUnavailable: this node does not belong to a cluster yet.
         """
+        if self.raft.leader is None:
+            return {**self._view.now(self._status.no_leader()), "revision": self.state.revision}
         try:
-            if self.raft.leader is None:
-                raise ClusterUnavailable(self._status.no_leader())
             view = await self._lead("view", {}, deadline)
         except ClusterUnavailable as error:
             view = self._view.now(error.message)

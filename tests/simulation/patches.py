@@ -30,7 +30,7 @@ from dengine.node import node as node_module
 from dengine.raft import log as raft_log
 from dengine.raft import progress
 from dengine.raft import raft as raft_module
-from dengine.storage import directory, log_store, recovery, state_store
+from dengine.storage import directory, log_store, marks, recovery, state_store
 from dengine.storage import environment as storage_environment
 from dengine.storage import snapshots as snapshots_storage
 from tests.simulation import disk, machine, network, writer
@@ -91,6 +91,17 @@ def _urandom(count: int) -> bytes:
     return _process().machine.rng.randbytes(count)
 
 
+class _Flusher:
+    """The disk of a simulated machine writes what was not synced when it likes, anyway."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def start(self) -> None: ...
+
+    def stop(self, timeout_s: float) -> bool:
+        return True
+
+
 def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
     simulated_os = disk.SimOs(lambda: _process().machine.disk, _urandom)
     return [
@@ -99,6 +110,7 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (backoff, "RETRY_S_MAX", 0.5),
         (cycle, "time", _Time),
         (cycle, "LogWriter", writer.LogWriter),
+        (cycle, "StateFlusher", _Flusher),
         (status, "time", _Time),
         (transfers, "time", _Time),
         (snapshots, "time", _Time),
@@ -140,7 +152,7 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (log_store, "padded", lambda path: nullcontext()),
         (log_store, "_PURGE_STEP", limits["purge_step"]),
         (state_store, "open_environment", machine.open_environment),
-        (state_store, "sync_directory", disk.sync_directory),
+        (marks, "sync_directory", disk.sync_directory),
         (state_store, "DIGEST_EVERY", limits["digest_every"]),
         (proposals, "BATCH_COMMANDS_MAX", limits["batch_commands"]),
         (progress, "INFLIGHT_MAX", limits["inflight"]),
