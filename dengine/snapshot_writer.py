@@ -31,7 +31,7 @@ from dengine.storage.snapshot_file import (
     snapshot_name,
     verify,
 )
-from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, SyncedSteps, sound_prefix
+from dengine.storage.snapshot_frames import SyncedSteps, sound_prefix
 from dengine.storage.snapshot_jobs import (
     Check,
     Credentials,
@@ -46,7 +46,7 @@ from dengine.storage.snapshot_jobs import (
     decode_job,
     encode_event,
 )
-from dengine.storage.snapshots import take, unpack
+from dengine.storage.snapshots import fetched_path, take, unpack
 from dengine.storage.state_reader import StateReader
 
 PROGRESS_EVERY_S: Final = 0.2
@@ -105,7 +105,7 @@ def _carry_out(job: Take | Verify | Unpack | Fetch) -> SnapshotInfo:
             pace, total = _Pace(job.max_bytes_per_s), file.stat().st_size
             return verify(file, progress=lambda done: pace.report(done, total))
         case Unpack():
-            return unpack(Path(job.file), Path(job.state), _Pace().report)
+            return unpack(Path(job.file), Path(job.state), _Pace(job.max_bytes_per_s).report)
         case Fetch():
             return _fetch(job)
 
@@ -147,12 +147,9 @@ def _fetch(job: Fetch) -> SnapshotInfo:
     """
     directory = Path(job.directory)
     file = directory / snapshot_name(job.ref.log_id)
-    partial = directory / f"fetch-{job.ref.sha256}{PARTIAL_SUFFIX}"
+    partial = fetched_path(directory, job.ref.sha256)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        for other in directory.glob(f"fetch-*{PARTIAL_SUFFIX}"):
-            if other != partial:
-                other.unlink(missing_ok=True)
         if not _is_here(file, job.ref):
             info = _download(job, partial)
             if info.header.cluster_id != job.cluster_id:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dengine.errors import DataCorruption, FatalError, InvariantBroken, TryAgain
 from dengine.node.cycle import Cycle
+from dengine.node.room import Room
 from dengine.node.snapshot_files import SnapshotFiles
 from dengine.node.snapshot_wants import Distrust
 from dengine.node.transfers import Report
@@ -28,7 +29,12 @@ from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.snapshot_file import name_durably, read_header, snapshot_name
 from dengine.storage.snapshot_jobs import Credentials, Fetch, Unpack
-from dengine.storage.snapshots import make_empty_state, put_all_aside
+from dengine.storage.snapshots import (
+    keep_fetched,
+    make_empty_state,
+    put_all_aside,
+    remove_fetched,
+)
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
@@ -50,6 +56,7 @@ class Installer:
         state: StateStore,
         files: SnapshotFiles,
         writer: WriterProcess,
+        room: Room,
         source: Callable[[MemberId], Awaitable[Sequence[str]]],
         secrets: Secrets,
     ) -> None:
@@ -60,6 +67,7 @@ class Installer:
         self._state = state
         self._files = files
         self._writer = writer
+        self._room = room
         self._source = source
         self._secrets = secrets
         self._fetching: tuple[MemberId, SnapshotRef] | None = None
@@ -80,12 +88,13 @@ class Installer:
         """Get a file from a member, and have it installed.
 
         Raises:
-            TryAgain, StorageIO, DataCorruption: not this time; what came is kept as far as it is
-                sound.
+            TryAgain, StorageIO: not this time; what came is kept as far as it is sound.
+            DataCorruption: never with this file; nothing of it is kept.
         """
         addresses = await self._source(sender)
         if not addresses:
             raise TryAgain(f"no address of node {sender.id} is known")
+        await self._make_room(ref)
         self._attempts += 1
         address = addresses[self._attempts % len(addresses)]
         path = self._directory.next_state_path()
@@ -104,8 +113,10 @@ class Installer:
                 ),
                 report,
             )
-        except FatalError:  # a writer that was killed leaves what it had unpacked
+        except FatalError as error:  # a writer that was killed leaves what it had unpacked
             await self._drop(path)
+            if isinstance(error, DataCorruption):
+                await self._give_up(ref)
             raise
         finally:
             self._fetching = None
@@ -118,6 +129,25 @@ class Installer:
         Raises StorageIO.
         """
         await self._in_thread(self._directory.distrust_state, distrust.state, distrust.files_too)
+
+    async def _make_room(self, ref: SnapshotRef) -> None:
+        """For a file that is to be fetched, and the state unpacked from it. What a leader that is
+        gone has sent in part must not keep its successor's file out for ever, and what is here of
+        this one is not needed once more. Raises TryAgain, StorageIO.
+        """
+        here = await asyncio.get_running_loop().run_in_executor(
+            None, keep_fetched, self._directory.snapshots_path, ref.sha256
+        )
+        if self._files.get(ref) is not None:
+            here = ref.size_bytes  # it is one of ours
+        self._room.require(2 * ref.size_bytes - min(here, ref.size_bytes))
+
+    async def _give_up(self, ref: SnapshotRef) -> None:
+        """All of it has come, and the state in it is unsound: to go on with it would end so each
+        time. That it is asked for once more tells the sender.
+        """
+        self._files.put_aside(ref)  # where it was one of ours
+        await self._in_thread(remove_fetched, self._directory.snapshots_path, ref.sha256)
 
     async def put_files_aside(self, *, but_received: bool) -> None:
         """They may be of a wrong state. That comes before the state is thrown away: a start in the

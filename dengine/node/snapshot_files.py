@@ -104,10 +104,11 @@ class SnapshotFiles:
         return ref in self._distrusted
 
     def put_aside(self, ref: SnapshotRef) -> None:
-        """It turned out to be damaged."""
-        self._distrusted.add(ref)
-        put_aside(self._forget(ref))
-        self._raft.snapshots_changed(self.refs)
+        """It turned out to be damaged; where we rely on it no longer, nothing is done."""
+        if ref in self._files:
+            self._distrusted.add(ref)
+            put_aside(self._forget(ref))
+            self._raft.snapshots_changed(self.refs)
 
     def view(self) -> list[dict[str, int | str]]:
         return [

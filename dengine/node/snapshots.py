@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -30,18 +29,20 @@ from dengine.node.backoff import RETRY_S_MIN, Backoff
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.installing import Installer
 from dengine.node.reader_watch import ReaderWatch
+from dengine.node.room import Room
 from dengine.node.snapshot_files import SnapshotFiles
 from dengine.node.snapshot_turn import Lead, OwnTurn, SnapshotTurn
 from dengine.node.snapshot_wants import Distrust, Wanted
 from dengine.node.transfers import format_bytes, percent
+from dengine.node.verifying import Verifier
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.raft import Raft, Ready, Restore
 from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
-from dengine.storage.snapshot_jobs import Check, Done, Take, Verify
-from dengine.storage.snapshots import list_files, put_aside, remove_overtaken, remove_partial
+from dengine.storage.snapshot_jobs import Check, Done, Take
+from dengine.storage.snapshots import list_files, remove_overtaken, remove_partial
 from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.snapshots")
@@ -71,7 +72,6 @@ class Snapshots:
         secrets: Secrets,
     ) -> None:
         self._config = config.snapshot
-        self._reserve_bytes = config.limits.reserve_bytes
         self._path = directory.snapshots_path
         self._cycle = cycle
         self._raft: Raft = cycle.raft
@@ -83,12 +83,15 @@ class Snapshots:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._take_backoff, self._fetch_backoff = Backoff(), Backoff()
-        self._verify_backoff, self._forget_backoff = Backoff(), Backoff()
-        self._rebuild_backoff = Backoff()
+        self._forget_backoff, self._rebuild_backoff = Backoff(), Backoff()
         self._turn, self._turns = OwnTurn(cycle.raft.me.id, lead), SnapshotTurn()
         self.files = SnapshotFiles(self._config, cycle.raft)
+        self._room = room = Room(directory.path, config.limits.reserve_bytes)
+        self._verifier = Verifier(
+            self._config, directory, self.files, self._wanted, self._writer, room
+        )
         self.installer = Installer(
-            directory, cycle, log_store, state, self.files, self._writer, source, secrets
+            directory, cycle, log_store, state, self.files, self._writer, room, source, secrets
         )
         self._fetched_some = True  # perhaps a fetch that was not finished left something
         self.taken = self.failures = 0
@@ -140,8 +143,10 @@ class Snapshots:
         elif wanted.fetch is not None and self._fetch_backoff.is_due:
             (sender, ref), wanted.fetch = wanted.fetch, None
             await self._fetch(sender, ref)
-        elif wanted.unverified and self._verify_backoff.is_due:
-            await self._verify(wanted.unverified.pop())
+        elif self._verifier.is_due:
+            file = wanted.unverified.pop()
+            self.job = f"verifying {file.name}"
+            await self._verifier.verify(file)
         elif self._is_hopeless():
             self._cycle.fail(
                 DataCorruption(
@@ -253,7 +258,8 @@ class Snapshots:
                 self._wake.set()
 
     def suspect(self, ref: SnapshotRef) -> None:
-        """A member cannot use the file that it was sent: look whether it has rotted here."""
+        """A member cannot use the file that it was sent: look whether it has rotted here, or was
+        rotten when it was made."""
         file = self.files.get(ref)
         if file is not None and file not in self._wanted.unverified:
             self._wanted.unverified.append(file)
@@ -404,7 +410,7 @@ class Snapshots:
 
     async def _run_take(self) -> Done:
         config = self._config
-        self._require_room(self._state.data_bytes())
+        self._room.require(self._state.data_bytes())
 
         def report(done: int, total: int) -> None:
             self.job = f"taking a snapshot: {percent(done, total)} %"
@@ -417,44 +423,6 @@ class Snapshots:
             config.max_bytes_per_s,
         )
         return await self._writer.run(job, report, ReaderWatch(self._state, config.max_bytes_per_s))
-
-    def _require_room(self, size: int) -> None:
-        """A snapshot must not take the room that the log needs to go on.
-
-        Raises:
-            TryAgain: less than `size` bytes would be left above `limits.reserve_bytes`.
-        """
-        disk = os.statvfs(self._path.parent)
-        free = disk.f_bavail * disk.f_frsize
-        if free < size + self._reserve_bytes:
-            raise TryAgain(
-                f"{format_bytes(free)} are free under {self._path}: not enough for "
-                f"{format_bytes(size)} and limits.reserve_bytes"
-            )
-
-    async def _verify(self, file: Path) -> None:
-        """A file from before this start, where only what was read in full counts; or a suspect."""
-        self.job = f"verifying {file.name}"
-        try:
-            done = await self._writer.run(Verify(str(file), self._config.max_bytes_per_s))
-        except DataCorruption as error:
-            self.files.drop(file)
-            put_aside(file)
-            raise TryAgain(f"{error.message}; it was put aside") from error
-        except (TryAgain, StorageIO):  # says nothing of the file
-            self._verify_later(file)
-            raise
-        self._verify_backoff.succeeded()
-        if self.files.get(done.ref) is None:
-            await self.files.add(done.ref, file, done.taken_at_s)
-
-    def _verify_later(self, file: Path) -> None:
-        """After the others; unless somebody has removed it."""
-        self._verify_backoff.failed()
-        if file.exists():
-            self._wanted.unverified.insert(0, file)
-        else:
-            self.files.drop(file)
 
     def _may_check(self) -> bool:
         return self._take_backoff.is_due and self._state.applied.index > 0
@@ -480,7 +448,6 @@ class Snapshots:
         self.job = f"fetching a snapshot from node {sender.id}"
         try:
             self._fetched_some = True
-            self._require_room(2 * ref.size_bytes)  # the file, and the state unpacked from it
             await self.installer.fetch(sender, ref)
         except FatalError:
             self._fetch_backoff.failed()

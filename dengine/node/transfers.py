@@ -12,6 +12,7 @@ log = logging.getLogger("dengine.snapshots")
 
 LOG_EVERY_PERCENT = 10
 FORGET_S = 10.0  # after the last byte; the receiver may come back for more
+RECEIVERS_MAX = 64  # of which is remembered what they have had, far more than there are members
 
 
 @dataclass(slots=True)
@@ -39,6 +40,7 @@ class Transfers:
 
     def __init__(self) -> None:
         self._by_receiver: dict[int, Transfer] = {}
+        self._had: dict[int, SnapshotRef] = {}  # to its end; oldest first
 
     @property
     def refs(self) -> set[SnapshotRef]:
@@ -55,11 +57,11 @@ class Transfers:
         return sorted(self._by_receiver.items())
 
     def began(self, receiver: int, ref: SnapshotRef, offset: int) -> bool:
-        """True when `receiver` has had the very same file to its end, and could not use it."""
+        """True when `receiver` has had the very same file to its end, and could not use it: however
+        long ago, for to find that out of a large one takes long."""
         now = time.monotonic()
-        before = self._by_receiver.get(receiver)
         self._by_receiver[receiver] = Transfer(ref, offset, offset, now, now)
-        return before is not None and before.ref == ref and before.sent >= ref.size_bytes
+        return self._had.pop(receiver, None) == ref
 
     def sent(self, receiver: int, count: int) -> None:
         """`count` more bytes have left for `receiver`."""
@@ -68,6 +70,10 @@ class Transfers:
             return
         transfer.sent += count
         transfer.touched_s = time.monotonic()
+        if transfer.sent >= transfer.ref.size_bytes:
+            self._had[receiver] = transfer.ref
+            if len(self._had) > RECEIVERS_MAX:
+                del self._had[next(iter(self._had))]
         if transfer.percent >= transfer.due_percent:
             reached = transfer.percent
             transfer.due_percent = reached - reached % LOG_EVERY_PERCENT + LOG_EVERY_PERCENT

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
@@ -18,12 +19,16 @@ from dengine.storage.snapshot_jobs import (
     Check,
     Done,
     Failed,
+    Fetch,
     Job,
     Progress,
     Take,
+    Unpack,
+    Verify,
     decode_event,
     encode_job,
 )
+from dengine.storage.snapshots import fetched_path
 
 STALL_S = 30.0  # without a sign of life it is stuck
 WATCH_S = 1.0  # at least so often is asked whether it may go on, whatever it says or does not say
@@ -41,7 +46,7 @@ class WriterProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._busy = False
         self._killed_for = ""
-        self._crashes = 0  # in a row
+        self._crashed: set[str] = set()  # what has ended its last reader
 
     @property
     def pid(self) -> int | None:
@@ -77,7 +82,7 @@ class WriterProcess:
         finally:
             self._busy = False
         if isinstance(ended, Done):
-            self._crashes = 0
+            self._crashed.discard(_read_by_lmdb(job))
             return ended
         raise self._failure(job, ended, returncode)
 
@@ -154,14 +159,28 @@ class WriterProcess:
             how = f"exit code {returncode}"
             if returncode < 0:
                 how = f"signal {signal.Signals(-returncode).name}"
-            if -returncode in LMDB_SIGNALS and isinstance(job, Take | Check):
-                self._crashes += 1
-                if self._crashes > 1:  # one could be for want of memory
-                    self._crashes = 0
-                    return DataCorruption(f"{job.state} is damaged: LMDB cannot read it ({how})")
+            what = _read_by_lmdb(job)
+            if what and -returncode in LMDB_SIGNALS:
+                if what in self._crashed:
+                    self._crashed.remove(what)
+                    return DataCorruption(f"{what} is damaged: LMDB cannot read it ({how})")
+                self._crashed.add(what)  # one could be for want of memory
             return TryAgain(f"the snapshot writer ended with {how}")
         kinds: dict[int, type[FatalError]] = {65: DataCorruption, 74: StorageIO}
         return kinds.get(ended.exit_code, TryAgain)(ended.message)
+
+
+def _read_by_lmdb(job: Job) -> str:
+    """The state or the file of which LMDB reads all for `job`; empty where it reads none."""
+    match job:
+        case Take() | Check():
+            return job.state
+        case Unpack():
+            return job.file
+        case Fetch():
+            return str(fetched_path(Path(job.directory), job.ref.sha256))
+        case Verify():
+            return ""
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

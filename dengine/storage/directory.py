@@ -194,6 +194,12 @@ class DataDirectory:
         """Where a state may be unpacked while the one in use goes on. It need not exist."""
         return self.path / f"state-{(_state_number(self.state_path().name) or 0) + 1}"
 
+    @property
+    def scratch_path(self) -> Path:
+        """Where a state may be unpacked that nobody will use: no `state-N`, for no start and no
+        repair should take it for one. It need not exist."""
+        return self.path / "scratch"
+
     def adopt_state(self, path: Path) -> None:
         """Use the unpacked, synced state at `next_state_path()` from now on, durably.
 

@@ -61,6 +61,8 @@ def open_stores(directory: DataDirectory) -> Stores:
         DataCorruption: a person is needed; the message says what is lost and what to do.
         StorageIO: the disk refused.
     """
+    # First, for what is rebuilt may need its room.
+    shutil.rmtree(directory.scratch_path, ignore_errors=True)
     if directory.distrusts_files:
         log.warning("the state was found wrong, and its snapshots with it: they are put aside")
         put_all_aside(directory.snapshots_path)

@@ -53,6 +53,7 @@ class Unpack(msgspec.Struct, frozen=True, tag=True):
 
     file: str
     state: str
+    max_bytes_per_s: int | None = None  # as fast as it can, where a node waits for it
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):

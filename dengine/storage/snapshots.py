@@ -28,7 +28,7 @@ from dengine.storage.snapshot_file import (
     snapshot_name,
     verify,
 )
-from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, SyncedSteps, damaged_snapshot
+from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, SyncedSteps, damaged_snapshot, disk
 from dengine.storage.state_reader import StateReader, check_state
 
 log = logging.getLogger("dengine.snapshots")
@@ -217,6 +217,29 @@ def remove_partial(directory: Path) -> None:
         for path in directory.glob(f"snapshot-*{PARTIAL_SUFFIX}"):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def fetched_path(directory: Path, sha256: str) -> Path:
+    """Where a file is while it is fetched, and until it is installed."""
+    return directory / f"fetch-{sha256}{PARTIAL_SUFFIX}"
+
+
+def keep_fetched(directory: Path, sha256: str) -> int:
+    """Remove what interrupted fetches of other files have left; how many bytes are here of the one
+    with this SHA-256. Raises StorageIO.
+    """
+    ours = fetched_path(directory, sha256)
+    with disk(directory):
+        for partial in directory.glob(f"fetch-*{PARTIAL_SUFFIX}"):
+            if partial != ours:
+                partial.unlink(missing_ok=True)
+        return ours.stat().st_size if ours.exists() else 0
+
+
+def remove_fetched(directory: Path, sha256: str) -> None:
+    """Remove what a fetch of the file with this SHA-256 has left, if the disk lets it go."""
+    with suppress(OSError):
+        fetched_path(directory, sha256).unlink(missing_ok=True)
 
 
 def remove_overtaken(directory: Path, applied: int) -> bool:

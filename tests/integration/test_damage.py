@@ -25,9 +25,11 @@ from tests.cluster import (
     Writer,
     config_text,
     free_port,
+    joiner,
     static_cluster,
     wait_for,
 )
+from tests.storage.states import signed_anew
 
 ROUNDS = 12 if os.environ.get("DENGINE_CRASH_SWEEP") else 1
 DATA_CORRUPTION = 65  # exit code
@@ -279,6 +281,28 @@ def test_a_damaged_snapshot_of_a_running_node_is_never_installed(
     writers = three.writers()
     three.supervisor.start()
     three.settled(writers)
+
+
+@pytest.mark.timeout(180)
+def test_a_snapshot_that_was_rotten_when_it_was_made_keeps_nobody_out(cluster: Cluster) -> None:
+    """The state has rotted between its check and its copy, so that the file itself is in order. A
+    node that joins cannot use it; the leader finds that out, and writes another one."""
+    first, values = single(cluster)
+    first.kill()
+    rotten = signed_anew(newest_snapshot(first), lambda file: flip_value(file, random.Random(1)))
+    first.start()
+    cluster.wait_leader()
+    wait_for(
+        lambda: rotten.sha256 in [each["sha256"] for each in snapshots(first)["snapshots"]],
+        "the file to be verified",
+    )
+    second = joiner(cluster, 2, QUIET).start()
+    wait_for(lambda: "snapshot up to entry" in second.output(), "an installed snapshot", 60)
+    cluster.wait_applied()
+    assert second.items("") == first.items("") == values
+    assert f"{rotten.path.name} is damaged" in first.output()
+    assert rotten.sha256 not in [each["sha256"] for each in snapshots(first)["snapshots"]]
+    assert not list((second.directory / "snapshots").glob("*.partial"))
 
 
 def single(cluster: Cluster) -> tuple[ServeProcess, dict[str, str]]:

@@ -16,11 +16,22 @@ import uvloop
 from dengine.errors import DataCorruption, FatalError, TryAgain
 from dengine.node import writer_process
 from dengine.node.writer_process import DESCRIPTORS, WriterProcess
-from dengine.storage.snapshot_jobs import Check, Job, Verify
+from dengine.raft.types import SnapshotRef
+from dengine.storage.snapshot_jobs import (
+    Check,
+    Done,
+    Fetch,
+    Job,
+    Take,
+    Unpack,
+    Verify,
+    encode_event,
+)
 from tests.limits import descriptors_left
 from tests.node.hosts import on_loop, until
 
 A_JOB = Verify("file", 1)
+REF = SnapshotRef(7, 1, "a" * 64, 1000)
 
 
 def run(
@@ -154,6 +165,55 @@ def test_a_state_that_ends_its_reader_twice_is_damaged(
     assert isinstance(error, DataCorruption)
     assert "db/state-1 is damaged" in error.message
     assert isinstance(run(monkeypatch, tmp_path, script, times=3), TryAgain), "that read a file"
+
+
+@pytest.mark.parametrize(
+    ("job", "named"),
+    [
+        (Unpack("snapshots/snapshot-1-7.dsnap", "state-2"), "snapshots/snapshot-1-7.dsnap"),
+        (Fetch("host:1", REF, 3, "c-1", "snapshots", "state-2"), f"fetch-{'a' * 64}.partial"),
+    ],
+)
+def test_a_snapshot_whose_state_ends_its_reader_twice_is_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: Job, named: str
+) -> None:
+    """As a state is: else it would be unpacked again for ever."""
+    script = "kill -ABRT $$"
+    assert isinstance(run(monkeypatch, tmp_path, script, job), TryAgain)
+    error = run(monkeypatch, tmp_path, script, job, times=2)
+    assert isinstance(error, DataCorruption)
+    assert f"{named} is damaged" in error.message
+
+
+def test_what_ended_its_reader_once_has_nothing_to_do_with_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two that die in a row, over different things, say of neither that it is damaged; and one
+    that was read in full since does not count any more."""
+    program = tmp_path / "writer"
+    program.touch(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    done = encode_event(Done("file", REF, 0)).decode()
+    ends = {"dies": "kill -SEGV $$", "is done": f"echo '{done}'"}
+
+    async def attempt(writer: WriterProcess, job: Job, how: str) -> type[FatalError] | None:
+        program.write_text(f"#!/bin/sh\ncat > /dev/null\n{ends[how]}\n")
+        try:
+            await writer.run(job)
+        except FatalError as error:
+            return type(error)
+        return None
+
+    async def attempts() -> None:
+        writer = WriterProcess()
+        unpack, take = Unpack("file", "state-2"), Take("state-1", "snapshots", 1, 4096, 1)
+        assert await attempt(writer, unpack, "dies") is TryAgain
+        assert await attempt(writer, take, "dies") is TryAgain
+        assert await attempt(writer, unpack, "is done") is None
+        assert await attempt(writer, unpack, "dies") is TryAgain
+        assert await attempt(writer, Check("state-1"), "dies") is DataCorruption
+
+    asyncio.run(attempts())
 
 
 def test_one_that_is_just_being_started_is_ended_too() -> None:

@@ -21,10 +21,12 @@ from dengine.node import (
     installing,
     proposals,
     reader_watch,
+    room,
     snapshot_turn,
     snapshots,
     status,
     transfers,
+    verifying,
 )
 from dengine.node import node as node_module
 from dengine.raft import log as raft_log
@@ -114,7 +116,8 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (status, "time", _Time),
         (transfers, "time", _Time),
         (snapshots, "time", _Time),
-        (snapshots, "os", simulated_os),
+        (room, "os", simulated_os),
+        (verifying, "shutil", disk),
         (snapshots, "Path", disk.SimPath),
         (snapshots, "WriterProcess", writer.WriterProcess),
         (snapshots, "POLL_S", 0.05),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dengine.kv.commands import Command, Put, encode_batch, encode_command
 from dengine.raft.membership import Member, Membership, Settings, found
 from dengine.raft.types import Entry, EntryKind, HardState, LogId, MemberId
 from dengine.storage.directory import DataDirectory
+from dengine.storage.environment import DATA_FILE
 from dengine.storage.log_store import LogStore
-from dengine.storage.snapshot_file import SnapshotInfo
+from dengine.storage.snapshot_file import SnapshotInfo, SnapshotWriter, verify
 from dengine.storage.snapshots import take
 from dengine.storage.state_store import StateStore
 
@@ -72,6 +74,20 @@ def snapshot_of(state: Path, directory: Path, name: str | None = None) -> Snapsh
     return take(
         state, directory, node_id=1, chunk_bytes=4096, progress=lambda a, b: None, name=name
     )
+
+
+def signed_anew(file: Path, spoil: Callable[[Path], None]) -> SnapshotInfo:
+    """The same snapshot, had `spoil` been done to the state's data file between its check and its
+    copy: every part of `file` is then what was written, and the state in it is not sound."""
+    scratch = file.parent.parent / "to-be-spoiled"
+    scratch.mkdir()
+    with (scratch / DATA_FILE).open("wb") as stream:
+        header = verify(file, stream.write).header
+    spoil(scratch / DATA_FILE)
+    writer = SnapshotWriter(file, header, 4096)
+    writer.write((scratch / DATA_FILE).read_bytes())
+    shutil.rmtree(scratch)
+    return writer.finish()
 
 
 def snapshot_at(directory: DataDirectory, index: int) -> SnapshotInfo:

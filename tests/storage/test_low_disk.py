@@ -96,6 +96,21 @@ def test_a_state_of_no_use_makes_room(
     directory.close()
 
 
+def test_what_nobody_uses_makes_room_first(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The node died while it unpacked a snapshot only to look at it: with that out of the way the
+    old state can stay until the new one is in use."""
+    directory = crowded(disk)
+    (disk / "filler").unlink()
+    directory.scratch_path.mkdir()
+    (directory.scratch_path / "data.mdb").write_bytes(bytes(3 * 2**20))
+    fill(disk, 0)
+    with caplog.at_level(logging.INFO, "dengine.recovery"):
+        rebuilt(directory)
+    assert not any("that one is deleted first" in said for said in caplog.messages)
+    assert not directory.scratch_path.exists()
+    directory.close()
+
+
 def test_room_for_just_the_state_is_not_enough(disk: Path) -> None:
     """It would be unpacked, and then not one byte of CURRENT could be written."""
     directory = crowded(disk)
