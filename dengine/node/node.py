@@ -457,9 +457,7 @@ class Node:
         self._agreement.ticked(now_ms)
         if now_ms >= self._disk_due_ms:
             self._disk_due_ms = now_ms + DISK_CHECK_MS
-            free = os.statvfs(self._directory.path)
-            reserve = self.config.limits.reserve_bytes
-            self._disk_full = free.f_bavail * free.f_frsize < reserve
+            self._disk_full = not self.snapshots.room.has(0)
         if now_ms >= self._report_due_ms:
             self._report_due_ms = now_ms + REPORT_MS
             if self.raft.leader is None and self.raft.membership.voters:

@@ -86,7 +86,7 @@ class Snapshots:
         self._forget_backoff, self._rebuild_backoff = Backoff(), Backoff()
         self._turn, self._turns = OwnTurn(cycle.raft.me.id, lead), SnapshotTurn()
         self.files = SnapshotFiles(self._config, cycle.raft)
-        self._room = room = Room(directory.path, config.limits.reserve_bytes)
+        self.room = room = Room(directory.path, config.limits.reserve_bytes)
         self._verifier = Verifier(
             self._config, directory, self.files, self._wanted, self._writer, room
         )
@@ -410,7 +410,7 @@ class Snapshots:
 
     async def _run_take(self) -> Done:
         config = self._config
-        self._room.require(self._state.data_bytes())
+        self.room.require(self._state.data_bytes())
 
         def report(done: int, total: int) -> None:
             self.job = f"taking a snapshot: {percent(done, total)} %"
