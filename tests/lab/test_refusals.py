@@ -115,15 +115,11 @@ FAULTS = {
     "disk_space": (small_disk, {("n3", "disk_space")}),
     "connect": (unreachable, {("n3", "connect"), ("n2", "connect")}),
     "firewall": (closed, {("n3", "firewall"), ("n1", "connect"), ("n2", "connect")}),
-    # The cheapest of them stands for all in every run of the tests.
     "identity": (foreign_directory, {("n3", "identity")}),
 }
 
 
-@pytest.mark.parametrize(
-    "check",
-    [pytest.param(c, marks=pytest.mark.lab_sample if c == "identity" else ()) for c in FAULTS],
-)
+@pytest.mark.parametrize("check", FAULTS)
 def test_a_fault_on_a_machine_fails_its_row(single: Site, check: str) -> None:
     """Its row and no other; a way that is blocked fails at both of its ends."""
     fault, expected = FAULTS[check]

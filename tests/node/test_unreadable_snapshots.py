@@ -101,9 +101,8 @@ def test_a_file_that_cannot_be_sent_is_suspected(tmp_path: Path) -> None:
     request: Any = SimpleNamespace(message=SimpleNamespace(headers={}))
 
     async def test() -> None:
-        snapshots = SimpleNamespace(
-            suspect=suspected.append, files=SimpleNamespace(transfers=SimpleNamespace())
-        )
+        files = SimpleNamespace(transfers=SimpleNamespace(), is_distrusted=lambda ref: False)
+        snapshots = SimpleNamespace(suspect=suspected.append, files=files)
         calls = SnapshotCalls(
             cast(Any, SimpleNamespace(snapshots=snapshots)),
             cast(Any, SimpleNamespace(snapshot=SimpleNamespace(max_bytes_per_s=1))),
