@@ -109,7 +109,8 @@ def test_a_wrong_leader_whose_disk_refuses_serves_nobody(cluster: Cluster) -> No
         assert nodes[1].put(f"large{number}", random.randbytes(500_000).hex()).ok
     cluster.wait_applied()
     falsified(cluster, nodes[1])
-    assert nodes[1].request("POST", "/v1/snapshots", b"").ok
+    soon = {"Dengine-Timeout-Ms": "100"}
+    assert nodes[1].request("POST", "/v1/snapshots", b"", soon).ok
     leader = cluster.wait_leader()
     if leader is not nodes[1]:
         assert leader.call("POST", "/v1/cluster/leader", {"id": 1}).ok
@@ -144,7 +145,8 @@ def test_a_wrong_leader_whose_disk_refuses_serves_nobody(cluster: Cluster) -> No
         injection.detach(nodes[1].pid)
         writer.stop()
     wait_for(lambda: eventual(nodes[1]) == b"blue", "the right value", 90)
-    assert not writer.failures
+    # What was under way when it stepped down it cannot tell: its result is one of the wrong state.
+    assert [each for each in writer.failures if '"unknown"' not in each] == []
     cluster.assert_everywhere(writer)
 
 

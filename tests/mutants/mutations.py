@@ -273,7 +273,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "state trusted after a power cut",
         (
             "dengine.storage.directory",
-            'self._mark(RUN_MARK).partition(UNCLEAN)[0] == self._run_mark()',
+            "self._mark(RUN_MARK).partition(UNCLEAN)[0] == self._run_mark()",
             'self._mark("RUN") != ""',
         ),
     ),
