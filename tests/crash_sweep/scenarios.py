@@ -285,6 +285,7 @@ class Distrust(Scenario):
     def files(self) -> Mapping[str, Path]:
         newest = self.victim.directory / f"state-{self._state + 2}"
         return {
+            "old state DAMAGED.tmp": self.victim.directory / f"state-{self._state}" / "DAMAGED.tmp",
             "newest state/": newest,
             "newest state data": newest / "data.mdb",
             "newest state lock": newest / "lock.mdb",
