@@ -12,11 +12,13 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dengine.storage.log_store import LogStore
 from tests.cluster import (
     ROOT,
     UNREACHABLE,
@@ -97,10 +99,13 @@ def flip(file: Path, rng: random.Random, *, start: int = 0) -> None:
     print(f"flipped bit {bit} of byte {position} of {file}")
 
 
-def flip_value(file: Path, rng: random.Random) -> None:
-    """Flip a bit inside a stored value, in every copy of it: certain to be missed by LMDB."""
+def flip_value(file: Path, rng: random.Random, among: Sequence[bytes] = ()) -> None:
+    """Flip a bit inside a stored value, in every copy of it: certain to be missed by LMDB.
+
+    `among`: those that the file still holds; pages that are free have old ones, too.
+    """
     data = file.read_bytes()
-    wanted = rng.choice(VALUE.findall(data))
+    wanted = rng.choice(among or VALUE.findall(data))
     position = data.find(wanted)
     with file.open("r+b") as stream:
         while position >= 0:
@@ -355,10 +360,16 @@ def test_a_single_node_with_a_damaged_log_stops_and_says_what_to_do(
         shutil.rmtree(node.directory)
         shutil.copytree(aside, node.directory)
 
+    with contextlib.closing(LogStore(log_of(node).parent)) as log:
+        entries = log.entries(log.first_index(), log.last_index() + 1, 2**30)
+    among = VALUE.findall(b"".join(entry.data for entry in entries))
     stops = 0
     for how in list(DAMAGES) * ROUNDS:
         put_back()
-        DAMAGES[how](log_of(node), rng)
+        if how == "value":
+            flip_value(log_of(node), rng, among)
+        else:
+            DAMAGES[how](log_of(node), rng)
         supervisor.start()
         wait_for(lambda: node.ready() or not node.running, "the node to be ready or to stop")
         if node.running:
