@@ -63,8 +63,8 @@ nemesis: $(STAMP) test-packages ## Real nodes under faults, as root: make nemesi
 test-packages:
 	@scripts/system-packages.sh e2fsprogs iproute2 nftables strace util-linux
 
-crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (half an hour)
-	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v
+crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (about an hour)
+	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_crashes.py tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v
 
 ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to fail (hours)
 	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v

@@ -156,9 +156,14 @@ class Installer:
         Args:
             but_received: leave what the leader sent last, and was installed.
         """
+        spare = self.distrust_files(but_received=but_received)
+        await self._in_thread(put_all_aside, self._directory.snapshots_path, spare)
+
+    def distrust_files(self, *, but_received: bool) -> Path | None:
+        """Rely on none of them from now on; returns the one that is spared, as above."""
         spare = self._received if but_received else None
         self._files.distrust(spare)
-        await self._in_thread(put_all_aside, self._directory.snapshots_path, spare)
+        return spare
 
     async def forget(self, reason: str) -> None:
         """Throw the state away; then the log, our snapshots or the leader's build it again.

@@ -337,11 +337,11 @@ class Node:
             ClusterUnavailable: this node does not belong to a cluster yet.
         """
         if self.raft.leader is None:
-            return {**self._view.now(self._status.no_leader()), "revision": self.state.revision}
+            return self.view_here(self._status.no_leader())
         try:
             view = await self._lead("view", {}, deadline)
         except ClusterUnavailable as error:
-            view = self._view.now(error.message)
+            return self.view_here(error.message)
         return {**view, "revision": self.state.revision}
 
     async def join(
@@ -370,9 +370,9 @@ class Node:
         """The membership now, then after every committed change."""
         return self._watchers.follow(self.view_here())
 
-    def view_here(self) -> dict[str, Any]:
-        """The cluster without asking its leader. Raises as `cluster_view`."""
-        return {**self._view.now(), "revision": self.state.revision}
+    def view_here(self, problem: str = "") -> dict[str, Any]:
+        """The cluster without asking its leader, and why not. Raises as `cluster_view`."""
+        return {**self._view.now(problem), "revision": self.state.revision}
 
     # --- what others see ----------------------------------------------------------------------
 

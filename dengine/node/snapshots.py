@@ -275,13 +275,13 @@ class Snapshots:
         """
         if index is not None and index <= self.installer.renewed_at:
             return  # that one is gone; of the one that took its place others will be said
-        before = self._wanted.distrust
-        if before is None:
-            self._wanted.distrust = Distrust(reason, files_too, self._state.path)
-        elif files_too and not before.files_too:
+        before = self._wanted.distrust or Distrust(reason, files_too, self._state.path)
+        self._wanted.distrust = before
+        if files_too and not before.files_too:
             self._wanted.distrust = replace(before, files_too=True)
         if files_too:
-            self.files.distrust()
+            replaced = self._wanted.distrust.state != self._state.path
+            self.installer.distrust_files(but_received=replaced)
         self._cycle.post(self._step_aside)
         self._writer.kill("the state is thrown away")
         self._wake.set()

@@ -56,6 +56,7 @@ class StateFlusher:
 
     def _run(self) -> None:
         swept, started = self._state.applied, time.monotonic()
+        said: str | None = None
         while not self._stopping.wait(max(0.0, started + PERIOD_S - time.monotonic())):
             started = time.monotonic()
             if self._state.applied == swept:
@@ -63,8 +64,10 @@ class StateFlusher:
             swept = self._state.applied
             try:
                 self._sweep()
-            except OSError as error:
-                log.warning("the state's pages are left to the kernel to write: %s", error.strerror)
+            except OSError as error:  # of this system, and so of every sweep: said once
+                if error.strerror != said:
+                    said = error.strerror
+                    log.warning("the state's pages are left to the kernel to write: %s", said)
             except BaseException as error:  # carried to the loop, where it ends the process
                 self._loop.call_soon_threadsafe(self._failed, error)
                 return

@@ -183,7 +183,7 @@ class DataDirectory:
             (self.path / "CLEAN").unlink(missing_ok=True)
             self._write_file(RUN_MARK, f"{self._run_mark()}{UNCLEAN}{unclean_ends}")
         except OSError as error:
-            raise StorageIO(f"cannot write {self.path / 'RUN'}: {error.strerror}") from error
+            raise StorageIO(f"cannot write {self.path / RUN_MARK}: {error.strerror}") from error
 
     @property
     def installing(self) -> bool:

@@ -26,7 +26,8 @@ from tests.crash_sweep.strace import Fault, Injection
 
 IO_ERROR = 74  # the exit code for a disk that refused
 
-ROUNDS = int(os.environ.get("DENGINE_CRASH_ROUNDS", "9"))
+FULL = "20" if os.environ.get("DENGINE_CRASH_SWEEP") else "9"
+ROUNDS = int(os.environ.get("DENGINE_CRASH_ROUNDS", FULL))
 
 
 def writers_on_all(cluster: Cluster) -> list[Writer]:
