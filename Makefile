@@ -81,6 +81,7 @@ lab-expand: $(STAMP) ## One voter in the lab becomes three
 	@$(call in_lab,expand.yml)
 
 lab-full: $(STAMP) test-packages ## The playbooks here, and the tests on three booted machines of their own
+	@scripts/system-packages.sh faketime
 	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible tests/lab -q
 
 lab-down: ## Remove the lab without a trace; only the cached box stays

@@ -43,6 +43,29 @@ def test_a_download_in_short_pieces_comes_to_its_end(tmp_path: Path) -> None:
     assert Path(result["file"]).read_bytes() == file
 
 
+def test_a_snapshot_that_takes_longer_than_a_request_is_waited_for(tmp_path: Path) -> None:
+    """The node says so when the time that it was given is over, and not before."""
+    file, said = snapshot_file()
+
+    def not_yet(asked: Asked) -> Say:
+        time.sleep(int(asked.headers["Dengine-Timeout-Ms"]) / 1000)
+        return Say({"state": "running"}, 202)
+
+    answers: Answers = {
+        **offering(said, Say(file)),
+        "POST /v1/snapshots": not_yet,
+        "GET /v1/snapshots": [
+            Say({"snapshots": [], "job": {"percent": 50}, "last_error": ""}),
+            Say({"snapshots": [said], "job": None, "last_error": ""}),
+        ],
+    }
+    with Server(answers) as server:
+        ask = {"endpoints": [server.endpoint], "dest": str(tmp_path), "fresh": True}
+        result = run_module("dengine_snapshot", request_timeout=0.3, **ask)
+    assert Path(result["file"]).read_bytes() == file
+    assert server.changes == ["POST /v1/snapshots"]
+
+
 def test_copies_of_another_cluster_are_left_alone(tmp_path: Path) -> None:
     """Two clusters share a directory, and the name of one begins with that of the other."""
     for name in ("backup-a-11", "backup-a-11-b-22", "backup"):

@@ -193,6 +193,12 @@ class Machine:
         read = f"journalctl --quiet --no-pager --output=cat -u dengine {after}"
         return self.run(f"journalctl --sync; {read}")  # what was said just now is in it too
 
+    def says(self, text: str, since: str = "") -> str:
+        """The journal, once it has `text`: what a process says just before its end may come after
+        what systemd says of that end."""
+        wait_for(lambda: text in self.journal(since), f"{text!r} in the journal of {self.name}")
+        return self.journal(since)
+
     def journal_cursor(self) -> str:
         said = self.run("journalctl --quiet --no-pager --lines=0 --show-cursor")
         return said.rpartition("cursor: ")[2]

@@ -37,7 +37,15 @@ class Site:
 
     def play(self, playbook: str, *arguments: str, **environment: str) -> Run:
         """Run ansible/`playbook`.yml from inside the lab's network, to its end."""
-        command = [str(PLAYBOOK), "-i", str(self.inventory), str(ROOT / f"ansible/{playbook}.yml")]
+        command = [
+            "nice",
+            "-n",
+            "10",
+            str(PLAYBOOK),
+            "-i",
+            str(self.inventory),
+            str(ROOT / f"ansible/{playbook}.yml"),
+        ]
         done = subprocess.run(
             [str(ROOT / "scripts" / "lab"), "exec", *command, *arguments],
             cwd=ROOT,
@@ -57,7 +65,7 @@ class Site:
             timeout=RUN_S,
             check=False,
         )
-        return Run(done.returncode, done.stdout)
+        return Run(done.returncode, done.stdout, tuple(m.name for m in self.machines.values()))
 
     def learn_secrets(self) -> None:
         """From now on `Machine.request` shows the token that the playbooks have made."""

@@ -93,8 +93,7 @@ def test_a_voter_that_lost_its_directory_stops_the_run(grown: Grown) -> None:
 
 
 def test_destroy_stops_a_node_whose_file_is_gone(grown: Grown) -> None:
-    """With dengine.toml deleted by hand the unit still runs: it is stopped before its data goes. No
-    test can come after this one."""
+    """With dengine.toml deleted by hand the unit still runs: it is stopped before its data goes."""
     site = grown.site
     n2 = site.machines[2]
     n2.run("rm /etc/dengine/dengine.toml")
@@ -104,3 +103,17 @@ def test_destroy_stops_a_node_whose_file_is_gone(grown: Grown) -> None:
         assert machine.unit()["UnitFileState"] == "disabled", machine.name
         assert machine.run("pgrep -c -u dengine || true") == "0"
         assert machine.attempt("ls -d /var/lib/dengine/*").returncode != 0
+
+
+def test_a_cluster_is_made_again_where_one_was_destroyed(grown: Grown) -> None:
+    """From nothing to three on the hosts that the test before has cleared, after `--check --diff`
+    has told how much that changes on each, and has changed nothing."""
+    site = grown.site
+    predicted = site.play("expand", "--check", "--diff").ok()
+    for machine in site.machines.values():
+        assert machine.attempt("ls -d /var/lib/dengine/*").returncode != 0
+        assert machine.unit()["ActiveState"] == "inactive"
+    assert site.play("expand").ok().changed == predicted.changed
+    site.learn_secrets()
+    members = site.machines[1].json("/v1/cluster")["members"]
+    assert {m["id"]: m["status"] for m in members} == dict.fromkeys(site.machines, "active")

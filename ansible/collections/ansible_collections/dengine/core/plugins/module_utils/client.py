@@ -12,6 +12,8 @@ import time
 import urllib.parse
 
 PAUSE_S = 0.2  # between two rounds over all endpoints
+# A node answers a call that it cannot end in time, and says more than our own timeout would.
+REPLY_MARGIN_S = 2.0
 
 API_SPEC = {
     "endpoints": {"type": "list", "elements": "str", "required": True},
@@ -87,7 +89,8 @@ class Client:
     def open(self, endpoint, method, path, body=None, headers=None):
         """(connection, response) of one exchange; the caller closes the connection."""
         host, port = split_endpoint(endpoint)
-        connection = http.client.HTTPConnection(host, port, timeout=self.request_timeout)
+        wait_s = self.request_timeout + REPLY_MARGIN_S
+        connection = http.client.HTTPConnection(host, port, timeout=wait_s)
         sent = {"Dengine-Timeout-Ms": str(int(min(max(self.request_timeout, 0.1), 60) * 1000))}
         if self._token:
             sent["Authorization"] = "Bearer " + self._token
