@@ -39,8 +39,12 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# These start machines, or compare times: one after the other. All others share both cores.
+APART := tests/integration tests/crash_sweep tests/nemesis tests/ansible tests/lab
+
 test: lint test-packages ## Install what the tests need and run them all
-	$(PYTHON) -m pytest tests -q
+	$(PYTHON) -m pytest tests $(APART:%=--ignore=%) -q -n 2 --dist loadfile
+	$(PYTHON) -m pytest $(APART) -q
 
 SEEDS ?= 1000
 FROM  ?= 0

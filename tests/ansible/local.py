@@ -150,6 +150,17 @@ class Local:
     def port(self, host: str) -> int:
         return self.base + int(host[1:])
 
+    def ports_are_free(self) -> bool:
+        with contextlib.ExitStack() as held:
+            try:
+                for host in self.hosts:
+                    probe = held.enter_context(socket.socket())
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", self.port(host)))
+            except OSError:
+                return False
+        return True
+
     def endpoint(self, host: str) -> str:
         return f"127.0.0.1:{self.port(host)}"
 

@@ -17,6 +17,7 @@ from tests.cluster import wait_for
 from tests.lab.conftest import one_voter
 from tests.lab.machines import Machine
 from tests.lab.site import Site, written
+from tests.simulation.rotation import commit_number
 
 OLD_PYTHON = "import sys\nsys.version_info = (3, 9, 2, 'final', 0)\n"
 OLD_SYSTEMD = "import os\nos.environ['PATH'] = '/opt/test/bin:' + os.environ['PATH']\n"
@@ -323,10 +324,11 @@ def kill_and_resume(site: Site, number: int, name: str, keep_release: bool) -> N
 
 @pytest.mark.timeout(6 * 3600)
 def test_a_run_that_is_killed_at_any_task_is_simply_run_again(single: Site) -> None:
-    """SIGKILL of ansible-playbook at the start of each task from backup to verify, and in the midst
+    """SIGKILL of ansible-playbook at the start of a task from backup to verify, and in the midst
     of those that wait or start something; the second run ends verified, node 1 is never restarted.
-    DENGINE_ANSIBLE_STEP=N takes every Nth task."""
-    step = int(os.environ.get("DENGINE_ANSIBLE_STEP", "1"))
-    for number, name, keep_release in kills(single)[::step]:
+    tests/ansible has every task; here it is every Nth, others with each commit, and all of them
+    with DENGINE_ANSIBLE_STEP=1."""
+    step = int(os.environ.get("DENGINE_ANSIBLE_STEP", "5"))
+    for number, name, keep_release in kills(single)[commit_number() % step :: step]:
         print(f"killed at {number}: {name}", flush=True)
         kill_and_resume(single, number, name, keep_release)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,17 +88,16 @@ def main() -> int:
         return hunt(args.only, args.first, args.seeds, args.limit_s)
     survivors, needed = [], []
     print(f"{'mutant':58} {'seeds':>5}  {'s':>5}  caught by")
-    for mutant in MUTANTS:
-        if not any(part in mutant.name for part in args.names):
-            continue
-        outcome = run_mutant(mutant.name, args.first, args.seeds)
+    names = [m.name for m in MUTANTS if any(part in m.name for part in args.names)]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    for outcome in pool.map(lambda name: run_mutant(name, args.first, args.seeds), names):
         if outcome.seed is None:
-            survivors.append(mutant.name)
+            survivors.append(outcome.name)
         else:
             needed.append(outcome.seed - args.first + 1)
         seeds = "-" if outcome.seed is None else outcome.seed - args.first + 1
         print(
-            f"{mutant.name:58} {seeds:>5}  {outcome.seconds:5.1f}  "
+            f"{outcome.name:58} {seeds:>5}  {outcome.seconds:5.1f}  "
             f"{outcome.invariant or 'NOT CAUGHT'}",
             flush=True,
         )

@@ -11,10 +11,12 @@ import argparse
 import gc
 import itertools
 import os
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +46,15 @@ class Tally:
         self.simulated_ns += world.scheduler.now
         self.cpu_s += cpu_s
         self.counts.update(world.counts)
+
+    def merge(self, other: Tally) -> None:
+        self.seeds += other.seeds
+        self.failed += other.failed
+        self.messages += other.messages
+        self.operations += other.operations
+        self.simulated_ns += other.simulated_ns
+        self.cpu_s += other.cpu_s
+        self.counts.update(other.counts)
 
     def __str__(self) -> str:
         return (
@@ -141,6 +152,39 @@ def _replay(seed: int, without: tuple[str, ...]) -> int:
     return 0
 
 
+def _one(seed: int, without: tuple[str, ...]) -> tuple[int, Tally, str]:
+    """In a process of the pool: the seed, what it came to, and what failed, if anything did."""
+    tally = Tally()
+    try:
+        run_seeds([seed], tally, without)
+    except Violation as violation:
+        return seed, tally, explain(seed, violation, without)
+    return seed, tally, ""
+
+
+def _on_all_cores(
+    seeds: Iterable[int], without: tuple[str, ...]
+) -> Iterator[tuple[int, Tally, str]]:
+    """`_one` of every seed, as they end; a few are begun ahead, and given up when nobody asks."""
+    jobs = os.cpu_count() or 1
+    seeds, running = iter(seeds), set[Future[tuple[int, Tally, str]]]()
+    # The parent alone is told to stop, and then stops them.
+    pool = ProcessPoolExecutor(
+        jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
+    try:
+        while True:
+            for seed in itertools.islice(seeds, 2 * jobs - len(running)):
+                running.add(pool.submit(_one, seed, without))
+            if not running:
+                return
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _run_many(args: argparse.Namespace, without: tuple[str, ...]) -> int:
     tally, shown = Tally(), time.monotonic()
     seeds = (
@@ -149,16 +193,15 @@ def _run_many(args: argparse.Namespace, without: tuple[str, ...]) -> int:
         else range(args.first, args.first + args.seeds)
     )
     try:
-        for seed in seeds:
-            try:
-                run_seeds([seed], tally, without)
-            except Violation as violation:
-                print(explain(seed, violation, without), flush=True)
+        for seed, part, failure in _on_all_cores(seeds, without):
+            tally.merge(part)
+            if failure:
+                print(failure, flush=True)
                 if not args.keep_going:
                     break
             if time.monotonic() - shown > PROGRESS_S:
                 shown = time.monotonic()
-                print(f"up to seed {seed}: {tally}", flush=True)
+                print(f"around seed {seed}: {tally}", flush=True)
     except KeyboardInterrupt:
         pass
     print(tally)
