@@ -43,6 +43,7 @@ class Outcome:
     plan: Plan
     problems: list[str] = field(default_factory=list)
     exits: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)  # what this machine does not have
     bands: list[Band] = field(default_factory=list)
     acknowledged_at: list[float] = field(default_factory=list)
     read_at: list[float] = field(default_factory=list)
@@ -239,7 +240,7 @@ class _Trial:
 
     def _report(self, faults: Faults) -> None:
         outcome, records, began = self.outcome, self.workload.records, self._began
-        outcome.exits = self.nodes.exits
+        outcome.exits, outcome.lacking = self.nodes.exits, self.nodes.lacking
         outcome.bands = [
             Band(band.began - began, band.text, (band.ended or time.monotonic()) - began)
             for band in faults.bands
