@@ -158,7 +158,7 @@ def test_a_loop_device_that_was_never_mounted_is_detached(tmp_path: Path) -> Non
     )
     if said.returncode:
         pytest.skip(f"{NO_LOOP_DEVICE}: {said.stderr}")
-    assert said.stdout.strip() in remove_orphans()
+    remove_orphans()  # or that of a run beside this test
     wait_for(lambda: not any(image.name in line for line in left_behind()), "it to be gone")
 
 
