@@ -12,7 +12,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import time
 from collections import Counter
@@ -23,9 +22,10 @@ from pathlib import Path
 from tests.crash_sweep.strace import Fault, Injection, Strace, process_of
 from tests.nemesis.client import Connection, Unanswered, call
 from tests.nemesis.damage import file_of, flip
+from tests.nemesis.disks import filled
 from tests.nemesis.links import Link, Links
 from tests.nemesis.machines import Machines, Pair
-from tests.nemesis.nodes import READY_S, SMALL_DISK_BYTES, Node, Nodes, holds_within
+from tests.nemesis.nodes import READY_S, Node, Nodes, holds_within
 from tests.nemesis.plan import KINDS, Action
 from tests.nemesis.workload import Workload
 
@@ -356,17 +356,14 @@ class Faults:
         """`amount` bytes are left, and clients fill them."""
         node = self.nodes.small
         if not node.wanted:
+            self.say(f"small disk: skipped, node {node.id} is no member now")
             return
         path = node.serve.cwd / "db"
         async with self._band(action, f"{names([node])}, {action.amount:.0f} bytes left"):
             with node.excuse(STORAGE_IO):
-                try:
-                    used = shutil.disk_usage(path).used
-                    self.machines.resize_disk(path, used + int(action.amount))
+                with filled(path, int(action.amount)):
                     await self._fill(action)
                     await asyncio.sleep(action.seconds)
-                finally:
-                    self.machines.resize_disk(path, SMALL_DISK_BYTES)
                 node.failing = 0
 
     async def _fill(self, action: Action) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tests.namespaces import add_switch, inside, remove, wire
+from tests.nemesis import disks
 
 PREFIX = "dengine-nemesis-"
 PORT = 9081
@@ -53,6 +54,10 @@ def own_tag() -> str:
     return f"{PREFIX}{os.getpid()}-{_started(os.getpid())}"
 
 
+def _is_own(name: str) -> bool:
+    return name == own_tag() or name.startswith(f"{own_tag()}-")
+
+
 def _is_orphan(name: str) -> bool:
     """Was `name` made by a run whose process is gone?"""
     pid, _, started = name.removeprefix(PREFIX).partition("-")
@@ -75,7 +80,6 @@ class Machines:
         self.keep = False
         self._proxied = proxied
         self._cuts: Counter[Pair] = Counter()
-        self._mounts: list[Path] = []
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Machines:
@@ -125,8 +129,7 @@ class Machines:
             self._nft(node_id, RULES.format(redirects=redirects))
 
     def _remove(self) -> None:
-        for path in self._mounts:
-            unmount(path)
+        disks.remove(_is_own)
         for node_id in (*self.ids, 0):
             remove(self.namespace(node_id))
         if not self.keep:
@@ -161,29 +164,21 @@ class Machines:
                 if not self._cuts[source, target]:
                     self._nft(target, f"delete element inet nemesis cut {{ {host(source)} }}")
 
-    def mount_disk(self, path: Path, size_bytes: int) -> None:
-        """A file system of its own at `path`, in memory."""
-        path.mkdir()
-        options = f"size={size_bytes},mode=0700"
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, own_tag(), str(path)],
-            check=True,
-            capture_output=True,
-        )
-        self._mounts.append(path)
+    def mount_disk(self, path: Path, kind: str, size_bytes: int) -> None:
+        """A file system of its own at `path`; `kind` is one of disks.KINDS.
 
-    @staticmethod
-    def resize_disk(path: Path, size_bytes: int) -> None:
-        options = f"remount,size={size_bytes}"
-        subprocess.run(["mount", "-o", options, str(path)], check=True, capture_output=True)
-
-
-def unmount(path: Path) -> None:
-    subprocess.run(["umount", "--lazy", str(path)], check=False, capture_output=True)
+        Raises:
+            NoLoopDevice
+        """
+        path.mkdir(exist_ok=True)
+        if kind == "loop":
+            disks.mount_loop(path, size_bytes, self.work / f"{own_tag()}-disk")
+        else:
+            disks.mount_tmpfs(path, size_bytes, own_tag())
 
 
 def remove_orphans(work: Path | None = None) -> list[str]:
-    """End and remove what killed runs have left: nodes, namespaces, mounts, directories in `work`.
+    """End and remove what killed runs have left: nodes, namespaces, disks, directories in `work`.
 
     Returns:
         The names of what was removed.
@@ -199,10 +194,7 @@ def remove_orphans(work: Path | None = None) -> list[str]:
                     os.kill(pid, signal.SIGKILL)
             remove(name)
             found.append(name)
-    for source, path in _mounted():
-        if _is_orphan(source):
-            unmount(path)
-            found.append(str(path))
+    found += disks.remove(_is_orphan)
     for directory in work.glob(f"*{PREFIX}*") if work is not None else ():
         if _is_orphan(directory.name[directory.name.index(PREFIX) :]):
             shutil.rmtree(directory, ignore_errors=True)
@@ -215,9 +207,3 @@ def _processes(namespace: str) -> list[int]:
         ["ip", "netns", "pids", namespace], check=False, capture_output=True, text=True
     ).stdout
     return [int(pid) for pid in said.split()]
-
-
-def _mounted() -> Iterator[tuple[str, Path]]:
-    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
-        source, path = line.split()[:2]
-        yield source, Path(path)

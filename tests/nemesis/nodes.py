@@ -22,6 +22,7 @@ from typing import Any
 
 from tests.cluster import ServeProcess
 from tests.nemesis.client import Unanswered, call
+from tests.nemesis.disks import NoLoopDevice
 from tests.nemesis.machines import PORT, Machines, host
 from tests.nemesis.plan import Plan
 
@@ -31,7 +32,8 @@ LENIENT_S = 1.0  # an end is noticed a moment after it came
 RESTART_S = 1.0  # after an end that nobody asked for
 RESTARTS_MAX = 6  # in a row without having been ready, as the unit has it
 READY_S = 60.0  # for a busy machine; a quiet one takes a second or two
-SMALL_DISK_BYTES = 64_000_000  # while it is not made smaller
+SMALL_DISK_BYTES = 64_000_000  # while nothing fills it
+NO_LOOP_DEVICE = "no loop device can be had here"
 # What a node may need on this load: far above what it does, far below what a leak comes to.
 MEMORY_MAX_BYTES = 256 * 1024 * 1024  # its own, not what it has mapped
 DESCRIPTORS_MAX = 256
@@ -114,6 +116,7 @@ class Nodes:
         problems: what no fault explains.
         spares: ids that were never used.
         exits: ends of processes that nobody asked for, as sentences, explained or not.
+        lacking: what the plan asks for and this machine does not have.
     """
 
     def __init__(self, plan: Plan, machines: Machines, say: Callable[[str], None]) -> None:
@@ -122,6 +125,7 @@ class Nodes:
         self._say = say
         self.problems: list[str] = []
         self.exits: list[str] = []
+        self.lacking: list[str] = []
         self._peer_secret = secrets.token_hex(32)
         self.all = {node_id: self._make(node_id) for node_id in (*plan.ids, *plan.spares)}
         self.spares = list(plan.spares)
@@ -138,7 +142,7 @@ class Nodes:
     def _make(self, node_id: int) -> Node:
         cwd = self._machines.directory(node_id)
         if node_id == self._plan.small:
-            self._machines.mount_disk(cwd / "db", SMALL_DISK_BYTES)
+            self._give_disk(node_id, cwd / "db")
         config = cwd / "node.toml"
         joins = node_id not in self._plan.founders
         serve = ServeProcess(
@@ -153,6 +157,15 @@ class Nodes:
         node = Node(serve)
         self.configure(node, joins=joins)
         return node
+
+    def _give_disk(self, node_id: int, path: Path) -> None:
+        try:
+            self._machines.mount_disk(path, self._plan.disk, SMALL_DISK_BYTES)
+        except NoLoopDevice as error:
+            text = f"node {node_id} has a disk in memory: {NO_LOOP_DEVICE}: {error}"
+            self.lacking.append(text)
+            self._say(text)
+            self._machines.mount_disk(path, "tmpfs", SMALL_DISK_BYTES)
 
     def configure(self, node: Node, *, joins: bool) -> None:
         """Write the file of a founder, or of a node that joins with an empty directory."""

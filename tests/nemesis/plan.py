@@ -11,6 +11,8 @@ import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from tests.nemesis import disks
+
 SHAPES = {"1": 1, "3": 3, "5": 3, "1->3": 2, "3->5": 2, "replace": 2}  # with their weights
 FOUNDERS = {"1": 1, "3": 3, "5": 5, "1->3": 1, "3->5": 3, "replace": 3}
 GROWN = {"1->3": (2, 3), "3->5": (4, 5)}
@@ -112,6 +114,7 @@ class Plan:
     proxied: bool = False
     secured: bool = False
     small: int = 0  # id of the node with a disk of its own; 0: none
+    disk: str = ""  # what kind of disk that is, of disks.KINDS
     settings: dict[str, dict[str, int | str]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     grows_at: int = 0  # before this step the nodes join that make the shape
@@ -125,6 +128,7 @@ class Plan:
         self.settings = _settings(rng)
         self.steps = self._schedule(random.Random(f"nemesis {self.seed} schedule"))
         self.grows_at = rng.randrange(min(2, len(self.steps)) + 1)
+        self.disk = rng.choice(disks.KINDS) if self.small else ""
 
     @property
     def founders(self) -> range:
@@ -191,7 +195,7 @@ class Plan:
         links = "proxied" if self.proxied else "direct"
         extras = [links, *["secured"] * self.secured]
         if self.small:
-            extras.append(f"node {self.small} has a small disk")
+            extras.append(f"node {self.small} has a small disk ({self.disk})")
         settings = "; ".join(
             f"{section}: {', '.join(f'{name} {value}' for name, value in values.items())}"
             for section, values in self.settings.items()

@@ -46,10 +46,10 @@ def as_text(outcomes: Sequence[Outcome]) -> str:
         "Faults: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) + ".",
     ]
     for outcome in outcomes:
-        if outcome.problems or outcome.exits:
+        if outcome.problems or outcome.exits or outcome.lacking:
             lines += ["", f"## Seed {outcome.plan.seed}", "", "```", outcome.plan.describe(), "```"]
             lines += ["", *(f"- FAILED: {problem}" for problem in outcome.problems)]
-            lines += [f"- {text}" for text in outcome.exits]
+            lines += [f"- {text}" for text in (*outcome.lacking, *outcome.exits)]
     return "\n".join([*lines, ""])
 
 
@@ -90,6 +90,7 @@ def _facts(outcome: Outcome) -> dict[str, object]:
         "plan": plan.describe().splitlines(),
         "problems": outcome.problems,
         "exits": outcome.exits,
+        "lacking": outcome.lacking,
         "operations": outcome.operations,
         "answers": outcome.counts,
         "acknowledged_writes": len(outcome.acknowledged_at),

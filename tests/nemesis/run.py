@@ -1,4 +1,4 @@
-"""Run the nemesis against real processes. Needs root, iproute2, nftables and strace.
+"""Run the nemesis against real processes. Needs root, e2fsprogs, iproute2, nftables and strace.
 
 python -m tests.nemesis.run --minutes 10 --seed 7      runs with the seeds 7, 8, ...
 python -m tests.nemesis.run --seed 7 --runs 1          the run with seed 7 again
@@ -31,7 +31,14 @@ from tests.nemesis.trial import Outcome
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "nemesis"
 RUN_S = 45.0  # of faults in a run
-COMMANDS = {"ip": "iproute2", "nft": "nftables", "strace": "strace", "nsenter": "util-linux"}
+COMMANDS = {  # and the packages of Debian that have them
+    "ip": "iproute2",
+    "losetup": "mount",
+    "mkfs.ext4": "e2fsprogs",
+    "nft": "nftables",
+    "nsenter": "util-linux",
+    "strace": "strace",
+}
 
 
 def missing() -> str:

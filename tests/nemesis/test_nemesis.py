@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import wait_for
-from tests.nemesis import report
-from tests.nemesis.machines import PREFIX, remove_orphans
+from tests.nemesis import disks, report
+from tests.nemesis.machines import PREFIX, Machines, own_tag, remove_orphans
+from tests.nemesis.nodes import NO_LOOP_DEVICE, SMALL_DISK_BYTES
 from tests.nemesis.plan import KINDS, SHAPES, Plan
 from tests.nemesis.run import ROOT, missing, one
 from tests.simulation.rotation import commit_number
@@ -61,6 +62,7 @@ def test_a_plan_follows_from_its_seed() -> None:
     assert {plan.shape for plan in plans} == set(SHAPES)
     done = {action.name for plan in plans for step in plan.steps for action in step.actions}
     assert done == set(KINDS)
+    assert {plan.disk for plan in plans} == {"", *disks.KINDS}
 
 
 def test_faults_that_damage_come_alone() -> None:
@@ -73,9 +75,11 @@ def test_faults_that_damage_come_alone() -> None:
 
 def left_behind() -> list[str]:
     """What anything of the nemesis has in the system, by name; this process's own apart."""
-    said = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True)
+    names = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True)
     mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
-    return [line for line in (said.stdout + mounts).splitlines() if PREFIX in line]
+    loops = subprocess.run(["losetup", "--list"], check=True, capture_output=True, text=True)
+    lines = (names.stdout + mounts + loops.stdout).splitlines()
+    return [line for line in lines if PREFIX in line]
 
 
 CHILD = """
@@ -83,19 +87,24 @@ import sys
 from pathlib import Path
 from tests.nemesis.plan import Plan
 from tests.nemesis.run import one
-plan = next(p for p in map(lambda seed: Plan(seed, 60.0, ["kill"]), range(99)) if p.small)
-one(plan, Path(sys.argv[1]))
+plans = map(lambda seed: Plan(seed, 60.0, ["kill"]), range(99))
+one(next(plan for plan in plans if plan.disk == sys.argv[2]), Path(sys.argv[1]))
 """
 
 
-def child(work: Path) -> subprocess.Popen[str]:
+def child(work: Path, disk: str) -> subprocess.Popen[str]:
     """Another process with a run, once its nodes have begun to fall."""
     output = work / "child.log"
     with output.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(work)], cwd=ROOT, stdout=stream, stderr=stream
+            [sys.executable, "-c", CHILD, str(work), disk], cwd=ROOT, stdout=stream, stderr=stream
         )
     wait_for(lambda: "kill: node" in output.read_text(), "the first fault of a run", BEGIN_S)
+    lacking = [line for line in output.read_text().splitlines() if NO_LOOP_DEVICE in line]
+    if lacking:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        pytest.skip(lacking[0])
     return process
 
 
@@ -105,21 +114,23 @@ def mine(pid: int) -> list[str]:
 
 @needs_root
 @pytest.mark.timeout(300)
-def test_an_interrupted_run_removes_what_it_made(tmp_path: Path) -> None:
-    """Ctrl-C leaves no namespace, no mount and no process."""
-    process = child(tmp_path)
-    assert mine(process.pid)
+@pytest.mark.parametrize("disk", disks.KINDS)
+def test_an_interrupted_run_removes_what_it_made(tmp_path: Path, disk: str) -> None:
+    """Ctrl-C leaves no namespace, no mount, no loop device and no process."""
+    process = child(tmp_path, disk)
+    assert any("/db " in line for line in mine(process.pid)), "a disk of its own"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) != 0
-    assert mine(process.pid) == []
+    wait_for(lambda: not mine(process.pid), "all of it to be gone")
 
 
 @needs_root
 @pytest.mark.timeout(600)
-def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("disk", disks.KINDS)
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, disk: str) -> None:
     """And nothing of a run that goes on beside it."""
     other, process = child_directory(tmp_path, "other"), child_directory(tmp_path, "killed")
-    beside, killed = child(other), child(process)
+    beside, killed = child(other, disk), child(process, disk)
     killed.kill()
     killed.wait(10)
     assert mine(killed.pid)
@@ -127,13 +138,78 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     try:
         removed = remove_orphans(process)
         assert any(f"{PREFIX}{killed.pid}-" in name for name in removed)
-        assert mine(killed.pid) == []
+        # Its nodes were killed a moment ago, and keep the device until they are gone.
+        wait_for(lambda: not mine(killed.pid), "all of it to be gone")
         assert not any(Path(f"/proc/{pid}").exists() for pid in nodes)
         assert mine(beside.pid), "the other run goes on"
     finally:
         beside.send_signal(signal.SIGINT)
         beside.wait(60)
-    assert mine(beside.pid) == []
+    wait_for(lambda: not mine(beside.pid), "all of it to be gone")
+
+
+@needs_root
+def test_a_loop_device_that_was_never_mounted_is_detached(tmp_path: Path) -> None:
+    """Its maker was killed between the two."""
+    image = tmp_path / f"{PREFIX}1-0-disk"  # process 1 began at another time
+    image.write_bytes(bytes(1_000_000))
+    said = subprocess.run(
+        ["losetup", "--find", "--show", str(image)], capture_output=True, text=True
+    )
+    if said.returncode:
+        pytest.skip(f"{NO_LOOP_DEVICE}: {said.stderr}")
+    remove_orphans()  # or that of a run beside this test
+    wait_for(lambda: not any(image.name in line for line in left_behind()), "it to be gone")
+
+
+WITHOUT_DEVICES = """
+mkdir "$1/dev" && mount -t tmpfs none "$1/dev" && cp -a /dev/null /dev/urandom "$1/dev" &&
+mount --bind "$1/dev" /dev && exec "$2" -c "$3" "$1"
+"""
+SHORT_RUN = """
+import sys
+from pathlib import Path
+from tests.nemesis import report
+from tests.nemesis.plan import Plan
+from tests.nemesis.run import one
+plans = map(lambda seed: Plan(seed, 1.0, ["pause"]), range(99))
+print(report.as_text([one(next(p for p in plans if p.disk == "loop"), Path(sys.argv[1]))]))
+"""
+
+
+@needs_root
+@pytest.mark.timeout(300)
+def test_without_a_loop_device_a_run_says_so(tmp_path: Path) -> None:
+    """The node has a disk in memory then; the run and its report say that, and why."""
+    without_devices = ["unshare", "--mount", "sh", "-c", WITHOUT_DEVICES, "sh"]
+    done = subprocess.run(
+        [*without_devices, str(tmp_path), sys.executable, SHORT_RUN],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "1 runs, 0 failed" in done.stdout, done.stdout + done.stderr
+    lacking = [line for line in done.stdout.splitlines() if NO_LOOP_DEVICE in line]
+    assert len(lacking) == 2
+    assert all("losetup" in line for line in lacking)
+
+
+@needs_root
+@pytest.mark.parametrize("disk", disks.KINDS)
+def test_a_small_disk_is_filled_and_has_room_again(tmp_path: Path, disk: str) -> None:
+    """What a fault leaves of a disk can be written, and not much more; afterwards all of it can."""
+    with Machines([], tmp_path / own_tag(), proxied=False) as machines:
+        path = machines.work / "db"
+        try:
+            machines.mount_disk(path, disk, SMALL_DISK_BYTES)
+        except disks.NoLoopDevice as error:
+            pytest.skip(f"{NO_LOOP_DEVICE}: {error}")
+        with disks.filled(path, 50_000):
+            (path / "fits").write_bytes(bytes(40_000))
+            with pytest.raises(OSError, match="No space left"):
+                (path / "does not").write_bytes(bytes(40_000))
+        (path / "does").write_bytes(bytes(SMALL_DISK_BYTES // 2))
+    assert not any(str(tmp_path) in line for line in left_behind())
 
 
 def child_directory(tmp_path: Path, name: str) -> Path:
@@ -145,7 +221,10 @@ def child_directory(tmp_path: Path, name: str) -> Path:
 def processes_of(pid: int) -> list[int]:
     """The processes in the namespaces of a run."""
     found = []
-    for name in {line.split()[0] for line in mine(pid) if "tmpfs" not in line}:
-        said = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
-        found += [int(text) for text in said.stdout.split()]
+    for line in mine(pid):
+        if line.startswith(PREFIX) and "tmpfs" not in line:
+            said = subprocess.run(
+                ["ip", "netns", "pids", line.split()[0]], capture_output=True, text=True
+            )
+            found += [int(text) for text in said.stdout.split()]
     return found

@@ -43,6 +43,7 @@ class Outcome:
     plan: Plan
     problems: list[str] = field(default_factory=list)
     exits: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)  # what this machine does not have
     bands: list[Band] = field(default_factory=list)
     acknowledged_at: list[float] = field(default_factory=list)
     read_at: list[float] = field(default_factory=list)
@@ -167,9 +168,10 @@ class _Trial:
             await self._last_requests(node)
         await nodes.wait(nodes.level, "all nodes to have applied the same", LEVEL_S)
         held = {node.id: await self._items(node.id, "s/") for node in nodes.wanted()}
-        counters = await self._items(nodes.wanted()[0].id, "c/")
-        registers = await self._items(nodes.wanted()[0].id, "r/")
-        everything = counters | registers | next(iter(held.values()))
+        counters, registers, lists = [
+            await self._items(nodes.wanted()[0].id, prefix) for prefix in ("c/", "r/", "l/")
+        ]
+        everything = counters | registers | lists | next(iter(held.values()))
         await self._stop()
         nodes.problems += [
             *records.surprises[: verdicts.SHOWN_MAX],
@@ -178,6 +180,7 @@ class _Trial:
             *verdicts.eventual_reads(records),
             *verdicts.nothing_lost(records, held),
             *verdicts.counted(records, counters),
+            *verdicts.lists_whole(records, lists),
         ]
 
     async def _last_requests(self, node: Node) -> None:
@@ -239,7 +242,7 @@ class _Trial:
 
     def _report(self, faults: Faults) -> None:
         outcome, records, began = self.outcome, self.workload.records, self._began
-        outcome.exits = self.nodes.exits
+        outcome.exits, outcome.lacking = self.nodes.exits, self.nodes.lacking
         outcome.bands = [
             Band(band.began - began, band.text, (band.ended or time.monotonic()) - began)
             for band in faults.bands

@@ -1,4 +1,4 @@
-"""Clients that write, compare-and-swap, count, collect and read at three levels; what they saw.
+"""Clients that write, swap, count, collect, append and read at three levels; what they saw.
 
 Everything is kept that a judge needs, and nothing is judged here. Each client asks any node, one
 request at a time, and repeats nothing. Every value is written once, so whoever reads one knows
@@ -12,18 +12,21 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.cluster import Reply
 from tests.linearizability.checker import FOREVER, Operation
 from tests.nemesis.client import Connection, Unanswered
+from tests.nemesis.lists import ListTxn, Version, elements, text
 
 CLIENTS = 8
 THINK_S = 0.02  # on average, between two requests of a client: the load is bounded
 BACK_OFF_S = 0.05  # a node that is down refuses thousands a second
-REGISTERS, COUNTERS = 4, 2
+REGISTERS, COUNTERS, LISTS = 4, 2, 3
+LIST_ELEMENTS = 24  # then another key is begun: an answer tells the whole list
+APPENDS = 3  # with what the answer to the last one has told
 TIMEOUTS_MS = (500, 2000, 5000)
 GRACE_S = 3.0  # beyond the timeout that the node was given; then there is no answer
 LEVELS = ("linearizable", "lease", "eventual")
@@ -51,6 +54,7 @@ class Records:
     history: dict[str, list[Operation]] = field(default_factory=dict)
     eventual: list[Eventual] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)  # values of writes with the outcome "none"
+    lists: list[ListTxn] = field(default_factory=list)
     collected: dict[str, str] = field(default_factory=dict)  # acknowledged: key -> value
     attempted: dict[str, str] = field(default_factory=dict)  # unknown outcome
     acknowledged_at: list[float] = field(default_factory=list)
@@ -86,6 +90,7 @@ class Workload:
         self._excused = excused
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._lists_begun = [1] * LISTS  # keys by place
 
     def start(self) -> None:
         for number in range(CLIENTS):
@@ -111,7 +116,8 @@ class Workload:
         """Read every key of the history once through this node; False when one was not answered."""
         reader = _Client(self, CLIENTS + node_id, random.Random(node_id))
         try:
-            return all([await reader.read(key, node_id, LEVELS[0]) for key in keys()])
+            every = keys() + [key for n in range(LISTS) for key in self.lists(n)]
+            return all([await reader.read(key, node_id, LEVELS[0]) for key in every])
         finally:
             reader.close()
 
@@ -122,6 +128,13 @@ class Workload:
             return await client.collect(key, value, node_id)
         finally:
             client.close()
+
+    def lists(self, place: int) -> list[str]:
+        """The keys of one place for a list; only the last is not full."""
+        return [f"l/{place}.{number}" for number in range(self._lists_begun[place])]
+
+    def begin_list(self, place: int) -> None:
+        self._lists_begun[place] += 1
 
     async def _loop(self, client: _Client) -> None:
         try:
@@ -135,6 +148,7 @@ class Workload:
 
 
 def keys() -> list[str]:
+    """Those that are there all the time."""
     return [f"r/{n}" for n in range(REGISTERS)] + [f"c/{n}" for n in range(COUNTERS)]
 
 
@@ -156,15 +170,19 @@ class _Client:
         """One request; False when it was not answered as a working cluster would."""
         dice, rng = self.rng.random(), self.rng
         register = f"r/{rng.randrange(REGISTERS)}"
-        if dice < 0.2:
+        if dice < 0.15:
             return await self._change("write", register, self._value(), node_id)
-        if dice < 0.35:
+        if dice < 0.3:
             return await self._change("cas", register, self._value(), node_id)
-        if dice < 0.65:
-            key = rng.choice(keys())
+        if dice < 0.55:
+            key = rng.choice(keys() + [self._list(n) for n in range(LISTS)])
             return await self.read(key, node_id, rng.choices(LEVELS, (4, 3, 3))[0])
-        if dice < 0.8:
+        if dice < 0.65:
             return await self._increment(f"c/{rng.randrange(COUNTERS)}", node_id)
+        if dice < 0.75:
+            return await self._append(rng.choice((1, 1, 2)), node_id)
+        if dice < 0.85:
+            return await self._read_lists(node_id)
         value = self._value()
         padded = value + "." * int(rng.paretovariate(0.7) * 50 % 8000)
         return await self.collect(f"s/{value}", padded, node_id)
@@ -188,7 +206,7 @@ class _Client:
         if name == "cas":
             headers = {"If-None-Match": "*"} if expected is None else {"If-Match": f'"{expected}"'}
         called = time.monotonic()
-        reply, outcome = await self._send("PUT", key, value, headers, node_id)
+        reply, outcome = await self._send("PUT", f"/v1/kv/{key}", value.encode(), headers, node_id)
         returned = time.monotonic()
         result: Any = None
         if reply is not None and reply.status == 200:
@@ -208,9 +226,61 @@ class _Client:
         self._records.history.setdefault(key, []).append(op)
         return returned != FOREVER
 
+    def _list(self, place: int) -> str:
+        """The key of a list that is not full, as far as this client knows."""
+        while True:
+            key = self._owner.lists(place)[-1]
+            if len(self._seen(key)[1]) < LIST_ELEMENTS:
+                return key
+            self._owner.begin_list(place)
+
+    def _seen(self, key: str) -> Version:
+        revision, value = self._known.get(key, (0, ""))
+        return revision, elements(value)
+
+    async def _append(self, count: int, node_id: int) -> bool:
+        """To so many lists at once. Who was too late has been told what is there, and appends
+        something else to that."""
+        places = self.rng.sample(range(LISTS), count)
+        for _ in range(APPENDS):
+            appended = {self._list(place): self._value() for place in places}
+            txn = await self._transact(list(appended), appended, node_id)
+            if txn.succeeded or not txn.found:
+                break
+        return bool(txn.found)
+
+    async def _read_lists(self, node_id: int) -> bool:
+        """Two of them, as they are at one moment."""
+        asked = [self._list(place) for place in self.rng.sample(range(LISTS), 2)]
+        return bool((await self._transact(asked, {}, node_id)).found)
+
+    async def _transact(
+        self, asked: Sequence[str], appended: Mapping[str, str], node_id: int
+    ) -> ListTxn:
+        base = {key: self._seen(key) for key in appended}
+        txn = ListTxn(self._number, time.monotonic(), asked, appended, base)
+        headers = {"Content-Type": "application/json"}
+        reply, outcome = await self._send("POST", "/v1/txn", txn.request(), headers, node_id)
+        returned, records = time.monotonic(), self._records
+        if reply is not None and reply.status == 200:
+            txn = txn.answered(returned, reply.json())
+            changed = appended and txn.succeeded
+            (records.acknowledged_at if changed else records.read_at).append(returned)
+        elif outcome == "none":
+            txn = txn.refused(returned)
+        for key in asked:
+            self._known.pop(key, None)
+        found = {key: (revision, text(held)) for key, (revision, held) in txn.found.items()}
+        self._known.update({key: seen for key, seen in found.items() if seen[0]})
+        records.lists.append(txn)
+        for key, op in txn.operations():
+            records.history.setdefault(key, []).append(op)
+        return txn
+
     async def read(self, key: str, node_id: int, level: str) -> bool:
         boot, called = self._owner._boot(node_id), time.monotonic()
-        reply, _ = await self._send("GET", f"{key}?consistency={level}", None, {}, node_id)
+        path = f"/v1/kv/{key}?consistency={level}"
+        reply, _ = await self._send("GET", path, None, {}, node_id)
         returned = time.monotonic()
         if reply is None or reply.status not in (200, 404):
             return False
@@ -235,7 +305,7 @@ class _Client:
 
     async def collect(self, key: str, value: str, node_id: int) -> bool:
         """Add a key that nobody else adds."""
-        reply, outcome = await self._send("PUT", key, value, {}, node_id)
+        reply, outcome = await self._send("PUT", f"/v1/kv/{key}", value.encode(), {}, node_id)
         if reply is not None and reply.status == 200:
             self._records.collected[key] = value
             self._records.acknowledged_at.append(time.monotonic())
@@ -247,17 +317,16 @@ class _Client:
         return False
 
     async def _send(
-        self, method: str, key: str, value: str | None, headers: Mapping[str, str], node_id: int
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], node_id: int
     ) -> tuple[Reply | None, str]:
         """The answer, if there was one, and the outcome if it was a refusal."""
         timeout_ms = self.rng.choice(TIMEOUTS_MS)
         connection = self._connections.setdefault(node_id, Connection(node_id))
-        body = None if value is None else value.encode()
         headers = {**headers, "Dengine-Timeout-Ms": str(timeout_ms)}
         counts = self._records.counts
         try:
             reply = await connection.request(
-                method, f"/v1/kv/{key}", body, headers, timeout_ms / 1000 + GRACE_S
+                method, path, body, headers, timeout_ms / 1000 + GRACE_S
             )
         except Unanswered as error:
             counts["unanswered" if error.sent else "not sent"] += 1
@@ -266,6 +335,6 @@ class _Client:
         if reply.status in (200, 404, 412):
             return reply, ""
         if reply.status not in EXPECTED and not self._owner._excused(node_id):
-            said = f"node {node_id}: {method} {key}: {reply.status} {reply.body[:200]!r}"
+            said = f"node {node_id}: {method} {path}: {reply.status} {reply.body[:200]!r}"
             self._records.surprises.append(said)
         return reply, str(json.loads(reply.body).get("outcome", "unknown"))
