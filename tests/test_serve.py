@@ -318,11 +318,12 @@ def test_make_help_and_ci_agree() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("host", ["192.0.2.7", "nosuch.invalid"])
-def test_an_address_of_another_machine(node: ServeProcess, host: str) -> None:
-    """A mistake in the configuration (78); the sentence names file and key; nothing is written."""
+@pytest.mark.parametrize(("host", "expected"), [("192.0.2.7", 75), ("nosuch.invalid", 78)])
+def test_an_address_of_another_machine(node: ServeProcess, host: str, expected: int) -> None:
+    """An address may come later than the node, after a boot, so that is tried again (75); a name
+    that nobody knows is a mistake (78). The sentence names file and key; nothing is written."""
     code, stderr = refused_start(node, DENGINE__CLUSTER__LISTEN_ADDRESS=f"{host}:9081")
-    assert code == 78
+    assert code == expected
     assert f"{node.config}: cluster.listen_address: cannot listen on {host}:9081" in stderr
     assert stderr.count("\n") == 1
     assert not (node.cwd / "db").exists()

@@ -26,7 +26,7 @@ from dengine.node.node import Node
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GIL_SWITCH_S = 0.0002  # the log writer's short steps must not wait 5 ms for a busy event loop
-NOT_OURS = (errno.EADDRNOTAVAIL, socket.EAI_NONAME, socket.EAI_NODATA)  # of a listen address
+UNKNOWN_HOST = (socket.EAI_NONAME, socket.EAI_NODATA)
 WATCHDOG_FEEDS = 4  # per interval: one that is late or lost does not matter
 STOP_GRACE_S = 5.0  # for requests under way after SIGTERM
 
@@ -94,8 +94,9 @@ def _check_port(config: Config) -> None:
     """Find out before anything is written to disk whether the port can be had.
 
     Raises:
-        TryAgain: somebody listens there, or the system is short of something.
-        ConfigError: the address is not one of this machine, or this user may not listen there.
+        TryAgain: somebody listens there, the address is not one of this machine (yet: after a boot
+            it may come late, by DHCP or with a tunnel), or the system is short of something.
+        ConfigError: there is no such host, or this user may not listen there.
     """
     address = config.cluster.listen_address
     host, port = parse_address(address)
@@ -119,7 +120,7 @@ def _check_port(config: Config) -> None:
             ) from None
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         message = f"{where}: {reason}; use an address of this machine"
-        if error.errno in NOT_OURS:
+        if error.errno in UNKNOWN_HOST:
             raise ConfigError(message) from None
         raise TryAgain(message) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import os
 import sys
@@ -41,6 +42,7 @@ REQUEST_S = 10.0  # for one of the small requests
 SILENCE_S = 10.0  # without a byte, a connection counts as cut
 STALL_S = 30.0  # without a byte on any connection, a download is given up
 RETRY_S_MIN, RETRY_S_MAX = 0.1, 5.0
+LEFT_FREE_BYTES = 512 * 1024 * 1024  # of a disk that may hold a node's data too, and at most 5 %
 RESUME_S = 3600.0  # an older partial file is begun anew: its snapshot would be too old
 PIECE_BYTES = 256 * 1024
 
@@ -96,6 +98,7 @@ def save(args: Namespace, remote: Remote) -> int:
             note = f"resuming after {format_bytes(partial.size)}"
             print(f"{note}: the snapshot up to entry {wanted['index']}", file=sys.stderr)
         bar.clear()
+        partial.require_room(wanted["size_bytes"])
         for attempt in range(ATTEMPTS):
             _Download(node, wanted, partial, args.timeout).run()
             if partial.is_sound(wanted["sha256"], last=attempt == ATTEMPTS - 1):
@@ -199,8 +202,35 @@ class _Partial:
         self.stream.truncate(length)
         self.stream.seek(length)
 
+    def require_room(self, length: int) -> None:
+        """Can it grow to `length` bytes and leave the disk some? A full one stops nodes and others.
+
+        Raises:
+            FailedHere: how much is missing.
+        """
+        with _here(self.path):
+            found = os.fstatvfs(self.stream.fileno())
+            left = min(found.f_blocks * found.f_frsize // 20, LEFT_FREE_BYTES)
+            missing = length - self.size + left - found.f_bavail * found.f_frsize
+            if missing > 0:
+                raise StorageIO(
+                    f"{self.path.parent}: {format_bytes(missing)} more must be free for a snapshot "
+                    f"of {format_bytes(length)}; remove older ones, or save to another disk"
+                )
+
     def beginning(self, length: int) -> bytes:
         return os.pread(self.stream.fileno(), length, 0)
+
+    @contextlib.contextmanager
+    def gone_when_full(self) -> Iterator[None]:
+        """A disk that became full meanwhile gets back what this file holds of it."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self.stream.fileno(), 0)
+            raise
 
     def is_sound(self, sha256: str, *, last: bool) -> bool:
         """Read all of it back; what is wrong with it is cut off, and a failure if it is the `last`
@@ -320,7 +350,7 @@ class _Download:
         while data := response.read1(PIECE_BYTES):
             if have + len(data) > self._size:
                 raise http.client.HTTPException("it sent more than the snapshot")
-            with _here(self._partial.path):
+            with _here(self._partial.path), self._partial.gone_when_full():
                 self._partial.stream.write(data)
                 self._partial.stream.flush()
             have += len(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.ansible.load import Watch, Writer
+from examples.ansible.load import Watch, Writer, request
 from examples.ansible.run import stop_nodes
 from tests.ansible.local import Local, local
 from tests.ansible.server import run_module
@@ -123,6 +124,26 @@ def test_check_mode_tells_what_growing_changes(site: Local) -> None:
     role = "dengine.core.backup"
     assert real.changed_outside(role) == predicted.changed_outside(role)
     assert predicted.changed["n1"] > predicted.changed_outside(role)["n1"], "and that there is one"
+
+
+@pytest.mark.playbooks
+def test_addresses_of_ipv6_and_more_configuration(site: Local) -> None:
+    """One voter on ::1, with settings in sections of its file that the role writes to as well."""
+    for host in site.hosts:
+        site.set_host(host, dengine_address="::1")
+    site.set_group(
+        dengine_config={"cluster": {"founding_wait_ms": 100}, "raft.snapshot": {"entries": 5000}},
+    )
+    site.play("site").ok()
+    endpoint = f"[::1]:{site.port('n1')}"
+    status, body = request(endpoint, "GET", "/v1/cluster", site.secrets["token"])
+    assert status == 200
+    assert {m["id"]: m["address"] for m in json.loads(body)["members"]} == {1: endpoint}
+    text = (site.state / "hosts" / "n1" / "dengine.toml").read_text()
+    assert text.count("[cluster]") == 1
+    assert "founding_wait_ms = 100" in text
+    assert "[raft.snapshot]\nentries = 5000\n" in text
+    assert set(site.play("site").ok().changed.values()) == {0}
 
 
 @pytest.mark.playbooks

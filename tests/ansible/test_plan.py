@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from typing import Any
 
 import pytest
@@ -433,3 +434,24 @@ def test_a_report_is_readable() -> None:
     assert text.startswith("# lab: expand\n\nVerified.\n")
     assert "| join | 2.2 |" in text
     assert "- n2 is late" in text
+
+
+def test_secrets_of_another_run_are_a_failure_and_missing_ones_are_not() -> None:
+    a, b, x = (hashlib.sha256(f"{secret}\n".encode()).hexdigest() for secret in "abx")
+    found = {"n1": [a, b], "n2": [a, x], "n3": ["", ""], "n4": ["", b]}
+    judged = rows.secret_rows(found, ["a", "b"])
+    assert {r["host"]: r["status"] for r in judged} == {"n1": "ok", "n2": "FAILED", "n4": "ok"}
+    assert judged[1]["measured"] == "another token"
+
+
+def test_configuration_that_follows_from_the_inventory_is_refused() -> None:
+    """Everything else may be added, to the sections that the template writes too."""
+    good = {"cluster": {"founding_wait_ms": 5}, "raft.snapshot": {"entries": 1}}
+    assert inventory._config_problems(good) == []
+    (problem,) = inventory._config_problems({"cluster": {"node_id": 7, "founding_wait_ms": 5}})
+    assert "cluster.node_id" in problem
+    assert "leave it out" in problem
+    (problem,) = inventory._config_problems({"limits": 3})
+    assert "each a dictionary" in problem
+    (problem,) = inventory._config_problems([1])
+    assert "each a dictionary" in problem

@@ -35,6 +35,8 @@ from tests.integration.backups import (
     snapshot,
     tree,
 )
+from tests.small_disk import fill as fill_disk
+from tests.small_disk import small_disk
 
 NOBODY = 65534
 
@@ -225,6 +227,22 @@ def test_a_backup_makes_no_directory(cluster: Cluster, tmp_path: Path) -> None:
     at = ("--data-dir", node.directory.parent, "--node-id", 1)
     assert "no directory" in one_sentence(snapshot("save", file, *at), 74)
     assert not file.parent.exists()
+
+
+def test_a_backup_does_not_fill_the_disk(cluster: Cluster, tmp_path: Path) -> None:
+    """It may be the disk of the node: what has no room is refused with what is missing, and leaves
+    nothing; with room it goes through."""
+    node = single(cluster)
+    fill(node, 100)
+    place = tmp_path / "small"
+    place.mkdir()
+    with small_disk(place, "1m"):
+        filler = fill_disk(place, 40_000)
+        said = one_sentence(snapshot("save", place / "backup.dsnap", node=node), 74)
+        assert "more must be free for a snapshot of" in said
+        assert sorted(place.iterdir()) == [filler]
+        filler.unlink()
+        assert snapshot("save", place / "backup.dsnap", node=node).returncode == 0
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ from tests.storage.states import signed_anew
 
 ROUNDS = 12 if os.environ.get("DENGINE_CRASH_SWEEP") else 1
 DATA_CORRUPTION = 65  # exit code
+START_LIMIT = 6  # a node that needs more of them repairs nothing, whatever systemd would allow
 _UNIT = (ROOT / "systemd" / "dengine.service").read_text(encoding="utf-8")
-START_LIMIT = int(re.findall(r"^StartLimitBurst=(\d+)$", _UNIT, re.MULTILINE)[0])  # in 5 minutes
 NEVER_RESTARTED = {
     int(code)
     for code in re.findall(r"^RestartPreventExitStatus=(.*)$", _UNIT, re.MULTILINE)[0].split()
@@ -209,7 +209,7 @@ class Three:
         assert "Traceback" not in self.victim.output()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_damage_to_one_of_three_is_repaired(cluster: Cluster, rng: random.Random) -> None:
     """Round after round a file of a stopped node is damaged. Started again it finds that, repairs
     itself, votes again and holds what the others hold, while their clients notice nothing."""

@@ -15,6 +15,7 @@ class FilterModule:
             "host_rows": rows.host_rows,
             "way_rows": rows.way_rows,
             "release_rows": rows.release_rows,
+            "secret_rows": rows.secret_rows,
             "skipping": rows.skipping,
             "verdict": rows.verdict,
             "failures": rows.failures,

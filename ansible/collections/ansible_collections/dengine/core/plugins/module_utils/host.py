@@ -10,6 +10,7 @@ IDENTITY = "identity.json"
 SECRETS = ("peer_secret", "token")
 # Written by role rollout when a cluster was verified, into a directory that destroy.yml removes.
 MARKER = "cluster.json"
+UNIT = "/etc/systemd/system/dengine.service"
 ENABLED_UNIT = "/etc/systemd/system/multi-user.target.wants/dengine.service"
 
 

@@ -8,6 +8,13 @@ MAX_NODE_ID = 2**32 - 1
 PORT_BASE = 9080
 SAMPLE_SECRETS = ("CHANGE-ME", "changeme", "secret")
 MIN_SECRET = 32
+RESERVED = {  # of dengine.toml: what the template writes itself
+    "cluster": {
+        "node_id", "listen_address", "advertise_address", "initial_cluster", "db_root_dir", "zone"
+    },
+    "raft.membership": {"promotion"},
+    "security": {"peer_secret_file", "token_file"},
+}  # fmt: skip
 
 
 def topology(hosts: list[str], hostvars: Any) -> list[dict[str, Any]]:
@@ -88,12 +95,29 @@ def inventory_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> 
                 f"{name} is {value}, and the unit of backend systemd has {unit}: leave it out; to "
                 f"have the data elsewhere, mount that disk on {unit}"
             )
+    problems += _config_problems(options.get("config") or {})
     for name, value in sorted((options.get("secrets") or {}).items()):
         if value and (len(value) < MIN_SECRET or value in SAMPLE_SECRETS):
             problems.append(
                 f"dengine_{name} has fewer than {MIN_SECRET} characters: leave it out to have one "
                 "generated, or set it to the output of `openssl rand -hex 32` in the vault file"
             )
+    return problems
+
+
+def _config_problems(config: Any) -> list[str]:
+    wrong = "dengine_config has the sections of dengine.toml, each a dictionary"
+    if not isinstance(config, dict):
+        return [f"{wrong}; it is {config!r}"]
+    problems = []
+    for section, values in sorted(config.items()):
+        if not isinstance(values, dict):
+            problems.append(f"{wrong}; {section} is {values!r}")
+            continue
+        problems += [
+            f"dengine_config sets {section}.{name}, which follows from the inventory: leave it out"
+            for name in sorted(RESERVED.get(section, set()) & values.keys())
+        ]
     return problems
 
 

@@ -5,6 +5,7 @@ The hint is what to do next. Pure functions.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 Row = dict[str, Any]
@@ -117,6 +118,37 @@ def _judged(host: str, check: str, ok: bool, measured: str, limit: str, hint: st
         "limit": limit,
         "hint": "" if ok else hint,
     }
+
+
+def secret_rows(found: dict[str, list[str]], wanted: list[str]) -> list[Row]:
+    """A row for each host that has secrets: are they those of this run?
+
+    Installing others would change nothing at once, for a node reads them when it starts: the first
+    one to be restarted would then be alone, and the second would cost the quorum.
+
+    Args:
+        found: by host, SHA-256 of the files peer_secret and token, "" where there is none.
+        wanted: the peer secret and the token that this run would install, each as a line.
+    """
+    rows = []
+    ours = [hashlib.sha256(f"{secret}\n".encode()).hexdigest() for secret in wanted]
+    for host, digests in found.items():
+        if not any(digests):
+            continue
+        pairs = zip(("peer_secret", "token"), digests, ours, strict=True)
+        others = [name for name, there, here in pairs if there and there != here]
+        rows.append(
+            _judged(
+                host,
+                "secrets",
+                not others,
+                f"another {' and '.join(others)}" if others else "those of this run",
+                "those of this run",
+                "take back the change in the vault or secrets file: members with different secrets "
+                "do not speak with each other",
+            )
+        )
+    return rows
 
 
 def skipping(rows: list[Row], skip: list[str]) -> list[Row]:
