@@ -22,6 +22,7 @@ MAP_BYTES: Final = 1 << 40
 DATA_FILE: Final = "data.mdb"
 # How LMDB ends a process that reads a damaged page: an assertion, or an address that is none.
 LMDB_SIGNALS: Final = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
+FULL_BYTES: Final = 1024 * 1024  # a disk with less that is free is called full
 RECORD_BYTES_MAX: Final = 64 * 1024 * 1024  # far above the largest entry that travels
 
 # A record ends with the CRC-32 of its key and everything before it. Running the CRC over data AND
@@ -92,7 +93,16 @@ def storage_error(error: lmdb.Error, path: Path, remedy: str) -> FatalError:
     """What an error of LMDB means for this process: damaged data, or a disk that refused."""
     if isinstance(error, _DAMAGE):
         return damaged(path / DATA_FILE, str(error), remedy)
-    return StorageIO(f"{path / DATA_FILE}: {error}; check the disk, then start again")
+    advice = "the disk is full: make room" if _is_full(path) else "check the disk"
+    return StorageIO(f"{path / DATA_FILE}: {error}; {advice}, then start again")
+
+
+def _is_full(path: Path) -> bool:
+    """A write that the disk took only in part is an input/output error in LMDB's words."""
+    with suppress(OSError):
+        found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize < FULL_BYTES
+    return False
 
 
 def damaged(file: Path, what: str, remedy: str) -> DataCorruption:

@@ -36,6 +36,7 @@ def test_a_full_disk_ends_the_node_and_loses_nothing_acknowledged(disk: Path) ->
             pass  # cut off without an answer: the outcome is unknown
         assert node.wait_exit() == STORAGE_IO
         assert acknowledged
+        assert "the disk is full: make room" in node.output()
         remount = ["mount", "-o", "remount,size=64m", str(disk)]
         subprocess.run(remount, check=True)
         node.start()
