@@ -10,71 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ansible_collections.dengine.core.plugins.module_utils import checks, host
 
-from tests.ansible.answers import BUSY, LOST, member, view
+from tests.ansible.answers import healthy, member, view
 from tests.ansible.server import COLLECTIONS, Answers, Say, Server, run_module, snapshot_file
 
 TOKEN = "a-token-that-nobody-may-see-0123456789"
 
 
-# --- the client that all of them share ---------------------------------------------------------
-
-
-def test_a_write_is_repeated_only_when_it_certainly_did_nothing() -> None:
-    """503 with outcome none is asked again; an unknown outcome is reported, never repeated."""
-    answers: Answers = {
-        "GET /v1/kv/a": Say({"error": "key_not_found"}, 404),
-        "PUT /v1/kv/a": [BUSY, Say({"revision": 4})],
-    }
-    with Server(answers) as server:
-        result = run_module("dengine_kv", endpoints=[server.endpoint], key="a", value="x")
-        assert result["revision"] == 4
-        assert server.changes == ["PUT /v1/kv/a"] * 2
-    with Server({**answers, "PUT /v1/kv/a": LOST}) as server:
-        result = run_module("dengine_kv", endpoints=[server.endpoint], key="a", value="x")
-        assert result["failed"]
-        assert result["outcome"] == "unknown"
-        assert server.changes == ["PUT /v1/kv/a"]
-
-
-def test_the_next_endpoint_is_asked_when_the_first_is_gone() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        dead = f"127.0.0.1:{free.getsockname()[1]}"
-        with Server({"GET /v1/cluster": view(member(1))}) as server:
-            result = run_module(
-                "dengine_settings",
-                endpoints=[dead, server.endpoint],
-                settings={"promotion": "immediate"},
-            )
-            assert not result["changed"]
-
-
-def test_the_token_is_sent_and_never_shown() -> None:
-    """Also when the node is so unkind as to repeat it."""
-    echo = Say({"error": "unauthorized", "message": f"bad {TOKEN}", "outcome": "none"}, 401)
-    with Server({"GET /v1/cluster": echo}) as server:
-        result = run_module(
-            "dengine_leader", endpoints=[server.endpoint], token=TOKEN, node_id=1, patience=0
-        )
-    assert server.asked[0].headers["Authorization"] == f"Bearer {TOKEN}"
-    assert result["failed"]
-    assert TOKEN not in result["raw"]
-
-
 # --- dengine_cluster_info ----------------------------------------------------------------------
-
-
-def healthy(*members: dict[str, Any]) -> Answers:
-    return {
-        "GET /v1/status": Say({"node_id": 1}),
-        "GET /readyz": Say({"status": "ok"}),
-        "GET /v1/cluster": view(*members),
-    }
 
 
 def test_info_only_reads() -> None:
@@ -181,6 +127,31 @@ def test_kv_writes_under_the_condition_that_it_read() -> None:
         assert len(server.changes) == count
         hidden = run_module("dengine_kv", value="s3cr3t-value", secret=True, **ask)
         assert "s3cr3t-value" not in hidden["raw"]
+
+
+WRITES_DOWN = """
+import runpy, sys
+from ansible.module_utils import basic
+basic.has_journal = False
+basic.syslog.syslog = lambda *said: print("logged:", *said, file=sys.stderr)
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_kv_never_has_a_value_logged_on_the_host() -> None:
+    """Ansible logs how a module is called before that module can say what is secret."""
+    answers: Answers = {"GET /v1/kv/a": Say(b"old", headers={"ETag": '"7"'})}
+    with Server(answers) as server:
+        good = {"endpoints": [server.endpoint], "key": "a", "value": "s3cr3t-value", "secret": True}
+        for ask in (good, {**good, "secret": "perhaps"}, {**good, "state": "absent", "key": None}):
+            shown = run_module("dengine_kv", check=True, program=WRITES_DOWN, **ask)["raw"]
+            assert "s3cr3t-value" not in shown
+        shown = run_module("dengine_kv", check=True, program=WRITES_DOWN, **good)["raw"]
+        assert "logged:" in shown
+        assert "Invoked with" in shown
+        open_ = {**good, "secret": False, "value": "plain"}
+        told = run_module("dengine_kv", check=True, program=WRITES_DOWN, **open_)
+        assert told["diff"]["after"] == "plain\n", "what is no secret is shown as before"
 
 
 # --- dengine_snapshot --------------------------------------------------------------------------

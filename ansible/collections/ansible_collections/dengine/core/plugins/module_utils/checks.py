@@ -15,7 +15,7 @@ import tempfile
 import time
 
 from ansible_collections.dengine.core.plugins.module_utils import host, network
-from ansible_collections.dengine.core.plugins.module_utils.client import split_endpoint
+from ansible_collections.dengine.core.plugins.module_utils.client import ApiError, split_endpoint
 
 LIMITS = {
     "python_min": "3.11",
@@ -201,7 +201,7 @@ def run(params, run_command):
     for name in params["checks"]:
         try:
             outcome = CHECKS[name](params, limits, run_command)
-        except (OSError, ValueError, KeyError) as failure:
+        except (ApiError, OSError, ValueError, KeyError) as failure:
             outcome = (False, f"could not be checked: {failure}", "", "")
         if outcome is not None:
             ok, measured, limit, hint = outcome

@@ -90,6 +90,7 @@ import sys
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.dengine.core.plugins.module_utils import checks, host, network
+from ansible_collections.dengine.core.plugins.module_utils.client import ApiError
 
 PROBES_PER_WAY = 20
 
@@ -119,6 +120,24 @@ def facts(params):
     }
 
 
+def look(module):
+    """What the action asks for."""
+    params = module.params
+    action = params["action"]
+    if action == "facts":
+        return {"facts": facts(params)}
+    if action == "checks":
+        unknown = sorted(set(params["checks"]) - set(checks.CHECKS))
+        if unknown:
+            raise ApiError(f"no such checks: {unknown}; there are {sorted(checks.CHECKS)}")
+        return {"rows": checks.run(params, module.run_command)}
+    if action == "listen":
+        return {"listening": network.listen(params["listen_address"], params["seconds"])}
+    if action == "hush":
+        return {"ended": network.hush(params["listen_address"])}
+    return {"ways": {t: network.measure(t, PROBES_PER_WAY) for t in params["targets"]}}
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
@@ -144,22 +163,10 @@ def main():
         },
         supports_check_mode=True,
     )
-    params = module.params
-    action = params["action"]
-    if action == "facts":
-        module.exit_json(changed=False, facts=facts(params))
-    if action == "checks":
-        unknown = sorted(set(params["checks"]) - set(checks.CHECKS))
-        if unknown:
-            module.fail_json(msg=f"no such checks: {unknown}; there are {sorted(checks.CHECKS)}")
-        module.exit_json(changed=False, rows=checks.run(params, module.run_command))
-    if action == "listen":
-        listening = network.listen(params["listen_address"], params["seconds"])
-        module.exit_json(changed=False, listening=listening)
-    if action == "hush":
-        module.exit_json(changed=False, ended=network.hush(params["listen_address"]))
-    ways = {t: network.measure(t, PROBES_PER_WAY) for t in params["targets"]}
-    module.exit_json(changed=False, ways=ways)
+    try:
+        module.exit_json(changed=False, **look(module))
+    except ApiError as error:
+        module.fail_json(msg=error.message)
 
 
 if __name__ == "__main__":
