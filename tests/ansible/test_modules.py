@@ -346,6 +346,54 @@ def test_probe_tells_identity_and_checks_without_leaving_anything(tmp_path: Path
     assert run_module("dengine_probe", action="checks", checks=["luck"])["failed"]
 
 
+def test_probe_wants_room_for_the_data_of_the_largest_member(tmp_path: Path) -> None:
+    """A host that joins has no snapshot of its own to go by."""
+    data = tmp_path / "2"
+    ask = {"data_dir": str(data), "limits": {"disk_free_mb": 1}, "backend": "process"}
+    check = {**ask, "action": "checks", "checks": ["disk_space"]}
+    assert run_module("dengine_probe", action="facts", **ask)["facts"]["data_bytes"] == 0
+    (row,) = run_module("dengine_probe", data_bytes=10**15, **check)["rows"]
+    assert row["status"] == "FAILED"
+    assert row["limit"] == "3000000000 MB, 3 times the data"
+    (row,) = run_module("dengine_probe", data_bytes=10**5, **check)["rows"]
+    assert (row["status"], row["limit"]) == ("ok", "1 MB")
+    (data / "state-3").mkdir(parents=True)
+    (data / "state-3" / "data.mdb").write_bytes(b"x" * 100_000)
+    assert host.data_bytes(str(data)) >= 100_000, "there is no snapshot yet"
+    (data / "snapshots").mkdir()
+    (data / "snapshots" / "snapshot-1-9.dsnap").write_bytes(b"x" * 70_000)
+    (data / "snapshots" / "snapshot-1-9.dsnap.partial").write_bytes(b"x" * 90_000)
+    assert run_module("dengine_probe", action="facts", **ask)["facts"]["data_bytes"] == 70_000
+
+
+def test_probe_does_not_judge_what_the_running_node_itself_takes(tmp_path: Path) -> None:
+    """A second run is not refused for the memory and the writes of the first one's node."""
+    node = tmp_path / "node.py"
+    node.write_text("import time\ntime.sleep(60)\n")
+    config = str(tmp_path / "c.toml")
+    start = {"config": config, "command": [sys.executable, str(node)], "log": str(tmp_path / "log")}
+    ask = {
+        "action": "checks",
+        "checks": ["memory", "fsync"],
+        "config": config,
+        "data_dir": str(tmp_path),
+        "limits": {"memory_mb": 10**9, "fsync_p99_ms": 0},
+    }
+    rows = run_module("dengine_probe", **ask)["rows"]
+    assert [r["status"] for r in rows] == ["FAILED", "FAILED"]
+    try:
+        assert run_module("dengine_process", **start)["changed"]
+        rows = run_module("dengine_probe", **ask)["rows"]
+        assert [r["status"] for r in rows] == ["ok", "ok"], rows
+        assert all("not judged: the node runs" in r["measured"] for r in rows)
+    finally:
+        run_module("dengine_process", **start, state="stopped")
+
+
+def test_probe_wants_the_systemd_that_the_units_need() -> None:
+    assert checks.LIMITS["systemd_min"] == 251
+
+
 def test_process_is_found_by_what_runs_and_outlives_the_module(tmp_path: Path) -> None:
     """Started once, whatever an earlier run knew; check mode starts and stops nothing."""
     node = tmp_path / "node.py"

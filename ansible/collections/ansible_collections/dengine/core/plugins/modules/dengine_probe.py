@@ -47,6 +47,12 @@ options:
     type: list
     elements: str
     default: []
+  data_bytes:
+    description:
+      - What the data of the largest member take, for check C(disk_space); a host that joins has
+        none of its own to go by.
+    type: int
+    default: 0
   limits:
     description: Limits by name; those that are not named have the collection's defaults.
     type: dict
@@ -108,6 +114,7 @@ def facts(params):
         "trace": host.trace(secrets_dir, unit),
         "process": host.find_process(params["config"]),
         "identity": host.read_identity(data_dir),
+        "data_bytes": host.data_bytes(data_dir),
         "data_empty": host.is_empty(data_dir),
         "config_sha256": host.digest(params["config"]),
         "config_dir_exists": os.path.isdir(os.path.dirname(params["config"])),
@@ -157,6 +164,7 @@ def main():
                 "choices": ["systemd", "process"],
             },
             "checks": {"type": "list", "elements": "str", "default": []},
+            "data_bytes": {"type": "int", "default": 0},
             "limits": {"type": "dict", "default": {}},
             "targets": {"type": "list", "elements": "str", "default": []},
             "seconds": {"type": "float", "default": 60.0},
