@@ -65,45 +65,7 @@ def test_info_without_an_answer_fails_only_where_one_is_required() -> None:
         assert not result["answered"]
 
 
-# --- dengine_settings, dengine_leader, dengine_kv ------------------------------------------------
-
-
-def test_settings_change_what_differs_and_nothing_else() -> None:
-    answers: Answers = {
-        "GET /v1/cluster": view(member(1)),
-        "PUT /v1/cluster/settings": Say({"settings": {"promotion": "odd"}}),
-    }
-    wanted = {"promotion": "odd", "history_revisions": 10}
-    with Server(answers) as server:
-        result = run_module("dengine_settings", endpoints=[server.endpoint], settings=wanted)
-        assert result["changed"]
-        assert json.loads(server.asked[-1].body) == {"promotion": "odd"}
-        count = len(server.asked)
-        dry = run_module("dengine_settings", True, endpoints=[server.endpoint], settings=wanted)
-        assert dry["diff"]["after"]["promotion"] == "odd"
-        assert [a.method for a in server.asked[count:]] == ["GET"]
-
-
-def test_leader_is_moved_to_who_is_named_or_away_to_the_best() -> None:
-    led_by_two = Say({**view(member(1), member(2)).body, "leader": {"id": 2}})
-    answers: Answers = {
-        "GET /v1/cluster": [view(member(1), member(2)), led_by_two],
-        "POST /v1/cluster/leader": Say({"leader": 2}),
-    }
-    with Server(answers) as server:
-        result = run_module("dengine_leader", endpoints=[server.endpoint], node_id=2)
-        assert result["changed"]
-        assert json.loads(server.asked[1].body) == {"id": 2}
-        again = run_module("dengine_leader", endpoints=[server.endpoint], node_id=2)
-        assert not again["changed"]
-    three = view(member(1), member(2, lag=40), member(3))
-    with Server({"GET /v1/cluster": three}) as server:
-        result = run_module("dengine_leader", True, endpoints=[server.endpoint], not_node_id=1)
-        assert result["leader"] == 3
-        assert server.changes == []
-    with Server({"GET /v1/cluster": view(member(1))}) as server:
-        result = run_module("dengine_leader", endpoints=[server.endpoint], not_node_id=1)
-        assert "no other voter is alive" in result["msg"]
+# --- dengine_kv --------------------------------------------------------------------------------
 
 
 def test_kv_writes_under_the_condition_that_it_read() -> None:

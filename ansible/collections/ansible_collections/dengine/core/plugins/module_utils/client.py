@@ -18,6 +18,7 @@ PAUSE_S = 0.2  # between two rounds over all endpoints
 # A node answers a call that it cannot end in time, and says more than our own timeout would.
 REPLY_MARGIN_S = 2.0
 CONNECT_S = 2.0  # a host that is off says nothing, and the next endpoint is to have its turn
+REFUSED = "connection_refused"  # the host is there, and nobody listens
 _ENDPOINT = re.compile(r"(?:\[([^\[\]/@\s]+)\]|([^\[\]:/@?#\s]+)):([0-9]{1,5})")
 
 API_SPEC = {
@@ -165,6 +166,26 @@ class Client:
                 raise error
             time.sleep(PAUSE_S)
 
+    def change(self, method, path, body, is_done):
+        """One write to the cluster; where its outcome is unknown, the cluster is looked at.
+
+        Returns the answer, or None where there was none.
+
+        Args:
+            is_done: says of GET /v1/cluster whether it has what was asked for.
+        """
+        try:
+            return self.call(method, path, body)
+        except ApiError as error:
+            if error.outcome != "unknown":
+                raise
+            deadline = time.monotonic() + self.patience
+            while not is_done(self.get("/v1/cluster")):
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(PAUSE_S)
+            return None
+
     def _once(self, endpoint, method, path, body, headers):
         kept = self._kept.pop(endpoint, None)
         if kept is not None and method == "GET":
@@ -201,7 +222,11 @@ def _reason(failure):
 
 def _unreachable(endpoint, method, failure):
     nothing = isinstance(failure, Unconnected) or method == "GET"
-    return ApiError(f"{endpoint}: {_reason(failure)}", outcome="none" if nothing else "unknown")
+    return ApiError(
+        f"{endpoint}: {_reason(failure)}",
+        name=REFUSED if isinstance(failure.__cause__, ConnectionRefusedError) else "unreachable",
+        outcome="none" if nothing else "unknown",
+    )
 
 
 def refusal(reply):
