@@ -224,6 +224,8 @@ def test_what_an_interrupted_download_left_goes_after_an_hour(tmp_path: Path) ->
         file.write_bytes(b"")
         age = 0 if file == busy else 2 * HOUR_S
         os.utime(file, (time.time() - age,) * 2)
+    odd = tmp_path / "backup-a-11-000000000004-aa.dsnap"
+    odd.symlink_to(tmp_path / "nowhere")  # whoever owns the directory may do that
     ask = {"endpoints": [], "state": "pruned", "dest": str(tmp_path), "name": "backup-a-11"}
     assert run_module("dengine_snapshot", **ask)["removed"] == [str(stale)]
-    assert set(tmp_path.iterdir()) == {busy, other}
+    assert set(tmp_path.iterdir()) == {busy, other, odd}

@@ -327,7 +327,7 @@ def surplus(dest, name, keep):
     copies, leftovers = [], []
     for match in filter(None, map(own.fullmatch, os.listdir(dest))):
         file = os.path.join(dest, match.group())
-        written = os.path.getmtime(file)
+        written = os.lstat(file).st_mtime
         if not match[3]:
             copies.append((int(match[1]), written, file))
         elif written < time.time() - LEFTOVER_S:
