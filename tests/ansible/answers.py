@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.ansible.server import Say
+from tests.ansible.server import Answers, Say
 
 
 def member(node_id: int, status: str = "active", **more: Any) -> dict[str, Any]:
@@ -40,6 +40,15 @@ def view(*members: dict[str, Any], joint: bool = False) -> Say:
             "advice": "",
         }
     )
+
+
+def healthy(*members: dict[str, Any]) -> Answers:
+    """A node that serves, with these members."""
+    return {
+        "GET /v1/status": Say({"node_id": 1}),
+        "GET /readyz": Say({"status": "ok"}),
+        "GET /v1/cluster": view(*members),
+    }
 
 
 REFUSED = Say(

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,16 +45,25 @@ class Say:
 Answers = dict[str, "Say | list[Say] | Callable[[Asked], Say]"]
 
 
+class IPv6Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
 class Server:
     """Answers by "METHOD /path". A list is given out one by one; its last answer stays."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Answers, host: str = "127.0.0.1") -> None:
         self.answers = answers
         self.asked: list[Asked] = []
+        self.connections = 0
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                server.connections += 1
+                super().setup()
 
             def answer(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
@@ -75,8 +85,10 @@ class Server:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"127.0.0.1:{self._http.server_address[1]}"
+        kind = IPv6Server if ":" in host else http.server.ThreadingHTTPServer
+        self._http = kind((host, 0), Handler)
+        shown = f"[{host}]" if ":" in host else host
+        self.endpoint = f"{shown}:{self._http.server_address[1]}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
 
     def choose(self, asked: Asked) -> Say:
@@ -106,11 +118,17 @@ class Server:
         return [a.line for a in self.asked if a.method != "GET"]
 
 
-def run_module(name: str, /, check: bool = False, **arguments: Any) -> dict[str, Any]:
-    """Run a module as Ansible does: a process of its own, arguments on standard input."""
+def run_module(
+    name: str, /, check: bool = False, program: str = "", **arguments: Any
+) -> dict[str, Any]:
+    """Run a module as Ansible does: a process of its own, arguments on standard input.
+
+    Args:
+        program: runs the module that is its argument; Python itself does without one.
+    """
     options = {**arguments, "_ansible_check_mode": check, "_ansible_diff": True}
     done = subprocess.run(
-        [sys.executable, "-m", f"{MODULES}.{name}"],
+        [sys.executable, *(("-c", program) if program else ("-m",)), f"{MODULES}.{name}"],
         input=json.dumps({"ANSIBLE_MODULE_ARGS": options}),
         env={"PYTHONPATH": str(COLLECTIONS), "PATH": "/usr/bin:/bin"},
         capture_output=True,

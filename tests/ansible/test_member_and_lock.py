@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.dengine.core.plugins.action import dengine_member as action
+from ansible_collections.dengine.core.plugins.module_utils.view import FETCHING
 from ansible_collections.dengine.core.plugins.plugin_utils import run_lock
 
-from tests.ansible.answers import REFUSED, member, view
+from tests.ansible.answers import LOST, REFUSED, member, view
 from tests.ansible.server import Answers, Asked, Say, Server, ad_hoc, run_module
 
 
@@ -101,6 +104,111 @@ def test_member_tells_percent_and_speed_and_comes_back_when_its_slice_is_over() 
         )
     assert not result["done"]
     assert result["progress"] == ["node 2: snapshot 43 % of 120.0 MB, 12.0 MB/s"]
+
+
+SNAPSHOT_BYTES = 40_000_000  # to unpack which four seconds are given
+
+
+def unpacking(joiner: Server, *, remembered: bool = True) -> dict[str, Any]:
+    """A learner to which the leader has sent all of a snapshot, and may remember that."""
+    transfer = {"index": 9, "percent": 100, "sent_bytes": SNAPSHOT_BYTES, "bytes_per_s": 12_000_000}
+    transfer["size_bytes"] = SNAPSHOT_BYTES
+    said = {"address": joiner.endpoint, "ready": False, "match": 0, "lag": 12}
+    return member(2, "promotable", transfer=transfer if remembered else None, **said)
+
+
+BUSY_JOINER: Answers = {
+    "GET /v1/snapshots": Say({"snapshots": [], "job": f"{FETCHING} from node 1"})
+}
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_member_tells_that_a_snapshot_is_unpacked(remembered: bool) -> None:
+    """The leader forgets a transfer ten seconds after its end; what it sent is its newest."""
+    with Server(BUSY_JOINER) as joiner:
+        learner = unpacking(joiner, remembered=remembered)
+        listing = Say({"snapshots": [{"size_bytes": SNAPSHOT_BYTES}], "job": None})
+        answers: Answers = {
+            "GET /v1/cluster": view(member(1), learner),
+            "GET /v1/snapshots": listing,
+        }
+        with Server(answers) as server:
+            ask = {"endpoints": [server.endpoint], "ids": [2], "state": "ready", "slice": 0.3}
+            result = run_module("dengine_member", **ask)
+            assert result["progress"] == [
+                "node 2: it has the snapshot, and verifies and unpacks it"
+            ]
+            assert result["unpacking_bytes"] == SNAPSHOT_BYTES
+            joiner.answers = {"GET /v1/snapshots": Say({"snapshots": [], "job": None})}
+            result = run_module("dengine_member", **ask)
+            assert result["unpacking_bytes"] == 0
+            assert "verifies" not in result["progress"][0]
+
+
+def test_member_gives_a_node_the_time_to_unpack_a_snapshot() -> None:
+    """Nothing moves meanwhile, for a minute with some GB; with a larger one for longer."""
+    with Server(BUSY_JOINER) as joiner:
+        began = time.monotonic()
+
+        def later(_: Asked) -> Say:
+            ready = member(2, "promotable", address=joiner.endpoint)
+            return view(member(1), ready if time.monotonic() > began + 4 else unpacking(joiner))
+
+        with Server({"GET /v1/cluster": later}) as server:
+            ask = {"endpoints": [server.endpoint], "ids": [2], "state": "ready", "slice": 0.3}
+            result = ad_hoc("dengine_member", **ask, stall_timeout=1)
+            assert result.get("done"), result
+            began = float("inf")
+            result = ad_hoc("dengine_member", **ask, stall_timeout=1)
+    assert "nothing moved for" in result["msg"], "it has a limit nevertheless"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_member_does_not_wait_for_a_node_that_has_ended(known: bool) -> None:
+    """Member of the cluster or not: nobody listens on its port, and nothing moves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        gone = f"127.0.0.1:{free.getsockname()[1]}"
+        learner = member(2, "promotable", address=gone, ready=False, match=0, lag=12)
+        seen = view(member(1), learner) if known else view(member(1))
+        with Server({"GET /v1/cluster": seen}) as server:
+            ask = {"endpoints": [server.endpoint], "ids": [2], "state": "ready", "slice": 0.3}
+            more = {"stall_timeout": 2, "nodes": {} if known else {"2": gone}}
+            result = ad_hoc("dengine_member", **ask, **more)
+    assert f"node 2 does not run: {gone}: Connection refused, for " in result["msg"]
+    assert "Its log says why" in result["msg"]
+    assert f"it does not answer itself: {gone}" in result["msg"]
+
+
+def test_patience_with_a_node_that_ended_is_shorter_than_with_one_that_stands_still() -> None:
+    now = time.monotonic()
+    patience = action._Patience(3600.0, 60.0)
+    seen = {"mark": [1], "ended": ["node 2 does not run: refused"], "progress": []}
+    assert patience.ends(seen) == ""
+    patience._moved = patience._ended = now - 21
+    assert "node 2 does not run: refused, for 21 s" in patience.ends(seen)
+    assert patience.ends({**seen, "ended": []}) == ""
+
+
+def test_the_job_of_a_node_that_gets_a_snapshot_is_called_as_the_module_expects() -> None:
+    node = Path(__file__).resolve().parents[2] / "dengine" / "node" / "snapshots.py"
+    assert f'self.job = f"{FETCHING} from node ' in node.read_text(encoding="utf-8")
+
+
+def test_member_looks_again_when_nobody_knows_what_became_of_a_promotion() -> None:
+    """It took place, and the answer was lost."""
+    before = view(member(1), member(2, "promotable"), member(3, "promotable"))
+    answers: Answers = {"GET /v1/cluster": before}
+
+    def promoted(_: Asked) -> Say:
+        answers["GET /v1/cluster"] = view(member(1), member(2), member(3))
+        return LOST
+
+    answers["POST /v1/cluster/promote"] = promoted
+    with Server(answers) as server:
+        result = run_module("dengine_member", endpoints=[server.endpoint], ids=[2, 3], slice=20)
+        assert server.changes == ["POST /v1/cluster/promote"]
+    assert result["done"], result
 
 
 @pytest.mark.parametrize(

@@ -10,71 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ansible_collections.dengine.core.plugins.module_utils import checks, host
 
-from tests.ansible.answers import BUSY, LOST, member, view
+from tests.ansible.answers import healthy, member, view
 from tests.ansible.server import COLLECTIONS, Answers, Say, Server, run_module, snapshot_file
 
 TOKEN = "a-token-that-nobody-may-see-0123456789"
 
 
-# --- the client that all of them share ---------------------------------------------------------
-
-
-def test_a_write_is_repeated_only_when_it_certainly_did_nothing() -> None:
-    """503 with outcome none is asked again; an unknown outcome is reported, never repeated."""
-    answers: Answers = {
-        "GET /v1/kv/a": Say({"error": "key_not_found"}, 404),
-        "PUT /v1/kv/a": [BUSY, Say({"revision": 4})],
-    }
-    with Server(answers) as server:
-        result = run_module("dengine_kv", endpoints=[server.endpoint], key="a", value="x")
-        assert result["revision"] == 4
-        assert server.changes == ["PUT /v1/kv/a"] * 2
-    with Server({**answers, "PUT /v1/kv/a": LOST}) as server:
-        result = run_module("dengine_kv", endpoints=[server.endpoint], key="a", value="x")
-        assert result["failed"]
-        assert result["outcome"] == "unknown"
-        assert server.changes == ["PUT /v1/kv/a"]
-
-
-def test_the_next_endpoint_is_asked_when_the_first_is_gone() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        dead = f"127.0.0.1:{free.getsockname()[1]}"
-        with Server({"GET /v1/cluster": view(member(1))}) as server:
-            result = run_module(
-                "dengine_settings",
-                endpoints=[dead, server.endpoint],
-                settings={"promotion": "immediate"},
-            )
-            assert not result["changed"]
-
-
-def test_the_token_is_sent_and_never_shown() -> None:
-    """Also when the node is so unkind as to repeat it."""
-    echo = Say({"error": "unauthorized", "message": f"bad {TOKEN}", "outcome": "none"}, 401)
-    with Server({"GET /v1/cluster": echo}) as server:
-        result = run_module(
-            "dengine_leader", endpoints=[server.endpoint], token=TOKEN, node_id=1, patience=0
-        )
-    assert server.asked[0].headers["Authorization"] == f"Bearer {TOKEN}"
-    assert result["failed"]
-    assert TOKEN not in result["raw"]
-
-
 # --- dengine_cluster_info ----------------------------------------------------------------------
-
-
-def healthy(*members: dict[str, Any]) -> Answers:
-    return {
-        "GET /v1/status": Say({"node_id": 1}),
-        "GET /readyz": Say({"status": "ok"}),
-        "GET /v1/cluster": view(*members),
-    }
 
 
 def test_info_only_reads() -> None:
@@ -119,45 +65,7 @@ def test_info_without_an_answer_fails_only_where_one_is_required() -> None:
         assert not result["answered"]
 
 
-# --- dengine_settings, dengine_leader, dengine_kv ------------------------------------------------
-
-
-def test_settings_change_what_differs_and_nothing_else() -> None:
-    answers: Answers = {
-        "GET /v1/cluster": view(member(1)),
-        "PUT /v1/cluster/settings": Say({"settings": {"promotion": "odd"}}),
-    }
-    wanted = {"promotion": "odd", "history_revisions": 10}
-    with Server(answers) as server:
-        result = run_module("dengine_settings", endpoints=[server.endpoint], settings=wanted)
-        assert result["changed"]
-        assert json.loads(server.asked[-1].body) == {"promotion": "odd"}
-        count = len(server.asked)
-        dry = run_module("dengine_settings", True, endpoints=[server.endpoint], settings=wanted)
-        assert dry["diff"]["after"]["promotion"] == "odd"
-        assert [a.method for a in server.asked[count:]] == ["GET"]
-
-
-def test_leader_is_moved_to_who_is_named_or_away_to_the_best() -> None:
-    led_by_two = Say({**view(member(1), member(2)).body, "leader": {"id": 2}})
-    answers: Answers = {
-        "GET /v1/cluster": [view(member(1), member(2)), led_by_two],
-        "POST /v1/cluster/leader": Say({"leader": 2}),
-    }
-    with Server(answers) as server:
-        result = run_module("dengine_leader", endpoints=[server.endpoint], node_id=2)
-        assert result["changed"]
-        assert json.loads(server.asked[1].body) == {"id": 2}
-        again = run_module("dengine_leader", endpoints=[server.endpoint], node_id=2)
-        assert not again["changed"]
-    three = view(member(1), member(2, lag=40), member(3))
-    with Server({"GET /v1/cluster": three}) as server:
-        result = run_module("dengine_leader", True, endpoints=[server.endpoint], not_node_id=1)
-        assert result["leader"] == 3
-        assert server.changes == []
-    with Server({"GET /v1/cluster": view(member(1))}) as server:
-        result = run_module("dengine_leader", endpoints=[server.endpoint], not_node_id=1)
-        assert "no other voter is alive" in result["msg"]
+# --- dengine_kv --------------------------------------------------------------------------------
 
 
 def test_kv_writes_under_the_condition_that_it_read() -> None:
@@ -181,6 +89,31 @@ def test_kv_writes_under_the_condition_that_it_read() -> None:
         assert len(server.changes) == count
         hidden = run_module("dengine_kv", value="s3cr3t-value", secret=True, **ask)
         assert "s3cr3t-value" not in hidden["raw"]
+
+
+WRITES_DOWN = """
+import runpy, sys
+from ansible.module_utils import basic
+basic.has_journal = False
+basic.syslog.syslog = lambda *said: print("logged:", *said, file=sys.stderr)
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_kv_never_has_a_value_logged_on_the_host() -> None:
+    """Ansible logs how a module is called before that module can say what is secret."""
+    answers: Answers = {"GET /v1/kv/a": Say(b"old", headers={"ETag": '"7"'})}
+    with Server(answers) as server:
+        good = {"endpoints": [server.endpoint], "key": "a", "value": "s3cr3t-value", "secret": True}
+        for ask in (good, {**good, "secret": "perhaps"}, {**good, "state": "absent", "key": None}):
+            shown = run_module("dengine_kv", check=True, program=WRITES_DOWN, **ask)["raw"]
+            assert "s3cr3t-value" not in shown
+        shown = run_module("dengine_kv", check=True, program=WRITES_DOWN, **good)["raw"]
+        assert "logged:" in shown
+        assert "Invoked with" in shown
+        open_ = {**good, "secret": False, "value": "plain"}
+        told = run_module("dengine_kv", check=True, program=WRITES_DOWN, **open_)
+        assert told["diff"]["after"] == "plain\n", "what is no secret is shown as before"
 
 
 # --- dengine_snapshot --------------------------------------------------------------------------
@@ -373,6 +306,54 @@ def test_probe_tells_identity_and_checks_without_leaving_anything(tmp_path: Path
     assert [r["check"] for r in rows if r["status"] != "ok"][:1] == ["memory"]
     assert [p.name for p in data.iterdir()] == ["identity.json"]
     assert run_module("dengine_probe", action="checks", checks=["luck"])["failed"]
+
+
+def test_probe_wants_room_for_the_data_of_the_largest_member(tmp_path: Path) -> None:
+    """A host that joins has no snapshot of its own to go by."""
+    data = tmp_path / "2"
+    ask = {"data_dir": str(data), "limits": {"disk_free_mb": 1}, "backend": "process"}
+    check = {**ask, "action": "checks", "checks": ["disk_space"]}
+    assert run_module("dengine_probe", action="facts", **ask)["facts"]["data_bytes"] == 0
+    (row,) = run_module("dengine_probe", data_bytes=10**15, **check)["rows"]
+    assert row["status"] == "FAILED"
+    assert row["limit"] == "3000000000 MB, 3 times the data"
+    (row,) = run_module("dengine_probe", data_bytes=10**5, **check)["rows"]
+    assert (row["status"], row["limit"]) == ("ok", "1 MB")
+    (data / "state-3").mkdir(parents=True)
+    (data / "state-3" / "data.mdb").write_bytes(b"x" * 100_000)
+    assert host.data_bytes(str(data)) >= 100_000, "there is no snapshot yet"
+    (data / "snapshots").mkdir()
+    (data / "snapshots" / "snapshot-1-9.dsnap").write_bytes(b"x" * 70_000)
+    (data / "snapshots" / "snapshot-1-9.dsnap.partial").write_bytes(b"x" * 90_000)
+    assert run_module("dengine_probe", action="facts", **ask)["facts"]["data_bytes"] == 70_000
+
+
+def test_probe_does_not_judge_what_the_running_node_itself_takes(tmp_path: Path) -> None:
+    """A second run is not refused for the memory and the writes of the first one's node."""
+    node = tmp_path / "node.py"
+    node.write_text("import time\ntime.sleep(60)\n")
+    config = str(tmp_path / "c.toml")
+    start = {"config": config, "command": [sys.executable, str(node)], "log": str(tmp_path / "log")}
+    ask = {
+        "action": "checks",
+        "checks": ["memory", "fsync"],
+        "config": config,
+        "data_dir": str(tmp_path),
+        "limits": {"memory_mb": 10**9, "fsync_p99_ms": 0},
+    }
+    rows = run_module("dengine_probe", **ask)["rows"]
+    assert [r["status"] for r in rows] == ["FAILED", "FAILED"]
+    try:
+        assert run_module("dengine_process", **start)["changed"]
+        rows = run_module("dengine_probe", **ask)["rows"]
+        assert [r["status"] for r in rows] == ["ok", "ok"], rows
+        assert all("not judged: the node runs" in r["measured"] for r in rows)
+    finally:
+        run_module("dengine_process", **start, state="stopped")
+
+
+def test_probe_wants_the_systemd_that_the_units_need() -> None:
+    assert checks.LIMITS["systemd_min"] == 251
 
 
 def test_process_is_found_by_what_runs_and_outlives_the_module(tmp_path: Path) -> None:

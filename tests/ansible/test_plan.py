@@ -406,6 +406,46 @@ def test_ways_are_judged_in_both_directions() -> None:
     assert "skipped by name: rtt on n1 (12.5 ms to n2)" in rows.verdict(skipped)
 
 
+def test_who_is_reached_by_all_others_has_no_firewall_in_the_way() -> None:
+    """Rules are hard to read, and the way was tried. Where it was not, or in vain, they count."""
+    nodes = inventory.topology(HOSTS, hostvars())
+    bad = {"check": "firewall", "status": "FAILED", "measured": "drops", "limit": "", "hint": "h"}
+    found: dict[str, list[dict[str, Any]]] = {h: [bad, {**bad, "check": "port"}] for h in HOSTS}
+
+    def failing(ways: dict[str, Any]) -> set[str]:
+        made = rows.failures(rows.host_rows(found, nodes, ways))
+        assert {r["host"] for r in made if r["check"] == "port"} == set(HOSTS)
+        return {r["host"] for r in made if r["check"] == "firewall"}
+
+    good = {"error": ""}
+    ways = {
+        "n1": {"10.0.0.2:9082": good, "10.0.0.3:9083": good},
+        "n2": {"10.0.0.1:9081": good, "10.0.0.3:9083": {"error": "timed out"}},
+    }
+    assert failing(ways) == {"n3"}
+    assert failing({"n1": {}}) == set(HOSTS)
+    made = rows.host_rows(found, nodes, ways)
+    assert made[0]["measured"] == "drops; the others reach it"
+
+
+def test_the_plan_tells_what_the_data_of_the_largest_member_take() -> None:
+    world = three_voters()
+    assert world.plan()["data_bytes"] == 0
+    world.facts["n2"]["data_bytes"] = 7_000_000_000
+    world.facts["n1"]["data_bytes"] = 6_000_000_000
+    assert world.plan()["data_bytes"] == 7_000_000_000
+
+
+def test_an_ipv6_address_may_stand_in_brackets_or_not() -> None:
+    for address in ("2001:db8::1", "[2001:db8::1]"):
+        values = hostvars()
+        values["n1"]["dengine_address"] = address
+        (first, *_) = inventory.topology(HOSTS, values)
+        assert (first["address"], first["endpoint"]) == ("2001:db8::1", "[2001:db8::1]:9081")
+        values["n2"].update(dengine_address="[2001:db8::1]", dengine_port=9081)
+        assert any("both have [2001:db8::1]:9081" in said for said in problems(values))
+
+
 def test_a_joiner_gets_the_release_of_the_members() -> None:
     there = "/opt/dengine/releases/1.2.0-0123abcd"
     found = rows.release_rows({"n1": there, "n2": ""}, "1.3.0")

@@ -49,6 +49,26 @@ def test_a_key_that_is_not_text_is_compared_as_well() -> None:
     assert r"differ at key '\\xff\\xfe+/'" in problem
 
 
+def test_many_keys_that_differ_take_one_connection() -> None:
+    """To look a key up again takes three reads: thousands of them must not use up the ports."""
+
+    def all_at(revision: int) -> Answers:
+        keys = [f"k{i}" for i in range(50)]
+        items = [{"key": key, "mod_revision": revision} for key in keys]
+        return {
+            "GET /v1/cluster": cluster("a", "b", "c"),
+            LISTING: Say({"items": items, "next": None}),
+            **{f"GET /v1/kv/{key}": Say(b"x", headers={"ETag": '"7"'}) for key in keys},
+        }
+
+    with Server(all_at(5)) as one, Server(all_at(6)) as other:
+        ask = {"endpoints": [one.endpoint, other.endpoint], "voters": [1, 2, 3]}
+        assert run_module("dengine_verify", canary_prefix="", **ask)["problems"] == []
+        assert len(other.asked) > 50
+        assert one.connections <= 2
+        assert other.connections <= 2
+
+
 def test_a_key_that_is_not_text_and_missing_is_found() -> None:
     """Listed by one node, unknown to the other."""
     lacking = {**holding(5), LISTING: Say({"items": [], "next": None})}

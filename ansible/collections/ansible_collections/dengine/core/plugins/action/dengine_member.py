@@ -11,6 +11,8 @@ from ansible_collections.dengine.core.plugins.plugin_utils import run_lock
 
 display = Display()
 REFRESH_S = 60.0  # the run lock is told so often that this run still goes on
+UNPACK_BYTES_PER_S = 10e6  # a slow disk and a busy machine verify and unpack a snapshot so fast
+ENDED_S = 20.0  # a node that is started again after a failure is back by then
 
 
 class ActionModule(ActionBase):
@@ -65,13 +67,15 @@ class ActionModule(ActionBase):
 
 
 class _Patience:
-    """How long to go on: in all, without progress, and with promotions that are refused."""
+    """How long to go on: in all, without progress, without the node itself, and with promotions
+    that are refused.
+    """
 
     def __init__(self, timeout, stall_timeout):
         self._timeout = timeout
         self._stall_timeout = stall_timeout
         self._began = self._moved = time.monotonic()
-        self._mark = self._refused = None
+        self._mark = self._refused = self._ended = None
 
     @property
     def seconds(self):
@@ -85,12 +89,21 @@ class _Patience:
         # A refusal that stays is a fault even while the log moves on under load.
         refusal = result.get("refusal", "")
         self._refused = (self._refused or now) if refusal else None
+        ended = "; ".join(result.get("ended", ()))
+        self._ended = (self._ended or now) if ended else None
         said = f"; the cluster refuses to promote: {refusal}" if refusal else ""
+        still = now - self._moved
         what = ""
-        if now - self._moved >= self._stall_timeout:
-            what = f"nothing moved for {now - self._moved:.0f} s"
+        if ended and min(still, now - self._ended) >= min(ENDED_S, self._stall_timeout):
+            what = f"{ended}, for {now - self._ended:.0f} s. Its log says why"
+        elif still >= self._stall_timeout + self._unpacking_s(result):
+            what = f"nothing moved for {still:.0f} s"
         elif refusal and now - self._refused >= self._stall_timeout:
             what = f"no promotion for {now - self._refused:.0f} s"
         elif self.seconds >= self._timeout:
             what = "it took too long"
         return f"{what}, after {self.seconds:.0f} s in all{said}" if what else ""
+
+    def _unpacking_s(self, result):
+        """Nothing can be seen of a node that verifies and unpacks a snapshot."""
+        return result.get("unpacking_bytes", 0) / UNPACK_BYTES_PER_S

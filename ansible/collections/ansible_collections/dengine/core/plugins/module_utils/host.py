@@ -73,6 +73,29 @@ def is_empty(directory):
         return True
 
 
+def data_bytes(directory):
+    """What the data of a node take: its largest snapshot, or its state where there is none yet.
+
+    A state on disk counts what it has room for, a snapshot what there is.
+    """
+    snapshots = _sizes(os.path.join(directory, "snapshots"), lambda name: name.endswith(".dsnap"))
+    if snapshots:
+        return max(found.st_size for found in snapshots)
+    try:
+        states = [name for name in os.listdir(directory) if name.startswith("state-")]
+    except OSError:
+        return 0
+    taken = (_sizes(os.path.join(directory, name)) for name in states)
+    return max((sum(512 * found.st_blocks for found in sizes) for sizes in taken), default=0)
+
+
+def _sizes(directory, wanted=lambda name: True):
+    try:
+        return [entry.stat() for entry in os.scandir(directory) if wanted(entry.name)]
+    except OSError:
+        return []
+
+
 def digest(path):
     """SHA-256 of a file, or "" where there is none."""
     try:

@@ -15,7 +15,7 @@ import select
 import socket
 import time
 
-from ansible_collections.dengine.core.plugins.module_utils.client import split_endpoint
+from ansible_collections.dengine.core.plugins.module_utils.client import ApiError, split_endpoint
 
 PROBE_PATH = "/v1/probe"
 HUSH_PATH = "/v1/probe/end"
@@ -40,7 +40,7 @@ def bind(endpoint):
 def local_endpoint(endpoint):
     """Where this machine itself reaches what listens on `endpoint`."""
     host, port = split_endpoint(endpoint)
-    return f"127.0.0.1:{port}" if host == "0.0.0.0" else endpoint
+    return {"0.0.0.0": f"127.0.0.1:{port}", "::": f"[::1]:{port}"}.get(host, endpoint)
 
 
 def stand_in_pid(endpoint):
@@ -137,9 +137,9 @@ def measure(endpoint, count):
     connect is added, so that something slow on the way shows) and `offset_ms` where a clock was
     told.
     """
-    host, port = split_endpoint(endpoint)
     connects, answers, offsets = [], [], []
     try:
+        host, port = split_endpoint(endpoint)
         for _ in range(count):
             began = time.monotonic()
             with socket.create_connection((host, port), REQUEST_S) as link:
@@ -153,6 +153,8 @@ def measure(endpoint, count):
             body = said.partition(b"\r\n\r\n")[2]
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 offsets.append((took, json.loads(body)["time"] - asked_at - took / 2))
+    except ApiError as failure:
+        return {"error": failure.message}
     except OSError as failure:
         reason = "timed out" if isinstance(failure, socket.timeout) else failure.strerror
         return {"error": reason or str(failure)}

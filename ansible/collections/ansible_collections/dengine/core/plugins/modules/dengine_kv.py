@@ -24,7 +24,7 @@ options:
     choices: [present, absent]
     default: present
   secret:
-    description: Keep the value out of results and diffs.
+    description: Keep the value out of results and diffs. No value is ever in the host's log.
     type: bool
     default: false
 """
@@ -68,7 +68,8 @@ def main():
         argument_spec={
             **API_SPEC,
             "key": {"type": "str", "required": True, "no_log": False},
-            "value": {"type": "str"},
+            # Ansible logs each call on the host before this module can look at O(secret).
+            "value": {"type": "str", "no_log": True},
             "state": {"type": "str", "default": "present", "choices": ["present", "absent"]},
             "secret": {"type": "bool", "default": False},
         },
@@ -76,8 +77,8 @@ def main():
         supports_check_mode=True,
     )
     params, client = module.params, Client.of(module.params)
-    if params["secret"] and params["value"]:
-        module.no_log_values.add(params["value"])
+    if not params["secret"] and params["value"] != params["token"]:
+        module.no_log_values.discard(params["value"])  # results may show it
     path = key_path(params["key"])
     present = params["state"] == "present"
     wanted = params["value"].encode("utf-8") if present else None

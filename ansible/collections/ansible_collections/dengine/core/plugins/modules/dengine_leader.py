@@ -9,6 +9,8 @@ short_description: Move the leadership of a dengine cluster
 description:
   - Hands leadership to O(node_id), or away from O(not_node_id) to the living voter that lags least.
   - Nothing happens when that is so already.
+  - Nothing can be written while leadership moves, until an election timeout is over if it does not.
+    So a node that is far behind is refused, and no more than two attempts are made.
 extends_documentation_fragment: dengine.core.api
 options:
   node_id:
@@ -17,6 +19,10 @@ options:
   not_node_id:
     description: Who is not to lead.
     type: int
+  max_lag:
+    description: Most entries that who takes over may be behind.
+    type: int
+    default: 1000
 """
 EXAMPLES = r"""
 - name: Node 2 leads
@@ -41,6 +47,8 @@ from ansible_collections.dengine.core.plugins.module_utils.client import (
 )
 
 POLL_S = 0.1
+ATTEMPTS = 2
+FOR_GOOD = (400, 401, 403, 404, 409)
 
 
 def successor(view, leaving):
@@ -55,20 +63,59 @@ def successor(view, leaving):
     return min(able, key=lambda m: (m["lag"] or 0, m["id"]))["id"]
 
 
+def require_close(view, target, max_lag):
+    """Refuse who could not take over within an election timeout. Raises ApiError."""
+    lag = max((m["lag"] or 0 for m in view["members"] if m["id"] == target), default=0)
+    if lag > max_lag:
+        raise ApiError(
+            f"node {target} is {lag} entries behind, and may be {max_lag}: while leadership moves "
+            "to it, nothing can be written. Wait until it has caught up, see `dengine members`"
+        )
+
+
 def transfer(client, target):
-    """Ask until `target` leads; a refusal that may pass is asked again."""
+    """Ask until `target` leads, or has failed to take over for the second time."""
     deadline = time.monotonic() + client.patience
+    attempts = 0
     while True:
-        try:
-            client.call("POST", "/v1/cluster/leader", {"id": target})
-        except ApiError as error:
-            if error.status in (400, 404, 409) or time.monotonic() >= deadline:
-                raise
-        leader = client.get("/v1/cluster").get("leader") or {}
-        if leader.get("id") == target:
+        error = _ask(client, target)
+        # Whatever was answered, or was not: what counts is who leads.
+        leader = _leader(client, deadline)
+        if leader == target:
             return
-        if time.monotonic() >= deadline:
-            raise ApiError(f"node {target} did not take over in time", outcome="unknown")
+        attempts += error is None or _was_tried(error)
+        if attempts >= ATTEMPTS or time.monotonic() >= deadline:
+            raise error or ApiError(f"node {target} did not take over", outcome="unknown")
+        time.sleep(POLL_S)
+
+
+def _ask(client, target):
+    """One attempt, through the first endpoint that passes it on; returns the error, if any."""
+    error = ApiError("no endpoint is given")
+    for endpoint in client.endpoints:
+        try:
+            client.only(endpoint).call("POST", "/v1/cluster/leader", {"id": target})
+        except ApiError as failure:
+            if failure.status in FOR_GOOD:
+                raise
+            error = failure
+            if not _was_tried(error):
+                continue
+            return error
+        return None
+    return error
+
+
+def _was_tried(error):
+    return error.outcome != "none" or error.name == "propose_failed"
+
+
+def _leader(client, deadline):
+    """Id of who leads; waits while nobody does."""
+    while True:
+        leader = client.get("/v1/cluster").get("leader") or {}
+        if leader or time.monotonic() >= deadline:
+            return leader.get("id")
         time.sleep(POLL_S)
 
 
@@ -78,6 +125,7 @@ def main():
             **API_SPEC,
             "node_id": {"type": "int"},
             "not_node_id": {"type": "int"},
+            "max_lag": {"type": "int", "default": 1000},
         },
         required_one_of=[("node_id", "not_node_id")],
         mutually_exclusive=[("node_id", "not_node_id")],
@@ -91,6 +139,8 @@ def main():
         if target is None:
             target = successor(view, leaving) if leader == leaving else leader
         changed = leader != target
+        if changed:
+            require_close(view, target, module.params["max_lag"])
         if changed and not module.check_mode:
             transfer(client, target)
     except ApiError as error:

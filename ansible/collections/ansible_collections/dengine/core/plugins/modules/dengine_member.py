@@ -11,7 +11,9 @@ description:
     says, promotes them when all are ready and the cluster's own policy has not done so, and removes
     members for good.
   - An action plugin of the same name runs the module again and again, shows a line of progress in
-    between, and fails when nothing moves for O(stall_timeout) seconds.
+    between, and fails when nothing moves for O(stall_timeout) seconds. A node that has a whole
+    snapshot is given the time to verify and unpack it, a second for each 10 MB. One on whose port
+    nobody listens any more is given up after 20 seconds.
 extends_documentation_fragment: dengine.core.api
 options:
   ids:
@@ -39,6 +41,12 @@ options:
   zone:
     description: For O(state=present), the availability zone.
     type: str
+  nodes:
+    description:
+      - Endpoint by node id, to ask nodes themselves that are no members yet. Members are asked
+        where the cluster says that they are.
+    type: dict
+    default: {}
   slice:
     description: Seconds of waiting in one execution; the action plugin repeats executions.
     type: float
@@ -88,6 +96,15 @@ refusal:
   description: Why the cluster refused to promote the nodes, when it did.
   type: str
   returned: when O(state) is not V(present)
+ended:
+  description: A sentence for each node on whose port nobody listens.
+  type: list
+  elements: str
+  returned: when O(state) is not V(present)
+unpacking_bytes:
+  description: Size of the largest snapshot that a node verifies and unpacks now, or 0.
+  type: int
+  returned: when O(state) is not V(present)
 progress:
   description: One line for each id.
   type: list
@@ -100,14 +117,17 @@ import time
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.dengine.core.plugins.module_utils.client import (
     API_SPEC,
+    REFUSED,
     ApiError,
     Client,
 )
 from ansible_collections.dengine.core.plugins.module_utils.view import (
+    is_on_its_way,
     newest,
     progress_line,
     progress_mark,
     sets,
+    unpacks,
 )
 
 POLL_S = 0.2
@@ -179,7 +199,7 @@ def _promote(client, view, ids):
     try:
         client.call("POST", "/v1/cluster/promote", {"ids": waiting})
     except ApiError as error:
-        if error.status != 409:
+        if error.status != 409 and error.outcome != "unknown":
             raise
         return error.message  # not ready any more, or the policy was faster; or it stays like that
     return ""
@@ -189,8 +209,40 @@ def remove(client, view, ids):
     """Remove those of `ids` that are members; returns the view afterwards."""
     for node_id in ids:
         if newest(view, node_id) is not None:
-            client.call("DELETE", f"/v1/cluster/members/{node_id}")
+            client.change(
+                "DELETE",
+                f"/v1/cluster/members/{node_id}",
+                None,
+                lambda now, gone=node_id: newest(now, gone) is None,
+            )
     return client.get("/v1/cluster")
+
+
+def own_words(client, view, ids, nodes):
+    """What nodes that are not ready tell of themselves, by id: `job`, or `error`.
+
+    The cluster sees nothing of a node that unpacks a snapshot, and nothing of one that has ended.
+    """
+    said = {}
+    for node_id in ids:
+        member = newest(view, node_id) or {"address": nodes.get(str(node_id))}
+        if reached(view, [node_id], "ready") or not member["address"] or is_on_its_way(member):
+            continue
+        try:
+            job = client.only(member["address"]).get("/v1/snapshots").get("job")
+            said[node_id] = {"job": job or ""}
+        except ApiError as error:
+            said[node_id] = {"error": error.message, "ended": error.name == REFUSED}
+    return said
+
+
+def unpacking_bytes(client, view, said):
+    """Size of what is unpacked; it is known as long as the transfer is remembered, or nearly so."""
+    busy = [m for i, own in said.items() for m in [newest(view, i)] if m and unpacks(m, own)]
+    sizes = [m["transfer"]["size_bytes"] for m in busy if m.get("transfer")]
+    if busy and not sizes:
+        sizes = [s["size_bytes"] for s in client.get("/v1/snapshots")["snapshots"]]
+    return max(sizes, default=0)
 
 
 def wrong_fields(view, params):
@@ -209,7 +261,12 @@ def wrong_fields(view, params):
 
 def apply_fields(client, differing):
     for node_id, change in differing.items():
-        client.call("PUT", f"/v1/cluster/members/{node_id}", change)
+        client.change(
+            "PUT",
+            f"/v1/cluster/members/{node_id}",
+            change,
+            lambda now, of=node_id, new=change: new.items() <= (newest(now, of) or {}).items(),
+        )
     return client.get("/v1/cluster")
 
 
@@ -239,6 +296,7 @@ def run(module, client):
             "done": True,
             "diff": {"before": old, "after": new},
         }
+    said = {}
     if module.check_mode:
         after = predicted(view, ids, state)
         changed = after != before
@@ -251,6 +309,8 @@ def run(module, client):
         after = sets(view)
         changed = after != before
         done = reached(view, ids, state)
+        if not done and state != "absent":
+            said = own_words(client, view, ids, params["nodes"])
     return {
         "changed": changed,
         "before": before,
@@ -258,7 +318,11 @@ def run(module, client):
         "done": done,
         "diff": {"before": before, "after": after},
         "refusal": "" if done else refusal,
-        "progress": [progress_line(view, i) for i in ids],
+        "ended": [
+            f"node {i} does not run: {o['error']}" for i, o in said.items() if o.get("ended")
+        ],
+        "unpacking_bytes": unpacking_bytes(client, view, said),
+        "progress": [progress_line(view, i, said.get(i)) for i in ids],
         "mark": progress_mark(view, ids),
         "cluster": view,
     }
@@ -277,6 +341,7 @@ def main():
             "expect_cluster_id": {"type": "str", "default": ""},
             "address": {"type": "str"},
             "zone": {"type": "str"},
+            "nodes": {"type": "dict", "default": {}},
             "slice": {"type": "float", "default": 5.0},
             "timeout": {"type": "float", "default": 3600.0},
             "stall_timeout": {"type": "float", "default": 60.0},

@@ -47,6 +47,12 @@ options:
     type: list
     elements: str
     default: []
+  data_bytes:
+    description:
+      - What the data of the largest member take, for check C(disk_space); a host that joins has
+        none of its own to go by.
+    type: int
+    default: 0
   limits:
     description: Limits by name; those that are not named have the collection's defaults.
     type: dict
@@ -90,6 +96,7 @@ import sys
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.dengine.core.plugins.module_utils import checks, host, network
+from ansible_collections.dengine.core.plugins.module_utils.client import ApiError
 
 PROBES_PER_WAY = 20
 
@@ -107,6 +114,7 @@ def facts(params):
         "trace": host.trace(secrets_dir, unit),
         "process": host.find_process(params["config"]),
         "identity": host.read_identity(data_dir),
+        "data_bytes": host.data_bytes(data_dir),
         "data_empty": host.is_empty(data_dir),
         "config_sha256": host.digest(params["config"]),
         "config_dir_exists": os.path.isdir(os.path.dirname(params["config"])),
@@ -119,6 +127,24 @@ def facts(params):
         "data_device": os.stat(point).st_dev,
         "uid": os.getuid(),
     }
+
+
+def look(module):
+    """What the action asks for."""
+    params = module.params
+    action = params["action"]
+    if action == "facts":
+        return {"facts": facts(params)}
+    if action == "checks":
+        unknown = sorted(set(params["checks"]) - set(checks.CHECKS))
+        if unknown:
+            raise ApiError(f"no such checks: {unknown}; there are {sorted(checks.CHECKS)}")
+        return {"rows": checks.run(params, module.run_command)}
+    if action == "listen":
+        return {"listening": network.listen(params["listen_address"], params["seconds"])}
+    if action == "hush":
+        return {"ended": network.hush(params["listen_address"])}
+    return {"ways": {t: network.measure(t, PROBES_PER_WAY) for t in params["targets"]}}
 
 
 def main():
@@ -140,28 +166,17 @@ def main():
                 "choices": ["systemd", "process"],
             },
             "checks": {"type": "list", "elements": "str", "default": []},
+            "data_bytes": {"type": "int", "default": 0},
             "limits": {"type": "dict", "default": {}},
             "targets": {"type": "list", "elements": "str", "default": []},
             "seconds": {"type": "float", "default": 60.0},
         },
         supports_check_mode=True,
     )
-    params = module.params
-    action = params["action"]
-    if action == "facts":
-        module.exit_json(changed=False, facts=facts(params))
-    if action == "checks":
-        unknown = sorted(set(params["checks"]) - set(checks.CHECKS))
-        if unknown:
-            module.fail_json(msg=f"no such checks: {unknown}; there are {sorted(checks.CHECKS)}")
-        module.exit_json(changed=False, rows=checks.run(params, module.run_command))
-    if action == "listen":
-        listening = network.listen(params["listen_address"], params["seconds"])
-        module.exit_json(changed=False, listening=listening)
-    if action == "hush":
-        module.exit_json(changed=False, ended=network.hush(params["listen_address"]))
-    ways = {t: network.measure(t, PROBES_PER_WAY) for t in params["targets"]}
-    module.exit_json(changed=False, ways=ways)
+    try:
+        module.exit_json(changed=False, **look(module))
+    except ApiError as error:
+        module.fail_json(msg=error.message)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,13 @@ def main():
         change = {k: v for k, v in wanted.items() if before.get(k) != v}
         after = {**before, **change}
         if change and not module.check_mode:
-            reply = client.call("PUT", "/v1/cluster/settings", change)
-            after = reply.json()["settings"]
+            reply = client.change(
+                "PUT",
+                "/v1/cluster/settings",
+                change,
+                lambda view: all(view["settings"].get(k) == v for k, v in change.items()),
+            )
+            after = reply.json()["settings"] if reply else after
     except ApiError as error:
         module.fail_json(msg=error.message, outcome=error.outcome, error=error.name)
     module.exit_json(changed=bool(change), settings=after, diff={"before": before, "after": after})

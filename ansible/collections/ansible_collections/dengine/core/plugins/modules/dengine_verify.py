@@ -143,12 +143,12 @@ def canary_problems(client, prefix):
     return problems
 
 
-def held(client, endpoint, max_keys):
+def held(node, max_keys):
     """Revision by key of at most `max_keys` keys on one node, and where the listing ended.
 
     A key is bytes, in whose order they are listed: not every key is text.
     """
-    node, found, after = client.only(endpoint, client.patience), {}, ""
+    found, after = {}, ""
     while True:
         page = node.get(f"/v1/kv?limit={PAGE}&keys_only=true{after}")
         for item in page["items"]:
@@ -168,29 +168,40 @@ def data_problems(client, max_keys):
     Two listings are not of one moment, so a key that differs is looked up again on both nodes, with
     reads that are linearizable: if it still differs without having changed, the nodes differ.
     """
-    listings = {e: held(client, e, max_keys) for e in client.endpoints}
+    # One connection for each node: thousands of keys may differ, and ports are not without end.
+    nodes = {e: client.only(e, client.patience, keep=True) for e in client.endpoints}
+    try:
+        listings = {e: held(node, max_keys) for e, node in nodes.items()}
+        return _differing(nodes, listings), len(next(iter(listings.values()))[0])
+    finally:
+        for node in nodes.values():
+            node.close()
+
+
+def _differing(nodes, listings):
+    """A sentence for each node that holds something else than the first one."""
     first, (reference, end) = next(iter(listings.items()))
     problems = []
     for endpoint, (found, own_end) in listings.items():
         ends = [x for x in (end, own_end) if x is not None]
         keys = [k for k in {*reference, *found} if not ends or k <= min(ends)]
         for key in sorted(k for k in keys if reference.get(k) != found.get(k)):
-            one, other = (_settled(client, e, key) for e in (first, endpoint))
-            if one != other and _settled(client, first, key) == one:
+            one, other = (_settled(nodes[e], key) for e in (first, endpoint))
+            if one != other and _settled(nodes[first], key) == one:
                 name = key.decode("utf-8", "backslashreplace")
                 problems.append(f"{first} and {endpoint} differ at key {name!r}")
                 break
-    return problems, len(reference)
+    return problems
 
 
-def _settled(client, endpoint, key):
+def _settled(node, key):
     """The revision of one key, by a linearizable read."""
     try:
         path = key_path(key.decode("utf-8"))
     except UnicodeDecodeError:
         encoded = base64.b64encode(key).decode("ascii")
         path = "/v1/kv?key_base64=" + urllib.parse.quote(encoded, safe="")
-    reply = client.only(endpoint, client.patience).call("GET", path, accept=(404,))
+    reply = node.call("GET", path, accept=(404,))
     return reply.headers["ETag"] if reply.status == 200 else None
 
 

@@ -30,6 +30,8 @@ def topology(hosts: list[str], hostvars: Any) -> list[dict[str, Any]]:
         if port is None and node_id is not None:
             port = PORT_BASE + node_id
         address = values.get("dengine_address")
+        if address and address[0] == "[" and address[-1] == "]":
+            address = address[1:-1]  # an IPv6 address, written as in an endpoint
         bracketed = f"[{address}]" if address and ":" in address else address
         found.append(
             {

@@ -53,6 +53,7 @@ class Planner:
             "backup_host": self._backup_host(members),
             "running": [n["host"] for n in members if survey.process(n["host"])],
             "unreachable": list(survey.unreachable),
+            "data_bytes": max((f.get("data_bytes", 0) for f in survey.facts.values()), default=0),
             "processes": {n["host"]: survey.process(n["host"]) for n in self.nodes},
             "blank": [n["host"] for n in members if not survey.identity(n["host"])],
             "done": not (founder or start or join),

@@ -22,9 +22,28 @@ def row(host: str, check: str, measured: str, hint: str, limit: str = "") -> Row
     }
 
 
-def host_rows(found: dict[str, list[Row]]) -> list[Row]:
-    """The rows of `dengine_probe` by host, as rows of the one table."""
-    return [{"host": host, **r} for host, rows in found.items() for r in rows]
+def host_rows(
+    found: dict[str, list[Row]],
+    nodes: list[dict[str, Any]] | None = None,
+    ways: dict[str, dict[str, Any]] | None = None,
+) -> list[Row]:
+    """The rows of `dengine_probe` by host, as rows of the one table.
+
+    Rules of a firewall are hard to read: where all others have reached a host, as `ways` says, it
+    lets them in.
+    """
+    reached = {n["host"] for n in nodes or [] if _is_reached(n["endpoint"], ways or {})}
+    return [
+        {**r, "status": "ok", "measured": f"{r['measured']}; the others reach it", "hint": ""}
+        if r["check"] == "firewall" and r["status"] == "FAILED" and r["host"] in reached
+        else r
+        for r in ({"host": host, **r} for host, rows in found.items() for r in rows)
+    ]
+
+
+def _is_reached(endpoint: str, ways: dict[str, dict[str, Any]]) -> bool:
+    tries = [way[endpoint] for way in ways.values() if endpoint in way]
+    return bool(tries) and not any(way["error"] for way in tries)
 
 
 def way_rows(
