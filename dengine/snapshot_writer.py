@@ -264,8 +264,11 @@ def _ask(
 
 
 def _say(event: Event) -> None:
-    sys.stdout.buffer.write(encode_event(event) + b"\n")
-    sys.stdout.buffer.flush()
+    try:
+        sys.stdout.buffer.write(encode_event(event) + b"\n")
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os._exit(TryAgain.exit_code)  # the node was killed; so is this, in a moment
 
 
 def _die_with_parent(parent: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from dengine.errors import TryAgain
 from dengine.node.transfers import Report
 from dengine.raft.types import SnapshotRef
 from dengine.storage.snapshot_file import SnapshotInfo
-from dengine.storage.snapshot_jobs import Event, Fetch, Progress
+from dengine.storage.snapshot_jobs import Event, Fetch, Progress, Verify, encode_job
 from dengine.storage.state_store import StateStore
 from tests.storage.states import OTHER, history, membership, snapshot_of
 
@@ -82,3 +84,18 @@ def test_what_is_read_again_does_not_count_as_received() -> None:
     for done in (0, 0, 900, 1000):
         report(done, 1000)
     assert report._done - report._first == 100
+
+
+def test_a_writer_whose_node_is_gone_says_nothing_more(made: SnapshotInfo) -> None:
+    """The node was killed just as the writer had something to tell: no trace is left in its log."""
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dengine.snapshot_writer", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writing)
+    os.close(reading)
+    _, said = process.communicate(encode_job(Verify(str(made.path), 0)), timeout=30)
+    assert (process.returncode, said) == (TryAgain.exit_code, b"")
