@@ -300,6 +300,7 @@ def test_probe_tells_identity_and_checks_without_leaving_anything(tmp_path: Path
         action="checks",
         checks=["python", "architecture", "memory", "disk_space", "fsync", "open_files"],
         data_dir=str(data / "not" / "there"),
+        config=str(tmp_path / "of-no-node.toml"),  # that of a lab on this machine may be running
         backend="process",
         limits={"memory_mb": 10**9},
     )["rows"]

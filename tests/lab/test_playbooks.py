@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import ROOT, UNREACHABLE, wait_for
+from tests.conftest import LAB
 from tests.lab.machines import ADDRESSES, ZONES, Machine
 from tests.lab.site import Grown
 
@@ -54,11 +55,12 @@ def test_one_becomes_three_while_clients_write(grown: Grown) -> None:
     expand = grown.load["phases"]["expand"]
     assert expand["writes"] / expand["seconds"] > WRITES_PER_S
     assert expand["max_ms"] < SLOWEST_MS
-    # Nodes, clients and ansible share two cores here, so the slowest per cent says more about them
-    # than about dengine: it is printed, and the median is judged, by what one voter or three, which
-    # it is one after the other, take without a playbook beside them.
-    slower = max(grown.load["phases"][name]["p50_ms"] for name in ("quiet", "three"))
-    assert expand["p50_ms"] <= SLOWER * slower
+    # By what one voter or three, which it is one after the other, take without a playbook beside
+    # them. Nodes, clients and ansible share two cores here, so in the sample the slowest per cent
+    # may say more about what else runs on them: there it is only printed.
+    for name in ("p50_ms", "p99_ms") if LAB else ("p50_ms",):
+        slower = max(grown.load["phases"][phase][name] for phase in ("quiet", "three"))
+        assert expand[name] <= SLOWER * slower, name
     for name in ("MainPID", "ExecMainStartTimestampMonotonic", "NRestarts"):
         assert grown.after[name] == grown.before[name], name
     assert grown.again == {"n1": 0, "n2": 0, "n3": 0}
