@@ -43,7 +43,7 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 APART := tests/integration tests/crash_sweep tests/nemesis tests/ansible tests/lab
 
 test: lint test-packages ## Install what the tests need and run them all
-	$(PYTHON) -m pytest tests $(APART:%=--ignore=%) -q -n 2 --dist loadfile
+	$(PYTHON) -m pytest tests $(APART:%=--ignore=%) -q -n 2 --dist loadgroup
 	$(PYTHON) -m pytest $(APART) -q
 
 SEEDS ?= 1000

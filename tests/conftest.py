@@ -62,8 +62,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if belongs(item)]
     here = Path(__file__).parent
 
-    def rank(item: pytest.Item) -> int:
-        top = item.path.relative_to(here).parts[0]
-        return LAYERS.index(top) + 1 if top in LAYERS else 0
+    def top(item: pytest.Item) -> str:
+        return item.path.relative_to(here).parts[0]
 
-    items.sort(key=rank)
+    items.sort(key=lambda item: LAYERS.index(top(item)) + 1 if top(item) in LAYERS else 0)
+    for item in items:
+        # Several processes at work: one has all of a file, and all files of tests that share nodes.
+        group = "api" if top(item) == "api" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
