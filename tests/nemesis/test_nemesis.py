@@ -83,10 +83,11 @@ def left_behind() -> list[str]:
 
 
 CHILD = """
-import sys
+import signal, sys
 from pathlib import Path
 from tests.nemesis.plan import Plan
 from tests.nemesis.run import one
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 plans = map(lambda seed: Plan(seed, 60.0, ["kill"]), range(99))
 one(next(plan for plan in plans if plan.disk == sys.argv[2]), Path(sys.argv[1]))
 """
