@@ -132,6 +132,17 @@ def test_every_check_that_fails_is_a_row_of_one_table_and_nothing_is_changed(
     assert not (site.state / "hosts" / "n2").exists()
 
 
+def test_check_mode_comes_to_its_end_and_changes_nothing(site: Local) -> None:
+    """From nothing, with a list of checks as a person types it; what it tells is compared with a
+    real run in the full target."""
+    names = "time_sync,filesystem,fsync,memory"
+    run = site.play("expand", "--check", "--diff", "-e", f"dengine_preflight_skip={names}").ok()
+    assert all(run.changed.values())
+    assert "Check mode: nothing was changed." in run.output
+    assert not site.state.exists()
+    assert site.node_pids() == []
+
+
 # The check, the fault on n3, and the hosts whose row it fails: a way has two ends.
 FAULTS: dict[str, tuple[Any, set[str]]] = {
     "port": ("taken", {"n3"}),
