@@ -200,7 +200,9 @@ class Machine:
         return self.journal(since)
 
     def journal_cursor(self) -> str:
-        said = self.run("journalctl --quiet --no-pager --lines=0 --show-cursor")
+        """Where the journal of the service ends now. Not that of all: `--after-cursor` skips one
+        entry of those it shows, whether or not that is the one which the cursor names."""
+        said = self.run("journalctl --sync; journalctl -u dengine -q --lines=0 --show-cursor")
         return said.rpartition("cursor: ")[2]
 
     def start(self) -> None:
@@ -208,11 +210,13 @@ class Machine:
         self.run("systemctl reset-failed dengine 2>/dev/null || true; systemctl start dengine")
         wait_for(self.ready, f"{self.name} to be ready", 30)
 
-    def override(self, **settings: str) -> None:
-        """A drop-in, as an operator would write it."""
-        lines = "".join(f"{key}={value}\n" for key, value in settings.items())
+    def override(self, unit: Mapping[str, str] | None = None, **settings: str) -> None:
+        """A drop-in, as an operator would write it; `unit` is for the section of that name."""
+        lines = [f"{key}={value}\n" for key, value in (unit or {}).items()]
+        lines = ["[Unit]\n", *lines, "[Service]\n"]
+        lines += [f"{key}={value}\n" for key, value in settings.items()]
         self.run("mkdir -p /run/systemd/system/dengine.service.d")
-        self.write("/run/systemd/system/dengine.service.d/test.conf", f"[Service]\n{lines}")
+        self.write("/run/systemd/system/dengine.service.d/test.conf", "".join(lines))
         self.run("systemctl daemon-reload")
 
     # --- by hand --------------------------------------------------------------------------------
