@@ -39,11 +39,14 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# These start machines, or compare times: one after the other. All others share both cores.
-APART := tests/integration tests/crash_sweep tests/nemesis tests/ansible tests/lab
+# These start machines, or are about how long clients wait: one after the other. All others share
+# both cores, and a process gets its next test when it has done one: some take very much longer.
+APART  := tests/crash_sweep tests/nemesis tests/lab \
+          $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough)
+SHARED := -n 2 --maxschedchunk 1
 
 test: lint test-packages ## Install what the tests need and run them all
-	$(PYTHON) -m pytest tests $(APART:%=--ignore=%) -q -n 2 --dist loadgroup
+	$(PYTHON) -m pytest tests $(APART:%=--ignore=%) -q $(SHARED)
 	$(PYTHON) -m pytest $(APART) -q
 
 SEEDS ?= 1000
@@ -67,11 +70,11 @@ nemesis: $(STAMP) test-packages ## Real nodes under faults, as root: make nemesi
 test-packages:
 	@scripts/system-packages.sh e2fsprogs iproute2 nftables strace util-linux
 
-crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (about an hour)
-	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_crashes.py tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v
+crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (three quarters of an hour)
+	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_crashes.py tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v $(SHARED)
 
 ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to fail (hours)
-	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v
+	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v $(SHARED)
 
 bench: $(STAMP) ## Compare with a bare aiohttp server and with etcd; prints and saves a table
 	$(PYTHON) bench/run.py
@@ -84,9 +87,9 @@ lab: $(STAMP) ## Three machines with the addresses of inventories/vagrant, one v
 lab-expand: $(STAMP) ## One voter in the lab becomes three
 	@$(call in_lab,expand.yml)
 
-lab-full: $(STAMP) test-packages ## The playbooks here, and the tests on three booted machines of their own
+lab-full: ansible-full test-packages ## The playbooks here, and the tests on three booted machines of their own
 	@scripts/system-packages.sh faketime
-	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible tests/lab -q
+	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/lab -v
 
 lab-down: ## Remove the lab without a trace; only the cached box stays
 	scripts/lab down

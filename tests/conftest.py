@@ -66,7 +66,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.path.relative_to(here).parts[0]
 
     items.sort(key=lambda item: LAYERS.index(top(item)) + 1 if top(item) in LAYERS else 0)
-    for item in items:
-        # Several processes at work: one has all of a file, and all files of tests that share nodes.
-        group = "api" if top(item) == "api" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))

@@ -23,6 +23,7 @@ import yaml
 
 from examples.ansible.load import Clients, request
 from examples.ansible.run import nodes_of, stop_nodes
+from tests.cluster import PORTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLBACKS = Path(__file__).with_name("callback")
@@ -204,9 +205,8 @@ class Local:
 
 
 def free_base(count: int) -> int:
-    """A number after which `count` ports are free; below the range of outgoing connections."""
-    start = 20_000 + os.getpid() % 1000 * 10
-    for base in range(start, 32_000, 10):
+    """A number after which `count` of `PORTS` are free."""
+    for base in PORTS[os.getpid() % 500 * 10 :: 10]:
         with contextlib.ExitStack() as held:
             try:
                 for number in range(base + 1, base + 1 + count):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,21 @@ def rng() -> random.Random:
     seed = int(os.environ.get("DENGINE_TEST_SEED") or random.SystemRandom().randrange(2**32))
     print(f"DENGINE_TEST_SEED={seed}")
     return random.Random(seed)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes hands its part of the table over."""
+    tally = session.config.stash.get(_TALLY, None)
+    if tally is not None and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["crash_sweep"] = tally.as_rows()
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    """The process that prints the table adds up the parts."""
+    rows = getattr(node, "workeroutput", {}).get("crash_sweep")
+    if rows:
+        node.config.stash.setdefault(_TALLY, Tally()).add_rows(rows)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -42,6 +42,19 @@ class Tally:
     points: Counter[tuple[str, Fault]] = field(default_factory=Counter)
     passed: Counter[tuple[str, Fault]] = field(default_factory=Counter)
 
+    def as_rows(self) -> list[tuple[str, str, int, int]]:
+        """Path, fault, swept, passed: what crosses from one process to another."""
+        return [
+            (path, fault.value, swept, self.passed[path, fault])
+            for (path, fault), swept in self.points.items()
+        ]
+
+    def add_rows(self, rows: list[tuple[str, str, int, int]]) -> None:
+        """Add what another process has swept."""
+        for path, fault, swept, passed in rows:
+            self.points[path, Fault(fault)] += swept
+            self.passed[path, Fault(fault)] += passed
+
     def table(self) -> list[str]:
         """Lines for people."""
         heads = "".join(f"{fault.value:>16}" for fault in Fault)
