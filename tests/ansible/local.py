@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import yaml
 
 from examples.ansible.load import Clients, request
@@ -232,6 +233,11 @@ class Local:
 
     def close(self) -> None:
         stop_nodes(self.directory)
+        # A worker of a run that was killed may wait for its parent for ever.
+        for process in psutil.process_iter(["cmdline"]):
+            if str(self.inventory) in (process.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def free_base(count: int) -> int:
