@@ -14,11 +14,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import yaml
 
 from examples.ansible.load import Clients, request
@@ -31,6 +32,36 @@ PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
 RUN_S = 480
 _RECAP = re.compile(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.M)
 _TASK = re.compile(r"^TASK \[(.*)\] \*+$|^changed: \[([\w.-]+)", re.M)
+
+
+class Task(NamedTuple):
+    """A task that a run has started. `acts`: it ran something on a host."""
+
+    number: int
+    name: str
+    acts: bool
+
+    @property
+    def takes_time(self) -> bool:
+        """Does it wait for something, or start it? Then a kill in its midst is another one."""
+        return self.acts and any(w in self.name for w in ("Wait", "All become", "process", "unit"))
+
+
+def read_tasks(file: Path) -> list[Task]:
+    """What callback/at_task.py has written."""
+    lines = [line.split("\t") for line in file.read_text().splitlines()]
+    return [Task(int(number), name, acts == "acts") for number, _, name, acts in lines]
+
+
+def kill_points(tasks: Sequence[Task]) -> list[Task]:
+    """Of all tasks those at whose start, or in whose midst, a kill leaves something of its own:
+    between the others nothing was done but on the controller, in memory."""
+    points, done = [], True
+    for task in tasks:
+        if done or task.takes_time:
+            points.append(task)
+        done = task.acts
+    return points
 
 
 @dataclass
@@ -202,6 +233,11 @@ class Local:
 
     def close(self) -> None:
         stop_nodes(self.directory)
+        # A worker of a run that was killed may wait for its parent for ever.
+        for process in psutil.process_iter(["cmdline"]):
+            if str(self.inventory) in (process.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def free_base(count: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ansible.local import Run
+from tests.ansible.local import Run, Task, kill_points, read_tasks
 from tests.cluster import wait_for
 from tests.lab.conftest import one_voter
 from tests.lab.machines import Machine
@@ -280,45 +280,45 @@ def test_check_mode_tells_what_growing_changes(single: Site) -> None:
     assert all(real.changed_outside(role)[host] > 0 for host in ("n2", "n3"))
 
 
-def tasks_of(site: Site) -> list[str]:
-    """Names of the tasks that a run of expand.yml starts, in order; the run is a real one."""
+def tasks_of(site: Site) -> list[Task]:
+    """The tasks that a run of expand.yml starts, in order; the run is a real one."""
     file = site.inventory.parent / "tasks.txt"
     file.unlink(missing_ok=True)
     site.play("expand", TASKS_FILE=str(file)).ok()
-    return [line.split("\t")[2] for line in file.read_text().splitlines()]
+    return read_tasks(file)
 
 
-def kills(site: Site) -> list[tuple[int, str, bool]]:
-    """(number, name, keep the release?) of each task to kill at.
+def kills(site: Site) -> list[tuple[Task, bool]]:
+    """Each task to kill at, and whether the release is kept.
 
     A run that gets as far as the tasks behind the release has made one, which takes it most of its
     time. For these tasks it is there beforehand, and they have the numbers of such a run.
     """
     reset(site)
-    names = tasks_of(site)
-    begin = next(i for i, name in enumerate(names) if name == "Backup")
-    last = max(i for i, name in enumerate(names) if name.startswith("dengine.core.release :"))
-    found = [(i + 1, names[i], False) for i in range(begin, last + 1)]
+    tasks = tasks_of(site)
+    begin = next(i for i, task in enumerate(tasks) if task.name == "Backup")
+    release = "dengine.core.release :"
+    last = max(i for i, task in enumerate(tasks) if task.name.startswith(release))
     reset(site, keep_release=True)
     later = tasks_of(site)
-    shift = len(later) - len(names)
-    assert later[last + 1 + shift :] == names[last + 1 :]
-    found += [(i + 1, later[i], True) for i in range(last + 1 + shift, len(later))]
-    return [kill for kill in found if "Validating arguments" not in kill[1]]
+    behind = last + 1 + len(later) - len(tasks)
+    assert [t.name for t in later[behind:]] == [t.name for t in tasks[last + 1 :]]
+    found = [(task, False) for task in kill_points(tasks[begin : last + 1])]
+    return found + [(task, True) for task in kill_points(later[behind:])]
 
 
-def kill_and_resume(site: Site, number: int, name: str, keep_release: bool) -> None:
+def kill_and_resume(site: Site, at: Task, keep_release: bool) -> None:
     n1 = site.machines[1]
     reset(site, keep_release=keep_release)
     pid = n1.pid
-    middle = "Wait" in name or "All become" in name or "unit" in name
-    killed = site.play("expand", KILL_AT=str(number), KILL_AFTER_S="0.5" if middle else "0")
+    after_s = "0.5" if at.takes_time else "0"
+    killed = site.play("expand", KILL_AT=str(at.number), KILL_AFTER_S=after_s)
     assert killed.code in (-9, 137), killed.output[-3000:]
     voters = [m["id"] for m in n1.json("/v1/cluster")["members"] if m["status"] == "active"]
-    assert sorted(voters) in ([1], [1, 2, 3]), name
+    assert sorted(voters) in ([1], [1, 2, 3]), at
     site.play("expand").ok()
-    assert site.report("expand")["verdict"] == "Verified.", name
-    assert n1.pid == pid, name
+    assert site.report("expand")["verdict"] == "Verified.", at
+    assert n1.pid == pid, at
     assert written(n1) >= 50
 
 
@@ -329,6 +329,6 @@ def test_a_run_that_is_killed_at_any_task_is_simply_run_again(single: Site) -> N
     tests/ansible has every task; here it is every Nth, others with each commit, and all of them
     with DENGINE_ANSIBLE_STEP=1."""
     step = int(os.environ.get("DENGINE_ANSIBLE_STEP", "5"))
-    for number, name, keep_release in kills(single)[commit_number() % step :: step]:
-        print(f"killed at {number}: {name}", flush=True)
-        kill_and_resume(single, number, name, keep_release)
+    for at, keep_release in kills(single)[commit_number() % step :: step]:
+        print(f"killed at {at.number}: {at.name}", flush=True)
+        kill_and_resume(single, at, keep_release)

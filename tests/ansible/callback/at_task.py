@@ -1,6 +1,7 @@
 """Callback for the tests: writes down every task that starts, and kills the run at one of them.
 
-TASKS_FILE takes one line per started task: number, seconds since the start, name.
+TASKS_FILE takes one line per started task: number, seconds since the start, name, and "acts" when
+it ran anything on a host: it was not skipped there, and its action is not one of the controller's.
 KILL_AT is the number, or the name, at whose start the process kills itself with SIGKILL, as a power
 cut of the operator's machine would; KILL_AFTER_S lets so much of the task happen first.
 """
@@ -21,6 +22,12 @@ short_description: writes tasks down and kills the run at one of them
 description: For the tests of this repository.
 """
 
+# What decides and remembers, and leaves nothing behind when it is killed.
+CONTROLLERS = frozenset(
+    {"add_host", "assert", "debug", "fail", "group_by", "include_role", "include_tasks"}
+    | {"include_vars", "meta", "set_fact", "set_stats", "validate_argument_spec"}
+)
+
 
 class CallbackModule(CallbackBase):
     CALLBACK_VERSION = 2.0
@@ -31,16 +38,15 @@ class CallbackModule(CallbackBase):
         super().__init__(*args, **kwargs)
         self._count = 0
         self._began = time.monotonic()
+        self._task = None
+        self._acts = False
         self._kill_at = os.environ.get("KILL_AT", "")
         self._kill_after_s = float(os.environ.get("KILL_AFTER_S", "0"))
 
     def _started(self, task):
+        self._note()
         self._count += 1
-        path = os.environ.get("TASKS_FILE")
-        if path:
-            seconds = time.monotonic() - self._began
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(f"{self._count}\t{seconds:.2f}\t{task.get_name()}\n")
+        self._task, self._acts = (time.monotonic() - self._began, task.get_name()), False
         if self._kill_at in (str(self._count), task.get_name()):
             if self._kill_after_s:
                 timer = threading.Timer(self._kill_after_s, _die)
@@ -54,6 +60,24 @@ class CallbackModule(CallbackBase):
 
     def v2_playbook_on_handler_task_start(self, task):
         self._started(task)
+
+    def v2_runner_on_failed(self, result, ignore_errors=False):
+        self.v2_runner_on_ok(result)
+
+    def v2_runner_on_ok(self, result):
+        self._acts |= result.task.action.removeprefix("ansible.builtin.") not in CONTROLLERS
+
+    def v2_playbook_on_stats(self, stats):
+        self._note()
+
+    def _note(self):
+        """Write the line of the task that has just ended."""
+        path = os.environ.get("TASKS_FILE")
+        if path and self._task:
+            seconds, name = self._task
+            with open(path, "a", encoding="utf-8") as file:
+                acts = "acts" if self._acts else ""
+                file.write(f"{self._count}\t{seconds:.2f}\t{name}\t{acts}\n")
 
 
 def _die():
