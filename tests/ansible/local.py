@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -103,6 +104,28 @@ class Run:
         return self
 
 
+def run_to_end(command: Sequence[str], environment: dict[str, str], hosts: Sequence[str]) -> Run:
+    """A run of Ansible. One that takes longer than RUN_S is ended with all that it has started."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=RUN_S)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        error.add_note(output[-6000:])
+        raise
+    return Run(process.returncode, output, tuple(hosts))
+
+
 class Local:
     """A site of `count` nodes on free ports."""
 
@@ -160,24 +183,9 @@ class Local:
 
     def play(self, playbook: str, *arguments: str, **environment: str) -> Run:
         """Run ansible/`playbook`.yml to its end."""
-        done = subprocess.run(
-            [
-                str(PLAYBOOK),
-                "-i",
-                str(self.inventory),
-                str(ROOT / "ansible" / f"{playbook}.yml"),
-                *arguments,
-            ],
-            cwd=ROOT,
-            env=self.environment(**environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=RUN_S,
-            check=False,
-        )
-        return Run(done.returncode, done.stdout, tuple(self.hosts))
+        file = ROOT / "ansible" / f"{playbook}.yml"
+        command = [str(PLAYBOOK), "-i", str(self.inventory), str(file), *arguments]
+        return run_to_end(command, self.environment(**environment), self.hosts)
 
     def port(self, host: str) -> int:
         return self.base + int(host[1:])

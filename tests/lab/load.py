@@ -1,12 +1,12 @@
 """Clients of a lab, a process inside its network: `python -m tests.lab.load SECRETS ENDPOINT...`.
 
-Four writers write to every node that is ready, and a watch follows the membership. With the word
-`patient` first, a writer that is told 503 tries the next node. Each line on
+Four writers write to every node that is ready, and a watch follows the membership. Each line on
 stdin begins a new phase with that name; the end of stdin ends the run. On stdout: one JSON object.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import sys
@@ -15,14 +15,21 @@ from pathlib import Path
 
 from examples.ansible.load import Clients, Watch, Writer
 
-WRITERS, PER_SECOND = 4, 250  # at most: at 4 ms each a writer has no time for more
+WRITERS = 4
 PATIENCE_S = 5.0
 
 
-def main(secrets: str, endpoints: list[str], patience_s: float) -> None:
-    clients = Clients(endpoints, Path(secrets))
-    watch = Watch(clients, endpoints[0])
-    writers = [Writer(clients, f"w{i}", PER_SECOND, patience_s) for i in range(WRITERS)]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--patient", action="store_true", help="on a 503 try the next node")
+    parser.add_argument("--per-second", type=int, required=True, help="at most, of each writer")
+    parser.add_argument("secrets", type=Path)
+    parser.add_argument("endpoints", nargs="+")
+    args = parser.parse_args()
+    patience_s = PATIENCE_S if args.patient else 0.0
+    clients = Clients(args.endpoints, args.secrets)
+    watch = Watch(clients, args.endpoints[0])
+    writers = [Writer(clients, f"w{i}", args.per_second, patience_s) for i in range(WRITERS)]
     for thread in (watch, *writers):
         thread.start()
     phases = [("start", time.monotonic(), [0] * WRITERS)]
@@ -59,6 +66,4 @@ def percentile(ordered: list[float], share: float) -> float:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    patient = arguments[0] == "patient"
-    main(arguments[patient], arguments[patient + 1 :], PATIENCE_S if patient else 0.0)
+    main()

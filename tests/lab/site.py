@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ansible.local import CALLBACKS, PLAYBOOK, Run
+from tests.ansible.local import CALLBACKS, PLAYBOOK, Run, run_to_end
 from tests.cluster import ROOT
 from tests.lab.machines import ADDRESSES, Lab, Machine
 
-RUN_S = 400
 LOAD_STOPS_S = 40
 
 
@@ -37,19 +36,11 @@ class Site:
 
     def play(self, playbook: str, *arguments: str, **environment: str) -> Run:
         """Run ansible/`playbook`.yml from inside the lab's network, to its end."""
-        command = [
-            "nice",
-            "-n",
-            "10",
-            str(PLAYBOOK),
-            "-i",
-            str(self.inventory),
-            str(ROOT / f"ansible/{playbook}.yml"),
-        ]
-        done = subprocess.run(
+        file = ROOT / "ansible" / f"{playbook}.yml"
+        command = ["nice", "-n", "10", str(PLAYBOOK), "-i", str(self.inventory), str(file)]
+        return run_to_end(
             [str(ROOT / "scripts" / "lab"), "exec", *command, *arguments],
-            cwd=ROOT,
-            env={
+            {
                 **self.lab.environment,
                 "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
                 "ANSIBLE_NOCOLOR": "1",
@@ -58,14 +49,8 @@ class Site:
                 "ANSIBLE_CALLBACKS_ENABLED": "at_task",
                 **environment,
             },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=RUN_S,
-            check=False,
+            [m.name for m in self.machines.values()],
         )
-        return Run(done.returncode, done.stdout, tuple(m.name for m in self.machines.values()))
 
     def learn_secrets(self) -> None:
         """From now on `Machine.request` shows the token that the playbooks have made."""
@@ -76,12 +61,13 @@ class Site:
         found: dict[str, Any] = json.loads((self.state / "reports" / f"{name}.json").read_text())
         return found
 
-    def load(self, *, patient: bool = False) -> Load:
-        """Start the clients of tests/lab/load.py."""
+    def load(self, *, patient: bool = False, per_second: int = 250) -> Load:
+        """Start the clients of tests/lab/load.py. A writer writes `per_second` times at most; with
+        4 ms for each it has no time for more than 250."""
         endpoints = [f"{address}:{9080 + i}" for i, address in ADDRESSES.items()]
-        secrets = str(self.state / "secrets.json")
-        how = ["patient"] if patient else []
-        return Load(self, [sys.executable, "-m", "tests.lab.load", *how, secrets, *endpoints])
+        command = [sys.executable, "-m", "tests.lab.load", "--per-second", str(per_second)]
+        command += ["--patient"] if patient else []
+        return Load(self, [*command, str(self.state / "secrets.json"), *endpoints])
 
 
 class Load:

@@ -20,6 +20,8 @@ SEEDED_MB = 50
 # A snapshot soon, so that a joiner needs one; and at a pace that leaves time to do something.
 SNAPSHOT = {"entries": 500, "max_bytes_per_s": 2_097_152}
 CUT_S = 5
+# Of each writer: with as many as it can take, the state grows as fast as it is sent at that pace.
+PER_SECOND = 25
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_a_fault_in_the_midst_of_a_join(heavy: Site, fault: Callable[[Site], Non
     reset(heavy)
     n1 = heavy.machines[1]
     pid = n1.pid
-    load = heavy.load(patient=True)
+    load = heavy.load(patient=True, per_second=PER_SECOND)
     try:
         count = written(n1)
         wait_for(lambda: written(n1) > count + 100, "the clients to write", 60)
