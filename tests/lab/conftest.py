@@ -21,7 +21,7 @@ from tests.cluster import ROOT, wait_for
 from tests.lab.machines import LABS, Lab, Machine
 from tests.lab.site import Grown, Site, written
 
-BESIDE = 2000  # writes before and after the growth, that those during it are compared with
+BESIDE = 4000  # writes before and after the growth, that those during it are compared with
 HOSTS_PYTHON, HOSTS_ARCH = "3.11", "x86_64"  # Debian 12
 
 
@@ -160,4 +160,10 @@ def grown(site: Site) -> Grown:
     finally:
         load.close()
     after = n1.unit()
-    return Grown(found, before, after, site.play("expand").ok().changed, site)
+    stored = {
+        machine.name: {
+            key: machine.request("GET", f"/v1/kv/{key}").body.decode() for key in found["last"]
+        }
+        for machine in site.machines.values()
+    }
+    return Grown(found, before, after, site.play("expand").ok().changed, stored, site)

@@ -1,7 +1,8 @@
 """Clients of a lab, a process inside its network: `python -m tests.lab.load SECRETS ENDPOINT...`.
 
-Four writers write to every node that is ready, and a watch follows the membership. Each line on
-stdin begins a new phase with that name; the end of stdin ends the run. On stdout: one JSON object.
+Four writers, of two connections each, write to every node that is ready, and a watch follows the
+membership. Each line on stdin begins a new phase with that name; the end of stdin ends the run. On
+stdout: one JSON object.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from examples.ansible.load import Clients, Watch, Writer
 
-WRITERS = 4
+WRITERS, CONNECTIONS = 4, 2
 PATIENCE_S = 5.0
 
 
@@ -29,10 +30,12 @@ def main() -> None:
     patience_s = PATIENCE_S if args.patient else 0.0
     clients = Clients(args.endpoints, args.secrets)
     watch = Watch(clients, args.endpoints[0])
-    writers = [Writer(clients, f"w{i}", args.per_second, patience_s) for i in range(WRITERS)]
+    per_second = args.per_second / CONNECTIONS
+    names = [f"w{i}{chr(97 + j)}" for i in range(WRITERS) for j in range(CONNECTIONS)]
+    writers = [Writer(clients, name, per_second, patience_s) for name in names]
     for thread in (watch, *writers):
         thread.start()
-    phases = [("start", time.monotonic(), [0] * WRITERS)]
+    phases = [("start", time.monotonic(), [0] * len(writers))]
     for line in sys.stdin:
         phases.append((line.strip(), time.monotonic(), [len(w.latencies_ms) for w in writers]))
     phases.append(("", time.monotonic(), [len(w.latencies_ms) for w in writers]))
@@ -41,11 +44,14 @@ def main() -> None:
         writer.join(20)
     found = {}
     for (name, began, low), (_, ended, high) in itertools.pairwise(phases):
-        spans = (w.latencies_ms[a:b] for w, a, b in zip(writers, low, high, strict=True))
+        spans = [w.latencies_ms[a:b] for w, a, b in zip(writers, low, high, strict=True)]
+        counts = list(map(len, spans))
+        by_writer = [sum(counts[i : i + CONNECTIONS]) for i in range(0, len(counts), CONNECTIONS)]
         latencies = sorted(ms for span in spans for ms in span)
         found[name] = {
             "seconds": ended - began,
             "writes": len(latencies),
+            "least_per_s": min(by_writer) / (ended - began),
             "p50_ms": percentile(latencies, 0.5),
             "p99_ms": percentile(latencies, 0.99),
             "max_ms": percentile(latencies, 1.0),

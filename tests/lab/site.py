@@ -62,8 +62,7 @@ class Site:
         return found
 
     def load(self, *, patient: bool = False, per_second: int = 250) -> Load:
-        """Start the clients of tests/lab/load.py. A writer writes `per_second` times at most; with
-        4 ms for each it has no time for more than 250."""
+        """Start the clients of tests/lab/load.py; a writer writes `per_second` times at most."""
         endpoints = [f"{address}:{9080 + i}" for i, address in ADDRESSES.items()]
         command = [sys.executable, "-m", "tests.lab.load", "--per-second", str(per_second)]
         command += ["--patient"] if patient else []
@@ -108,6 +107,7 @@ class Grown:
     before: dict[str, str]
     after: dict[str, str]
     again: dict[str, int]
+    stored: dict[str, dict[str, str]]  # what each host answered for the last keys written
     site: Site
 
 

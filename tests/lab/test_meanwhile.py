@@ -16,7 +16,7 @@ from tests.lab.machines import Machine
 from tests.lab.site import Site, written
 from tests.lab.test_refusals import reset
 
-SEEDED_MB = 50
+SEEDED_MB = 24
 # A snapshot soon, so that a joiner needs one; and at a pace that leaves time to do something.
 SNAPSHOT = {"entries": 500, "max_bytes_per_s": 2_097_152}
 CUT_S = 5

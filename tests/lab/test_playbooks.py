@@ -23,7 +23,7 @@ from tests.lab.site import Grown
 
 EXPOSURE_MAX = 1.5
 SLOWEST_MS = 5000
-WRITES_PER_S = 100  # that four writers reach together at least, on two busy cores
+WRITES_PER_S = 200  # of each writer, at least
 SLOWER = 2.0
 
 pytestmark = pytest.mark.lab_sample
@@ -53,11 +53,11 @@ def test_one_becomes_three_while_clients_write(grown: Grown) -> None:
     assert grown.load["voters"] == [[1], [1, 2, 3]]
     assert len(grown.load["ready"]) == 3
     expand = grown.load["phases"]["expand"]
-    assert expand["writes"] / expand["seconds"] > WRITES_PER_S
     assert expand["max_ms"] < SLOWEST_MS
-    # By what one voter or three, which it is one after the other, take without a playbook beside
-    # them. Nodes, clients and ansible share two cores here, so in the sample the slowest per cent
-    # may say more about what else runs on them: there it is only printed.
+    # Nodes, clients and ansible share two cores here, so in the sample the rate and the slowest
+    # per cent may say more about what else runs on them: there they are only printed. Latencies
+    # by those of one voter or three, one after the other, without a playbook beside them.
+    assert not LAB or expand["least_per_s"] >= WRITES_PER_S
     for name in ("p50_ms", "p99_ms") if LAB else ("p50_ms",):
         slower = max(grown.load["phases"][phase][name] for phase in ("quiet", "three"))
         assert expand[name] <= SLOWER * slower, name
@@ -65,9 +65,8 @@ def test_one_becomes_three_while_clients_write(grown: Grown) -> None:
         assert grown.after[name] == grown.before[name], name
     assert grown.again == {"n1": 0, "n2": 0, "n3": 0}
     assert grown.site.report("expand")["verdict"] == "Verified."
-    for key, value in grown.load["last"].items():
-        for machine in grown.site.machines.values():
-            assert machine.request("GET", f"/v1/kv/{key}").body.decode() == value
+    for name, answers in grown.stored.items():
+        assert answers == grown.load["last"], name
 
 
 # --- what an operator finds on each host ----------------------------------------------------------
