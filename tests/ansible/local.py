@@ -104,8 +104,10 @@ class Run:
         return self
 
 
-def run_to_end(command: Sequence[str], environment: dict[str, str], hosts: Sequence[str]) -> Run:
-    """A run of Ansible. One that takes longer than RUN_S is ended with all that it has started."""
+def run_to_end(
+    command: Sequence[str], environment: dict[str, str], hosts: Sequence[str], within_s: float
+) -> Run:
+    """A run of Ansible. One that takes longer is ended with all that it has started."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -117,7 +119,7 @@ def run_to_end(command: Sequence[str], environment: dict[str, str], hosts: Seque
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=RUN_S)
+        output, _ = process.communicate(timeout=within_s)
     except BaseException as error:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
@@ -185,7 +187,7 @@ class Local:
         """Run ansible/`playbook`.yml to its end."""
         file = ROOT / "ansible" / f"{playbook}.yml"
         command = [str(PLAYBOOK), "-i", str(self.inventory), str(file), *arguments]
-        return run_to_end(command, self.environment(**environment), self.hosts)
+        return run_to_end(command, self.environment(**environment), self.hosts, RUN_S)
 
     def port(self, host: str) -> int:
         return self.base + int(host[1:])

@@ -15,6 +15,7 @@ from tests.ansible.local import CALLBACKS, PLAYBOOK, Run, run_to_end
 from tests.cluster import ROOT
 from tests.lab.machines import ADDRESSES, Lab, Machine
 
+RUN_S = 400
 LOAD_STOPS_S = 40
 
 
@@ -50,6 +51,7 @@ class Site:
                 **environment,
             },
             [m.name for m in self.machines.values()],
+            RUN_S,
         )
 
     def learn_secrets(self) -> None:

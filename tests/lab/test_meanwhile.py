@@ -20,7 +20,8 @@ SEEDED_MB = 24
 # A snapshot soon, so that a joiner needs one; and at a pace that leaves time to do something.
 SNAPSHOT = {"entries": 500, "max_bytes_per_s": 2_097_152}
 CUT_S = 5
-# Of each writer: with as many as it can take, the state grows as fast as it is sent at that pace.
+# Of each writer. At that pace a snapshot takes its time, and a run waits for several: what is
+# written meanwhile must not make them much larger.
 PER_SECOND = 25
 
 

@@ -23,7 +23,8 @@ from tests.lab.site import Grown
 
 EXPOSURE_MAX = 1.5
 SLOWEST_MS = 5000
-WRITES_PER_S = 200  # of each writer, at least
+SAMPLE_WRITES_PER_S = 100  # that the writers reach together at least, whatever else runs here
+WRITES_PER_S = 200  # that each of them reaches in the full run
 SLOWER = 2.0
 
 pytestmark = pytest.mark.lab_sample
@@ -53,9 +54,10 @@ def test_one_becomes_three_while_clients_write(grown: Grown) -> None:
     assert grown.load["voters"] == [[1], [1, 2, 3]]
     assert len(grown.load["ready"]) == 3
     expand = grown.load["phases"]["expand"]
+    assert expand["writes"] / expand["seconds"] > SAMPLE_WRITES_PER_S
     assert expand["max_ms"] < SLOWEST_MS
-    # Nodes, clients and ansible share two cores here, so in the sample the rate and the slowest
-    # per cent may say more about what else runs on them: there they are only printed. Latencies
+    # Nodes, clients and ansible share two cores here, so in the sample the rate of each and the
+    # slowest per cent may say more about what else runs on them: there they are printed. Latencies
     # by those of one voter or three, one after the other, without a playbook beside them.
     assert not LAB or expand["least_per_s"] >= WRITES_PER_S
     for name in ("p50_ms", "p99_ms") if LAB else ("p50_ms",):
