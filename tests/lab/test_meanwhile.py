@@ -17,8 +17,9 @@ from tests.lab.site import Site, written
 from tests.lab.test_refusals import reset
 
 SEEDED_MB = 24
-# A snapshot soon, so that a joiner needs one; and at a pace that leaves time to do something.
-SNAPSHOT = {"entries": 500, "max_bytes_per_s": 2_097_152}
+# A joiner always needs a snapshot, however soon it comes: the log is kept for a moment only. And it
+# gets it at a pace that leaves time to do something.
+SNAPSHOT = {"entries": 500, "retained_log_entries": 100, "max_bytes_per_s": 2_097_152}
 CUT_S = 5
 # Of each writer. At that pace a snapshot takes its time, and a run waits for several: what is
 # written meanwhile must not make them much larger.
