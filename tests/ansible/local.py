@@ -23,12 +23,18 @@ from typing import Any, NamedTuple
 import psutil
 import yaml
 
+import ansible
 from examples.ansible.load import Clients, request
 from examples.ansible.run import nodes_of, stop_nodes
 from tests.cluster import PORTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLBACKS = Path(__file__).with_name("callback")
+# A quarter of a run's time went into compiling Ansible's own library (compiled/sitecustomize.py).
+COMPILED = {
+    "PYTHONPATH": str(Path(__file__).with_name("compiled")),
+    "DENGINE_TEST_MODULE_UTILS": str(Path(str(ansible.__file__)).with_name("module_utils")),
+}
 PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
 RUN_S = 480
 _RECAP = re.compile(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.M)
@@ -180,6 +186,7 @@ class Local:
             "ANSIBLE_REMOTE_TEMP": str(self.directory / "remote"),
             "ANSIBLE_CALLBACK_PLUGINS": str(CALLBACKS),
             "ANSIBLE_CALLBACKS_ENABLED": "at_task",
+            **COMPILED,
             **more,
         }
 
