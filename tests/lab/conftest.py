@@ -26,7 +26,7 @@ from tests.lab.site import Grown, Site, written
 # the slowest per cent too: with enough of them to know it, and with one host's part of a task at a
 # time, for elsewhere hosts do not share processors and a disk with each other and the clients.
 BESIDE = 24_000 if LAB else 4000
-APART = {"ANSIBLE_FORKS": "1"} if LAB else {}
+ONE_AT_A_TIME = {"ANSIBLE_FORKS": "1"} if LAB else {}
 HOSTS_PYTHON, HOSTS_ARCH = "3.11", "x86_64"  # Debian 12
 
 
@@ -123,8 +123,9 @@ def one_voter(
 ) -> Iterator[Site]:
     """A lab of its own with one voter on n1, made by site.yml, and two blank machines.
 
-    `config` is more of the nodes' configuration, by section. What a playbook runs is niced, on the
-    controller and on the machines: elsewhere it would not take the processors of the other hosts.
+    `config` is more of the nodes' configuration, by section. What a playbook runs is niced, for
+    elsewhere the controller would not take the hosts' processors. On a machine that counts beside
+    its own node only: each machine has a control group of its own.
     """
     with new_lab(letter) as lab:
         for machine in lab.machines.values():
@@ -157,7 +158,7 @@ def grown(site: Site) -> Grown:
         wait_for(lambda: written(n1) > BESIDE, "the clients to have written for a while", 60)
         before = n1.unit()
         load.phase("expand")
-        site.play("expand", **APART).ok()
+        site.play("expand", **ONE_AT_A_TIME).ok()
         load.phase("three")
         count = written(n1)
         wait_for(lambda: written(n1) > count + BESIDE, "writes through all three", 60)

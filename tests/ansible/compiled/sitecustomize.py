@@ -36,4 +36,4 @@ class _Installed:
 
 
 if LIBRARY:
-    sys.meta_path.insert(0, _Installed())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Installed())
