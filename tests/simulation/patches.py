@@ -143,6 +143,7 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (recovery, "shutil", disk),
         (recovery, "unpack", writer.unpack),
         (recovery, "read_header", writer.read_header),
+        (recovery, "name_durably", writer.name_durably),
         (recovery, "verify", writer.read_snapshot),
         (recovery, "sync_directory", disk.sync_directory),
         (recovery, "probe_log", lambda path: None),
