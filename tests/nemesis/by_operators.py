@@ -1,4 +1,4 @@
-"""What operators do while the cluster works and other faults go on: transfers, growth, new nodes."""
+"""What operators do while faults go on: transfers, growth, new nodes in the place of others."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ async def transfer(faults: Faults, action: Action) -> None:
     async def transferred() -> bool:
         return await faults.nodes.leader() == target
 
-    with faults.band(action, f"to node {target}, by node {asked}") as band:
-        with contextlib.suppress(Unanswered):
-            await call(asked, "POST", "/v1/cluster/leader", {"id": target})
-            if before not in (None, target):
-                band.effective = await holds_within(transferred, TRANSFERRED_S)
+    whom = f"to node {target}, by node {asked}"
+    with faults.band(action, whom) as band, contextlib.suppress(Unanswered):
+        await call(asked, "POST", "/v1/cluster/leader", {"id": target})
+        if before not in (None, target):
+            band.effective = await holds_within(transferred, TRANSFERRED_S)
 
 
 def grow(faults: Faults, joiners: Sequence[int]) -> None:

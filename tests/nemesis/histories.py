@@ -78,9 +78,7 @@ def contradictions(records: Records) -> list[Contradiction]:
     return found
 
 
-def search(
-    histories: Mapping[str, Sequence[Operation]], limit_s: float = SEARCH_S
-) -> Searched:
+def search(histories: Mapping[str, Sequence[Operation]], limit_s: float = SEARCH_S) -> Searched:
     """Of the same operations, by trying orders; unknown outcomes stay unknown.
 
     Args:

@@ -33,8 +33,8 @@ NODES = "nodes"  # in the folder of a run: what is kept of its machines
 
 Pair = tuple[int, int]  # who sends, who receives
 
-# Directed cuts drop what comes in, and count it. A closed connection is told by nobody: cables do not
-# speak.
+# Directed cuts drop what comes in, and count it. A closed connection is told by nobody: cables do
+# not speak.
 RULES = """
 table inet nemesis {{
   set cut {{ type ipv4_addr; }}
@@ -81,7 +81,7 @@ class Machines:
 
     Args:
         ids: of the nodes, 1 to 99.
-        work: where each machine gets a directory; its name is `own_tag()`. Removed in the end unless
+        work: where each machine gets a directory, named `own_tag()`. Removed in the end unless
             `keep` says otherwise; then it becomes the directory NODES beside it.
         proxied: everything between nodes goes through the proxies of links.py.
     """

@@ -1,7 +1,7 @@
 """The nodes of a run and their supervisor, which is to them what systemd is elsewhere.
 
-Only the supervisor starts nodes. A fault holds a node down or lets it go, and says in its book which
-exit codes that explains; every other end of a process is a failure of the run.
+Only the supervisor starts nodes. A fault holds a node down or lets it go, and says in its book
+which exit codes that explains; every other end of a process is a failure of the run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -386,9 +386,7 @@ class Nodes:
                 for node_id, s in sorted((await self.statuses()).items())
             ]
             await asyncio.sleep(resting.LOOK_S)  # and the connections of the question are gone
-            looks = {
-                node.id: resting.look(node.serve.pid, children=True) for node in self.wanted()
-            }
+            looks = {node.id: resting.look(node.serve.pid, children=True) for node in self.wanted()}
             usages = {node_id: usage for node_id, usage in looks.items() if usage is not None}
             if len(position) == len(looks) == len(usages) and still.see(position, usages):
                 return usages

@@ -185,7 +185,7 @@ async def flip_bits(faults: Faults, action: Action) -> None:
 
 
 def damage(faults: Faults, node: Node, part: str, action: Action, rng: random.Random) -> None:
-    """Flip the bits of one node, and mark it until that is repaired. The one whose state it is comes
+    """Flip the bits of one node, and mark it until that is repaired. One whose state it is comes
     back only when that was read through, and nothing else is damaged meanwhile."""
     file = file_of(node.serve.directory, part)
     if file is None:

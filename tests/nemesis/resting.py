@@ -114,9 +114,7 @@ class Still:
         return ""
 
 
-def leaks(
-    node_id: int, fresh: Usage, rest: Usage, stored: int, members: int
-) -> list[str]:
+def leaks(node_id: int, fresh: Usage, rest: Usage, stored: int, members: int) -> list[str]:
     """What a process holds on to for no reason.
 
     Args:

@@ -69,7 +69,7 @@ def missing() -> str:
 
 
 def one(plan: Plan, directory: Path, *, quiet: bool = False) -> Facts:
-    """One run. What it says goes into its folder in `directory`, and unless `quiet` to the screen."""
+    """One run. What it says goes into its folder, and unless `quiet` to the screen."""
     folder = fresh(directory, f"run-{plan.seed}")
     with (folder / "run.log").open("w", encoding="utf-8") as log:
 

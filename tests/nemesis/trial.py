@@ -17,8 +17,15 @@ from urllib.parse import quote
 from dengine.errors import FatalError
 from dengine.storage.state_reader import StateReader
 from tests.linearizability.checker import Operation
-from tests.nemesis import by_operators, histories, list_verdicts, on_disks, on_links, on_processes
-from tests.nemesis import verdicts
+from tests.nemesis import (
+    by_operators,
+    histories,
+    list_verdicts,
+    on_disks,
+    on_links,
+    on_processes,
+    verdicts,
+)
 from tests.nemesis.client import Unanswered, call
 from tests.nemesis.damage import file_of
 from tests.nemesis.faults import Faults
@@ -98,9 +105,7 @@ class _Trial:
         faults: Faults | None = None
         try:
             async with asyncio.timeout(longest_s(self._plan)), self._links() as links:
-                faults = Faults(
-                    self._machines, self.nodes, links, self.workload, self._say, HOW
-                )
+                faults = Faults(self._machines, self.nodes, links, self.workload, self._say, HOW)
                 try:
                     await _unless_it_ends(supervisor, self._whole_life(faults))
                 finally:
@@ -196,8 +201,8 @@ class _Trial:
         await self.nodes.wait(read, f"reads through node {node.id}", ANSWER_S)
 
     async def _read_all(self, node_id: int) -> None:
-        """All keys as this node's own state holds them. Nothing happens meanwhile, so that is a read
-        of each key of the history, also of one that is not there."""
+        """All keys as this node holds them. Nothing happens meanwhile, so for the history that is a
+        read of each key, also of one that is not there."""
         found: dict[str, _Item] = {}
         called = time.monotonic()
         for prefix in PREFIXES:
@@ -207,9 +212,7 @@ class _Trial:
         for key, history in self.workload.records.history.items():
             value, revision = found.get(key, _Item(None, 0))
             result = (revision, value)
-            history.append(
-                Operation(CLIENTS + node_id, called, returned, "read", None, result)
-            )
+            history.append(Operation(CLIENTS + node_id, called, returned, "read", None, result))
         self._held[node_id] = found
 
     async def _list(self, node_id: int, prefix: str, found: dict[str, _Item]) -> bool:

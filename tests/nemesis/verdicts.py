@@ -30,8 +30,8 @@ def refused_stays_undone(records: Records, held: Iterable[str]) -> list[str]:
 
 
 def eventual_reads(records: Records) -> list[str]:
-    """No process goes back in time, forgets a key, shows less than the state that it names, or makes
-    values up. Nothing is deleted here."""
+    """No process goes back in time, forgets a key, shows less than the state that it names, or
+    makes values up. Nothing is deleted here."""
     by_process: dict[tuple[int, int], list[Eventual]] = defaultdict(list)
     for read in records.eventual:
         by_process[read.node_id, read.boot].append(read)
@@ -79,7 +79,9 @@ def _behind_themselves(records: Records) -> Iterator[str]:
         for op in history:
             if op.name == "read":
                 changes[key].add(op.result[0])
-            elif isinstance(op.result, int):
+            elif isinstance(op.result, tuple):  # what a swap has found there instead
+                changes[key].add(op.result[1] or 0)
+            elif op.result is not None:
                 changes[key].add(op.result)
     for read in records.eventual:
         changes[read.key].add(read.revision)
@@ -160,7 +162,8 @@ def same_everywhere(held: Mapping[int, Mapping[str, str]]) -> list[str]:
     first = min(held, default=0)
     for node_id in sorted(held):
         one, other = held[first], held[node_id]
-        differing = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+        every = one.keys() | other.keys()
+        differing = sorted(key for key in every if one.get(key) != other.get(key))
         if differing:
             problems.append(
                 f"nodes {first} and {node_id} differ in {len(differing)} keys: "
