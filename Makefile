@@ -55,17 +55,19 @@ FROM  ?= 0
 sim: $(STAMP) ## Simulated clusters under faults: make sim SEEDS=1000 FROM=0
 	$(PYTHON) -m tests.simulation.run --seeds $(SEEDS) --from $(FROM)
 
-soak: $(STAMP) ## The same until told to stop: make soak FROM=0
-	$(PYTHON) -m tests.simulation.run --seeds 0 --from $(FROM)
+RECORD ?=
 
-mutants: $(STAMP) ## Defects put in on purpose: does the simulator find every one?
-	$(PYTHON) -m tests.mutants.run
+mutants: $(STAMP) ## Defects put in on purpose: is every one found? RECORD=1 writes down how soon
+	$(PYTHON) -m tests.mutants.run $(if $(RECORD),--record)
 
 MINUTES ?= 10
 SEED    ?=
 
 nemesis: $(STAMP) test-packages ## Real nodes under faults, as root: make nemesis MINUTES=10 SEED=7
 	$(PYTHON) -m tests.nemesis.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+soak: $(STAMP) test-packages ## Simulator, mutants and nemesis in turn until told to stop; keeps books
+	$(PYTHON) -m tests.soak
 
 test-packages:
 	@scripts/system-packages.sh e2fsprogs iproute2 nftables strace util-linux

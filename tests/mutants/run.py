@@ -24,10 +24,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from tests.mutants.edits import Mutant, infect
 from tests.mutants.mutations import BY_NAME, MUTANTS, NOT_CAUGHT
+from tests.reporting import STOPPED, stdout_apart
 from tests.simulation.rotation import commit
 
 SEEDS = 500  # within which each must be caught
@@ -35,7 +36,6 @@ FACTOR = 5  # times the recorded number of seeds, for a mutant that is only look
 LEAST = 25  # one that the very first seed caught may well pass the next few
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = Path(__file__).with_name("needed.json")
-STOPPED = 130  # exit code of what Ctrl-C has ended
 
 # For choosing as many as fit into a budget; what has been chosen gets all the time it needs.
 START_S, SEED_S, TESTS_S = 1.5, 0.7, 4.0
@@ -234,9 +234,13 @@ def sample(
 
 
 def run_all(
-    mutants: Sequence[Mutant], first: int, seeds: int, *, record: bool, json_file: Path | None
+    mutants: Sequence[Mutant], first: int, seeds: int, *, record: bool, output: TextIO | None
 ) -> int:
-    """Returns the exit code."""
+    """Returns the exit code.
+
+    Args:
+        output: where the sums go as JSON.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     needed, outcomes, stopped = read_needed(), list[Outcome](), False
     print(f"{'mutant':62} {'seeds':>5} {'known':>5} {'s':>6}  caught by")
@@ -253,11 +257,10 @@ def run_all(
         _children.end()
     finally:
         pool.shutdown(cancel_futures=True)
-    summary = _summary(outcomes, seeds, stopped)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     _print_end(outcomes, seeds)
+    if output is not None:
+        summary = _summary(outcomes, seeds, stopped)
+        print(json.dumps(summary, indent=1), file=output, flush=True)
     if stopped:
         return STOPPED
     return 0 if all(outcome.is_caught for outcome in outcomes) else 1
@@ -305,7 +308,7 @@ def main() -> int:
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--record", action="store_true", help=f"in {NEEDED.name}, from seed 0 on")
-    parser.add_argument("--json", type=Path, help="write what it came to into this file")
+    parser.add_argument("--json", action="store_true", help="print the sums as JSON")
     parser.add_argument("--hunt", help=argparse.SUPPRESS)
     parser.add_argument("--control", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -320,7 +323,8 @@ def main() -> int:
         mutants = [m for m in BY_NAME.values() if any(part in m.name for part in args.names)]
         if not mutants:
             parser.error(f"no mutant has {' or '.join(args.names)} in its name")
-    return run_all(mutants, args.first, args.seeds, record=args.record, json_file=args.json)
+    output = stdout_apart() if args.json else None
+    return run_all(mutants, args.first, args.seeds, record=args.record, output=output)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ python -m tests.simulation.run --from 0 --seconds 60    as many as that
 python -m tests.simulation.run --from 17 --trace        everything that happens in seed 17
 python -m tests.simulation.run --from 17 --shrink       which faults seed 17 needs to fail
 
-A seed that fails is printed, its trace goes to build/simulation/, and it is shrunk.
+A seed that fails is printed, its trace goes to build/simulation/, and it is shrunk. With --json the
+sums are printed as JSON, and all else goes to stderr.
+
+Exit codes: 0 all held, 1 one failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
+from tests.reporting import STOPPED, stdout_apart
 from tests.simulation.invariants import Violation
 from tests.simulation.loop import Crash
 from tests.simulation.plan import Plan
@@ -42,7 +46,6 @@ PROGRESS_S, TERMINAL_S = 60.0, 3.0  # between two lines of progress; on a termin
 SEED_CPU_S = 120.0  # a hundred times what a seed takes: beyond it, it goes round in circles
 SHRINK_S = 600.0
 FAULT = "fault: "  # before the name of a fault, among what a world counts
-STOPPED = 130  # exit code of what Ctrl-C has ended
 
 
 class Failure(NamedTuple):
@@ -379,7 +382,7 @@ def main() -> int:
     parser.add_argument("--shrink", action="store_true")
     parser.add_argument("--without", default="", help="faults to leave out, by comma")
     parser.add_argument("--keep-going", action="store_true", help="after a seed that failed")
-    parser.add_argument("--json", type=Path, help="write what it came to into this file")
+    parser.add_argument("--json", action="store_true", help="print the sums as JSON")
     args = parser.parse_args()
     without = tuple(filter(None, args.without.split(",")))
     if args.trace:
@@ -395,10 +398,10 @@ def main() -> int:
 def _many(args: argparse.Namespace, without: tuple[str, ...]) -> int:
     count = args.seeds if args.seeds is not None else int(args.seconds == float("inf"))
     session = Session(args.first, count, args.seconds, without, keep_going=args.keep_going)
+    output = stdout_apart() if args.json else None
     exit_code = session.run()
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(session.summary(), indent=1) + "\n", encoding="utf-8")
+    if output is not None:
+        print(json.dumps(session.summary(), indent=1), file=output, flush=True)
     if session.lowest is not None and not session.stopped:
         narrow_down(session.lowest, without)
     return exit_code
