@@ -25,7 +25,7 @@ from tests.nemesis.plan import KINDS, SHAPES, Plan
 from tests.nemesis.run import ROOT, missing, one
 from tests.simulation.rotation import commit_number
 
-BUDGET_S = float(os.environ.get("DENGINE_NEMESIS_SECONDS") or 60)
+BUDGET_S = float(os.environ.get("DENGINE_NEMESIS_SECONDS") or 180)
 BEGIN_S = 120.0  # of a run on a busy machine; a quiet one takes three seconds
 SAMPLE_S = 20.0  # of faults in a run; with the beginning and the end it takes twice that
 

@@ -198,8 +198,13 @@ def explain(seed: int, what: Violation | str, without: Collection[str] = ()) -> 
     )
 
 
-def narrow_down(seed: int, without: tuple[str, ...] = ()) -> Failure | None:
+def narrow_down(
+    seed: int, without: tuple[str, ...] = (), limit_s: float = SHRINK_S
+) -> Failure | None:
     """Trace a seed that fails to build/simulation/, shrink it, and trace what is left of it.
+
+    Args:
+        limit_s: for shrinking.
 
     Returns:
         How the rest of it fails; None when it does not fail (any more).
@@ -215,7 +220,7 @@ def narrow_down(seed: int, without: tuple[str, ...] = ()) -> Failure | None:
         found = examine(seed, left_out)[1]
         return None if found is None else found.kind
 
-    fewest = shrink(Plan(seed, without).faults, fails, without, limit_s=SHRINK_S)
+    fewest = shrink(Plan(seed, without).faults, fails, without, limit_s=limit_s)
     path = path.with_name(f"seed-{seed}-shrunk.txt")
     failure = _trace(seed, fewest, path)
     if failure is not None:
