@@ -190,9 +190,8 @@ class Clients:
         assert call.process is not None
         call.floor = self.shown_index
         call.called = self.world.scheduler.now
-        self.world.note(
-            "call", call.client, call.level, *_words(call), "at", call.process.member.id
-        )
+        at = call.process.member.id
+        self.world.note("call", call.client, call.level, *_words(call), "at", at)
         task = call.process.loop.create_task(self._perform(call))
         task.add_done_callback(lambda done: self._answered(call, slot, done))
 

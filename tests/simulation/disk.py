@@ -63,6 +63,7 @@ class Disk:
         fuse: after so many more effects the process that uses it crashes; None: never.
         full: there is no room.
         eio: after so many more operations one fails; None: never.
+        spares_commits: those of LMDB, which are nearly all, do not fail and are not counted.
         refusals: operations that have failed so far.
         burnt: called when the fuse has burnt.
         hit: told what rare thing took place.
@@ -74,6 +75,7 @@ class Disk:
         self.fuse: int | None = None
         self.full = False
         self.eio: int | None = None
+        self.spares_commits = False
         self.refusals = 0
         self.dead = False
         self.burnt: Callable[[], None] = lambda: None
@@ -99,7 +101,7 @@ class Disk:
         self.effect()
         if self.full and kind in NEEDS_ROOM:
             self._refuse(kind, errno.ENOSPC)
-        if self.eio is not None:
+        if self.eio is not None and not (self.spares_commits and kind == "commit"):
             self.eio -= 1
             if self.eio < 0:
                 self.eio = None

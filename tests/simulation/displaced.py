@@ -46,6 +46,7 @@ class Displaced:
         self._cuts: set[tuple[int, int]] = set()
         self._until = self._write_due = self._at = self._last = self._term = 0
         self._keeper = self._second = 0
+        self._rest: list[int] = []  # the three that hear nothing of the first leader's entries
         self._first: Process | None = None
 
     def begin(self, rng: random.Random) -> None:
@@ -66,6 +67,7 @@ class Displaced:
         self._write_due = world.scheduler.now
         self._faults.quiet = rng.random() < ALONE
         self._round += 1
+        world.count("displaced tried")
         self._go("append", [me, self._keeper], self._rest)
         self._look(self._round)
 
@@ -138,10 +140,10 @@ class Displaced:
     def _append(self, first: Process) -> None:
         node, now = first.node, self._world.scheduler.now
         assert node is not None
-        if node.raft.is_leader and node.raft.log.last_index < self._at + ENTRIES:
-            if now >= self._write_due:
-                self._write_due = now + WRITE_EVERY_NS
-                self._world.clients.burst(first, 1, self._rng, CLIENT_S)
+        wants_more = node.raft.is_leader and node.raft.log.last_index < self._at + ENTRIES
+        if wants_more and now >= self._write_due:
+            self._write_due = now + WRITE_EVERY_NS
+            self._world.clients.burst(first, 1, self._rng, CLIENT_S)
 
     def _is_overwritten(self, first: Process) -> bool:
         assert first.node is not None

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dengine.errors import DataCorruption
-from dengine.node.wire import Hello
 from dengine.raft.types import LogId
 from dengine.storage.snapshot_file import SUFFIX, SnapshotHeader
 from dengine.storage.snapshot_frames import DIGEST_BYTES, PARTIAL_SUFFIX, read_header_bytes
@@ -68,7 +67,7 @@ class Durability:
                 "power cut",
             )
 
-    def says(self, machine: Machine, hello: Hello) -> None:
+    def says(self, machine: Machine, incarnation: int, cluster_id: str) -> None:
         """Invariant 7: nobody gives a name that he may forget."""
         node = machine.disk.durable(("data", str(machine.id), "identity.json"))
         raw = None if node is None else node.synced
@@ -79,11 +78,11 @@ class Durability:
             fields = json.loads(raw)
             known = (raw, (int(fields["incarnation"], 16), fields["cluster_id"]))
             self._identities[machine.id] = known
-        if (hello.member.incarnation, hello.cluster_id) != known[1]:
+        if (incarnation, cluster_id) != known[1]:
             violated(
                 "7 identity",
-                f"node {machine.id} says that it is {hello.member} of {hello.cluster_id!r}, and "
-                f"its disk says {known[1]}",
+                f"node {machine.id} says that it is incarnation {incarnation:x} in "
+                f"{cluster_id!r}, and its disk says {known[1]}",
             )
 
     def _snapshots(self, machine: Machine, suffix: str) -> list[LogId]:

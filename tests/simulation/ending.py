@@ -190,10 +190,7 @@ class Ending:
         return told
 
     def _owing(self) -> str:
-        owed = [
-            f"node {i} owes a {level + ' read' if level else 'write'}" for i, level in self._owed
-        ]
-        return ", ".join(owed)
+        return ", ".join(f"node {i} owes a {kind or 'write'}" for i, kind in self._owed)
 
     # --- the disks --------------------------------------------------------------------------------
 

@@ -137,14 +137,15 @@ class Faults:
     # --- the network ------------------------------------------------------------------------------
 
     def _cut(self, pairs: set[tuple[int, int]], rng: random.Random, lasting_ms: int = 0) -> None:
-        self.world.note("cut", sorted(pairs))
-        self.world.network.cut(pairs)
-        for one, other in sorted(pairs):
+        links = sorted(pairs)
+        self.world.note("cut", links)
+        self.world.network.cut(links)
+        for one, other in links:
             process = self.world.machines[one].process
             if process is not None and process.serves:
                 process.peers.cut(other)
         lasting_ms = lasting_ms or int(rng.choice((0.3, 0.6, 1.2)) * self._timeout_max_ms)
-        self.world.scheduler.after(lasting_ms * MS, self.world.network.mend, pairs)
+        self.world.scheduler.after(lasting_ms * MS, self.world.network.mend, links)
 
     def _one_way(self, rng: random.Random) -> None:
         ids = list(self.world.machines)
@@ -292,11 +293,8 @@ class Faults:
         """As systemd would: leadership is handed over, the state is synced."""
         machine = self._any(rng)
         if machine and machine.process and machine.process.serves:
-            process = machine.process
-            assert process.node is not None
             self.world.note("stop", machine.id)
-            node = process.node
-            process.run(lambda: process.loop.create_task(node.stop()))
+            machine.process.stop()
 
     def _freeze(self, machine: Machine, ms: int) -> int:
         process = machine.process
@@ -351,6 +349,7 @@ class Faults:
         """At one of the next operations, whichever it is."""
         if machine := self._any(rng):
             machine.disk.eio = rng.choice((0, 0, 1, 2, 4, 8, 16))
+            machine.disk.spares_commits = rng.random() < 0.6
             self.world.note("disk of", machine.id, "fails after", machine.disk.eio)
 
     def _full(self, rng: random.Random) -> None:

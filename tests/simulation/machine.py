@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import deque
 from collections.abc import Callable
@@ -174,6 +175,7 @@ class Process:
         self.refusals_before = machine.disk.refusals
         self._inbox: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._life: Any = None
+        self._told_to_stop: Any = None
         self._random = machine.world.rng.random
 
     def start(self) -> None:
@@ -184,13 +186,25 @@ class Process:
         self._life.add_done_callback(self._ended)
 
     async def _live(self) -> None:
+        """As dengine.cli.serve."""
         node = node_module.Node(self.machine.config())
         await node.open()
         self.node = node
         self.member = node.raft.me
         self.serves = True
         self.machine.world.checker.started(self)
-        await node.run()
+        self._told_to_stop = self.loop.create_future()
+        running = self.loop.create_task(node.run(), name="node")
+        ends: set[Any] = {running, self._told_to_stop}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            await node.stop()
+        await running
+
+    def stop(self) -> None:
+        """As `systemctl stop` does."""
+        if self._told_to_stop is not None and not self._told_to_stop.done():
+            self.run(self._told_to_stop.set_result, None)
 
     def _ended(self, life: Any) -> None:
         if not self.loop.dead and not life.cancelled():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dengine.node.peers import PeerStatus
 from dengine.node.wire import Frame, Hello, RaftFrame, Refused, decode, encode
 from dengine.raft.types import MemberId
+from tests.simulation.invariants import Violation
 from tests.simulation.loop import MS
 
 if TYPE_CHECKING:
@@ -245,8 +246,18 @@ class Peers:
     # --- streams ----------------------------------------------------------------------------------
 
     def take_frame(self, sender: MemberId, data: bytes) -> None:
-        """Raft's messages, which no stream holds back."""
-        self._on_frame(sender, decode(data))
+        """One frame has come; Raft's messages are held back by no stream."""
+        self._call(self._on_frame, sender, decode(data))
+
+    def _call(self, fn: Callable[..., None], *args: Any) -> None:
+        """As the tasks of the real ones do: an error ends the node."""
+        try:
+            fn(*args)
+        except Violation:
+            raise
+        except Exception as error:
+            if not self.failed.done():
+                self.failed.set_exception(error)
 
     @staticmethod
     def _deliver(stream: Stream, receiver: Process, data: bytes) -> None:
@@ -256,7 +267,7 @@ class Peers:
             if stream.is_alive(receiver):
                 sender = stream.theirs(receiver).member
                 receiver.machine.world.saw(sender.id, receiver.machine.id, data)
-                receiver.peers._on_frame(sender, decode(data))
+                receiver.peers.take_frame(sender, data)
 
         receiver.arrived(take)
 
@@ -277,7 +288,8 @@ class Peers:
 
     def _hello(self, expects: int | None, address: str) -> Hello:
         hello = self.hello(expects, address)
-        self._world.durability.says(self.process.machine, hello)
+        machine = self.process.machine
+        self._world.durability.says(machine, hello.member.incarnation, hello.cluster_id)
         return hello
 
     def _greet(self, expects: int, address: str) -> None:
@@ -336,7 +348,7 @@ class Peers:
             self._over(old, old.other(self.process))
         self._streams[theirs.member] = stream
         self._world.note("connected", self.process.machine.id, "to", theirs.member.id)
-        self.on_connected(theirs)
+        self._call(self.on_connected, theirs)
 
     def _tell(self, other: Process, refused: Refused, expected: int | None = None) -> None:
         """The other side learns why it is not wanted."""
@@ -345,7 +357,7 @@ class Peers:
         def learn() -> None:
             frame = decode(data)
             assert isinstance(frame, Refused)
-            other.peers.on_refused(me, frame)
+            other.peers._call(other.peers.on_refused, me, frame)
 
         if self._world.network.up(me, other.machine.id):
             self._world.network.sure(me, other.machine.id, other.arrived, learn)
@@ -356,7 +368,7 @@ class Peers:
         member = stream.theirs(self.process).member
         if self._streams.get(member) is stream:
             del self._streams[member]
-            self._on_disconnected(member)
+            self._call(self._on_disconnected, member)
 
     @staticmethod
     def _over(stream: Stream, end: Process) -> None:
