@@ -19,7 +19,7 @@ import psutil
 
 LOOK_S = 0.5
 STILL_LOOKS = 10  # in a row, at which nothing has grown
-GROWTH_BYTES = 32 * 1024 * 1024  # what allocators keep, and the entries kept for slow followers
+GROWTH_BYTES = 48 * 1024 * 1024  # what allocators keep, and the entries kept for slow followers
 STREAMS = 3  # descriptors per other member: a stream, one that is being replaced, a transfer
 MORE_DESCRIPTORS = 6
 # asyncio starts as many threads for blocking calls as it ever needed at once, up to that.

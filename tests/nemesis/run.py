@@ -113,9 +113,10 @@ def clean_up(build: Path, say: Callable[[str], None]) -> None:
         say(f"of an earlier run: {error}")
 
 
-def many(args: argparse.Namespace, only: Collection[str], directory: Path) -> list[Facts]:
-    """Runs one after the other; the report grows with each."""
-    runs: list[Facts] = []
+def many(
+    args: argparse.Namespace, only: Collection[str], directory: Path, runs: list[Facts]
+) -> None:
+    """Runs one after the other, added to `runs`; the report grows with each."""
     began = time.monotonic()
     for number in itertools.count():
         spent_min = (time.monotonic() - began) / 60
@@ -134,12 +135,15 @@ def many(args: argparse.Namespace, only: Collection[str], directory: Path) -> li
         print(said, flush=True)
         if runs[-1]["broken_off"] or (runs[-1]["findings"] and not args.keep_going):
             break
-    return runs
 
 
-def shared(args: argparse.Namespace, directory: Path) -> list[Facts]:
+def shared(args: argparse.Namespace, directory: Path, runs: list[Facts]) -> None:
     """The same by several processes, of which each takes every so manieth seed. One that has found
-    something ends; the others go on."""
+    something ends; the others go on.
+
+    Raises:
+        RuntimeError: a job ended in a way that says nothing about its runs.
+    """
     jobs = [
         (directory / f"job-{job + 1}", _job(args, directory / f"job-{job + 1}", job))
         for job in range(args.jobs)
@@ -148,17 +152,16 @@ def shared(args: argparse.Namespace, directory: Path) -> list[Facts]:
     try:
         for _, process in jobs:
             process.wait()
-    except KeyboardInterrupt:
-        print("stopping all jobs", flush=True)
     finally:
-        _end([process for _, process in jobs])
-    runs: list[Facts] = []
+        _end([process for _, process in jobs], directory)
+        for path, _ in jobs:
+            with contextlib.suppress(FileNotFoundError):
+                report_file = path / "report.json"
+                runs += json.loads(report_file.read_text(encoding="utf-8"))["runs"]
+        runs.sort(key=lambda run: int(run["seed"]))
     for path, process in jobs:
-        with contextlib.suppress(FileNotFoundError):
-            runs += json.loads((path / "report.json").read_text(encoding="utf-8"))["runs"]
         if process.returncode not in (0, 1, INTERRUPTED):
-            print(f"{path.name} ended with {process.returncode}", file=sys.stderr)
-    return sorted(runs, key=lambda run: int(run["seed"]))
+            raise RuntimeError(f"{path} ended with {process.returncode}: what it ran is unknown")
 
 
 def _job(args: argparse.Namespace, into: Path, job: int) -> subprocess.Popen[bytes]:
@@ -174,7 +177,7 @@ def _job(args: argparse.Namespace, into: Path, job: int) -> subprocess.Popen[byt
     )
 
 
-def _end(processes: Collection[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Collection[subprocess.Popen[bytes]], directory: Path) -> None:
     """Interrupt those that still run, once, and wait until they have removed what they made."""
     for process in processes:
         if process.poll() is None:
@@ -186,7 +189,7 @@ def _end(processes: Collection[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            clean_up(BUILD, print)
+            clean_up(directory, print)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -237,7 +240,8 @@ def main() -> int:
         os.dup2(2, 1)  # also for the jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, _interrupt)
     signal.signal(signal.SIGALRM, _hangs)
     return run_all(args, only, output if args.json else None)
 
@@ -246,8 +250,17 @@ def run_all(args: argparse.Namespace, only: Collection[str], output: TextIO | No
     """Everything that is asked for, and the report; the exit code."""
     clean_up(BUILD, print)
     directory = args.into or fresh(BUILD, str(args.seed))
-    runs = shared(args, directory) if args.jobs > 1 else many(args, only, directory)
-    written = report.write(runs, directory)
+    runs: list[Facts] = []
+    interrupted = False
+    try:
+        if args.jobs > 1:
+            shared(args, directory, runs)
+        else:
+            many(args, only, directory, runs)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        written = report.write(runs, directory)
     if args.into is None:
         report.write(runs, BUILD)
         print(report.as_text(runs))
@@ -256,7 +269,7 @@ def run_all(args: argparse.Namespace, only: Collection[str], output: TextIO | No
         print(json.dumps(report.summary(runs), indent=1), file=output, flush=True)
     if any(run["findings"] for run in runs):
         return 1
-    return 0 if runs and report.passed(runs) else INTERRUPTED
+    return INTERRUPTED if interrupted or not report.passed(runs) else 0
 
 
 if __name__ == "__main__":

@@ -274,9 +274,10 @@ async def _carried(link: Link, change: str) -> tuple[int, bytes]:
             return link.touched, await far_reader.readexactly(6)
     finally:
         source.feed_eof()
-        await asyncio.gather(carrying)
-        writer.close()
-        far_writer.close()
+        await carrying
+        for end in (writer, far_writer):
+            end.close()
+            await end.wait_closed()
         assert reader is not None
 
 
