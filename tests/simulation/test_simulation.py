@@ -80,29 +80,23 @@ SOMETIMES = (
 )
 
 
-@pytest.fixture(scope="module")
-def tally() -> Tally:
-    return Tally()
-
-
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("half", HALVES)
-def test_every_invariant_holds_in_this_commits_seeds(half: int, tally: Tally) -> None:
+def test_every_invariant_holds_in_this_commits_seeds(half: int) -> None:
     """No acknowledged write is lost, no read is stale, and a healed cluster works again."""
     first, end = first_seed() + half, time.monotonic() + BUDGET_S / len(HALVES)
-    mine = Tally()
+    tally = Tally()
     gc.freeze()  # what is there already is not looked through after each seed
     for seed in itertools.count(first, len(HALVES)):
         part, failure = examine(seed)
-        mine.merge(part)
+        tally.merge(part)
         if failure is not None:
             narrow_down(seed, limit_s=60)
             raise AssertionError(explain(seed, failure.text))
         if time.monotonic() > end:
             break
-    print(f"every second seed from {first} to {seed}: {mine}")
-    tally.merge(mine)
-    assert mine.operations > 50 * mine.seeds, "the faults leave the clients nothing to see"
+    print(f"every second seed from {first} to {seed}: {tally}")
+    assert tally.operations > 50 * tally.seeds, "the faults leave the clients nothing to see"
 
 
 @pytest.mark.timeout(0)
