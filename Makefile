@@ -73,7 +73,7 @@ test-packages:
 	@scripts/system-packages.sh e2fsprogs iproute2 nftables strace util-linux
 
 crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (three quarters of an hour)
-	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_crashes.py tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v $(SHARED)
+	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/raft/test_random.py tests/crash_sweep tests/integration/test_crashes.py tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v $(SHARED)
 
 ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to fail (hours)
 	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v $(SHARED)
