@@ -53,9 +53,7 @@ def test_nothing_is_lost_and_no_read_is_stale(tmp_path: Path) -> None:
         if spent_s + spent_s / len(runs) > BUDGET_S:
             break  # one more would be too many
     assert report.write(runs, tmp_path / "report").exists()
-    assert sum(run["acknowledged_writes"] for run in runs) > BUDGET_S, (
-        "hardly anything was written"
-    )
+    assert sum(run["acknowledged_writes"] for run in runs) > BUDGET_S, "hardly anything was written"
 
 
 def test_a_plan_follows_from_its_seed() -> None:
@@ -193,9 +191,7 @@ def test_jobs_end_with_who_started_them(tmp_path: Path) -> None:
     options = ["--seed", "5", "--minutes", "10", "--jobs", "2", "--only", "kill"]
     process = subprocess.Popen(command(tmp_path, *options), cwd=ROOT)
     logs = [tmp_path / f"job-{job}" / f"run-{seed}" / "run.log" for job, seed in ((1, 5), (2, 6))]
-    wait_for(
-        lambda: all("kill: node" in log.read_text() for log in logs), "both to begin", BEGIN_S
-    )
+    wait_for(lambda: all("kill: node" in log.read_text() for log in logs), "both to begin", BEGIN_S)
     process.send_signal(signal.SIGTERM)
     assert process.wait(2 * STOPPED_S) == INTERRUPTED
     assert [run["verdict"] for run in reported(tmp_path)] == ["broken off"] * 2

@@ -1,4 +1,4 @@
-"""What the report says of runs: their sums, what was drawn and what had an effect, what went wrong."""
+"""What the report says of runs: sums, what was drawn and what had an effect, what went wrong."""
 
 from __future__ import annotations
 

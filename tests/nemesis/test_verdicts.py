@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-
-
 import pytest
 
 from tests.linearizability.checker import FOREVER, Operation
@@ -150,8 +148,6 @@ def test_every_breach_is_found(spoil: Callable[[Records], None], said: str) -> N
     records = sound()
     spoil(records)
     assert said in "\n".join(judged(records))
-
-
 
 
 def test_a_key_may_be_missing_where_nobody_has_seen_it() -> None:
