@@ -41,7 +41,8 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 
 # These start machines, or are about how long clients wait: one after the other. All others share
 # both cores, and a process gets its next test when it has done one: some take very much longer.
-APART  := tests/crash_sweep tests/nemesis tests/lab \
+APART  := tests/crash_sweep tests/lab \
+          $(patsubst %,tests/nemesis/test_%.py,faults machines nemesis) \
           $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough)
 SHARED := -n 2 --maxschedchunk 1
 
@@ -73,7 +74,8 @@ test-packages:
 	@scripts/system-packages.sh e2fsprogs iproute2 nftables strace util-linux
 
 crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (three quarters of an hour)
-	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/raft/test_random.py tests/crash_sweep tests/integration/test_crashes.py tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v $(SHARED)
+	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/raft/test_random.py tests/crash_sweep \
+		$(patsubst %,tests/integration/test_%.py,crashes damage secrets snapshot_writer) -v $(SHARED)
 
 ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to fail (hours)
 	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v $(SHARED)

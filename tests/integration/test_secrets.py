@@ -27,6 +27,7 @@ from tests.cluster import (
     wait_for,
 )
 
+FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # make crash-sweep
 TOKEN = secrets.token_hex(32)
 PEER_SECRET = secrets.token_hex(32)
 SMALL = """
@@ -266,7 +267,8 @@ def test_a_member_that_lost_its_secret_is_missed_by_name(guarded: Cluster, tmp_p
 
 
 def test_the_command_line_finds_the_token(guarded: Cluster, tmp_path: Path) -> None:
-    """By option, by variable, by the host's configuration; never as an argument itself."""
+    """By option, by variable, by the host's configuration; never as an argument itself. The full
+    target tries each command in each way, the others each way and each command."""
     extra = secret_files(tmp_path / "secrets")
     port = free_port()
     node = guarded.node(1, config_text(1, {1: port}, 2, 2, extra), port).start()
@@ -279,16 +281,18 @@ def test_the_command_line_finds_the_token(guarded: Cluster, tmp_path: Path) -> N
         (at, {"CONFIG_PATH": str(node.config)}),
         ((), {"CONFIG_PATH": str(node.config)}),
     ]
+    commands: list[tuple[str, ...]] = [
+        *(("get", "color"), ("members",), ("status",), ("list",), ("settings",)),
+        *(("snapshot", "list"), ("snapshot", "take"), ("snapshot", "save")),
+    ]
     for number, (options, environ) in enumerate(ways):
         put = dengine("put", "color", "blue", *options, cwd=tmp_path, **environ)
         assert put.returncode == 0, put
-        for command in (("get", "color"), ("members",), ("status",), ("list",), ("settings",)):
-            done = dengine(*command, *options, cwd=tmp_path, **environ)
-            assert (done.returncode, done.stderr) == (0, ""), done
-        backup = ("snapshot", "save", f"backup-{number}.dsnap")
-        for command in (("snapshot", "list"), ("snapshot", "take"), backup):
-            done = dengine(*command, *options, cwd=tmp_path, **environ)
+        for command in commands if FULL else commands[number :: len(ways)]:
+            more = (f"backup-{number}.dsnap",) if command[-1] == "save" else ()
+            done = dengine(*command, *more, *options, cwd=tmp_path, **environ)
             assert done.returncode == 0, done
+            assert command[0] == "snapshot" or not done.stderr, done
     bench = ("bench", "get", "--seconds", "0.3", "--connections", "2", "--keys", "10")
     done = dengine(*bench, *at, "--token-file", file, cwd=tmp_path)
     assert done.returncode == 0, done
