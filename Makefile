@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install run walkthrough test sim mutants soak nemesis crash-sweep ansible-full lint fix bench lab lab-expand lab-full lab-down lock clean test-packages
+.PHONY: help install run walkthrough test sim mutants soak nemesis crash-sweep ansible-full lint lint-types lint-ansible fix bench lab lab-expand lab-full lab-down lock clean test-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,12 @@ $(STAMP): pyproject.toml
 lint: $(STAMP) ## ruff, mypy --strict, yamllint, ansible-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	@$(MAKE) --no-print-directory -j 2 -O lint-types lint-ansible  # one core each
+
+lint-types: $(STAMP)
 	$(VENV)/bin/mypy --strict dengine
+
+lint-ansible: $(STAMP)
 	$(VENV)/bin/yamllint --strict .
 	ANSIBLE_COLLECTIONS_PATH=ansible/collections PATH=$(VENV)/bin:$$PATH $(VENV)/bin/ansible-lint --offline --strict -q ansible inventories
 
