@@ -29,9 +29,9 @@ VOTERS = 5
 ENTRIES = 9  # that the first leader appends; some must lie behind all that follows
 WRITE_EVERY_NS = 8 * MS
 POLL_NS = 3 * MS
-PATIENCE = 10  # election timeouts, for all of it
+PATIENCE = 3  # election timeouts, for each step
 ALONE = 0.6  # how often no other fault begins meanwhile
-CLIENT_S = 30.0  # who waits for the old entries waits for long
+CLIENT_S = 4.0  # who waits for the old entries waits for long
 
 
 class Displaced:
@@ -54,16 +54,15 @@ class Displaced:
         voters = [v.id for v in world.membership.voters]
         if self._step or leader is None or leader.node is None or world.membership.joint:
             return
-        me, log = leader.machine.id, leader.node.raft.log
+        me = leader.machine.id
         if me not in voters or len(voters) != VOTERS or not leader.node.raft.committed_in_term:
             return
         if not all((p := world.machines[i].process) and p.serves for i in voters):
             return
         self._rng, self._first, self._term = rng, leader, leader.node.raft.term
         self._keeper = rng.choice([i for i in voters if i != me])
-        self._second, self._at = 0, log.last_index + 1
+        self._second, self._at = 0, leader.node.raft.log.last_index + 1
         self._rest = [i for i in voters if i not in (me, self._keeper)]
-        self._until = world.scheduler.now + PATIENCE * world.plan.election.timeout_ms_max * MS
         self._write_due = world.scheduler.now
         self._faults.quiet = rng.random() < ALONE
         self._round += 1
@@ -80,8 +79,10 @@ class Displaced:
             self._faults.quiet = False
 
     def _go(self, step: str, *groups: list[int]) -> None:
-        self._world.note("displaced:", step, "by", groups)
+        world = self._world
+        world.note("displaced:", step, "by", groups)
         self._step = step
+        self._until = world.scheduler.now + PATIENCE * world.plan.election.timeout_ms_max * MS
         self._hear(*groups)
 
     def _hear(self, *groups: list[int]) -> None:
@@ -101,7 +102,10 @@ class Displaced:
             return
         me = first.machine.id
         if self._step == "append" and node_id in self._rest:
-            self._second = node_id
+            second = self._world.machines[node_id].process
+            assert second is not None
+            assert second.node is not None
+            self._second, self._at = node_id, second.node.raft._noop_index
             self._go("overwrite", [node_id, me])
         elif self._step == "again" and node_id == me:
             self._go("displace", [me])

@@ -21,6 +21,7 @@ from dengine.storage.environment import CRC_RESIDUE
 from dengine.storage.log_store import ENTRY, ENTRY_KEY
 from dengine.storage.snapshot_file import verify
 from tests.simulation.clients import LEVELS
+from tests.simulation.displaced import CLIENT_S
 from tests.simulation.invariants import violated
 from tests.simulation.loop import MS, SECOND
 from tests.simulation.machine import Machine, Process
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 TIMEOUTS = 10  # election timeouts
-CALL_NS = SECOND  # the longest deadline of a call
+CALL_NS = int(CLIENT_S * SECOND)  # the longest deadline of a call
 SETTLE_NS = 20 * SECOND
 NUDGE_NS = 200 * MS  # an operator, or a client, tries again after that
 WRITE = ""  # beside LEVELS

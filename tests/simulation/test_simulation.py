@@ -1,7 +1,7 @@
 """Whole clusters under faults: as many seeds as the budget allows, another part with each commit.
 
-DENGINE_SIM_SECONDS is the budget, of one core; `make sim` and `make soak` run more. A failure prints
-its seed, which faults it needs, and where its trace is.
+DENGINE_SIM_SECONDS is the budget, of one core; `make sim` and `make soak` run more. A failure
+prints its seed, which faults it needs, and where its trace is.
 """
 
 from __future__ import annotations
