@@ -297,7 +297,7 @@ def _print_end(outcomes: Sequence[Outcome], seeds: int) -> None:
     print(f"{caught} of {len(outcomes)} caught, median {_median(outcomes):g} seeds")
     if NOT_CAUGHT:
         names = ", ".join(mutant.name for mutant in NOT_CAUGHT)
-        print(f"known to pass, and left out unless --names asks for them: {names}")
+        print(f"not seen to be caught so far, and left out unless --names asks for them: {names}")
 
 
 def main() -> int:
