@@ -122,7 +122,7 @@ async def wipe_and_join(faults: Faults, action: Action) -> None:
     with faults.band(action, names([node])) as band:
         with node.down():
             await asyncio.sleep(action.seconds)
-            await asyncio.to_thread(faults.nodes.wipe, node)
+            faults.nodes.wipe(node)
         whole = await faults.nodes.wait(
             faults.nodes.whole, f"node {node.id} to be replaced", READY_S
         )

@@ -15,7 +15,7 @@ from tests.crash_sweep.strace import Fault, Injection, Strace
 from tests.nemesis.damage import file_of, flip
 from tests.nemesis.disks import filled
 from tests.nemesis.faults import Faults, names
-from tests.nemesis.lives import closing
+from tests.nemesis.lives import FOREVER, closing
 from tests.nemesis.nodes import DAMAGED, READY_S, STORAGE_IO, Node, holds_within
 from tests.nemesis.plan import Action
 
@@ -68,15 +68,21 @@ async def failing_disk(faults: Faults, action: Action, fault: Fault, syscalls: s
         faults.band(action, f"{names([node])}, {part}") as band,
         closing(may_end, time.monotonic) as reason,
     ):
+
+        async def look() -> None:
+            thread = injection.seen(process.pid)
+            band.effective |= bool(thread)
+            # Not in a snapshot writer, which may fail as it likes.
+            if thread in threads and reason.owed_by == FOREVER:
+                reason.owed_by = time.monotonic() + FAIL_STOP_S
+                await holds_within(ended, FAIL_STOP_S)  # else the book says so
+
         async with traced(faults, injection, process.pid):
             hit = await holds_within(happened, action.seconds)
             if fault is Fault.ENOSPC and hit:
                 await asyncio.sleep(action.seconds)
-            thread = injection.seen(process.pid)
-            band.effective = bool(thread)
-            if thread in threads:  # not in a snapshot writer, which may fail as it likes
-                reason.owed_by = time.monotonic() + FAIL_STOP_S
-                await holds_within(ended, FAIL_STOP_S)  # else the book says so
+            await look()
+        await look()  # it may have happened just before strace was gone
 
 
 def threads_of(pid: int) -> list[int]:
@@ -133,7 +139,7 @@ async def small_disk(faults: Faults, action: Action) -> None:
                 await fill(faults, action)
                 await asyncio.sleep(action.seconds)
             node.failing = 0
-        of_it = [life for life in node.book.lives[boots - 1 :] if life.code == STORAGE_IO]
+        of_it = [life for life in node.book.lives[max(0, boots - 1) :] if life.code == STORAGE_IO]
         band.effective = counts["507"] > refused or bool(of_it)
 
 

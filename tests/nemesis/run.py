@@ -235,15 +235,16 @@ def main() -> int:
     if reason:
         print(reason, file=sys.stderr)
         return 2
-    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    output = None
     if args.json:
+        output = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)  # also for the jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, _interrupt)
     signal.signal(signal.SIGALRM, _hangs)
-    return run_all(args, only, output if args.json else None)
+    return run_all(args, only, output)
 
 
 def run_all(args: argparse.Namespace, only: Collection[str], output: TextIO | None) -> int:

@@ -21,7 +21,8 @@ from tests.nemesis.outcome import FAILED
 from tests.nemesis.plan import Plan
 from tests.nemesis.run import ROOT, missing
 
-needs_root = pytest.mark.skipif(bool(missing()), reason=missing())
+REASON = missing()
+needs_root = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 # Makes two machines with a disk and a process each, says so, and waits for its end.
 MAKER = """
@@ -48,7 +49,11 @@ def of(pid: int) -> list[str]:
 
 
 def maker(work: Path, disk: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
+        [sys.executable, "-c", MAKER, str(work), disk],
+        cwd=ROOT,
+        stdout=PIPE,
+        stderr=PIPE,
+        text=True,
         [sys.executable, "-c", MAKER, str(work), disk], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True
     )
     assert process.stdout is not None

@@ -8,7 +8,7 @@ import itertools
 import random
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -278,25 +278,19 @@ class _Trial:
         outcome.problems += searched.problems
 
     def _judge_the_end(self) -> list[str]:
+        """Of a run that came so far."""
         records = self.workload.records
-        values = {
-            node_id: {key: item.value or "" for key, item in held.items()}
-            for node_id, held in self._held.items()
+        held = {
+            node_id: {key: item.value or "" for key, item in items.items()}
+            for node_id, items in self._held.items()
         }
-        sets = {
-            node_id: {key: value for key, value in held.items() if key.startswith("s/")}
-            for node_id, held in values.items()
-        }
-        found = [*verdicts.same_everywhere(values), *verdicts.nothing_lost(records, sets)]
-        every = [value for held in values.values() for value in held.values()]
-        found += verdicts.refused_stays_undone(records, every)
-        for held in values.values():
-            lists = {key: value for key, value in held.items() if key.startswith("l/")}
-            found += [
-                *verdicts.counted(records, held),
-                *list_verdicts.lists_whole(records, lists),
-            ]
-            break  # the others are the same, or that is said already
+        one = next(iter(held.values()), None)  # the others are the same, or that is a finding
+        sets = {node_id: _under("s/", values) for node_id, values in held.items()}
+        found = [*verdicts.same_everywhere(held), *verdicts.nothing_lost(records, sets)]
+        found += verdicts.refused_stays_undone(records, one.values() if one else ())
+        if one is not None:
+            found += verdicts.counted(records, one)
+            found += list_verdicts.lists_whole(records, _under("l/", one))
         return found
 
     def _report(self, faults: Faults | None) -> None:
@@ -326,6 +320,10 @@ class _Item(NamedTuple):
 
     value: str | None
     revision: int
+
+
+def _under(prefix: str, held: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in held.items() if key.startswith(prefix)}
 
 
 async def _unless_it_ends(other: asyncio.Task[None], life: Awaitable[None]) -> None:
