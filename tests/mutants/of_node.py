@@ -173,14 +173,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "addresses from the log alone",
-        (
-            "dengine.node.node",
-            "if not self._known_addresses(member):  # perhaps",
-            "if False:  # perhaps",
-        ),
-    ),
-    mutant(
         "answers of a batch in the wrong order",
         (
             "dengine.node.proposals",

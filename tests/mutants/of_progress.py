@@ -13,6 +13,7 @@ RAFT = "dengine.raft.raft"
 COMMITMENT = "tests/raft/test_commitment.py"
 DISRUPTION = "tests/raft/test_disruption.py"
 ELECTIONS = "tests/raft/test_elections.py"
+FOUND = "tests/simulation/test_found.py"
 INSTALLS = "tests/raft/test_snapshot_installs.py"
 MEMBERSHIP = "tests/raft/test_membership.py"
 SNAPSHOTS = "tests/raft/test_snapshots.py"
@@ -153,6 +154,17 @@ MUTANTS: tuple[Mutant, ...] = (
             "            pass\n        elif",
         ),
         tests=INSTALLS,
+    ),
+    # It takes a member that sleeps while others join and one of them begins to lead. Hardly a seed has
+    # that, so there is a scenario of its own.
+    mutant(
+        "addresses from the log alone",
+        (
+            "dengine.node.node",
+            "if not self._known_addresses(member):  # perhaps",
+            "if False:  # perhaps",
+        ),
+        tests=f"{FOUND}::test_a_snapshot_is_fetched_from_a_leader_newer_than_our_log",
     ),
     # A start that does not find the file keeps the old log, which still has all that was promised.
     mutant(

@@ -34,7 +34,7 @@ def test_every_mutant_still_fits_the_source() -> None:
     mutants = (*MUTANTS, *NOT_CAUGHT)
     assert len(BY_NAME) == len(mutants), "two of one name"
     for mutant in mutants:
-        assert not mutant.tests or (ROOT / mutant.tests).exists(), mutant.name
+        assert (ROOT / mutant.tests.partition("::")[0]).exists(), mutant.name
         for module in dict.fromkeys(edit.module for edit in mutant.edits):
             path = ROOT / f"{module.replace('.', '/')}.py"
             edits = [edit for edit in mutant.edits if edit.module == module]
