@@ -137,7 +137,7 @@ class Machines:
                 )
                 for other in others
             )
-            self._nft(node_id, RULES.format(redirects=redirects))
+            self._change(node_id, RULES.format(redirects=redirects))
 
     def _remove(self) -> None:
         with uninterrupted():
@@ -149,9 +149,10 @@ class Machines:
                 else:
                     shutil.rmtree(self.work, ignore_errors=True)
 
-    def _nft(self, node_id: int, rules: str) -> str:
+    def _nft(self, node_id: int, *arguments: str, rules: str = "") -> str:
+        """nft(8) on a machine; what it says. Raises CalledProcessError."""
         done = subprocess.run(
-            [*self.prefix(node_id), "nft", "-f", "-"],
+            [*self.prefix(node_id), "nft", *arguments],
             input=rules,
             check=True,
             capture_output=True,
@@ -160,9 +161,13 @@ class Machines:
         )
         return done.stdout
 
+    def _change(self, node_id: int, rules: str) -> None:
+        self._nft(node_id, "-f", "-", rules=rules)
+
     def dropped(self, ids: Collection[int]) -> int:
         """How many packets cuts have kept from these machines so far."""
-        return sum(packets_dropped(self._nft(i, "list chain inet nemesis input")) for i in ids)
+        chain = ("list", "chain", "inet", "nemesis", "input")
+        return sum(packets_dropped(self._nft(node_id, *chain)) for node_id in ids)
 
     @contextlib.contextmanager
     def cut(self, pairs: Iterable[Pair]) -> Iterator[None]:
@@ -176,13 +181,13 @@ class Machines:
                 made.append((source, target))
                 self._cuts[source, target] += 1
                 if self._cuts[source, target] == 1:
-                    self._nft(target, f"add element inet nemesis cut {{ {host(source)} }}")
+                    self._change(target, f"add element inet nemesis cut {{ {host(source)} }}")
             yield
         finally:
             for source, target in made:
                 self._cuts[source, target] -= 1
                 if not self._cuts[source, target]:
-                    self._nft(target, f"delete element inet nemesis cut {{ {host(source)} }}")
+                    self._change(target, f"delete element inet nemesis cut {{ {host(source)} }}")
 
     def mount_disk(self, path: Path, kind: str, size_bytes: int) -> None:
         """A file system of its own at `path`; `kind` is one of disks.KINDS.

@@ -49,12 +49,12 @@ def of(pid: int) -> list[str]:
 
 
 def maker(work: Path, disk: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
         [sys.executable, "-c", MAKER, str(work), disk],
         cwd=ROOT,
         stdout=PIPE,
         stderr=PIPE,
         text=True,
-        [sys.executable, "-c", MAKER, str(work), disk], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True
     )
     assert process.stdout is not None
     if process.stdout.readline() != "made\n":
