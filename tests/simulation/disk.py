@@ -29,6 +29,16 @@ from tests.simulation.loop import Crash
 
 FREE_BYTES: Final = 1 << 40
 NEEDS_ROOM: Final = frozenset(("file write", "new name", "commit"))
+OPERATIONS: Final = (
+    "commit",  # of LMDB, with or without an fsync
+    "sync",  # of an LMDB file whose commits had none
+    "file write",
+    "file sync",
+    "new name",
+    "rename",
+    "removal",
+    "directory sync",
+)
 
 
 class Inode:
@@ -63,7 +73,7 @@ class Disk:
         fuse: after so many more effects the process that uses it crashes; None: never.
         full: there is no room.
         eio: after so many more operations one fails; None: never.
-        spares_commits: those of LMDB, which are nearly all, do not fail and are not counted.
+        eio_kind: only those of this kind count, and fail; empty: all.
         refusals: operations that have failed so far.
         burnt: called when the fuse has burnt.
         hit: told what rare thing took place.
@@ -75,7 +85,7 @@ class Disk:
         self.fuse: int | None = None
         self.full = False
         self.eio: int | None = None
-        self.spares_commits = False
+        self.eio_kind = ""
         self.refusals = 0
         self.dead = False
         self.burnt: Callable[[], None] = lambda: None
@@ -101,7 +111,7 @@ class Disk:
         self.effect()
         if self.full and kind in NEEDS_ROOM:
             self._refuse(kind, errno.ENOSPC)
-        if self.eio is not None and not (self.spares_commits and kind == "commit"):
+        if self.eio is not None and self.eio_kind in ("", kind):
             self.eio -= 1
             if self.eio < 0:
                 self.eio = None
@@ -208,9 +218,11 @@ class Disk:
             for name in sorted(node.names):
                 self._forget(node.names[name])
         elif node.environment is not None:
-            node.environment.process_ended(self.rng)
+            if not node.environment.process_ended(self.rng):
+                self.hit("pages dropped")
         elif node.lies and self.rng.random() < 0.7:
             node.content, node.lies = node.synced or b"", False
+            self.hit("pages dropped")
 
     def lose_power(self) -> None:
         """Only what was synced is sure to be there."""

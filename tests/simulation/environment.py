@@ -94,13 +94,17 @@ class Environment:
         if self.true_image is None:
             self.true_image = self.copy()
 
-    def process_ended(self, rng: random.Random) -> None:
-        """The cache may or may not survive long enough for the next process to see it."""
-        if self.true_image is not None and rng.random() < 0.7:
+    def process_ended(self, rng: random.Random) -> bool:
+        """The cache may or may not survive long enough for the next process to see it; False when
+        it has not.
+        """
+        lost = (self.true_image is not None or self.lies) and rng.random() < 0.7
+        if lost and self.true_image is not None:
             self.load(self.true_image)
-        self.true_image = None
-        if self.lies and rng.random() < 0.7:
+        elif lost:
             self.lose_power(rng)
+        self.true_image = None
+        return not lost
 
     def lose_power(self, rng: random.Random) -> bool:
         """False when it is not what it was."""

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tests.simulation.disk import SimPath
+from tests.simulation.disk import OPERATIONS, SimPath
 from tests.simulation.displaced import Displaced
 from tests.simulation.environment import Environment
 from tests.simulation.loop import MS, SECOND
@@ -103,6 +103,12 @@ class Faults:
                 self.world.count(f"fault: {kind}")
                 act(self.rngs[kind])
             self._plan(kind)
+
+    def becomes_joint(self, node_id: int) -> None:
+        """This very moment `node_id` has appended a joint membership: that does not last long."""
+        machine = self.world.machines[node_id]
+        if self.on and not self.quiet and "fuse" in self.rngs and machine.rng.random() < 0.2:
+            machine.disk.fuse = machine.rng.randint(0, 15)
 
     def leads(self, node_id: int) -> None:
         """This very moment it is seen that `node_id` leads a new term."""
@@ -346,11 +352,13 @@ class Faults:
             machine.stalled_until = self.world.scheduler.now + ms * MS
 
     def _eio(self, rng: random.Random) -> None:
-        """At one of the next operations, whichever it is."""
+        """At one of the next operations, or the next of a kind, for nearly all are commits."""
         if machine := self._any(rng):
-            machine.disk.eio = rng.choice((0, 0, 1, 2, 4, 8, 16))
-            machine.disk.spares_commits = rng.random() < 0.6
-            self.world.note("disk of", machine.id, "fails after", machine.disk.eio)
+            disk = machine.disk
+            disk.eio_kind = rng.choice(("", "", "", *OPERATIONS))
+            disk.eio = rng.choice((0, 0, 1, 2) if disk.eio_kind else (0, 0, 1, 2, 4, 8, 16))
+            what = disk.eio_kind or "operation"
+            self.world.note("disk of", machine.id, "fails at a", what, "after", disk.eio)
 
     def _full(self, rng: random.Random) -> None:
         if machine := self._any(rng):

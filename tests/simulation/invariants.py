@@ -261,6 +261,7 @@ class Checker:
             violated("8 membership", f"{me}: a learner that votes: {new}")
         if new.joint:
             self.world.count("joint state")
+            self.world.faults.becomes_joint(me.id)
         if len(new.voters) > len(old.voters):
             self.world.count("promoted")
         if len(new.tombstones) > len(old.tombstones):

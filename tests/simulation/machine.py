@@ -203,8 +203,12 @@ class Process:
 
     def stop(self) -> None:
         """As `systemctl stop` does."""
-        if self._told_to_stop is not None and not self._told_to_stop.done():
-            self.run(self._told_to_stop.set_result, None)
+        if self._told_to_stop is not None:
+            self.run(self._be_told_to_stop)
+
+    def _be_told_to_stop(self) -> None:
+        if not self._told_to_stop.done():  # else somebody has said so while it was frozen
+            self._told_to_stop.set_result(None)
 
     def _ended(self, life: Any) -> None:
         if not self.loop.dead and not life.cancelled():
