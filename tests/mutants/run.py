@@ -48,7 +48,8 @@ class Outcome(NamedTuple):
     Attributes:
         seeds: after so many the simulator caught it; 0: tests did; None: it was not caught.
         by: the invariant, or the test.
-        control: what failed without it, so that the catch proves nothing; "" when nothing did.
+        control: what failed without it, so that the catch proves nothing, or why it could not be
+            looked for; "" when nothing did.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Outcome(NamedTuple):
 
     def problem(self, seeds: int) -> str:
         """Why this is a failure; "" when it is none."""
+        if self.control and self.seeds is None:
+            return f"the mutant {self.name!r} could not be run: {self.control}"
         if self.control:
             return f"without the mutant {self.name!r} it fails as well: {self.control}"
         if self.seeds is None:
@@ -89,7 +92,7 @@ def hunt(name: str, first: int, seeds: int) -> int:
     return 0
 
 
-def control(seed: int) -> int:
+def look_without(seed: int) -> int:
     """Print what fails in `seed` as the code is, if anything does."""
     from tests.simulation.run import examine
 
@@ -173,18 +176,26 @@ def _passes(tests: str) -> str:
 
 
 def run_mutant(mutant: Mutant, first: int = 0, seeds: int = SEEDS) -> Outcome:
-    """Until it is caught or has had its seeds."""
-    started = time.monotonic()
-    if mutant.tests:
-        by = _pytest(mutant.tests, DENGINE_MUTANT=mutant.name)
-        needed, without = (0, _passes(mutant.tests)) if by else (None, "")
-    else:
-        found = _run_self("--hunt", mutant.name, "--from", str(first), "--seeds", str(seeds))
-        needed, by, without = None, "", ""
-        if found != "survived":
-            seed, _, by = found.splitlines()[-1].partition("\t")
-            needed, without = int(seed) - first + 1, _holds(int(seed))
-    return Outcome(mutant.name, needed, by, without, time.monotonic() - started)
+    """Until it is caught or has had its seeds. Whatever goes wrong concerns this mutant alone."""
+    started, needed, by = time.monotonic(), None, ""
+    try:
+        if mutant.tests:
+            by = _pytest(mutant.tests, DENGINE_MUTANT=mutant.name)
+            needed, control = (0, _passes(mutant.tests)) if by else (None, "")
+        else:
+            needed, by, control = _hunted(mutant.name, first, seeds)
+    except RuntimeError as error:
+        needed, control = None, str(error)
+    return Outcome(mutant.name, needed, by, control, time.monotonic() - started)
+
+
+def _hunted(name: str, first: int, seeds: int) -> tuple[int | None, str, str]:
+    """After how many seeds it was caught, by what, and what fails without it."""
+    found = _run_self("--hunt", name, "--from", str(first), "--seeds", str(seeds))
+    if found == "survived":
+        return None, "", ""
+    seed, _, by = found.splitlines()[-1].partition("\t")
+    return int(seed) - first + 1, by, _holds(int(seed))
 
 
 # --- what is known --------------------------------------------------------------------------------
@@ -315,7 +326,7 @@ def main() -> int:
     if args.hunt is not None:
         return hunt(args.hunt, args.first, args.seeds)
     if args.control is not None:
-        return control(args.control)
+        return look_without(args.control)
     if args.record and args.first:
         parser.error("what is recorded are seeds from 0 on: leave out --from")
     mutants: Sequence[Mutant] = MUTANTS

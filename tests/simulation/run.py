@@ -45,6 +45,7 @@ BUILD = ROOT / "build" / "simulation"
 PROGRESS_S, TERMINAL_S = 60.0, 3.0  # between two lines of progress; on a terminal it is one line
 SEED_CPU_S = 120.0  # a hundred times what a seed takes: beyond it, it goes round in circles
 SHRINK_S = 600.0
+DIED = "process died"
 FAULT = "fault: "  # before the name of a fault, among what a world counts
 
 
@@ -184,7 +185,7 @@ def examine(
 def died(seed: int, exit_code: int) -> tuple[Tally, Failure | None]:
     """As `examine`, of a seed whose process is gone."""
     text = f"its process ended with exit code {exit_code}"
-    return Tally(seeds=1, failed=[seed]), Failure(seed, "process died", text)
+    return Tally(seeds=1, failed=[seed]), Failure(seed, DIED, text)
 
 
 def explain(seed: int, what: Violation | str, without: Collection[str] = ()) -> str:
@@ -407,8 +408,12 @@ def _many(args: argparse.Namespace, without: tuple[str, ...]) -> int:
     exit_code = session.run()
     if output is not None:
         print(json.dumps(session.summary(), indent=1), file=output, flush=True)
-    if session.lowest is not None and not session.stopped:
-        narrow_down(session.lowest, without)
+    lowest = session.lowest
+    if lowest is not None and not session.stopped:
+        if session.failures[lowest].kind == DIED:
+            print(f"seed {lowest} is not shrunk: it would end this process, too")
+        else:
+            narrow_down(lowest, without)
     return exit_code
 
 
