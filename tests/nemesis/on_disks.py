@@ -54,7 +54,7 @@ async def failing_disk(faults: Faults, action: Action, fault: Fault, syscalls: s
     process = node.serve.process
     trace = faults.machines.work / f"strace-{len(faults.bands)}.log"
     injection = Injection(trace, syscalls, [file], fault, 1, children=True)
-    why, threads = f"{action.name} under its {part}", set[int]()
+    why, threads = f"{action.name} under its {part}", set(threads_of(process.pid))
 
     async def happened() -> bool:
         threads.update(threads_of(process.pid))

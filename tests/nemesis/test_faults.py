@@ -13,6 +13,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import wait_for
-from tests.nemesis import trial
+from tests.nemesis import on_disks, trial
 from tests.nemesis.faults import Band, Faults
 from tests.nemesis.links import Link, Links
 from tests.nemesis.machines import (
@@ -36,8 +37,11 @@ from tests.nemesis.nodes import Node, Nodes
 from tests.nemesis.on_disks import begun_anew, threads_of
 from tests.nemesis.on_processes import free_descriptors, is_stopped
 from tests.nemesis.plan import KINDS, Action, Plan
+from tests.nemesis.run import missing
 from tests.nemesis.workload import Workload
 
+REASON = missing()
+needs_root = pytest.mark.skipif(bool(REASON), reason=REASON)
 FOREVER_RUNNING = ("sleep", "600")
 
 
@@ -115,6 +119,72 @@ def test_a_failing_disk_that_nobody_wrote_to_does_not_count(tmp_path: Path) -> N
     with faults_of(tmp_path) as faults:
         carry_out(faults, "EIO")
         assert (faults.drawn["EIO"], faults.effective["EIO"]) == (1, 0)
+
+
+WRITER = """
+import os, sys, time
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+while True:
+    try:
+        os.pwrite(fd, b"entry", 0)
+    except OSError:
+        if sys.argv[2] == "ends":
+            sys.exit(74)
+    time.sleep(0.01)
+"""
+
+
+def failed_write(faults: Faults, does: str) -> Node:
+    """A node that writes its log, and what it does after an error."""
+    node = faults.nodes.all[1]
+    for other in faults.nodes.wanted():
+        other.wanted = other is node
+    log = node.serve.directory / "log" / "data.mdb"
+    log.parent.mkdir(parents=True)
+    run_as(node, sys.executable, "-c", WRITER, str(log), does)
+    wait_for(lambda: log.exists() and log.stat().st_size, "the first write")
+    carry_out(faults, "EIO", seconds=5.0)
+    return node
+
+
+@needs_root
+def test_a_node_that_ends_after_a_failed_write_is_right(tmp_path: Path) -> None:
+    """The fault counts, and the end is explained by it."""
+    with faults_of(tmp_path) as faults:
+        node = failed_write(faults, "ends")
+        wait_for(lambda: node.notice() or not node.book.running, "the end to be noted")
+        assert faults.effective["EIO"] == 1
+        assert node.book.lives[0].code == 74
+        assert node.book.findings() == []
+
+
+@needs_root
+def test_a_node_that_goes_on_after_a_failed_write_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a failed write has left behind nobody knows: going on is worse than ending."""
+    monkeypatch.setattr(on_disks, "FAIL_STOP_S", 0.5)
+    with faults_of(tmp_path) as faults:
+        node = failed_write(faults, "goes on")
+        assert faults.effective["EIO"] == 1
+        assert node.book.findings() == [
+            "process 1 of node 1 has to end with 74 (EIO under its log), and goes on"
+        ]
+
+
+@needs_root
+def test_a_write_that_strace_waited_for_in_vain_does_not_count(tmp_path: Path) -> None:
+    """Nor is anything left of strace afterwards."""
+    with faults_of(tmp_path) as faults:
+        node = faults.nodes.all[1]
+        for other in faults.nodes.wanted():
+            other.wanted = other is node
+        process = run_as(node, *FOREVER_RUNNING)
+        carry_out(faults, "EIO", seconds=0.5)
+        assert (faults.drawn["EIO"], faults.effective["EIO"]) == (1, 0)
+        assert len(faults.bands) == 1
+        assert "TracerPid:\t0" in Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        assert node.book.findings() == []
 
 
 def test_what_needs_more_voters_than_there_are_is_drawn_and_does_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a call of the nemesis makes of its runs: when it ends, with which code, and what is reported.
+"""What a call of the nemesis makes of its runs: when it ends, how, and what it reports.
 
 Without nodes: each run has a given outcome.
 """
