@@ -48,12 +48,11 @@ class Ending:
 
     def run(self) -> None:
         """All of it. Raises Violation."""
-        clients = self._world.clients
         self._heal()
-        self._wait("one leader", self._timeouts_ns, lambda: not self._has_leader())
-        clients.stopped = True
+        self._wait("one leader", self._timeouts_ns, self._leaderless)
+        self._world.clients.stopped = True
         limit_ns = self._timeouts_ns + CALL_NS
-        self._wait("an answer to every call", limit_ns, lambda: len(clients.pending))
+        self._wait("an answer to every call", limit_ns, self._unanswered)
         self._wait("the shape that was asked for", SETTLE_NS, self._unsettled, self._insist)
         self._wait("equal states", SETTLE_NS, self._differing)
         self._owed = {(m.id, kind): None for m in self._present() for kind in (WRITE, *LEVELS)}
@@ -79,10 +78,10 @@ class Ending:
         self,
         what: str,
         limit_ns: int,
-        lacking: Callable[[], object],
+        lacking: Callable[[], str],
         nudge: Callable[[], None] = lambda: None,
     ) -> None:
-        """Until `lacking` is empty, `limit_ns` at most."""
+        """Until `lacking` has nothing to say, `limit_ns` at most."""
         world = self._world
         began = nudged = world.scheduler.now
         nudge()
@@ -90,7 +89,7 @@ class Ending:
             if world.scheduler.now >= began + limit_ns:
                 violated(
                     "liveness",
-                    f"no {what} after {limit_ns / SECOND:.1f} s: {why}; {world.situation()}",
+                    f"not {what} after {limit_ns / SECOND:.1f} s: {why}; {world.situation()}",
                 )
             if world.scheduler.now >= nudged + NUDGE_NS:
                 nudged = world.scheduler.now
@@ -101,14 +100,17 @@ class Ending:
     def _present(self) -> list[Machine]:
         return [m for m in self._world.machines.values() if not m.retired]
 
-    def _has_leader(self) -> bool:
-        leader = self._world.leader()
-        if leader is None or leader.node is None:
-            return False
-        return leader.node.raft.committed_in_term and all(
-            other is leader or other.node is None or not other.node.raft.is_leader
-            for other in self._world.processes()
-        )
+    def _leaderless(self) -> str:
+        leaders = [p for p in self._world.processes() if p.leads]
+        if len(leaders) != 1:
+            return f"{len(leaders)} lead"
+        node = leaders[0].node
+        assert node is not None
+        return "" if node.raft.committed_in_term else "the leader has committed nothing in its term"
+
+    def _unanswered(self) -> str:
+        count = len(self._world.clients.pending)
+        return f"{count} wait" if count else ""
 
     # --- the shape --------------------------------------------------------------------------------
 

@@ -357,6 +357,7 @@ class Peers:
         def learn() -> None:
             frame = decode(data)
             assert isinstance(frame, Refused)
+            self._world.note("node", me, "refuses", other.machine.id, frame.reason)
             other.peers._call(other.peers.on_refused, me, frame)
 
         if self._world.network.up(me, other.machine.id):
