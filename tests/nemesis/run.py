@@ -39,13 +39,13 @@ from tests.nemesis import report, trial
 from tests.nemesis.machines import remove_orphans
 from tests.nemesis.plan import KINDS, Plan
 from tests.nemesis.report import Facts
+from tests.reporting import STOPPED, stdout_apart
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "nemesis"
 RUN_S = 45.0  # of faults in a run
 HANGS_S = 300.0  # beyond the time that a run gives itself: then it waits for something that hangs
-STOPPED_S = 120.0  # from an interrupt to the end of a job, which judges and removes what it made
-INTERRUPTED = 130
+END_S = 120.0  # from an interrupt to the end of a job, which judges and removes what it made
 COMMANDS = {  # and the packages of Debian that have them
     "ip": "iproute2",
     "losetup": "mount",
@@ -160,7 +160,7 @@ def shared(args: argparse.Namespace, directory: Path, runs: list[Facts]) -> None
                 runs += json.loads(report_file.read_text(encoding="utf-8"))["runs"]
         runs.sort(key=lambda run: int(run["seed"]))
     for path, process in jobs:
-        if process.returncode not in (0, 1, INTERRUPTED):
+        if process.returncode not in (0, 1, STOPPED):
             raise RuntimeError(f"{path} ended with {process.returncode}: what it ran is unknown")
 
 
@@ -182,7 +182,7 @@ def _end(processes: Collection[subprocess.Popen[bytes]], directory: Path) -> Non
     for process in processes:
         if process.poll() is None:
             process.terminate()
-    deadline = time.monotonic() + STOPPED_S
+    deadline = time.monotonic() + END_S
     for process in processes:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))
@@ -235,10 +235,7 @@ def main() -> int:
     if reason:
         print(reason, file=sys.stderr)
         return 2
-    output = None
-    if args.json:
-        output = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)  # also for the jobs
+    output = stdout_apart() if args.json else None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
@@ -270,7 +267,7 @@ def run_all(args: argparse.Namespace, only: Collection[str], output: TextIO | No
         print(json.dumps(report.summary(runs), indent=1), file=output, flush=True)
     if any(run["findings"] for run in runs):
         return 1
-    return INTERRUPTED if interrupted or not report.passed(runs) else 0
+    return STOPPED if interrupted or not report.passed(runs) else 0
 
 
 if __name__ == "__main__":

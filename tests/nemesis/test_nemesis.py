@@ -24,12 +24,13 @@ from tests.nemesis import disks, report
 from tests.nemesis.machines import NODES, PREFIX, Machines, own_tag, remove_orphans
 from tests.nemesis.nodes import NO_LOOP_DEVICE, SMALL_DISK_BYTES
 from tests.nemesis.plan import KINDS, SHAPES, Plan
-from tests.nemesis.run import INTERRUPTED, ROOT, missing, one
+from tests.nemesis.run import ROOT, missing, one
+from tests.reporting import STOPPED
 from tests.simulation.rotation import commit_number
 
 BUDGET_S = float(os.environ.get("DENGINE_NEMESIS_SECONDS") or 180)
 BEGIN_S = 120.0  # of a run on a busy machine; a quiet one takes three seconds
-STOPPED_S = 120.0  # from a signal to the end of a run
+END_S = 120.0  # from a signal to the end of a run
 SAMPLE_S = 20.0  # of faults in a run; with the beginning and the end it takes more than twice that
 
 REASON = missing()
@@ -102,7 +103,7 @@ def child(work: Path, disk: str) -> subprocess.Popen[str]:
     lacking = [line for line in output.read_text().splitlines() if NO_LOOP_DEVICE in line]
     if lacking:
         process.send_signal(signal.SIGINT)
-        process.wait(STOPPED_S)
+        process.wait(END_S)
         pytest.skip(lacking[0])
     return process
 
@@ -130,7 +131,7 @@ def test_an_interrupted_run_removes_what_it_made(
     assert any("/db " in line for line in mine(process.pid)), "a disk of its own"
     nodes = processes_of(process.pid)
     process.send_signal(number)
-    assert process.wait(STOPPED_S) == INTERRUPTED
+    assert process.wait(END_S) == STOPPED
     assert mine(process.pid) == []
     assert nodes
     assert not any(Path(f"/proc/{pid}").exists() for pid in nodes)
@@ -161,7 +162,7 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, disk: str) 
         assert mine(beside.pid), "the other run goes on"
     finally:
         beside.send_signal(signal.SIGINT)
-        beside.wait(STOPPED_S)
+        beside.wait(END_S)
     assert mine(beside.pid) == []
 
 
@@ -193,7 +194,7 @@ def test_jobs_end_with_who_started_them(tmp_path: Path) -> None:
     logs = [tmp_path / f"job-{job}" / f"run-{seed}" / "run.log" for job, seed in ((1, 5), (2, 6))]
     wait_for(lambda: all("kill: node" in log.read_text() for log in logs), "both to begin", BEGIN_S)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(2 * STOPPED_S) == INTERRUPTED
+    assert process.wait(2 * END_S) == STOPPED
     assert [run["verdict"] for run in reported(tmp_path)] == ["broken off"] * 2
     assert not [line for line in left_behind() if str(tmp_path) in line]
 

@@ -17,7 +17,8 @@ import pytest
 from tests.nemesis import run
 from tests.nemesis.outcome import Outcome
 from tests.nemesis.plan import Plan
-from tests.nemesis.run import INTERRUPTED, run_all
+from tests.nemesis.run import run_all
+from tests.reporting import STOPPED
 
 Result = str | type[BaseException]  # of a run: "ok", "broken", a finding; or what it raises
 Start = Callable[..., int]
@@ -90,12 +91,12 @@ def test_it_goes_on_after_a_finding_when_told_to(tmp_path: Path, start: Start) -
 
 def test_a_run_that_was_interrupted_is_reported_and_no_pass(tmp_path: Path, start: Start) -> None:
     """And no other begins."""
-    assert start("ok", "broken", "ok") == INTERRUPTED
+    assert start("ok", "broken", "ok") == STOPPED
     assert reported(tmp_path) == [(7, "ok"), (8, "broken off")]
 
 
 def test_an_interrupt_between_runs_keeps_the_report(tmp_path: Path, start: Start) -> None:
-    assert start("ok", KeyboardInterrupt) == INTERRUPTED
+    assert start("ok", KeyboardInterrupt) == STOPPED
     assert reported(tmp_path) == [(7, "ok")]
 
 
