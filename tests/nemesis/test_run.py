@@ -43,9 +43,18 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         monkeypatch.setattr(run.trial, "run", carried_out)
         monkeypatch.setattr(run, "clean_up", lambda build, say: None)
         values = {
-            **{"seed": 7, "minutes": 10.0, "runs": len(results), "same": False, "seconds": 5.0},
-            **{"only": "", "jobs": 1, "keep_going": False, "quiet": True, "step": 1},
-            **{"into": tmp_path, **more},
+            "seed": 7,
+            "minutes": 10.0,
+            "runs": len(results),
+            "same": False,
+            "seconds": 5.0,
+            "only": "",
+            "jobs": 1,
+            "keep_going": False,
+            "quiet": True,
+            "step": 1,
+            "into": tmp_path,
+            **more,
         }
         return run_all(argparse.Namespace(**values), (), None)
 
