@@ -69,8 +69,8 @@ mutants: $(STAMP) ## Defects put in on purpose: is every one found? RECORD=1 wri
 MINUTES ?= 10
 SEED    ?=
 
-nemesis: $(STAMP) test-packages ## Real nodes under faults, as root: make nemesis MINUTES=10 SEED=7
-	$(PYTHON) -m tests.nemesis.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+nemesis: $(STAMP) test-packages ## Real nodes under faults, as root: make nemesis MINUTES=10 SEED=7 JOBS=2
+	$(PYTHON) -m tests.nemesis.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
 soak: $(STAMP) test-packages ## Simulator, mutants and nemesis in turn until told to stop; keeps books
 	$(PYTHON) -m tests.soak
