@@ -155,8 +155,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         tests=INSTALLS,
     ),
-    # It takes a member that sleeps while others join and one of them begins to lead. Hardly a seed has
-    # that, so there is a scenario of its own.
+    # It takes a member that sleeps while others join and one of them begins to lead. Hardly a seed
+    # has that, so there is a scenario of its own.
     mutant(
         "addresses from the log alone",
         (
