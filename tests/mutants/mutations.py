@@ -9,6 +9,4 @@ from tests.mutants import of_node, of_progress, of_raft
 from tests.mutants.edits import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (*of_raft.MUTANTS, *of_node.MUTANTS, *of_progress.MUTANTS)
-NOT_CAUGHT: tuple[Mutant, ...] = of_node.NOT_CAUGHT
-
-BY_NAME = {mutant.name: mutant for mutant in (*MUTANTS, *NOT_CAUGHT)}
+BY_NAME = {mutant.name: mutant for mutant in MUTANTS}

@@ -196,15 +196,6 @@ MUTANTS: tuple[Mutant, ...] = (
             'broke before it answered",\n                        outcome="none"',
         ),
     ),
-)
-
-# Not seen to be caught so far, and so no proof of anything. `make mutants` leaves them out; whoever
-# sees one caught (`python -m tests.mutants.run --names "small file renamed without"`) moves it up.
-NOT_CAUGHT: tuple[Mutant, ...] = (
-    # What the lost name leads to, a state that is missing or old, the next start builds again from
-    # the snapshot behind which the log begins; and whoever opens log or state syncs the directory,
-    # too. What remains is a founder or joiner that says to which cluster it belongs before its disk
-    # does: "7 identity" in tests/simulation/durability.py is for that, and newer than the last run.
     mutant(
         "small file renamed without a sync of its directory",
         (
@@ -214,8 +205,7 @@ NOT_CAUGHT: tuple[Mutant, ...] = (
         ),
     ),
     # It takes three leaders: one whose entry is replaced by the next, which dies before its own is
-    # committed, and a third that still has the first one's and commits it. 500 seeds had none by
-    # chance; the fault "displaced" brings it about, and is newer than the last run.
+    # committed, and a third that still has the first one's and commits it.
     mutant(
         "a displaced write is said not to have happened",
         (

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from tests.mutants.edits import Mutant, infect
-from tests.mutants.mutations import BY_NAME, MUTANTS, NOT_CAUGHT
+from tests.mutants.mutations import BY_NAME, MUTANTS
 from tests.reporting import STOPPED, stdout_apart
 from tests.simulation.rotation import commit
 
@@ -306,9 +306,6 @@ def _print_end(outcomes: Sequence[Outcome], seeds: int) -> None:
             print(f"FAILED: {problem}")
     caught = sum(outcome.is_caught for outcome in outcomes)
     print(f"{caught} of {len(outcomes)} caught, median {_median(outcomes):g} seeds")
-    if NOT_CAUGHT:
-        names = ", ".join(mutant.name for mutant in NOT_CAUGHT)
-        print(f"not seen to be caught so far, and left out unless --names asks for them: {names}")
 
 
 def main() -> int:
