@@ -66,8 +66,12 @@ def maker(work: Path, disk: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """What it started holds its pipes too, and outlives it when it is killed: no end of file."""
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.wait(60)
+    for pipe in (process.stdout, process.stderr):
+        assert pipe is not None
+        pipe.close()
 
 
 @needs_root
