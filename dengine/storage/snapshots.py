@@ -275,7 +275,8 @@ def _brings(partial: Path) -> int:
 def make_private(directory: Path) -> None:
     """A directory that only we can read, durably. Raises StorageIO."""
     try:
-        directory.mkdir(mode=0o700, exist_ok=True)
+        if not directory.exists():
+            directory.mkdir(mode=0o700)
         with suppress(PermissionError):  # above one that we may not even read, we made nothing
             sync_directory(directory.parent)  # always: whoever made it may have died before
     except OSError as error:
