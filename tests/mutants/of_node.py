@@ -113,10 +113,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ("dengine.node.proposals", "if found.term != entry.term:", "if False:"),
     ),
     mutant(
-        "answers to the process before taken for ours",
-        ("dengine.node.forwarding", "self._next_id = boot", "self._next_id = 0"),
-    ),
-    mutant(
         "a Hello older than an acknowledgement taken for an old directory",
         (
             "dengine.node.admission",

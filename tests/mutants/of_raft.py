@@ -269,14 +269,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "commit beyond what was compared",
-        (
-            RAFT,
-            "self._commit_to(min(m.commit_index, last.index))",
-            "self._commit_to(min(m.commit_index, self.log.last_index))",
-        ),
-    ),
-    mutant(
         "membership in force only once it is committed",
         (RAFT, "return self._memberships[-1][1]", "return self._memberships[0][1]"),
     ),
