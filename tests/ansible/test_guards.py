@@ -1,7 +1,7 @@
 """Each guard of guards.py, taken out alone: the test that is named beside it must then fail.
 
-A guard that nobody would miss is none. Everything happens in a copy. The pure tests are quick; those
-that need whole playbooks run in the long target.
+A guard that nobody would miss is none. Everything happens in a copy. The pure tests are quick;
+those that need whole playbooks run in the long target.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ COPIED = ("ansible", "examples", "inventories", "tests/ansible", "tests/cluster.
 LINKED = ("dengine", "scripts", "systemd", "tests/conftest.py", "pyproject.toml")
 BROKEN = {"ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "UsageError"}
 LONG_S = 1200
+BARE = ("--noconftest", "-p", "pytest_timeout")  # no other plugin: they take longer than the tests
+ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 class Copy:
@@ -63,10 +65,10 @@ class Copy:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
-    def run(self, tests: list[str], more: list[str], **environment: str) -> dict[str, Any]:
+    def run(self, tests: list[str], more: tuple[str, ...], **environment: str) -> dict[str, Any]:
         """What became of these tests: `code`, `raised`, `output`."""
         arguments = [
-            *("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *more),
+            *("-q", "-x", "-p", "no:cacheprovider", *more),
             *("--basetemp", str(self._place / "tmp"), *(f"tests/ansible/{t}" for t in tests)),
         ]
         assert self._process.stdin is not None
@@ -98,7 +100,7 @@ class Copy:
     def misses(self, guard: Guard, *more: str, **environment: str) -> None:
         """The named test fails without the guard, and not because that is no program any more."""
         with self.without(guard):
-            said = self.run([guard.test], list(more), **environment)
+            said = self.run([guard.test], more, **environment)
         assert said["code"] == 1, f"nobody misses {guard.text!r}:\n{said['output']}"
         assert not BROKEN & {*said["raised"]}, f"{guard.instead!r} is no program: {said['output']}"
 
@@ -123,20 +125,20 @@ def named(guard: Guard) -> str:
 @pytest.mark.parametrize("tests", by_file(PURE).values(), ids=by_file(PURE))
 def test_a_sound_copy_passes(tests: list[str], sound: Copy) -> None:
     """Else the tests below would prove nothing."""
-    said = sound.run(tests, ["--noconftest"])
+    said = sound.run(tests, BARE, **ALONE)
     assert said["code"] == 0, said["output"]
 
 
 @pytest.mark.parametrize("guard", PURE, ids=named)
 def test_a_guard_that_is_gone_is_missed(guard: Guard, sound: Copy) -> None:
-    sound.misses(guard, "--noconftest")
+    sound.misses(guard, *BARE, **ALONE)
 
 
 @pytest.mark.playbooks
 @pytest.mark.timeout(LONG_S)
 @pytest.mark.parametrize("tests", by_file(IN_PLAYBOOKS).values(), ids=by_file(IN_PLAYBOOKS))
 def test_a_sound_copy_passes_its_playbooks(tests: list[str], sound: Copy) -> None:
-    said = sound.run(tests, [], DENGINE_LAB_TESTS="1")
+    said = sound.run(tests, (), DENGINE_LAB_TESTS="1")
     assert said["code"] == 0, said["output"]
 
 

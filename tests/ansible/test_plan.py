@@ -330,6 +330,8 @@ def test_a_lost_first_host_founds_no_second_cluster() -> None:
     running = World().has("n2").runs("n2").has("n3").runs("n3").sees((2, 1, 3))
     assert "n1 identity: node 1 is a voter, and its directory" in running.problem()
     assert "dengine remove 1" in running.problem()
+    unread = World().runs("n1").sees((1,))
+    assert unread.plan()["founder"] == "", "a cluster that answers is one, whatever the disks say"
 
 
 @pytest.mark.parametrize(
@@ -397,8 +399,10 @@ def test_secrets_that_only_the_hosts_have_are_not_replaced() -> None:
         assert "/etc/dengine/secrets on n2" in said
     stopped = World().has("n3")
     assert "n3 secrets" in stopped.problem(secrets=False)
-    shut = one_voter()  # it does not answer because of that, so one row says all
-    shut.infos["n1"]["nodes"] = {"10.0.0.1:9081": {"status": {}, "reason": "unauthorized"}}
+    shut = three_voters()  # nobody answers because of that, so one row says all
+    for i in (1, 2, 3):
+        silent = {"status": {}, "reason": "unauthorized"}
+        shut.infos[f"n{i}"]["nodes"] = {f"10.0.0.{i}:908{i}": silent}
     assert [r["check"] for r in shut.plan(secrets=False)["problems"]] == ["secrets"]
 
 

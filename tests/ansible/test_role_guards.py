@@ -62,7 +62,7 @@ def with_its_own(found: dict[str, Any], variables: dict[str, Any]) -> dict[str, 
 
 def true(conditions: Any, variables: dict[str, Any]) -> bool:
     given = conditions if isinstance(conditions, list) else [conditions]
-    return all(value("{{ %s }}" % c if isinstance(c, str) else c, variables) for c in given)
+    return all(value("{{ " + c + " }}" if isinstance(c, str) else c, variables) for c in given)
 
 
 def stops(role: str, file: str, name: str, **variables: Any) -> bool:
