@@ -455,6 +455,33 @@ PURE = [
         ("if len(after) % 2 == 0:", "if False:", "test_member_never_makes_the_voters_even"),
     ),
     *of(
+        "plugins/modules/dengine_member.py",
+        "test_member_and_lock.py",
+        (
+            'if expected and view["cluster_id"] != expected:',
+            "if False:",
+            "test_member_refuses_another_cluster",
+        ),
+    ),
+    *of(
+        "plugins/modules/dengine_snapshot.py",
+        "test_modules.py",
+        (
+            "if sha256(self._file) != self._sha256:",
+            "if False:",
+            "test_snapshot_that_arrives_damaged_is_no_backup",
+        ),
+    ),
+    *of(
+        "plugins/action/dengine_fetch.py",
+        "test_backup.py",
+        (
+            "if not _is(partial, size, wanted):",
+            "if False:",
+            "test_a_file_that_arrives_damaged_never_gets_its_name",
+        ),
+    ),
+    *of(
         "plugins/modules/dengine_lock.py",
         "test_member_and_lock.py",
         (
@@ -740,6 +767,20 @@ PURE = [
 ]
 
 IN_PLAYBOOKS = [
+    *of(
+        "plugins/action/dengine_lock.py",
+        "test_member_and_lock.py",
+        (
+            'if alive is False or (alive is None and result.get("stale")):',
+            "if True:",
+            "test_lock_is_taken_from_who_has_ended_or_is_silent_elsewhere",
+        ),
+        (
+            'if wanted and not result.get("held") and not result.get("failed"):',
+            "if False:",
+            "test_lock_is_taken_from_who_has_ended_or_is_silent_elsewhere",
+        ),
+    ),
     *of(
         "roles/gate/tasks/main.yml",
         "test_gate.py",
