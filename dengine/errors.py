@@ -92,6 +92,19 @@ class Conflict(DengineError):
     name, code, status = "conflict", 409, 409
 
 
+class StaleRequest(DengineError):
+    """The result of this Idempotency-Key is no longer kept, so nobody knows what became of it."""
+
+    name, code, status = "stale_request", 409, 409
+    default_outcome = "unknown"
+
+
+class Compacted(DengineError):
+    """The revisions asked for are no longer kept; `details` names `compact_revision`."""
+
+    name, code, status = "compacted", 410, 410
+
+
 class LengthRequired(DengineError):
     name, code, status = "length_required", 411, 411
 
@@ -114,6 +127,10 @@ class UnsupportedMedia(DengineError):
 
 class RangeNotSatisfiable(DengineError):
     name, code, status = "range_not_satisfiable", 416, 416
+
+
+class IdempotencyMismatch(DengineError):
+    name, code, status = "idempotency_mismatch", 422, 422
 
 
 class RateLimited(DengineError):
