@@ -1,0 +1,107 @@
+"""What every call of the client has in common: its time limit, its key, its place in the queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Literal
+from urllib.parse import quote
+
+from dengine.client.idempotency import Key
+from dengine.client.nodes import Prefer
+from dengine.client.pursuit import Pursuit, Request
+from dengine.client.targets import as_key
+from dengine.client.transport import Reply, Transport, closed
+from dengine.errors import RequestTimeout
+
+# Fewer than the results that a node keeps for one client (see idempotency.py); more than that keep
+# a cluster busy.
+WRITES_AT_ONCE = 256
+
+Match = int | Sequence[int] | Literal["*"]
+
+
+class Calls:
+    """Reads and writes over one transport.
+
+    Args:
+        timeout_s: for a call that has none of its own, in seconds.
+    """
+
+    def __init__(self, transport: Transport, timeout_s: float) -> None:
+        self._transport = transport
+        self._timeout_s = timeout_s
+        self._turns = asyncio.Semaphore(WRITES_AT_ONCE)
+
+    async def read(self, where: str, timeout_s: float | None, prefer: Prefer = "leader") -> Reply:
+        """GET the target `where`. Raises DengineError, as `Pursuit.run`."""
+        return await self._pursue(Request("GET", where, "read", prefer=prefer), timeout_s)
+
+    async def write(
+        self,
+        method: str,
+        where: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        idempotency_key: str | None,
+        timeout_s: float | None,
+    ) -> Reply:
+        """Send a write under its key, or under one of this client. Raises as `Pursuit.run`."""
+        loop = asyncio.get_running_loop()
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        deadline = loop.time() + limit_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise RequestTimeout(
+                f"{WRITES_AT_ONCE} writes of this client wait already, and none ended within "
+                f"{limit_s:g} s",
+                outcome="none",
+            ) from None
+        key = Key(idempotency_key) if idempotency_key is not None else self._transport.keys.take()
+        try:
+            keyed = {**headers, "Idempotency-Key": key.text}
+            request = Request(method, where, "write", body, keyed)
+            return await self._pursue(request, deadline - loop.time())
+        finally:
+            key.done()
+            self._turns.release()
+
+    async def _pursue(self, request: Request, timeout_s: float | None) -> Reply:
+        if self._transport.closed:
+            raise closed()
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return await Pursuit(self._transport, request, limit_s).run()
+
+
+def conditions(if_match: Match | None, if_none_match: bool) -> dict[str, str]:
+    """The headers of a conditional write."""
+    headers = {}
+    if if_match is not None:
+        revisions = [if_match] if isinstance(if_match, int) else if_match
+        headers["If-Match"] = "*" if if_match == "*" else ", ".join(f'"{r}"' for r in revisions)
+    if if_none_match:
+        headers["If-None-Match"] = "*"
+    return headers
+
+
+def selection(
+    prefix: str | bytes | None, start: str | bytes | None, end: str | bytes | None
+) -> dict[str, bytes]:
+    """The query fields that choose a range of keys.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if prefix is not None and (start is not None or end is not None):
+        raise ValueError("give a prefix, or start and end")
+    bounds = {"prefix": prefix, "start": start, "end": end}
+    return {name: as_key(bound) for name, bound in bounds.items() if bound is not None}
+
+
+def lease_target(id: str) -> str:
+    """Raises ValueError for what cannot be the id of a lease."""
+    if not id or not id.isascii() or not id.isprintable():
+        raise ValueError(f"{id!r} is not the id of a lease")
+    return f"/v1/leases/{quote(id, safe='')}"

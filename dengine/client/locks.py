@@ -1,0 +1,228 @@
+"""Locks: a queue of keys, each bound to the lease of whoever waits.
+
+Who wants the lock creates `_lock/NAME/LEASE`. The key that was created first holds the lock, and
+its creation revision is the fencing token: it grows from holder to holder. Everybody else watches
+the one key before his own, so a release wakes one waiter and not all. A holder that dies, or is cut
+off, loses its key with its lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from dengine.client.failures import LeaseLost, LockLost
+from dengine.client.leases import Lease
+from dengine.client.operations import Compare
+from dengine.client.results import Item
+from dengine.errors import Compacted, DengineError, NotFound, PreconditionFailed, RequestTimeout
+
+if TYPE_CHECKING:
+    from dengine.client.client import Client
+
+PAUSE_S = 0.2  # before a place in the queue that was lost is taken anew
+LOCKS = b"_lock/"
+ELECTIONS = b"_election/"
+
+
+class Lock:
+    """A named lock, or with `Client.election` the leadership; held inside `async with`.
+
+    `token` is the fencing token: it grows from one holder to the next. A resource that remembers
+    the highest token it has seen, and refuses lower ones, is safe from a holder that was stopped and
+    does not know yet that its time is over. For data in this cluster, `guard` in a transaction does
+    the same. `key` is what holds the place. `lost` is an event: set at once when the lock may belong
+    to somebody else. Leaving raises LockLost then, unless another exception is on its way.
+
+    Example:
+        async with client.lock("reports", timeout_s=30) as lock:
+            done = await client.txn([lock.guard], [Put("reports/last", b"today")])
+            assert done.succeeded and lock.token > 0
+    """
+
+    def __init__(
+        self, client: Client, prefix: bytes, value: bytes, ttl_s: int, timeout_s: float | None
+    ) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._value = value
+        self._ttl_s = ttl_s
+        self._timeout_s = timeout_s
+        self._lease: Lease | None = None
+        self.lost = asyncio.Event()
+        self.key = b""
+        self.token = 0
+        self._teller: asyncio.Task[None] | None = None
+
+    @property
+    def guard(self) -> Compare:
+        """For `Client.txn`: the transaction succeeds only while this lock is held."""
+        if not self.token:
+            raise RuntimeError("this lock is not held yet: enter it with `async with`")
+        return Compare(self.key, "mod_revision", "=", self.token)
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds that the lock is held for certain, were the cluster out of reach from now on."""
+        return self._lease.remaining_s if self._lease is not None and self.token else 0.0
+
+    def check(self) -> None:
+        """Say whether it is still held.
+
+        Raises:
+            LockLost: it may belong to somebody else.
+        """
+        if self.remaining_s <= 0:
+            self.lost.set()
+            raise LockLost(f"the lock {self._name!r} is lost: its lease could not be renewed")
+
+    async def __aenter__(self) -> Lock:
+        """Wait for the lock.
+
+        Raises:
+            RequestTimeout: not within `timeout_s`; nothing is held, outcome none.
+            DengineError: nodes refuse, as for `Client.put`; failures that may pass are waited out.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._acquire()
+        except TimeoutError:
+            await self._let_go()
+            raise RequestTimeout(
+                f"the lock {self._name!r} was not free within {self._timeout_s:g} s",
+                outcome="none",
+            ) from None
+        except BaseException:
+            await self._let_go()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lease is None:  # released before
+            return
+        was_lost = self.lost.is_set() or self.remaining_s <= 0
+        await self._let_go()
+        if was_lost and error is None:
+            raise LockLost(f"the lock {self._name!r} was lost before it was released")
+
+    async def release(self) -> None:
+        """Let go before the end of the block. Raises LockLost as its end would, which is then quiet."""
+        await self.__aexit__(None, None, None)
+
+    async def resign(self) -> None:
+        """`release`, as leaders call it."""
+        await self.release()
+
+    @property
+    def _name(self) -> str:
+        return self._prefix.split(b"/", 1)[1].rstrip(b"/").decode("utf-8", "replace")
+
+    async def _let_go(self) -> None:
+        """End the lease, and with it our place. Silent in an outage: the lease ends by itself."""
+        teller, self._teller = self._teller, None
+        if teller is not None:
+            teller.cancel()
+            await asyncio.wait({teller})
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await lease.revoke()
+        self.lost.set()
+
+    # --- the queue --------------------------------------------------------------------------------
+
+    async def _acquire(self) -> None:
+        """Queue until our key is the first. A place that is lost in an outage is taken anew."""
+        if self.token or self._lease is not None:
+            raise RuntimeError("a lock is entered once: make another one")
+        while not await self._queue():
+            if self._lease is not None:
+                await self._lease.revoke()
+                self._lease = None
+            await asyncio.sleep(PAUSE_S)
+        assert self._lease is not None
+        self._teller = self._client.spawn(self._tell(self._lease), "dengine-client-lock")
+
+    async def _queue(self) -> bool:
+        """Take a place and wait until it is the first; False when it is lost before."""
+        lease = self._lease = Lease(self._client, self._ttl_s)
+        try:
+            await lease.grant()
+            self.key = self._prefix + lease.id.encode()
+            placed = await self._client.put(self.key, self._value, lease=lease, if_none_match=True)
+            if not await self._our_turn(lease, placed.revision):
+                return False
+        except (LeaseLost, NotFound, PreconditionFailed):
+            return False
+        except DengineError as error:
+            if not error.retryable:
+                raise
+            return False
+        self.token = placed.revision
+        return True
+
+    async def _our_turn(self, lease: Lease, ours: int) -> bool:
+        """Wait until nobody is before us; False when the lease is lost before."""
+        turn = self._client.spawn(self._wait_turn(ours), "dengine-client-turn")
+        lost = self._client.spawn(lease.lost.wait(), "dengine-client-turn-lost")
+        try:
+            await asyncio.wait({turn, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not turn.done():
+                return False
+            turn.result()
+            return lease.remaining_s > 0
+        finally:
+            for task in (turn, lost):
+                task.cancel()
+            await asyncio.wait({turn, lost})
+
+    async def _wait_turn(self, ours: int) -> None:
+        while (before := await self._before(ours)) is not None:
+            await self._gone(*before)
+
+    async def _before(self, ours: int) -> tuple[Item, int] | None:
+        """The waiter just before us, and the revision at which it was; None when we are first.
+
+        Pages are read one after the other, and may differ in revision. Whoever is before us is
+        there all the time until he goes for good, so he is in the page that would hold him.
+
+        Raises:
+            LeaseLost: our own key is gone.
+        """
+        found: Item | None = None
+        present, oldest = False, 0
+        listing = self._client.list(prefix=self._prefix, keys_only=True)
+        async for page in listing.pages():
+            oldest = oldest or page.revision
+            for item in waiting(page.items, self._prefix):
+                present = present or item.create_revision == ours
+                if item.create_revision < ours:
+                    if found is None or item.create_revision > found.create_revision:
+                        found = item
+        if not present:
+            raise LeaseLost("our place in the queue is gone")
+        return None if found is None else (found, oldest)
+
+    async def _gone(self, before: Item, revision: int) -> None:
+        """Wait until the key of `before` is deleted or expires."""
+        try:
+            async with self._client.watch(before.key, from_revision=revision + 1) as watch:
+                async for change in watch:
+                    if any(event.type != "put" for event in change.events):
+                        return
+        except Compacted:
+            return  # so long ago that the queue has to be looked at anew
+
+    async def _tell(self, lease: Lease) -> None:
+        await lease.lost.wait()
+        self.lost.set()
+
+
+def waiting(items: tuple[Item, ...], prefix: bytes) -> list[Item]:
+    """Those that wait in the queue of `prefix`, and not in one whose name begins with it."""
+    return [item for item in items if b"/" not in item.key[len(prefix) :]]
