@@ -12,7 +12,7 @@ import pytest
 
 # The lowest layer first: a broken quorum function is easier to read than a broken cluster.
 LAYERS = (
-    *("raft", "kv", "storage", "node", "api", "linearizability", "simulation", "mutants"),
+    *("raft", "kv", "storage", "node", "api", "client", "linearizability", "simulation", "mutants"),
     *("integration", "crash_sweep", "nemesis", "ansible", "lab"),
 )
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # `make crash-sweep`

@@ -166,7 +166,7 @@ class Transport:
     @contextlib.asynccontextmanager
     async def stream(
         self, node: Node, target: str, headers: Mapping[str, str], limit_s: float
-    ) -> AsyncIterator[aiohttp.StreamReader]:
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The endless answer of `node`, which has to begin within `limit_s` seconds.
 
         Raises:
@@ -183,7 +183,7 @@ class Transport:
                     async with asyncio.timeout(limit_s):
                         body = await response.read()
                 raise parse_error(node.address, response.status, body)
-            yield response.content
+            yield response
         finally:
             response.close()
 

@@ -68,6 +68,8 @@ class Watch:
         self._failures = 0
         self._unliked: list[Node] = []  # nodes that have just ended a stream of ours
         self._stream: AsyncGenerator[None] | None = None
+        self._response: aiohttp.ClientResponse | None = None
+        self._greeted = False  # the stream has said its first word
         self._ended = False
 
     async def __aenter__(self) -> Watch:
@@ -100,6 +102,8 @@ class Watch:
         await self._begin()
         try:
             while not self._ready:
+                if self._ended:
+                    raise StopAsyncIteration
                 await self._advance()
         except DengineError:
             await self.aclose()
@@ -109,11 +113,16 @@ class Watch:
         return change
 
     async def aclose(self) -> None:
-        """Let go of the stream. The iteration has ended."""
+        """Let go of the stream. The iteration has ended, also for a task that waits in it."""
         self._ended = True
+        if self._stream is None:
+            return
+        if self._stream.ag_running:
+            if self._response is not None:
+                self._response.close()
+            return
         stream, self._stream = self._stream, None
-        if stream is not None:
-            await stream.aclose()
+        await stream.aclose()
 
     async def _begin(self) -> None:
         """Fix where the watch starts, by a read that any node can answer: were it left to the first
@@ -153,22 +162,30 @@ class Watch:
             prev="1" if self._prev else None,
         )
         try:
-            async with self._transport.stream(node, where, {}, BEGIN_S) as content:
-                parser = sse.Parser()
+            async with self._transport.stream(node, where, {}, BEGIN_S) as response:
+                self._response, self._greeted, parser = response, False, sse.Parser()
                 while True:
-                    for message in parser.feed(await self._chunk(node, content)):
+                    chunk = await self._chunk(node, response.content)
+                    try:
+                        messages = parser.feed(chunk)
+                    except ValueError as error:
+                        raise Unanswered(str(error), sent=False) from None
+                    for message in messages:
                         self._take(message)
                     yield
         except _Ended as ended:
             self._unliked.append(node)
             self._failures = 1 if ended.well else self._failures + 1
         except Unanswered:
-            self._leave(node)
+            if not self._ended:
+                self._leave(node)
         except DengineError as error:
             if error.status < 500 and not error.retryable:
                 raise
             nodes.follow(error.leader, node)
             self._leave(node)
+        finally:
+            self._response = None
 
     def _leave(self, node: Node) -> None:
         node.failed(asyncio.get_running_loop().time())
@@ -214,8 +231,11 @@ class Watch:
             raise Unanswered(f"sent a message that is none: {error}", sent=False) from None
         self._failures = 0
         self._unliked.clear()
-        if revision <= self._seen:
-            return  # a node that is behind, or repeats itself
+        # The first message of a stream says how far the node is, not how far the stream is: what
+        # happened before that and was asked for comes after it.
+        greeting, self._greeted = not self._greeted and change is None, True
+        if greeting or revision <= self._seen:
+            return  # the latter: a node that is behind, or repeats itself
         if change is not None:
             self._ready.append(change)
         elif not self._ready:  # else the changes before it are still to be delivered
