@@ -236,14 +236,44 @@ def test_a_listing_follows_its_pages(serving: Serving) -> None:
 # --- Where a request goes, and whether it is sent again
 
 
-def test_a_write_whose_answer_is_lost_is_never_sent_again(serving: Serving) -> None:
-    """The node may have done it: only the user may decide to do it twice."""
+def test_a_write_whose_answer_is_lost_is_sent_again_under_its_key(serving: Serving) -> None:
+    """The node may have done it, so only with the key under which it happens once."""
     first, second = serving(HANG_UP), serving(as_json({"revision": 1, "created": True}))
     both = ("--endpoint", first.endpoint, "--endpoint", second.endpoint)
     done = dengine("put", "k", "v", *both)
+    assert (done.returncode, done.stdout) == (0, b"revision 1 (created)\n")
+    keys = {asked.headers["Idempotency-Key"] for asked in (*first.asked, *second.asked)}
+    assert len(first.asked) == len(second.asked) == len(keys) == 1
+
+
+def test_a_write_that_is_never_answered_names_its_key(serving: Serving) -> None:
+    """With that the user can find out, and does nothing twice."""
+    server = serving(HANG_UP)
+    done = dengine("delete", "k", "--endpoint", server.endpoint, "--idempotency-key", "job-7")
     assert done.returncode == 1
     assert b"may or may not have happened" in done.stderr
+    assert b"--idempotency-key job-7" in done.stderr
     assert b"outcome unknown" in done.stderr
+    assert {asked.headers["Idempotency-Key"] for asked in server.asked} == {"job-7"}
+
+
+def test_a_refusal_after_a_lost_answer_is_unknown(serving: Serving) -> None:
+    """One attempt may have happened; that another was refused does not change it."""
+    first = serving(HANG_UP)
+    second = serving(refusal("cluster_unavailable", 503, retryable=True, outcome="none"))
+    both = ("--endpoint", first.endpoint, "--endpoint", second.endpoint)
+    done = dengine("put", "k", "v", *both)
+    assert done.returncode == 1
+    assert b"outcome unknown" in done.stderr
+
+
+def test_a_change_to_the_cluster_is_never_sent_again(serving: Serving) -> None:
+    """It has no key: only the user may decide to do it twice."""
+    first, second = serving(HANG_UP), serving(as_json({}))
+    both = ("--endpoint", first.endpoint, "--endpoint", second.endpoint)
+    done = dengine("remove", "3", *both)
+    assert done.returncode == 1
+    assert b"may or may not have happened" in done.stderr
     assert (len(first.asked), len(second.asked)) == (1, 0)
 
 

@@ -12,7 +12,8 @@ from array import array
 import aiohttp
 from yarl import URL
 
-from dengine.cli.remote import Remote, target
+from dengine.cli.remote import Remote
+from dengine.client.targets import target
 from dengine.errors import ClusterUnavailable, DengineError
 
 REQUEST_TIMEOUT_S = 5.0

@@ -6,7 +6,6 @@ the bytes that were stored. Failures are `DengineError`s, which `main` turns int
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import sys
@@ -14,7 +13,9 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dengine.cli.remote import Remote, key_target, target
+from dengine.cli.remote import Remote
+from dengine.client.idempotency import single_key
+from dengine.client.targets import field_bytes, json_bytes, key_target, target
 from dengine.errors import DengineError, InvalidRequest, KeyNotFound
 
 SHOWN_VALUE_CHARACTERS = 60
@@ -47,7 +48,9 @@ def put(args: Namespace, remote: Remote) -> int:
         value = sys.stdin.buffer.read()
     else:
         value = os.fsencode(args.value)
-    reply = remote.call("PUT", key_target(os.fsencode(args.key)), value, _conditions(args)).json()
+    ttl = None if args.ttl is None else str(args.ttl)
+    where = key_target(os.fsencode(args.key), ttl=ttl, lease=args.lease)
+    reply = remote.call("PUT", where, value, _conditions(args), key=write_key(args)).json()
     print(f"revision {reply['revision']} ({'created' if reply['created'] else 'replaced'})")
     return 0
 
@@ -62,7 +65,7 @@ def delete(args: Namespace, remote: Remote) -> int:
     else:
         where = target("/v1/kv", **_selection(args), all="true" if args.all else None)
         headers = _conditions(args)  # the node refuses them here: better than deleting anyway
-    reply = remote.call("DELETE", where, headers=headers).json()
+    reply = remote.call("DELETE", where, headers=headers, key=write_key(args)).json()
     count = reply["deleted"]
     print(f"revision {reply['revision']} ({count} {'key' if count == 1 else 'keys'} deleted)")
     return 0
@@ -95,7 +98,7 @@ def list_keys(args: Namespace, remote: Remote) -> int:
                 printable(item_bytes(item, "key")),
                 item["mod_revision"],
                 item["version"],
-                _shortened(printable(item_bytes(item, "value"))),
+                shortened(printable(item_bytes(item, "value"))),
             )
             for item in items
         ]
@@ -224,6 +227,12 @@ def _conditions(args: Namespace) -> dict[str, str]:
     return headers
 
 
+def write_key(args: Namespace) -> str:
+    """The Idempotency-Key of a write: the one that was given, else a new one."""
+    given: str | None = args.idempotency_key
+    return single_key() if given is None else given
+
+
 def _selection(args: Namespace) -> dict[str, bytes]:
     """The query fields that choose a range of keys."""
     names = ("prefix", "start", "end")
@@ -231,18 +240,8 @@ def _selection(args: Namespace) -> dict[str, bytes]:
 
 
 def item_bytes(item: dict[str, Any], name: str) -> bytes:
-    """A key or value of a JSON answer: a string, or base64 where it is no UTF-8."""
-    if f"{name}_base64" in item:
-        return base64.b64decode(item[f"{name}_base64"])
-    return str(item.get(name, "")).encode()
-
-
-def json_bytes(name: str, data: bytes) -> dict[str, str]:
-    """Bytes as a field of JSON: a string, or base64 where they are no UTF-8."""
-    try:
-        return {name: data.decode()}
-    except UnicodeDecodeError:
-        return {f"{name}_base64": base64.b64encode(data).decode()}
+    """A key or value of a JSON answer; b"" where it is left out."""
+    return field_bytes(item, name) or b""
 
 
 def printable(data: bytes) -> str:
@@ -251,7 +250,7 @@ def printable(data: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     return text if len(text) <= SHOWN_VALUE_CHARACTERS else text[: SHOWN_VALUE_CHARACTERS - 1] + "…"
 
 
@@ -267,6 +266,11 @@ def _cell(value: object) -> str:
 def print_json(value: Any) -> None:
     """What `--json` prints."""
     print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def print_json_line(value: Any) -> None:
+    """An object of a stream that programs read."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dengine import __version__
-from dengine.cli import arguments, commands, snapshots, txn
+from dengine.cli import arguments, commands, completion, coordination, snapshots, txn
 from dengine.cli.parsers import add_repair, add_snapshot_commands
 from dengine.cli.remote import Remote, resolve_endpoints, resolve_token
 from dengine.errors import ConfigError, DengineError, FatalError
@@ -118,10 +118,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_node_commands(functools.partial(add, parent=False))
     _add_key_commands(add)
+    coordination.add_commands(add, subcommands, ENDPOINTS)
     _add_cluster_commands(add)
     add_snapshot_commands(subcommands, ENDPOINTS)
     add_repair(functools.partial(add, parent=False))
     _add_bench(add)
+    completion.add_command(functools.partial(add, parent=False), parser)
     return parser
 
 
@@ -153,7 +155,8 @@ def _add_key_commands(add: Add) -> None:
         "  dengine put greeting hello\n"
         "  tar c notes | dengine put backup -\n"
         "  dengine put logo --file logo.png\n"
-        "  dengine put leader-of-jobs me --if-none-match    only if nobody else did\n",
+        "  dengine put leader-of-jobs me --if-none-match    only if nobody else did\n"
+        "  dengine put session/7 anna --ttl 60\n",
     )
     put.add_argument("key")
     value = put.add_mutually_exclusive_group(required=True)
@@ -166,6 +169,10 @@ def _add_key_commands(add: Add) -> None:
         help='only if the key is at this revision ("*")',
     )
     put.add_argument("--if-none-match", action="store_true", help="only if there is no such key")
+    end = put.add_mutually_exclusive_group()
+    end.add_argument("--ttl", type=arguments.ttl, metavar="S", help="it expires after S seconds")
+    end.add_argument("--lease", metavar="ID", help="it ends with this lease")
+    arguments.add_idempotency_key(put)
     put.set_defaults(run=commands.put)
 
     delete = add(
@@ -185,10 +192,12 @@ def _add_key_commands(add: Add) -> None:
         metavar="REV",
         help='only if the key is at this revision ("*")',
     )
+    arguments.add_idempotency_key(delete)
     delete.set_defaults(run=commands.delete)
 
     transaction = add("txn", "compare, then change several keys as one", txn.EXAMPLES)
     transaction.add_argument("--json", action="store_true", help="print the answer as JSON")
+    arguments.add_idempotency_key(transaction)
     transaction.set_defaults(run=txn.txn)
 
     listing = add(

@@ -9,8 +9,9 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from dengine.cli.commands import item_bytes, json_bytes, print_json, print_table, printable
+from dengine.cli.commands import item_bytes, print_json, print_table, printable, write_key
 from dengine.cli.remote import Remote
+from dengine.client.targets import json_bytes
 from dengine.errors import InvalidRequest
 
 RELATIONS = ("=", "!=", "<", "<=", ">", ">=")
@@ -43,7 +44,7 @@ def txn(args: Namespace, remote: Remote) -> int:
             raise InvalidRequest(f"standard input is no JSON: {error}") from None
     else:
         asked = parse(text)
-    reply = remote.json("POST", "/v1/txn", asked)
+    reply = remote.json("POST", "/v1/txn", asked, key=write_key(args))
     if args.json:
         print_json(reply)
         return 0

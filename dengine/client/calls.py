@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Literal
-from urllib.parse import quote
 
 from dengine.client.idempotency import Key
 from dengine.client.nodes import Prefer
@@ -98,10 +97,3 @@ def selection(
         raise ValueError("give a prefix, or start and end")
     bounds = {"prefix": prefix, "start": start, "end": end}
     return {name: as_key(bound) for name, bound in bounds.items() if bound is not None}
-
-
-def lease_target(id: str) -> str:
-    """Raises ValueError for what cannot be the id of a lease."""
-    if not id or not id.isascii() or not id.isprintable():
-        raise ValueError(f"{id!r} is not the id of a lease")
-    return f"/v1/leases/{quote(id, safe='')}"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import orjson
 
-from dengine.client.calls import Calls, Match, conditions, lease_target, selection
+from dengine.client.calls import Calls, Match, conditions, selection
 from dengine.client.elections import Election
 from dengine.client.leases import Lease
 from dengine.client.listing import Listing
@@ -25,7 +25,14 @@ from dengine.client.locks import LOCKS, Lock
 from dengine.client.nodes import Nodes, Prefer
 from dengine.client.operations import Compare, Operation
 from dengine.client.results import DeleteResult, LeaseInfo, Page, PutResult, TxnResult, Value
-from dengine.client.targets import as_key, as_seconds, as_value, key_target, target
+from dengine.client.targets import (
+    as_key,
+    as_seconds,
+    as_value,
+    key_target,
+    lease_target,
+    target,
+)
 from dengine.client.transport import Transport
 from dengine.client.watching import Watch
 from dengine.errors import KeyNotFound

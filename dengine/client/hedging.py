@@ -13,7 +13,7 @@ MAX_S = 3.0
 BUDGET = 10.0  # second attempts that may be made in a row
 EARNED = 0.1  # of one, by each answered request
 ATTEMPT_MIN_S = 2.0
-ATTEMPT_MAX_S = 10.0
+ATTEMPT_MAX_S = 30.0
 
 
 class Hedging:
@@ -23,6 +23,7 @@ class Hedging:
         self._smoothed_s: float | None = None
         self._deviation_s = 0.0
         self._budget = BUDGET
+        self._patience = 1.0
 
     @property
     def delay_s(self) -> float:
@@ -33,11 +34,18 @@ class Hedging:
 
     @property
     def attempt_s(self) -> float:
-        """An attempt that takes longer is given up."""
-        return min(max(8 * self.delay_s, ATTEMPT_MIN_S), ATTEMPT_MAX_S)
+        """An attempt that takes longer is given up. Each that was, and told nothing about how long
+        an answer takes now, doubles it: or a cluster that has become slow would never be heard.
+        """
+        return min(max(8 * self.delay_s, ATTEMPT_MIN_S) * self._patience, ATTEMPT_MAX_S)
+
+    def timed_out(self) -> None:
+        """An attempt was given up."""
+        self._patience = min(2 * self._patience, 16.0)
 
     def answered(self, took_s: float) -> None:
         """A node answered, `took_s` after it was asked."""
+        self._patience = 1.0
         if self._smoothed_s is None:
             self._smoothed_s, self._deviation_s = took_s, took_s / 2
         else:

@@ -41,7 +41,7 @@ class IdempotencyKeys:
             self._begin()
         if self._single < SINGLE_KEYS:
             self._single += 1
-            return Key(f"once-{secrets.token_hex(16)}")
+            return Key(single_key())
         session = self._session
         if session.waiting and session.issued - min(session.waiting) >= WINDOW:
             # One write waits for long while others go on. Its result must not be pushed out by
@@ -50,6 +50,11 @@ class IdempotencyKeys:
         session.issued += 1
         session.waiting.add(session.issued)
         return Key(f"{session.client_id}:{session.issued}", session, session.issued)
+
+
+def single_key() -> str:
+    """A key that stands for itself."""
+    return f"once-{secrets.token_hex(16)}"
 
 
 @dataclass(slots=True)

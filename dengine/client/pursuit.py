@@ -171,6 +171,8 @@ class Pursuit:
             reply = task.result()
         except Unanswered as failure:
             self._note(node, failure.why, maybe=failure.sent)
+            if failure.late:
+                self._hedging.timed_out()
             node.failed(now)
             nodes.leads_no_more(node)
             self._transport.learn(trouble=True)

@@ -51,6 +51,13 @@ def target(path: str, **query: str | bytes | int | None) -> str:
     return f"{path}?{'&'.join(fields)}" if fields else path
 
 
+def lease_target(id: str) -> str:
+    """Raises ValueError for what cannot be the id of a lease."""
+    if not id or not id.isascii() or not id.isprintable():
+        raise ValueError(f"{id!r} is not the id of a lease")
+    return f"/v1/leases/{quote(id, safe='')}"
+
+
 def json_bytes(name: str, data: bytes) -> dict[str, str]:
     """Bytes as a field of JSON: a string, or base64 where they are no UTF-8."""
     try:

@@ -38,12 +38,15 @@ T = TypeVar("T")
 
 
 class Unanswered(Exception):
-    """No answer came. `sent`: the request may have arrived, and what it asks for may happen."""
+    """No answer came. `sent`: the request may have arrived, and what it asks for may happen.
+    `late`: it was waited for in vain.
+    """
 
-    def __init__(self, why: str, *, sent: bool) -> None:
+    def __init__(self, why: str, *, sent: bool, late: bool = False) -> None:
         super().__init__(why)
         self.why = why
         self.sent = sent
+        self.late = late
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +311,7 @@ def unanswered() -> Iterator[None]:
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
         raise Unanswered(_reason(error), sent=False) from None
     except TimeoutError:
-        raise Unanswered("timed out", sent=True) from None
+        raise Unanswered("timed out", sent=True, late=True) from None
     except (aiohttp.ClientError, OSError) as error:
         raise Unanswered(_reason(error), sent=True) from None
 

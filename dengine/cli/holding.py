@@ -1,0 +1,235 @@
+"""What the command line does in an event loop: following changes, and running a command while
+something is held.
+
+While COMMAND runs, this process adopts everything that COMMAND starts and leaves behind (Linux's
+child subreaper), so that nothing of it outlives the lock when that is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import shutil
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dengine.cli.commands import print_json_line, printable, shortened
+from dengine.cli.remote import Remote
+from dengine.client import Change, Client, Lock
+from dengine.client.targets import json_bytes
+
+FAILED = 1
+NO_COMMAND = 127  # as a shell says it
+BY_SIGNAL = 128
+TERMINATE_S = 0.5  # for what is ended to clean up; within the margin of a lease (leases.py)
+GONE_S = 5.0
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _client(remote: Remote) -> Client:
+    return Client(remote.endpoints, token=remote.token, timeout_s=remote.timeout_s)
+
+
+# --- following ------------------------------------------------------------------------------------
+
+
+def watch(args: Namespace, remote: Remote) -> int:
+    """Print changes until interrupted."""
+
+    async def follow() -> None:
+        key = None if args.key is None else os.fsencode(args.key)
+        prefix = None if args.prefix is None else os.fsencode(args.prefix)
+        async with (
+            _client(remote) as client,
+            client.watch(
+                key, prefix=prefix, from_revision=args.from_revision, prev=args.prev
+            ) as watching,
+        ):
+            async for change in watching:
+                _show(change, as_json=args.json)
+
+    asyncio.run(follow())
+    return 0
+
+
+def _show(change: Change, *, as_json: bool) -> None:
+    if as_json:
+        events = []
+        for event in change.events:
+            shown = {"type": event.type, **json_bytes("key", event.key)}
+            if event.value is not None:
+                shown |= json_bytes("value", event.value)
+            if event.prev is not None:
+                shown |= json_bytes("prev", event.prev)
+            events.append(shown)
+        print_json_line({"revision": change.revision, "events": events})
+        return
+    for event in change.events:
+        line = f"{change.revision}  {event.type:6}  {printable(event.key)}"
+        if event.value is not None:
+            line += f"  {shortened(printable(event.value))}"
+        if event.prev is not None:
+            line += f"  (was {shortened(printable(event.prev))})"
+        print(line, flush=True)
+
+
+def observe(args: Namespace, remote: Remote) -> int:
+    """Print who leads until interrupted."""
+
+    async def follow() -> None:
+        async with _client(remote) as client:
+            async for leader in client.election(os.fsencode(args.name)).observe():
+                if leader is None:
+                    print("nobody leads", flush=True)
+                else:
+                    print(f"{printable(leader.value)} leads (token {leader.token})", flush=True)
+
+    asyncio.run(follow())
+    return 0
+
+
+# --- holding --------------------------------------------------------------------------------------
+
+
+def run_holding(
+    remote: Remote, what: str, command: list[str], take: Callable[[Client], Lock]
+) -> int:
+    """Run `command` while what `take` makes is held, or without one hold it until interrupted.
+
+    Args:
+        what: names it in messages, such as "lock 'nightly'".
+
+    Returns: the exit code.
+    """
+    if command and shutil.which(command[0]) is None:
+        print(f"dengine: {command[0]}: there is no such command", file=sys.stderr)
+        return NO_COMMAND
+    return asyncio.run(_Holding(remote, what, command).run(take))
+
+
+class _Holding:
+    """One run of a command, and the signals that concern it."""
+
+    def __init__(self, remote: Remote, what: str, command: list[str]) -> None:
+        self._remote = remote
+        self._what = what
+        self._command = command
+        self._process: asyncio.subprocess.Process | None = None
+        self._ended_by: signal.Signals | None = None
+
+    async def run(self, take: Callable[[Client], Lock]) -> int:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def pass_on(number: signal.Signals) -> None:
+            if self._process is None:  # nothing runs yet, or any more: leave the queue
+                self._ended_by = number
+                task.cancel()
+            elif number != signal.SIGINT or not sys.stdin.isatty():  # a terminal told it already
+                self._process.send_signal(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, pass_on, number)
+        try:
+            async with _client(self._remote) as client:
+                return await self._hold(take(client))
+        except asyncio.CancelledError:
+            if self._ended_by is None:
+                raise
+            return BY_SIGNAL + self._ended_by
+
+    async def _hold(self, lock: Lock) -> int:
+        await lock.__aenter__()
+        try:
+            if not self._command:
+                print(f"{self._what}: held, token {lock.token}", flush=True)
+                await lock.lost.wait()
+                self._shout("")
+                return FAILED
+            return await self._run_command(lock)
+        finally:
+            if not lock.lost.is_set():
+                await lock.release()
+
+    async def _run_command(self, lock: Lock) -> int:
+        _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._process = process = await asyncio.create_subprocess_exec(
+            *self._command,
+            env={**os.environ, "DENGINE_LOCK_TOKEN": str(lock.token)},
+            preexec_fn=_end_with_parent,
+        )
+        ended = asyncio.create_task(process.wait())
+        lost = asyncio.create_task(lock.lost.wait())
+        await asyncio.wait({ended, lost}, return_when=asyncio.FIRST_COMPLETED)
+        lost.cancel()
+        if ended.done():
+            self._process = None
+            code = ended.result()
+            return code if code >= 0 else BY_SIGNAL - code
+        self._shout("; ending the command and everything that it started")
+        await _end_descendants()
+        await ended
+        self._process = None
+        return FAILED
+
+    def _shout(self, consequence: str) -> None:
+        print(
+            f"dengine: {self._what} is LOST: the cluster could not be reached in time, and another "
+            f"may hold it now{consequence}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _end_with_parent() -> None:
+    """In the child, before it becomes COMMAND: when this process is killed, nobody holds the lock
+    for it any more, so it ends, too.
+    """
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+async def _end_descendants() -> None:
+    """SIGTERM to everything below this process, then SIGKILL until nothing is left."""
+    _signal_all(signal.SIGTERM)
+    loop = asyncio.get_running_loop()
+    until = loop.time() + TERMINATE_S
+    while loop.time() < until and any(_descendants()):
+        await asyncio.sleep(0.02)
+    until = loop.time() + GONE_S
+    while any(_descendants()) and loop.time() < until:
+        _signal_all(signal.SIGKILL)
+        await asyncio.sleep(0.02)
+
+
+def _signal_all(number: signal.Signals) -> None:
+    for pid in _descendants():
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def _descendants() -> Iterator[int]:
+    """The processes below this one that have not ended."""
+    children: dict[int, list[int]] = {}
+    for directory in Path("/proc").iterdir():
+        if not directory.name.isdecimal():
+            continue
+        try:
+            text = (directory / "stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        state, parent = text.rpartition(")")[2].split()[:2]
+        if state not in "ZX":
+            children.setdefault(int(parent), []).append(int(directory.name))
+    found = list(children.get(os.getpid(), ()))
+    while found:
+        pid = found.pop()
+        found += children.get(pid, ())
+        yield pid
