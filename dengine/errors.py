@@ -93,16 +93,20 @@ class Conflict(DengineError):
 
 
 class StaleRequest(DengineError):
-    """The result of this Idempotency-Key is no longer kept, so nobody knows what became of it."""
+    """A result that is not known any more; whether there ever was one is not known either."""
 
     name, code, status = "stale_request", 409, 409
     default_outcome = "unknown"
 
 
 class Compacted(DengineError):
-    """The revisions asked for are no longer kept; `details` names `compact_revision`."""
+    """History that is gone; `compact_revision` is the newest revision that is."""
 
     name, code, status = "compacted", 410, 410
+
+
+class IdempotencyMismatch(DengineError):
+    name, code, status = "idempotency_mismatch", 422, 422
 
 
 class LengthRequired(DengineError):
@@ -127,10 +131,6 @@ class UnsupportedMedia(DengineError):
 
 class RangeNotSatisfiable(DengineError):
     name, code, status = "range_not_satisfiable", 416, 416
-
-
-class IdempotencyMismatch(DengineError):
-    name, code, status = "idempotency_mismatch", 422, 422
 
 
 class RateLimited(DengineError):

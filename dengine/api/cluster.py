@@ -12,8 +12,9 @@ from aiohttp import web
 
 from dengine.api import params
 from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
-from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
+from dengine.api.protocol import Request, Response, json_response
 from dengine.api.routes import Body, Handler, Parameter, Route
+from dengine.api.sse import COMMENT_INTERVAL_S, send
 from dengine.config import MAX_ZONE, parse_address
 from dengine.errors import InvalidRequest, Unauthorized, WatchOverflow
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from dengine.node.node import Node
 
 _CANCELLED = b'event: cancelled\ndata: {"reason":"too slow, or the node is stopping"}\n\n'
-COMMENT_INTERVAL_S = 15.0  # keeps proxies and clients sure that an idle stream is alive
 
 NodeId = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
@@ -132,9 +132,9 @@ class ClusterCalls:
         )
         self._watchers += 1
         try:
-            await _send(stream, stream.prepare(request.as_aiohttp()))
+            await send(stream.prepare(request.as_aiohttp()))
             await self._forward_events(request, stream, self._node.membership_events())
-            await _send(stream, stream.write_eof())
+            await send(stream.write_eof())
         finally:
             self._watchers -= 1
         return cast(Response, stream)
@@ -159,9 +159,9 @@ class ClusterCalls:
                 if following.done():
                     text = b"event: membership\ndata: %b\n\n" % orjson.dumps(following.result())
                     following = asyncio.ensure_future(anext(events))
-                await _send(stream, stream.write(text))
+                await send(stream.write(text))
         except StopAsyncIteration:
-            await _send(stream, stream.write(_CANCELLED))
+            await send(stream.write(_CANCELLED))
         finally:
             following.cancel()
 
@@ -184,15 +184,6 @@ class ClusterCalls:
 
     def _deadline(self, request: Request) -> float:
         return self._loop.time() + params.timeout_s(request)
-
-
-async def _send(stream: web.StreamResponse, write: Any) -> None:
-    """Await one write of a stream; a client that takes nothing for WRITE_STALL_S is dropped."""
-    try:
-        async with asyncio.timeout(WRITE_STALL_S):
-            await write
-    except TimeoutError:
-        raise ConnectionResetError("the client stopped reading its stream") from None
 
 
 def _node_id(text: str) -> int:

@@ -117,9 +117,28 @@ _TIMEOUT = _parameter(
 
 
 def _content(body: Body) -> dict[str, Any]:
-    kind = "object" if isinstance(body.example, dict) else "string"
-    content = {body.media_type: {"schema": {"type": kind}, "example": body.example}}
+    if body.media_type == "application/json":
+        schema = _schema(body.example, body.nullable)
+    else:
+        schema = {"type": "string"}
+    content = {body.media_type: {"schema": schema, "example": body.example}}
     return content if body.otherwise is None else content | _content(body.otherwise)
+
+
+def _schema(example: Any, nullable: frozenset[str], name: str = "") -> dict[str, Any]:
+    """What `example` is one of. The properties in `nullable` may be null as well; of those that are
+    null in the example nothing more is said.
+    """
+    if example is None:
+        return {}
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
+    kind = kinds.get(type(example), "object")
+    schema: dict[str, Any] = {"type": [kind, "null"] if name in nullable else kind}
+    if kind == "array":
+        schema["items"] = _schema(example[0], nullable) if example else {}
+    elif kind == "object":
+        schema["properties"] = {n: _schema(part, nullable, n) for n, part in example.items()}
+    return schema
 
 
 def _reply(body: Body) -> dict[str, Any]:

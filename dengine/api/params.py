@@ -10,6 +10,7 @@ import asyncio
 import base64
 import binascii
 import re
+from hashlib import blake2b
 from typing import TYPE_CHECKING, TypeVar, cast
 from urllib.parse import unquote_to_bytes
 
@@ -23,7 +24,8 @@ from dengine.errors import (
     TooLarge,
     UnsupportedMedia,
 )
-from dengine.kv.commands import Condition
+from dengine.kv.commands import TTL_S_MAX, Condition
+from dengine.node.writes import OnceKey, parse_once
 
 if TYPE_CHECKING:
     from dengine.api.protocol import Request
@@ -87,8 +89,6 @@ def parse_query(raw: str | None, allowed: frozenset[str]) -> dict[str, bytes]:
 
 
 def _unknown_parameter(name: str, allowed: frozenset[str]) -> str:
-    if name in ("ttl", "lease"):
-        return f"query parameter {name} is not supported yet: this version has no TTLs or leases"
     known = ", ".join(sorted(allowed)) or "none"
     return f"unknown query parameter {name[:64]!r}; known here: {known}"
 
@@ -178,6 +178,38 @@ def write_condition(request: Request) -> Condition | None:
         strong = tuple(int(t) for weak, t in tags if not weak and _DECIMAL.fullmatch(t))
         revisions = strong or (_NEVER_MATCHES if tags else ())
     return Condition(if_match=revisions, if_none_match=absent is not None)
+
+
+def expiry(query: dict[str, bytes]) -> tuple[int, str] | None:
+    """The TTL in seconds or the lease (0 or "" is the other) of a put; None: it stays."""
+    if "ttl" not in query and "lease" not in query:
+        return None
+    if "ttl" in query and "lease" in query:
+        raise InvalidRequest("a value has a TTL or a lease: give ttl or lease, not both")
+    if "ttl" in query:
+        return integer(query, "ttl", 1, 1, TTL_S_MAX), ""
+    lease = query["lease"].decode("utf-8", "replace")
+    if not lease:
+        raise InvalidRequest("query parameter lease is empty: it is the id of a lease")
+    return 0, lease
+
+
+def once_key(request: Request, body: bytes) -> OnceKey | None:
+    """The Idempotency-Key of a write, with what tells this request from another one (DESIGN 5):
+    method, path and query as they came, conditions, and the body.
+    """
+    headers = request.message.headers
+    if IDEMPOTENCY_KEY not in headers:
+        return None
+    texts = headers.getall(IDEMPOTENCY_KEY)
+    if len(texts) > 1:
+        raise InvalidRequest("header Idempotency-Key is given twice")
+    parts = [request.message.method, request.message.path]
+    for name in (IF_MATCH, IF_NONE_MATCH):
+        parts.append(", ".join(headers.getall(name, ())))
+    digest = blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=16)
+    digest.update(b"\0" + body)
+    return parse_once(texts[0].strip(), digest.digest())
 
 
 class BodyReader:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dengine.api.params import parse_query
+from dengine.api.params import IDEMPOTENCY_KEY, parse_query
 from dengine.api.protocol import ALL_METHODS, Request, Response
 from dengine.errors import InvalidRequest, MethodNotAllowed, NotFound
 
@@ -40,11 +40,13 @@ class Body:
     media_type: str = "application/json"
     headers: tuple[str, ...] = ()
     otherwise: Body | None = None  # what the same status carries in another case
+    nullable: frozenset[str] = frozenset()  # properties that may be null, at any depth
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One call. `path` may end in one `{name}`, which stands for the whole raw rest of the path.
+    """One call. A `{name}` in `path` stands for the whole raw rest of the path; what `path` has
+    behind it is for the handler to look for.
 
     `errors` are the statuses it answers beside those that every call can (see openapi.py).
     """
@@ -73,6 +75,11 @@ class Route:
         return 504 in self.errors or 202 in self.replies
 
     @property
+    def once(self) -> bool:
+        """Does it take an Idempotency-Key?"""
+        return any(p.name == IDEMPOTENCY_KEY for p in self.parameters)
+
+    @property
     def query(self) -> frozenset[str]:
         return frozenset(p.name for p in self.parameters if p.place == "query")
 
@@ -86,6 +93,7 @@ class Call:
     query: frozenset[str]
     streams: bool
     access: Access
+    once: bool  # takes an Idempotency-Key
 
 
 Calls = dict[str, Call]
@@ -102,7 +110,9 @@ class RouteTable:
             prefix, has_tail, _ = route.path.partition("{")
             calls = (self._prefixes if has_tail else self._exact).setdefault(prefix, {})
             name = f"{route.method} {route.path}"
-            call = Call(route.handler, name, route.query, route.streams, route.access)
+            call = Call(
+                route.handler, name, route.query, route.streams, route.access, route.once
+            )
             calls[route.method] = call
             if route.has_head:
                 calls["HEAD"] = call

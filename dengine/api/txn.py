@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from dengine.api import params
-from dengine.api.kv import refusal, row
+from dengine.api.kv import IDEMPOTENT, refusal, row
 from dengine.api.params import BodyReader, decode_json
 from dengine.api.protocol import Request, Response, json_response
 from dengine.api.routes import Body, Route
 from dengine.errors import InvalidRequest, TooLarge
 from dengine.kv.commands import (
+    TTL_S_MAX,
     Compare,
     Delete,
     DeleteRange,
     DeleteResult,
+    ExpiringPut,
     Get,
     GetResult,
     Operation,
@@ -30,7 +32,7 @@ from dengine.kv.commands import (
     TxnResult,
     prefix_end,
 )
-from dengine.kv.machine import Record
+from dengine.kv.store import Record
 from dengine.kv.transaction import flaw
 
 if TYPE_CHECKING:
@@ -76,11 +78,18 @@ class CompareJson(_Key, kw_only=True, rename={"relation": "op"}):
 class PutJson(_Key, tag_field="op", tag="put", kw_only=True):
     value: str | None = None
     value_base64: str | None = None
+    ttl: Annotated[int, msgspec.Meta(ge=1, le=TTL_S_MAX)] | None = None
+    lease: str | None = None
 
-    def command(self, where: str, limits: Limits) -> Put:
+    def command(self, where: str, limits: Limits) -> Put | ExpiringPut:
         value = _either(self.value, self.value_base64, "value", where)
         _fits(value, limits.value_bytes, f"{where}: the value")
-        return Put(self.bytes(where, limits), value)
+        key = self.bytes(where, limits)
+        if self.ttl is None and self.lease is None:
+            return Put(key, value)
+        if self.ttl is not None and self.lease is not None:
+            raise InvalidRequest(f"{where}: give ttl or lease, not both")
+        return ExpiringPut(key, value, None, self.ttl or 0, self.lease or "")
 
 
 class GetJson(_Key, tag_field="op", tag="get", kw_only=True):
@@ -168,11 +177,12 @@ class TxnCalls:
         timeout_s = params.timeout_s(request)
         body = await self._bodies.read(request, self._limits.txn_bytes)
         txn = self._command(decode_json(body, request, TxnJson))
-        result = await self._node.write(txn, self._loop.time() + timeout_s)
+        once = params.once_key(request, body)
+        result = await self._node.write(txn, self._loop.time() + timeout_s, once)
         if not isinstance(result, TxnResult):
             raise refusal(result)
         done = txn.success if result.succeeded else txn.failure
-        results = [_answer(o, r) for o, r in zip(done, result.results, strict=True)]
+        results = [self._answer(o, r) for o, r in zip(done, result.results, strict=True)]
         return json_response(
             {"revision": result.revision, "succeeded": result.succeeded, "results": results}
         )
@@ -194,21 +204,26 @@ class TxnCalls:
             raise InvalidRequest(wrong)
         return txn
 
+    def _answer(self, operation: Operation, result: OperationResult) -> dict[str, Any]:
+        if isinstance(result, PutResult):
+            return {"op": "put", "created": result.created}
+        if isinstance(result, DeleteResult):
+            name = "delete" if isinstance(operation, Delete) else "delete_range"
+            return {"op": name, "deleted": result.deleted}
+        return {"op": "get", "item": self._item(operation, result)}
 
-def _answer(operation: Operation, result: OperationResult) -> dict[str, Any]:
-    if isinstance(result, PutResult):
-        return {"op": "put", "created": result.created}
-    if isinstance(result, DeleteResult):
-        name = "delete" if isinstance(operation, Delete) else "delete_range"
-        return {"op": name, "deleted": result.deleted}
-    return {"op": "get", "item": _item(operation, result)}
-
-
-def _item(operation: Operation, found: GetResult) -> dict[str, Any] | None:
-    if not found.mod_revision or not isinstance(operation, Get):
-        return None
-    record = Record(found.create_revision, found.mod_revision, found.version, found.value)
-    return row(operation.key, record)
+    def _item(self, operation: Operation, found: GetResult) -> dict[str, Any] | None:
+        if not found.mod_revision or not isinstance(operation, Get):
+            return None
+        record = Record(
+            found.create_revision,
+            found.mod_revision,
+            found.version,
+            found.value,
+            found.expires_ms,
+            found.lease,
+        )
+        return row(operation.key, record, self._node.lifetimes.remaining_s(record))
 
 
 _EXAMPLE = {
@@ -235,11 +250,12 @@ def routes(calls: TxnCalls) -> list[Route]:
             calls.txn,
             "Compare, then change several keys at once",
             {200: Body("one branch was carried out, as one change", _DONE)},
+            (IDEMPOTENT,),
             body=Body(
                 "comparisons, and operations for each outcome (limits.txn_ops, 128): put, get, "
                 "delete, delete_range. A key that does not exist has mod_revision and version 0.",
                 _EXAMPLE,
             ),
-            errors=(411, 413, 415, 429, 503, 504, 507),
+            errors=(409, 411, 413, 415, 422, 429, 503, 504, 507),
         )
     ]

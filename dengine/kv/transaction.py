@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 from dengine.kv.commands import Compare, Relation, Txn
 
 if TYPE_CHECKING:
-    from dengine.kv.machine import Record, View
+    from dengine.kv.recorder import Recorder
+    from dengine.kv.store import Record
 
 OPERATIONS_MAX: Final = 1024  # in a branch, and comparisons; a node's limits.txn_ops is never more
 READ_BYTES_MAX: Final = 4 * 1024 * 1024  # of all values that one transaction reads
@@ -65,9 +66,9 @@ def holds(compare: Compare, record: Record | None) -> bool:
 
 
 class Overlay:
-    """A `View` that keeps its changes to itself until `carry_out`: all of them happen, or none."""
+    """Records whose changes stay here until `carry_out`: all of them happen, or none."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: Recorder) -> None:
         self._view = view
         self._changes: dict[bytes, Record | None] = {}  # None: deleted
 

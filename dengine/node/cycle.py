@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from dengine.errors import ClusterUnavailable, FatalError, InvariantBroken, NotLeader, TryAgain
-from dengine.kv.commands import encode_batch
+from dengine.kv.commands import COMMAND_VERSION, batch_clock_ms, encode_batch
 from dengine.node.log_writer import LogWriter
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 GATHER_S = 0.002  # how long commands wait for an entry that is on its way to a majority
 INBOX_MAX = 20_000  # messages; beyond it they are dropped, as a network may do
+APPLY_S = 0.05  # for which a turn applies at most, but for its first entry: heartbeats wait
+TICK_MS = 10_000  # while anything can expire, the log hears of the time so often at least
 
 
 class Owner(Protocol):
@@ -94,6 +96,7 @@ class Cycle:
         self._leader: MemberId | None = None
         self._proposed_at = 0.0
         self._running = False
+        self.may_tick = True  # the disk has room for entries that only carry the time
 
     def start(self) -> None:
         self._running = True
@@ -179,10 +182,11 @@ class Cycle:
             raft.step(self._inbox.popleft())
         while self._actions:
             self._actions.popleft()()
-        if self.proposals.queued:
-            if raft.role != "leader":
+        if raft.role != "leader":
+            if self.proposals.queued:
                 self.proposals.refuse_queued(NotLeader("this node does not lead any more"))
-            elif raft.may_propose and not raft.writing and self._gathered():
+        elif raft.may_propose and not raft.writing:
+            if self.proposals.queued and self._gathered() or self._tick_wanted():
                 self._propose()
         for nonce, lease in self.reads.take(self._loop.time()):
             raft.read_index(nonce, lease=lease)
@@ -196,16 +200,41 @@ class Cycle:
             log.commit_index == log.last_index or self._loop.time() - self._proposed_at >= GATHER_S
         )
 
+    def _tick_wanted(self) -> bool:
+        """Has time alone something to end? Then an entry without commands carries it; any other
+        does so too, so there is one only where nothing else is under way.
+        """
+        due_ms, log = self._state.next_due_ms, self.raft.log
+        if due_ms is None or not self.may_tick or log.applied_index < log.last_index:
+            return False
+        now_ms = self.raft.clock_ms
+        return now_ms >= due_ms or now_ms - self._state.clock_ms >= TICK_MS
+
+    @property
+    def command_version(self) -> int:
+        """The format of the entries that a leader makes: what every member can apply, and what
+        was in use once stays in use.
+        """
+        if self._state.totals is not None:
+            return COMMAND_VERSION
+        members = self.raft.membership.members
+        return min((m.command_version for m in members), default=1)
+
     def _propose(self) -> None:
         batch = self.proposals.take_batch()
-        log_id = self.raft.propose(encode_batch([waiting.command for waiting in batch]))
-        self.proposals.appended(log_id, batch)
+        commands = [waiting.command for waiting in batch]
+        clock_ms = self.raft.clock_ms if self.command_version >= COMMAND_VERSION else None
+        log_id = self.raft.propose(encode_batch(commands, clock_ms))
+        if batch:
+            self.proposals.appended(log_id, batch)
         self._proposed_at = self._loop.time()
 
     def _carry_out(self, ready: Ready) -> None:
         self._send(ready.messages)
         if ready.number:
             self._writer.submit(ready)
+        if ready.entries and not self.raft.is_leader:
+            self._learn_clock(ready.entries)
         if ready.fetch is not None:
             self._owner.snapshot_offered(*ready.fetch)
         if ready.committed_entries:
@@ -221,9 +250,11 @@ class Cycle:
             self._owner.rolled_back()
 
     def _apply(self, ready: Ready) -> None:
-        entries = ready.committed_entries
         membership = self._state.membership or Membership()
-        for entry, results in zip(entries, self._state.apply(entries), strict=True):
+        until = time.monotonic() + APPLY_S
+        outcome = self._state.apply(ready.committed_entries, lambda: time.monotonic() < until)
+        entries = ready.committed_entries[: len(outcome)]
+        for entry, results in zip(entries, outcome, strict=True):
             self.proposals.applied(entry, results)
         last = entries[-1].index
         self.raft.applied_to(last)
@@ -233,8 +264,17 @@ class Cycle:
             if entry.kind is EntryKind.CONFIG:
                 old, membership = membership, decode_membership(entry.data)
                 self._owner.membership_committed(entry.index, old, membership)
-        if self.raft.log.may_apply:  # what is applied in one turn is bounded
-            self.wake()
+        if self.raft.log.may_apply or self.proposals.queued or self._tick_wanted():
+            self.wake()  # what one turn applies is bounded, and so is what one entry does
+
+    def _learn_clock(self, entries: Sequence[Entry]) -> None:
+        """The last entry that carries the log time is as good a witness as a heartbeat."""
+        for entry in reversed(entries):
+            if entry.kind is EntryKind.NORMAL:
+                clock_ms = batch_clock_ms(entry.data)
+                if clock_ms is not None:
+                    self.raft.learn_clock(clock_ms)
+                return
 
     def _written(self, ready: Ready, error: BaseException | None, seconds: float) -> None:
         """The log writer is done with `ready` (called on the loop)."""
@@ -260,6 +300,7 @@ class Cycle:
         old = self._state.membership or Membership()
         index = restore.log_id.index
         self._owner.restored(restore)
+        self.raft.learn_clock(self._state.clock_ms)
         self.proposals.restored(index)
         self.reads.applied(index)
         if restore.membership != old:

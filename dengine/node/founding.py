@@ -13,7 +13,8 @@ import msgspec
 
 from dengine.config import Config, InitialRole
 from dengine.errors import IdentityError
-from dengine.node.wire import COMMAND_VERSION, Hello
+from dengine.kv.commands import COMMAND_VERSION
+from dengine.node.wire import Hello
 from dengine.raft.membership import Member, Membership, Settings, found
 from dengine.raft.types import MemberId
 

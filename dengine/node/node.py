@@ -21,13 +21,12 @@ from dengine.errors import (
     ClusterUnavailable,
     DataCorruption,
     DengineError,
-    DiskFull,
     FatalError,
     IdentityError,
     LeaderChanged,
     NotLeader,
 )
-from dengine.kv.commands import Command, Result, decode_result, encode_command
+from dengine.kv.commands import Effect, Result
 from dengine.node import announcing
 from dengine.node.addresses import AddressBook
 from dengine.node.agreement import Agreement
@@ -36,16 +35,19 @@ from dengine.node.entrance import Entrance
 from dengine.node.exchange import Exchange
 from dengine.node.founding import Founding
 from dengine.node.leading import AtLeader
+from dengine.node.lifetimes import Lifetimes
 from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
-from dengine.node.opening import open_directory
+from dengine.node.opening import last_clock_ms, open_directory
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
 from dengine.node.snapshots import Snapshots
 from dengine.node.status import Readiness, Status
 from dengine.node.view import ClusterView
+from dengine.node.watch_hub import Selection, Watch, WatchHub
 from dengine.node.watchers import MembershipWatchers
 from dengine.node.wire import Refused
+from dengine.node.writes import OnceKey, Writes
 from dengine.raft.membership import Membership
 from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
@@ -78,7 +80,6 @@ class Node:
         self.secrets = Secrets.read(config.security, config.source)
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
-        self._disk_full = False
         self._sweep_due_ms = self._disk_due_ms = 0
         self._report_due_ms = boottime_ms() + REPORT_MS
         self._watchers = MembershipWatchers()
@@ -96,6 +97,7 @@ class Node:
         identity = self._directory.identity  # another incarnation, if the log had to be replaced
         self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
         self._announce_above = self.raft.log.commit_index
+        self.raft.learn_clock(last_clock_ms(self._log_store, self.state))
         if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
             self._directory.set_cluster_id(self.raft.membership.cluster_id)
         announcing.membership_loaded(self.raft.membership, self.config.cluster.initial_cluster)
@@ -175,6 +177,11 @@ class Node:
             raft, self._status, lambda: self._members.promotion, self.snapshots.files.transfers
         )
         self._at_leader = AtLeader(raft, self._status)
+        self.writes = Writes(
+            limits, self._cycle, self._at_leader, self._exchange.forwarding, self.snapshots.room
+        )
+        self.lifetimes = Lifetimes(raft, self.state)
+        self.hub = WatchHub(self.state, limits.watchers, self.fail)
         self._metrics = NodeMetrics(self._status.local, raft, self.snapshots)
         self.metrics = self._metrics.registry
         self.metrics_observe_request = self._metrics.observe_request
@@ -236,6 +243,7 @@ class Node:
             return
         self._stopped.set_result(None)
         self._watchers.close()
+        await self.hub.close()
         await self.snapshots.stop()
         written = self._cycle.stop(DISK_STOP_S)
         await self._exchange.close()
@@ -251,41 +259,31 @@ class Node:
 
     # --- requests -----------------------------------------------------------------------------
 
-    async def write(self, command: Command, deadline: float) -> Result:
-        """Commit `command` through the leader, wherever that is, and return its result.
-
-        Args:
-            deadline: on the event loop's clock.
-
-        Raises:
-            DengineError: `outcome` says whether it may still happen.
-        """
-        data = encode_command(command)
-        try:
-            if self.raft.may_propose:  # the common case, without a detour
-                return await self.write_here(data, deadline)
-        except (NotLeader, LeaderChanged) as error:
-            if error.outcome != "none":
-                raise
-
-        async def forward(leader: MemberId) -> Result:
-            return decode_result(
-                await self._exchange.forwarding.ask(leader, "write", data, deadline)
-            )
-
-        return await self._at_leader.do(lambda: self.write_here(data, deadline), forward, deadline)
+    async def write(self, command: Effect, deadline: float, once: OnceKey | None = None) -> Result:
+        """Commit `command` through the leader; see `Writes.write`."""
+        return await self.writes.write(command, deadline, once)
 
     def write_here(self, data: bytes, deadline: float) -> asyncio.Future[Result]:
         """Queue an encoded command on this node, which leads or is about to be refused."""
-        if self._disk_full:
-            raise DiskFull(
-                f"less than {self.config.limits.reserve_bytes} bytes are free under "
-                f"{self._directory.path} (limits.reserve_bytes): free some space"
-            )
-        future: asyncio.Future[Result] = self._loop.create_future()
-        self._proposals.add(data, future, deadline)
-        self._cycle.wake_to_propose()
-        return future
+        return self.writes.write_here(data, deadline)
+
+    async def watch(
+        self, selection: Selection, first: int | None, *, prev: bool, deadline: float
+    ) -> Watch:
+        """Follow the changes of some keys.
+
+        Args:
+            first: the first revision that is wanted; None: what comes from now on.
+            prev: with what was there before.
+
+        Raises:
+            Compacted, WatchOverflow, ClusterUnavailable: refused.
+        """
+        self.writes.require_version_2("a watch")
+        if first is None or first > self.state.revision:
+            await self.read_barrier("linearizable", deadline)
+        self.snapshots.require_trusted()
+        return self.hub.open(selection, first, prev=prev)
 
     async def read_barrier(self, consistency: str, deadline: float) -> None:
         """Return once a local read of `state` is as fresh as `consistency` asks for.
@@ -457,7 +455,7 @@ class Node:
         self._agreement.ticked(now_ms)
         if now_ms >= self._disk_due_ms:
             self._disk_due_ms = now_ms + DISK_CHECK_MS
-            self._disk_full = not self.snapshots.room.has(0)
+            self.writes.look_at_disk()
         if now_ms >= self._report_due_ms:
             self._report_due_ms = now_ms + REPORT_MS
             if self.raft.leader is None and self.raft.membership.voters:
@@ -468,6 +466,7 @@ class Node:
         self._metrics.entries_written.inc(entries)
 
     def applied(self, entries: Sequence[Entry]) -> None:
+        self.hub.applied()
         self.snapshots.applied(entries)
         self._agreement.applied(boottime_ms())
 
@@ -479,6 +478,7 @@ class Node:
 
     def restored(self, restore: Restore) -> None:
         self.snapshots.restored(restore)
+        self.hub.applied()
 
     async def _addresses(self, member: MemberId) -> list[str]:
         """Where `member` can be dialled, best first; empty when it is not a known one."""

@@ -1,4 +1,5 @@
-"""Taking hold of the data directory, or saying why this node cannot have it."""
+"""Taking hold of the data directory, or saying why this node cannot have it; what it says of time.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +7,11 @@ import errno
 
 from dengine.config import Config
 from dengine.errors import ConfigError, IdentityError, StorageIO
+from dengine.kv.commands import batch_clock_ms
+from dengine.raft.types import EntryKind
 from dengine.storage.directory import DataDirectory
+from dengine.storage.log_store import LogStore
+from dengine.storage.state_store import StateStore
 
 # No restart helps against these, unlike against a disk that fails or is full.
 MISPLACED = (
@@ -47,3 +52,17 @@ def open_directory(config: Config) -> DataDirectory:
             "node with a new node_id and an empty directory"
         )
     return directory
+
+
+def last_clock_ms(log: LogStore, state: StateStore) -> int:
+    """The newest log time in this directory: that of the last entry which carries one.
+
+    Such an entry may not be applied yet, nor committed; a leader that began behind it would let
+    time stand still until it had caught up.
+    """
+    for index in range(log.last_index(), max(state.applied.index, log.first_index() - 1), -1):
+        (entry,) = log.entries(index, index + 1, 1)
+        clock_ms = batch_clock_ms(entry.data) if entry.kind is EntryKind.NORMAL else None
+        if clock_ms is not None:
+            return max(clock_ms, state.clock_ms)
+    return state.clock_ms

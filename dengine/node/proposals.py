@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dengine.errors import DengineError, LeaderChanged, RateLimited, RequestTimeout
+from dengine.kv.commands import Deferred
 from dengine.raft.types import Entry, LogId
 
 BATCH_COMMANDS_MAX = 1024
@@ -90,10 +91,15 @@ class Proposals:
         if found.term != entry.term:
             self._fail(found.waiting, _replaced())
             return
+        deferred: list[_Waiting] = []
         for waiting, result in zip(found.waiting, results or [None], strict=True):
+            if type(result) is Deferred and not waiting.future.done():
+                deferred.append(waiting)
+                continue
             self._done(waiting)
             if not waiting.future.done():
                 waiting.future.set_result(result)
+        self._queue.extendleft(reversed(deferred))  # certainly not carried out: again, and first
 
     def distrusted(self) -> None:
         """Results from here on would be those of a wrong state."""

@@ -14,10 +14,9 @@ import msgspec
 
 from dengine.raft.messages import Message
 from dengine.raft.types import MemberId
-from dengine.storage.state_store import StateDigest
+from dengine.storage.state_records import StateDigest
 
 PROTOCOL_VERSION = 1
-COMMAND_VERSION = 1  # newest kv batch format this build can apply
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 
 

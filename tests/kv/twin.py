@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dengine.kv.commands import (
     Command,
@@ -23,7 +23,7 @@ from dengine.kv.commands import (
     Txn,
     TxnResult,
 )
-from dengine.kv.machine import Record
+from dengine.kv.store import TABLES, Event, Record, Table, Totals
 
 
 class DictView:
@@ -31,6 +31,9 @@ class DictView:
 
     def __init__(self) -> None:
         self.records: dict[bytes, Record] = {}
+        self.tables: dict[Table, dict[bytes, bytes]] = {name: {} for name in TABLES}
+        self.totals: Totals | None = None
+        self.changes: list[tuple[int, list[Event]]] = []
 
     def get(self, key: bytes) -> Record | None:
         return self.records.get(key)
@@ -44,6 +47,27 @@ class DictView:
 
     def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
         return iter([k for k in sorted(self.records) if k >= start and (end is None or k < end)])
+
+    def read(self, table: Table, key: bytes) -> bytes | None:
+        return self.tables[table].get(key)
+
+    def write(self, table: Table, key: bytes, data: bytes) -> None:
+        assert 1 <= len(key) <= 511, "LMDB would refuse this key"
+        self.tables[table][key] = data
+
+    def append(self, table: Table, key: bytes, data: bytes) -> None:
+        assert key > max(self.tables[table], default=b"")
+        self.write(table, key, data)
+
+    def remove(self, table: Table, key: bytes) -> bytes | None:
+        return self.tables[table].pop(key, None)
+
+    def first(self, table: Table, start: bytes) -> tuple[bytes, bytes] | None:
+        found = min((k for k in self.tables[table] if k >= start), default=None)
+        return None if found is None else (found, self.tables[table][found])
+
+    def changed(self, revision: int, events: Sequence[Event]) -> None:
+        self.changes.append((revision, list(events)))
 
 
 class Twin:

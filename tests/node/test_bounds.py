@@ -12,13 +12,14 @@ import msgspec
 import pytest
 
 from dengine.config import Config, read
+from dengine.kv.commands import COMMAND_VERSION
 from dengine.node.addresses import AddressBook
 from dengine.node.admission import STRANGERS_MAX, Admission
 from dengine.node.cycle import Cycle
 from dengine.node.exchange import SERVED_MAX, Exchange
 from dengine.node.founding import Founding
 from dengine.node.members import CORRECT_EVERY_MS, REPEAT_REFUSAL_MS, Members
-from dengine.node.wire import COMMAND_VERSION, PROTOCOL_VERSION, ForwardRequest, Hello
+from dengine.node.wire import PROTOCOL_VERSION, ForwardRequest, Hello
 from dengine.raft.raft import Raft
 from dengine.raft.types import MemberId
 from dengine.storage.directory import DataDirectory

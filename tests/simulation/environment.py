@@ -213,8 +213,8 @@ class Transaction:
         for key in list(self._tables[db].keys):
             self.delete(key, db)
 
-    def cursor(self) -> Cursor:
-        return Cursor(self, self._tables[self._db])
+    def cursor(self, db: bytes | None = None) -> Cursor:
+        return Cursor(self, self._table(db))
 
 
 class Cursor:
@@ -231,6 +231,9 @@ class Cursor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def _is_on_record(self) -> bool:

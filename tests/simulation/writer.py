@@ -23,7 +23,7 @@ from dengine.storage.directory import UNPACKED_MARK
 from dengine.storage.environment import CRC_BYTES, CRC_RESIDUE, DATA_FILE
 from dengine.storage.snapshot_file import SnapshotHeader, parse_name, snapshot_name
 from dengine.storage.snapshot_jobs import Check, Done, Fetch, Job, Take, Unpack, Verify
-from dengine.storage.state_store import (
+from dengine.storage.state_records import (
     APPLIED_KEY,
     DATABASES,
     MEMBERSHIP_KEY,

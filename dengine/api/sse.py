@@ -1,0 +1,59 @@
+"""Server-sent events: a response that goes on until one of the two ends leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+from aiohttp import web
+
+from dengine.api.protocol import WRITE_STALL_S, Request, Response
+
+COMMENT_INTERVAL_S = 15.0  # keeps proxies and clients sure that an idle stream is alive
+_COMMENT = b":\n\n"
+_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # a proxy that collects events would keep them from their reader
+}
+
+Next = Callable[[], Awaitable[bytes]]
+
+
+async def stream(request: Request, following: Next, end: Callable[[], None]) -> Response:
+    """Write what `following` returns, one event after the other.
+
+    Args:
+        following: waits for the next event; it is cancelled and called again when there was
+            nothing to say for a while. StopAsyncIteration: that was all.
+        end: called when the client leaves: nothing is kept for it, and `following` ends.
+    """
+    response = web.StreamResponse(headers=_HEADERS)
+    request.lost = lost = asyncio.get_running_loop().create_future()
+    lost.add_done_callback(lambda _: end())
+    try:
+        await send(response.prepare(request.as_aiohttp()))
+        while not lost.done():
+            try:
+                async with asyncio.timeout(COMMENT_INTERVAL_S):
+                    event = await following()
+            except TimeoutError:
+                event = _COMMENT
+            except StopAsyncIteration:
+                break
+            await send(response.write(event))
+        if not lost.done():
+            await send(response.write_eof())
+    finally:
+        end()
+    return cast(Response, response)
+
+
+async def send(write: Awaitable[object]) -> None:
+    """Await one write of a stream; a client that takes nothing for WRITE_STALL_S is dropped."""
+    try:
+        async with asyncio.timeout(WRITE_STALL_S):
+            await write
+    except TimeoutError:
+        raise ConnectionResetError("the client stopped reading its stream") from None

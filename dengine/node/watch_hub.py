@@ -1,0 +1,389 @@
+"""Who follows which keys: every change of them, once, in order, for as long as the reader keeps up.
+
+A watch is either live, and gets what is applied from then on, or it catches up from the history of
+the state. It becomes live in the very step that has read the last revision, so nothing falls in
+between. Live ones cost a write one look-up per changed key. Those that catch up share a few
+milliseconds at a time, or many of them would keep the node from its heartbeats.
+
+What waits for a reader is bounded. One that falls behind is told so and ended; it can resume behind
+the last revision that it has seen, here or at any other node, for as long as the history has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from dengine.errors import Compacted, FatalError, TryAgain, WatchOverflow
+from dengine.kv.store import Event
+from dengine.node.watch_index import Selection, WatchIndex
+from dengine.storage.state_store import StateStore
+
+__all__ = ["Cancelled", "Changes", "Message", "Progress", "Selection", "Watch", "WatchHub"]
+
+QUEUE_MAX: Final = 1000  # messages that wait for a reader
+QUEUE_BYTES_MAX: Final = 4 * 1024 * 1024  # and their size; a single larger one is let through
+CATCH_UP_BYTES: Final = 256 * 1024  # of history in one step of one watch, and waiting for it
+CATCH_UP_REVISIONS: Final = 100
+CATCH_UP_S: Final = 0.005  # for all that catch up, and then a pause as long
+PROGRESS_S: Final = 10.0
+
+
+class Changes:
+    """What one revision has changed of the keys that a watch selects. Watches share it.
+
+    `shown` is for whoever writes it out: the text is made once for all readers.
+    """
+
+    __slots__ = ("events", "revision", "shown", "size")
+
+    def __init__(self, revision: int, events: Sequence[Event]) -> None:
+        self.revision = revision
+        self.events = events
+        self.size = sum(_size(event) for event in events)
+        self.shown: dict[bool, bytes] = {}  # by whether what was before is shown too
+
+
+class Progress(NamedTuple):
+    """Everything up to `revision` is applied here, and was delivered if it was selected."""
+
+    revision: int
+    size: int = 16
+
+
+class Cancelled(NamedTuple):
+    """The watch has ended. `compact_revision`: so far the history is gone, if that is why."""
+
+    reason: str
+    compact_revision: int | None = None
+    size: int = 0
+
+
+Message = Changes | Progress | Cancelled
+
+
+def _size(event: Event) -> int:
+    size = 64 + len(event.key)
+    if event.record is not None:
+        size += len(event.record.value)
+    if event.prev is not None:
+        size += len(event.prev.value)
+    return size
+
+
+class Watch:
+    """An asynchronous iterator of messages; `aclose` it, or use it with `contextlib.aclosing`.
+
+    It ends after `Cancelled`, and when it is closed.
+
+    Attributes:
+        selection: which keys.
+        prev: is what was there before wanted?
+        first: the first revision that was wanted.
+        position: the next revision that is wanted; lower ones were delivered.
+    """
+
+    def __init__(self, hub: WatchHub, selection: Selection, position: int, prev: bool) -> None:
+        self.selection = selection
+        self.prev = prev
+        self.first = self.position = position
+        self._hub = hub
+        self._queue: deque[Message] = deque()
+        self._bytes = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._over = False
+
+    def __aiter__(self) -> Watch:
+        return self
+
+    async def __anext__(self) -> Message:
+        while not self._queue:
+            if self._over:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        message = self._queue.popleft()
+        self._bytes -= message.size
+        self._hub.drained(self)
+        return message
+
+    async def aclose(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No more messages, and nothing kept."""
+        self._over = True
+        self._queue.clear()
+        self._hub.closed(self)
+        self._awake()
+
+    # --- the hub's side -----------------------------------------------------------------------
+
+    @property
+    def over(self) -> bool:
+        return self._over
+
+    @property
+    def waiting(self) -> int:
+        """Messages that the reader has yet to take."""
+        return len(self._queue)
+
+    @property
+    def has_room(self) -> bool:
+        """Would another step of catching up not pile up?"""
+        return self._bytes < CATCH_UP_BYTES and len(self._queue) < CATCH_UP_REVISIONS
+
+    def push(self, message: Message) -> bool:
+        """Queue a message. False: the reader is too slow for it, and the watch has ended."""
+        size = message.size
+        if self._queue and (
+            len(self._queue) >= QUEUE_MAX or self._bytes + size > QUEUE_BYTES_MAX
+        ):
+            self.cancel(
+                f"too slow: {len(self._queue)} messages with {self._bytes} bytes wait to be read; "
+                "resume behind the last revision that you have seen"
+            )
+            return False
+        self._queue.append(message)
+        self._bytes += size
+        self._awake()
+        return True
+
+    def cancel(self, reason: str, compact_revision: int | None = None) -> None:
+        """End it; the reader learns why. What it has not taken yet is dropped."""
+        self._queue.clear()
+        self._bytes = 0
+        self._queue.append(Cancelled(reason, compact_revision))
+        self._over = True
+        self._awake()
+
+    def _awake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class WatchHub:
+    """All watches of one node.
+
+    Args:
+        count_max: `limits.watchers`.
+        fail: ends the process: the history could not be read.
+    """
+
+    def __init__(
+        self, state: StateStore, count_max: int, fail: Callable[[FatalError], None]
+    ) -> None:
+        self._state = state
+        self._count_max = count_max
+        self._fail = fail
+        self._path = state.path
+        self._revision = state.revision  # up to which live ones were served
+        self._live = WatchIndex[Watch]()
+        self._catching: deque[Watch] = deque()
+        self._all: dict[Watch, None] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def count(self) -> int:
+        """Watches that are open."""
+        return len(self._all)
+
+    @property
+    def compact_revision(self) -> int:
+        """The newest revision that the history does not have any more."""
+        totals = self._state.totals
+        return self._state.revision if totals is None else totals.history_first - 1
+
+    def open(self, selection: Selection, first: int | None, *, prev: bool = False) -> Watch:
+        """Follow `selection` from revision `first` on; None: from now on.
+
+        The first message is a `Progress` that says up to where there is nothing to come.
+
+        Raises:
+            Compacted, WatchOverflow: refused.
+        """
+        if len(self._all) >= self._count_max:
+            raise WatchOverflow(
+                f"{self._count_max} watches are open on this node (limits.watchers): "
+                "close some, or use another node"
+            )
+        self._notice_replacement()
+        applied, compact = self._state.revision, self.compact_revision
+        if first is not None and first <= compact:
+            raise Compacted(
+                f"the history begins after revision {compact}: read the keys anew, then watch "
+                "from the revision of that reading on",
+                compact_revision=compact,
+            )
+        watch = Watch(self, selection, applied + 1 if first is None else first, prev)
+        self._all[watch] = None
+        watch.push(Progress(min(applied, watch.position - 1)))
+        self._sort_in(watch)
+        if self._timer is None:
+            self._arm_timer()
+        return watch
+
+    async def close(self) -> None:
+        """The node is stopping: all watches end."""
+        for watch in list(self._all):
+            self._cancel(watch, "this node is stopping: resume at another one")
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    # --- live ---------------------------------------------------------------------------------
+
+    def applied(self) -> None:
+        """Entries were applied, or the state was replaced: tell whom it concerns."""
+        self._notice_replacement()
+        if self._live:
+            for revision, events in self._state.take_changes():
+                self._publish(revision, events)
+        self._revision = self._state.revision
+
+    def _publish(self, revision: int, events: Sequence[Event]) -> None:
+        selected: dict[Watch, list[int]] = {}
+        for number, event in enumerate(events):
+            for watch in self._live.find(event.key):
+                selected.setdefault(watch, []).append(number)
+        shared: dict[tuple[int, ...], Changes] = {}
+        for watch, numbers in selected.items():
+            if revision < watch.position:
+                continue
+            which = tuple(numbers)
+            changes = shared.get(which)
+            if changes is None:
+                changes = shared[which] = Changes(revision, [events[n] for n in which])
+            if not watch.push(changes):
+                self._forget(watch)
+            watch.position = revision + 1
+
+    def _sort_in(self, watch: Watch) -> None:
+        """Live, if there is nothing behind it."""
+        if watch.position > self._state.revision:
+            self._live.add(watch.selection, watch)
+            self._state.keep_changes = True
+            return
+        self._catching.append(watch)
+        self._wake.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(
+                self._catch_up(), name="watches that catch up"
+            )
+
+    def _notice_replacement(self) -> None:
+        """A snapshot took the state's place: what lies between is in its history, or is not."""
+        if self._state.path == self._path:
+            return
+        self._path = self._state.path
+        self._state.take_changes()
+        lost = self._state.revision < self._revision
+        for watch in self._live.clear():
+            watch.position = max(watch.position, self._revision + 1)
+            if not lost:
+                self._sort_in(watch)
+        if lost:
+            for watch in list(self._all):
+                self._cancel(
+                    watch, "the state of this node is being rebuilt: resume at another one"
+                )
+        self._revision = self._state.revision
+
+    # --- catching up --------------------------------------------------------------------------
+
+    async def _catch_up(self) -> None:
+        try:
+            while self._catching:
+                self._wake.clear()
+                if self._step():
+                    await asyncio.sleep(CATCH_UP_S)
+                else:
+                    await self._wake.wait()  # for a reader
+        except FatalError as error:
+            self._fail(error)
+        except Exception as error:
+            wrapped = TryAgain(f"watches died of {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            self._fail(wrapped)
+
+    def _step(self) -> bool:
+        """Serve those that wait, in turn, for a few milliseconds. False: no reader has room."""
+        until = time.monotonic() + CATCH_UP_S
+        moved = False
+        for _ in range(len(self._catching)):
+            watch = self._catching.popleft()
+            if watch.over:
+                continue
+            if not watch.has_room:
+                self._catching.append(watch)
+                continue
+            moved = True
+            self._advance(watch)
+            if time.monotonic() >= until:
+                break
+        return moved
+
+    def _advance(self, watch: Watch) -> None:
+        compact, applied = self.compact_revision, self._state.revision
+        if watch.position <= compact:
+            self._cancel(
+                watch,
+                f"the history begins after revision {compact} by now, and this watch had come to "
+                f"{watch.position - 1}: read the keys anew",
+                compact,
+            )
+            return
+        changes = self._state.history(watch.position, CATCH_UP_REVISIONS, CATCH_UP_BYTES)
+        for revision, events in changes:
+            selected = [event for event in events if watch.selection.holds(event.key)]
+            if selected and not watch.push(Changes(revision, selected)):
+                self._forget(watch)
+                return
+        watch.position = changes[-1][0] + 1 if changes else max(watch.position, applied + 1)
+        self._sort_in(watch)
+
+    # --- the readers' side --------------------------------------------------------------------
+
+    def drained(self, watch: Watch) -> None:
+        """A reader has taken a message."""
+        if watch.has_room and not self._wake.is_set() and self._catching:
+            self._wake.set()
+
+    def closed(self, watch: Watch) -> None:
+        self._forget(watch)
+
+    def _cancel(self, watch: Watch, reason: str, compact_revision: int | None = None) -> None:
+        watch.cancel(reason, compact_revision)
+        self._forget(watch)
+
+    def _forget(self, watch: Watch) -> None:
+        self._all.pop(watch, None)
+        self._live.discard(watch.selection, watch)
+        if not self._live:
+            self._state.keep_changes = False
+            self._state.take_changes()
+        if not self._all and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # --- progress -----------------------------------------------------------------------------
+
+    def _arm_timer(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(PROGRESS_S, self._tell_progress)
+
+    def _tell_progress(self) -> None:
+        """To whoever has everything: idle ones learn a newer place from which to resume."""
+        self._arm_timer()
+        self._notice_replacement()
+        revision = self._state.revision
+        for watch in list(self._live):
+            if not watch.waiting and watch.position <= revision + 1:
+                watch.push(Progress(revision))

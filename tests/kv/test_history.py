@@ -1,0 +1,128 @@
+"""The history of changes, and what one entry may do."""
+
+from __future__ import annotations
+
+import pytest
+
+from dengine.kv import recorder
+from dengine.kv.commands import (
+    Deferred,
+    Delete,
+    DeleteRange,
+    DeleteResult,
+    Put,
+    PutResult,
+    TooMany,
+    TooMuch,
+    Txn,
+    TxnResult,
+)
+from dengine.kv.store import Event, Record, Rules, decode_events
+from tests.kv.world import World
+
+MIB = 1024 * 1024
+
+
+def history(world: World) -> dict[int, list[Event]]:
+    rows = world.view.tables["history"]
+    return {int.from_bytes(key, "big"): decode_events(data) for key, data in rows.items()}
+
+
+def test_each_revision_has_its_events_with_what_was_before() -> None:
+    world = World()
+    world.entry(Put(b"a", b"1"), Put(b"a", b"2"), Delete(b"a"))
+    one, two = Record(1, 1, 1, b"1"), Record(1, 2, 2, b"2")
+    assert history(world) == {
+        1: [Event(0, b"a", one, None)],
+        2: [Event(0, b"a", two, one)],
+        3: [Event(1, b"a", None, two)],
+    }
+    assert dict(world.view.changes) == history(world)
+
+
+def test_a_transaction_is_one_revision_of_the_history() -> None:
+    """Also one whose operations undo each other: it has a revision, and so a record, which is
+    empty."""
+    world = World()
+    world.one(Txn((), (Put(b"a", b""), Put(b"b", b"")), ()))
+    world.one(Txn((), (Put(b"x", b""), Delete(b"x")), ()))
+    assert [(r, [e.key for e in events]) for r, events in history(world).items()] == [
+        (1, [b"a", b"b"]),
+        (2, []),
+    ]
+
+
+@pytest.mark.parametrize("rules", [Rules(history_revisions=3), Rules(history_bytes=60)])
+def test_it_is_pruned_by_number_and_by_size(rules: Rules) -> None:
+    """Oldest first, with the entry that adds; and the totals say what is left."""
+    world = World(rules)
+    for n in range(10):
+        world.one(Put(b"k%d" % n, b"v"))
+    kept, totals = history(world), world.view.totals
+    assert totals is not None
+    assert totals.history_first == min(kept)
+    assert list(kept) == list(range(min(kept), 11))
+    assert totals.history_bytes == sum(len(d) for d in world.view.tables["history"].values())
+    assert len(kept) == 3 or totals.history_bytes <= 60 < totals.history_bytes * 2
+
+
+def test_no_history_at_all_is_possible() -> None:
+    world = World(Rules(history_revisions=0))
+    world.one(Put(b"k", b"v"))
+    assert history(world) == {}
+    assert [revision for revision, _ in world.view.changes] == [1]  # watchers hear of it still
+
+
+def test_a_smaller_history_is_reached_little_by_little() -> None:
+    """Someone lowers the setting: no entry deletes everything at once."""
+    world = World()
+    for _ in range(8):
+        world.entry(*(Put(b"k", b"v") for _ in range(100)))
+    world.rules = Rules(history_revisions=1)
+    world.entry()
+    assert len(history(world)) == 800 - recorder.PRUNED_MAX
+    for _ in range(3):
+        world.entry()
+    assert len(history(world)) == 1
+
+
+def test_small_puts_over_large_values_share_an_entry_only_up_to_a_point() -> None:
+    """What they replace goes into the history: 32 of them would be 32 MiB. The rest is deferred,
+    which the node that proposed them proposes again."""
+    world = World()
+    for n in range(32):
+        world.one(Put(b"%02d" % n, b"x" * MIB))
+    results = world.entry(*(Put(b"%02d" % n, b"y") for n in range(32)))
+    done = recorder.WORK_BYTES_MAX // MIB
+    assert [type(result) for result in results] == [PutResult] * done + [Deferred] * (32 - done)
+    assert world.revision == 32 + done
+    assert all(
+        len(world.view.records[b"%02d" % n].value) == (1 if n < done else MIB) for n in range(32)
+    )
+
+
+def test_one_command_may_not_meet_more_than_an_entry() -> None:
+    """Refused, with nothing changed: it would be refused for ever, so it is not deferred."""
+    world = World()
+    for n in range(20):
+        world.one(Put(b"%02d" % n, b"x" * MIB))
+    txn = Txn((), tuple(Put(b"%02d" % n, b"") for n in range(20)), ())
+    for command in (DeleteRange(b"", None, 100), txn):
+        assert world.one(command) == TooMuch(recorder.WORK_BYTES_MAX)
+    assert len(world.keys) == 20
+    assert world.revision == 20
+    assert world.one(DeleteRange(b"", b"16", 100)) == DeleteResult(21, 16)
+
+
+def test_keys_looked_through_count_as_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "WORK_KEYS_MAX", 50)
+    world = World()
+    for n in range(60):
+        world.one(Put(b"%02d" % n, b""))
+    look = DeleteRange(b"", None, 40)
+    assert world.entry(look, look, look) == [TooMany(40), TooMany(40), Deferred()]
+    assert world.one(DeleteRange(b"", None, 1000)) == TooMany(50)
+    txn = Txn((), (DeleteRange(b"", b"05", 1000), DeleteRange(b"05", b"10", 1000)), ())
+    result = world.one(txn)
+    assert isinstance(result, TxnResult)
+    assert [r.deleted for r in result.results if isinstance(r, DeleteResult)] == [5, 5]
