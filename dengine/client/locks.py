@@ -53,7 +53,7 @@ class Lock:
         self.lost = asyncio.Event()
         self.key = b""
         self.token = 0
-        self._teller: asyncio.Task[None] | None = None
+        self._teller: asyncio.Task[bool] | None = None
 
     @property
     def guard(self) -> Compare:
@@ -146,7 +146,8 @@ class Lock:
                 self._lease = None
             await asyncio.sleep(PAUSE_S)
         assert self._lease is not None
-        self._teller = self._client.spawn(self._tell(self._lease), "dengine-client-lock")
+        self._teller = self._client.spawn(self._lease.lost.wait(), "dengine-client-lock")
+        self._teller.add_done_callback(lambda _: self.lost.set())  # also when the client is closed
 
     async def _queue(self) -> bool:
         """Take a place and wait until it is the first; False when it is lost before."""
@@ -182,8 +183,16 @@ class Lock:
             await asyncio.wait({turn, lost})
 
     async def _wait_turn(self, ours: int) -> None:
-        while (before := await self._before(ours)) is not None:
-            await self._gone(*before)
+        while True:
+            try:
+                before = await self._before(ours)
+                if before is None:
+                    return
+                await self._gone(*before)
+            except DengineError as error:
+                if not error.retryable:
+                    raise
+                await asyncio.sleep(PAUSE_S)  # our place is kept as long as the lease is
 
     async def _before(self, ours: int) -> tuple[Item, int] | None:
         """The waiter just before us, and the revision at which it was; None when we are first.
@@ -217,10 +226,6 @@ class Lock:
                         return
         except Compacted:
             return  # so long ago that the queue has to be looked at anew
-
-    async def _tell(self, lease: Lease) -> None:
-        await lease.lost.wait()
-        self.lost.set()
 
 
 def waiting(items: tuple[Item, ...], prefix: bytes) -> list[Item]:

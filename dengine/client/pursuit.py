@@ -8,11 +8,13 @@ only if no attempt can have happened, or may still happen.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dengine.client.failures import ClientClosed
 from dengine.client.nodes import Node, Prefer
 from dengine.client.transport import Kind, Reply, Transport, Unanswered, closed
 from dengine.errors import (
@@ -68,6 +70,7 @@ class Pursuit:
         self._tried: list[Node] = []
         self._rounds = 0
         self._patience_s = 0.0
+        self._retry_at: float | None = None  # an attempt has failed while others are under way
         self._maybe = False  # an attempt may have happened, or may still
         self._problems: dict[str, str] = {}
         self._refusal: DengineError | None = None
@@ -97,11 +100,10 @@ class Pursuit:
     async def _begin(self) -> None:
         """Ask the next node; when all have been asked, wait a moment and go round again."""
         now = self._loop.time()
+        self._retry_at = None
         node = self._transport.nodes.choose(self._request.prefer, now, self._tried)
         if node is None or self._patience_s:
-            pause_s = min(PAUSE_S * 2**self._rounds, PAUSE_MAX_S) * random.uniform(0.5, 1.0)
-            pause_s = max(pause_s, self._patience_s)
-            self._rounds, self._patience_s, self._tried = min(self._rounds + 1, 8), 0.0, []
+            pause_s, self._tried = self._pause_s(), []
             if now + pause_s >= self._deadline:
                 raise self._failure()
             await asyncio.sleep(pause_s)
@@ -125,17 +127,16 @@ class Pursuit:
 
     async def _some_end(self) -> list[asyncio.Task[Reply]]:
         """The attempts that have ended, after a while. Sends another one when these take long."""
-        due = max(attempt.began for attempt in self._flying.values()) + self._hedging.delay_s
         affordable = True
         while True:
             now = self._loop.time()
             nodes = [attempt.node for attempt in self._flying.values()]
-            another = self._another(now)
+            another, due, extra = self._next(now)
             wait_for: set[asyncio.Future[Any]] = set(self._flying)
             until = self._deadline
             if another is not None:
                 wait_for |= {node.silence() for node in nodes}
-                if affordable or any(node.silent for node in nodes):
+                if not extra or affordable or any(node.silent for node in nodes):
                     until = min(due, until)
             await asyncio.wait(
                 wait_for, timeout=max(until - now, 0.0), return_when=asyncio.FIRST_COMPLETED
@@ -147,16 +148,38 @@ class Pursuit:
             if now >= self._deadline:
                 raise self._failure()
             if another is not None and now >= due:
-                affordable = any(node.silent for node in nodes) or self._hedging.spend()
+                affordable = (
+                    not extra or any(node.silent for node in nodes) or self._hedging.spend()
+                )
                 if affordable:
+                    if another in self._tried:  # a new round
+                        self._tried = nodes
+                    self._retry_at = None
                     self._send(another)
                     return []
 
-    def _another(self, now: float) -> Node | None:
-        """Whom to ask beside those who have not answered yet."""
+    def _next(self, now: float) -> tuple[Node | None, float, bool]:
+        """Whom to ask beside those who have not answered yet, when, and whether that is one attempt
+        more than there were: not so where it takes the place of one that has failed.
+        """
         if len(self._flying) >= AT_ONCE:
-            return None
-        return self._transport.nodes.choose(self._request.prefer, now, self._tried)
+            return None, math.inf, False
+        choose, prefer = self._transport.nodes.choose, self._request.prefer
+        untried = choose(prefer, now, self._tried)
+        if self._retry_at is None:
+            last = max(attempt.began for attempt in self._flying.values())
+            return untried, last + self._hedging.delay_s, True
+        if untried is not None:
+            return untried, now, False
+        busy = [attempt.node for attempt in self._flying.values()]
+        return choose(prefer, now, busy), self._retry_at, False
+
+    def _pause_s(self) -> float:
+        """Before the nodes are asked once more; longer from round to round."""
+        pause_s = min(PAUSE_S * 2**self._rounds, PAUSE_MAX_S) * random.uniform(0.5, 1.0)
+        self._rounds = min(self._rounds + 1, 8)
+        patience_s, self._patience_s = self._patience_s, 0.0
+        return max(pause_s, patience_s)
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -169,6 +192,8 @@ class Pursuit:
                 self._maybe = self._maybe or self._request.kind == "write"
                 raise closed("unknown" if self._maybe else "none")
             reply = task.result()
+        except ClientClosed:
+            raise closed("unknown" if self._may_have_happened else "none") from None
         except Unanswered as failure:
             self._note(node, failure.why, maybe=failure.sent)
             if failure.late:
@@ -184,14 +209,14 @@ class Pursuit:
         if error.status < 500 and not error.retryable:
             self._answered(attempt, now)
             raise self._certain(error)
-        if not error.retryable and not self._flying and self._another(now) is None:
+        if not error.retryable and not self._flying and self._all_tried(now):
             raise self._certain(error)  # every node has failed at it
-        self._note(node, error.message, maybe=error.outcome == "unknown")
-        self._refusal = error
         if isinstance(error, RateLimited):
             self._patience_s = RATE_LIMITED_S
         else:
             node.failed(now)
+        self._note(node, error.message, maybe=error.outcome == "unknown")
+        self._refusal = error
         if isinstance(error, NotLeader):
             nodes.leads_no_more(node)
         nodes.follow(error.leader, node)
@@ -214,6 +239,15 @@ class Pursuit:
         self._problems[node.address] = problem
         if maybe and self._request.kind == "write":
             self._maybe = True
+        if self._flying and self._retry_at is None:
+            self._retry_at = self._loop.time() + self._pause_s()
+
+    def _all_tried(self, now: float) -> bool:
+        return self._transport.nodes.choose(self._request.prefer, now, self._tried) is None
+
+    @property
+    def _may_have_happened(self) -> bool:
+        return self._request.kind == "write" and (self._maybe or bool(self._flying))
 
     def _certain(self, error: DengineError) -> DengineError:
         """`error` with the outcome of all attempts together."""
@@ -221,13 +255,13 @@ class Pursuit:
             error.outcome = "none"
         elif isinstance(error, StaleRequest):
             error.outcome = "unknown"
-        elif error.status not in VERDICTS and (self._maybe or self._flying):
+        elif error.status not in VERDICTS and self._may_have_happened:
             error.outcome = "unknown"
         return error
 
     def _failure(self) -> DengineError:
         """What to tell when the time is up."""
-        unknown = self._request.kind == "write" and (self._maybe or bool(self._flying))
+        unknown = self._may_have_happened
         outcome = "unknown" if unknown else "none"
         if self._refusal is not None and not self._flying and outcome == self._refusal.outcome:
             return self._refusal

@@ -92,8 +92,8 @@ class Watch:
         """The next change, however long that takes.
 
         Raises:
-            Compacted: it is no longer kept; `details["compact_revision"]` says what is. Read the
-                keys anew, and watch from the revision of that reading.
+            Compacted: it is no longer kept, nor is anything up to `details["compact_revision"]`.
+                Read the keys anew, and watch from the revision behind that of the reading.
             Unauthorized, Forbidden, InvalidRequest: no node will ever answer.
             ClientClosed: the client was closed.
         """

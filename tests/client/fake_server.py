@@ -20,7 +20,6 @@ from dengine.errors import ClusterUnavailable, DengineError, Unauthorized
 from tests.client.fake_state import Answer, Asked, Happened, State, as_json, named
 
 PROGRESS_S = 5.0
-COMMENT_S = 15.0
 
 Refusing = Callable[[Asked], DengineError | None]
 
@@ -33,7 +32,7 @@ class FakeNode:
         self.node_id = node_id
         self.port = 0
         self.asked: list[Asked] = []
-        self.streams = 0  # that are open
+        self._streams: set[asyncio.BaseTransport] = set()
         self._running = asyncio.Event()
         self._server: web.Server | None = None
         self._listener: asyncio.Server | None = None
@@ -52,6 +51,11 @@ class FakeNode:
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def streams(self) -> int:
+        """How many watches are open, as far as their clients are concerned."""
+        return sum(not transport.is_closing() for transport in self._streams)
 
     def hang(self) -> None:
         """As SIGSTOP does: connections are accepted, and nothing is answered until `heal`."""
@@ -143,7 +147,10 @@ class FakeNode:
         list(state.changes(position, chosen))  # 410 comes before the stream
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        self.streams += 1
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client has gone")
+        self._streams.add(transport)
         written = 0
 
         async def write(text: str) -> None:
@@ -158,12 +165,13 @@ class FakeNode:
             if data:
                 await response.write(data)
             if cut:
-                assert request.transport is not None
-                request.transport.close()
+                transport.close()
                 raise ConnectionResetError("as the test wants it")
 
         try:
             await write(progress(state.revision))
+            loop = asyncio.get_running_loop()
+            due = loop.time() + PROGRESS_S
             while True:
                 await self._running.wait()
                 if self.cancel_streams:
@@ -175,14 +183,16 @@ class FakeNode:
                         await write(change(revision, events, prev))
                         position = revision + 1
                     position = max(position, state.revision + 1)
-                if not await self._changed():
-                    await self._running.wait()
+                await self._changed(due)
+                await self._running.wait()
+                if loop.time() >= due:
+                    due = loop.time() + PROGRESS_S
                     await write(progress(position - 1))
         finally:
-            self.streams -= 1
+            self._streams.discard(transport)
 
-    async def _changed(self) -> bool:
-        """Wait for a change of the state; False when it is time for a progress message."""
+    async def _changed(self, until: float) -> None:
+        """Wait for a change of the state, or until the loop's clock says `until`."""
         woken = asyncio.get_running_loop().create_future()
 
         def wake() -> None:
@@ -191,11 +201,10 @@ class FakeNode:
 
         self.cluster.wakers.append(wake)
         try:
-            async with asyncio.timeout(PROGRESS_S):
+            async with asyncio.timeout_at(until):
                 await woken
-            return True
         except TimeoutError:
-            return False
+            pass
         finally:
             self.cluster.wakers.remove(wake)
 

@@ -109,7 +109,7 @@ class State:
         self.keys: dict[bytes, Record] = {}
         self.leases: dict[str, Granted] = {}
         self.history: dict[int, list[Happened]] = {}
-        self.compact_revision = 1
+        self.compact_revision = 1  # the first that is kept
         self.executed = 0  # writes that were carried out, replays not counted
         self.on_change: list[Callable[[], None]] = []
         self._single: dict[str, tuple[bytes, Answer]] = {}
@@ -156,7 +156,7 @@ class State:
         """Raises Compacted."""
         if first < self.compact_revision:
             raise Compacted(
-                f"revision {first} is no longer kept", compact_revision=self.compact_revision
+                f"revision {first} is no longer kept", compact_revision=self.compact_revision - 1
             )
         for revision in range(first, self.revision + 1):
             events = [e for e in self.history.get(revision, []) if chosen(e.key)]

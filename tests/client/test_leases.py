@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from dengine.client import Client, ClientClosed, LeaseLost
+from dengine.client import Client, ClientClosed, LeaseLost, leases
 from dengine.errors import DengineError, InvalidRequest
 from tests.client.fake_server import FakeCluster, fake_cluster
 from tests.client.fake_state import Asked
@@ -128,6 +128,24 @@ def test_leaving_in_an_outage_is_quiet_and_quick() -> None:
         await asyncio.sleep(20)
         assert cluster.state.leases == {}
         assert b"service/1" not in cluster.state.keys
+
+    over(scenario)
+
+
+def test_a_machine_that_slept_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's clock stands still while a machine is suspended; the lease's does not."""
+    slept = 0.0
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        nonlocal slept
+        monkeypatch.setattr(leases, "_boot_time", lambda: slept)
+        with pytest.raises(LeaseLost):
+            async with client.lease(10) as lease:
+                slept = 8.0
+                lease.check()
+                slept = 9.5
+                with pytest.raises(LeaseLost):
+                    lease.check()
 
     over(scenario)
 
