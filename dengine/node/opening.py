@@ -58,11 +58,11 @@ def last_clock_ms(log: LogStore, state: StateStore) -> int:
     """The newest log time in this directory: that of the last entry which carries one.
 
     Such an entry may not be applied yet, nor committed; a leader that began behind it would let
-    time stand still until it had caught up.
+    time stand still until it had caught up. 1 where there is none: that is when time begins.
     """
     for index in range(log.last_index(), max(state.applied.index, log.first_index() - 1), -1):
         (entry,) = log.entries(index, index + 1, 1)
         clock_ms = batch_clock_ms(entry.data) if entry.kind is EntryKind.NORMAL else None
         if clock_ms is not None:
             return max(clock_ms, state.clock_ms)
-    return state.clock_ms
+    return max(state.clock_ms, 1)

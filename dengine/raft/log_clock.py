@@ -16,15 +16,18 @@ from __future__ import annotations
 
 
 class LogClock:
-    """The register. All arguments called `now_ms` are readings of one clock that never goes back."""
+    """The register. All arguments called `now_ms` are readings of one clock that never goes back.
 
-    def __init__(self, now_ms: int) -> None:
+    It stands at 0 until the first time is learned, which is what starts it.
+    """
+
+    def __init__(self) -> None:
         self._base_ms = 0
-        self._base_at_ms = now_ms
+        self._base_at_ms = 0
 
     def at(self, now_ms: int) -> int:
         """The log time."""
-        return self._base_ms + now_ms - self._base_at_ms
+        return self._base_ms + now_ms - self._base_at_ms if self._base_ms else 0
 
     def learn(self, clock_ms: int, now_ms: int) -> None:
         """The log time is `clock_ms` at least: somebody who may say so has said so."""

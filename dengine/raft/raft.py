@@ -183,7 +183,7 @@ class Raft:
         self.leader: MemberId | None = None
         self.progress: dict[MemberId, Progress] = {}  # filled only while leader
         self.saw_lost_entries = False  # the leader counts on entries that this log does not have
-        self.clock = LogClock(now_ms)  # heartbeats carry it; the owner puts it into entries
+        self.clock = LogClock()  # heartbeats carry it; the owner puts it into entries
 
         self._rng = rng
         self._now_ms = now_ms
