@@ -60,9 +60,15 @@ def carry_out(recorder: Recorder, once: Once, run: Callable[[], Result]) -> Resu
     return _numbered(recorder, totals, once, once.number, run, room)
 
 
+def is_key(text: str) -> bool:
+    """1 to 128 visible ASCII characters."""
+    fits = 1 <= len(text) <= KEY_CHARACTERS_MAX
+    return fits and text.isascii() and text.isprintable() and " " not in text
+
+
 def _flaw(once: Once) -> str | None:
     key = once.key
-    if not 1 <= len(key) <= KEY_CHARACTERS_MAX or not all("!" <= c <= "~" for c in key):
+    if not is_key(key):
         return f"an idempotency key has 1 to {KEY_CHARACTERS_MAX} visible ASCII characters"
     if once.number is not None and not 1 <= once.number <= _NUMBER_MAX:
         return f"the number of a request is 1 to {_NUMBER_MAX}"

@@ -38,7 +38,7 @@ from dengine.kv.commands import (
     makes_room,
     needs_version_2,
 )
-from dengine.kv.once import KEY_CHARACTERS_MAX
+from dengine.kv.once import KEY_CHARACTERS_MAX, is_key
 from dengine.node.cycle import Cycle
 from dengine.node.forwarding import Forwarding
 from dengine.node.leading import AtLeader
@@ -67,7 +67,7 @@ def parse_once(text: str, fingerprint: bytes = b"") -> OnceKey:
     Raises:
         InvalidRequest: it is not 1 to 128 visible ASCII characters.
     """
-    if not 1 <= len(text) <= KEY_CHARACTERS_MAX or not all("!" <= c <= "~" for c in text):
+    if not is_key(text):
         raise InvalidRequest(
             f"an idempotency key has 1 to {KEY_CHARACTERS_MAX} visible ASCII characters"
         )

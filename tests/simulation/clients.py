@@ -26,8 +26,9 @@ from dengine.kv.commands import (
     TxnResult,
     decode_batch,
 )
-from dengine.kv.machine import Record, apply_batch
+from dengine.kv.machine import apply_batch
 from dengine.raft.types import Entry, EntryKind
+from tests.kv.twin import DictView
 from tests.linearizability.by_revision import check
 from tests.linearizability.checker import FOREVER, Operation, Verdict
 from tests.linearizability.timeline import as_text
@@ -339,22 +340,9 @@ class Clients:
                     yield key, done._replace(result=_seen(result))
 
 
-class _Records(dict[bytes, Record]):
-    """The state machine's view of a dict."""
-
-    def put(self, key: bytes, record: Record) -> None:
-        self[key] = record
-
-    def delete(self, key: bytes) -> None:
-        del self[key]
-
-    def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
-        return iter(sorted(k for k in self if start <= k and (end is None or k < end)))
-
-
 def _replay(entries: Sequence[Entry]) -> dict[bytes, Result]:
     """What each write that was committed has come to, by its mark."""
-    records, revision = _Records(), 0
+    records, revision = DictView(), 0
     found: dict[bytes, Result] = {}
     for entry in entries:
         if entry.kind is EntryKind.NORMAL:

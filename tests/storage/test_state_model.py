@@ -281,7 +281,7 @@ class StateModel(RuleBasedStateMachine):
     @rule()
     def go_on_from_a_snapshot(self) -> None:
         """Taken, verified, unpacked: all that is known survives, exactly-once and leases too."""
-            digest, old = self.store.digest, self.store.path
+        digest, old = self.store.digest, self.store.path
         self.store.close()  # one process opens an environment once
         self.copies += 1
         info = snapshot_of(old, self.path / "snapshots")

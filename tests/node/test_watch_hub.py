@@ -1,0 +1,359 @@
+"""Watches: every change once and in order, whoever is slow, however the state is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from dengine.errors import Compacted, FatalError, WatchOverflow
+from dengine.kv.commands import Command, Delete, Put, Txn, encode_batch, encode_command
+from dengine.node import watch_hub
+from dengine.node.watch_hub import Cancelled, Changes, Message, Progress, Selection, Watch, WatchHub
+from dengine.node.watch_index import WatchIndex
+from dengine.raft.membership import Membership, Settings
+from dengine.raft.types import Entry, EntryKind, MemberId
+from dengine.storage.state_store import StateStore
+from tests.node.hosts import on_loop, until
+from tests.storage.states import config, membership
+
+ALL = Selection(b"", True)
+
+
+def content(kept: int) -> Membership:
+    made = membership(MemberId(1, 1))
+    rules = Settings(history_revisions=kept)
+    return Membership(made.cluster_id, made.voters, members=made.members, settings=rules)
+
+
+class Stage:
+    """A state, its hub, and entries that are applied to both."""
+
+    def __init__(self, path: Path, *, kept: int = 1000, watchers: int = 100) -> None:
+        self.state = StateStore(path)
+        self.state.apply([config(1, content(kept))])
+        self.failed: list[FatalError] = []
+        self.watchers = watchers
+        self.index = 1
+
+    def open(self) -> WatchHub:
+        self.hub = WatchHub(self.state, self.watchers, self.failed.append)
+        return self.hub
+
+    def apply(self, *commands: Command) -> None:
+        apply(self.state, self.index + 1, commands)
+        self.index += 1
+        self.hub.applied()
+
+
+def apply(state: StateStore, index: int, commands: Sequence[Command]) -> None:
+    data = encode_batch([encode_command(command) for command in commands], index * 10)
+    state.apply([Entry(index, 1, EntryKind.NORMAL, data)])
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    made = Stage(tmp_path / "state")
+    yield made
+    made.state.close()
+    assert made.failed == []
+
+
+async def read(watch: Watch, count: int) -> list[Message]:
+    async with asyncio.timeout(10):
+        return [await anext(watch) for _ in range(count)]
+
+
+def seen(messages: Sequence[Message]) -> list[tuple[int, list[bytes]]]:
+    return [(m.revision, [e.key for e in m.events]) for m in messages if isinstance(m, Changes)]
+
+
+def test_a_live_watch_hears_each_revision_once(stage: Stage) -> None:
+    """Whole transactions in one message, and nothing of other keys."""
+
+    async def check() -> None:
+        hub = stage.open()
+        stage.apply(Put(b"a/1", b""))
+        watch = hub.open(Selection(b"a/", True), None)
+        stage.apply(Put(b"a/1", b""), Put(b"b", b""), Put(b"a/2", b""))
+        stage.apply(Txn((), (Put(b"a/3", b""), Put(b"b", b""), Delete(b"a/1")), ()))
+        first, *rest = await read(watch, 4)
+        assert first == Progress(1)
+        assert seen(rest) == [(2, [b"a/1"]), (4, [b"a/2"]), (5, [b"a/3", b"a/1"])]
+        watch.close()
+        assert hub.count == 0
+        assert stage.state.keep_changes is False
+        await hub.close()
+
+    on_loop(check)
+
+
+def test_nothing_is_kept_where_nobody_watches(stage: Stage) -> None:
+    async def check() -> None:
+        stage.open()
+        stage.apply(Put(b"a", b""))
+        assert stage.state.take_changes() == []
+        await stage.hub.close()
+
+    on_loop(check)
+
+
+def test_what_was_before_and_whether_it_is_new(stage: Stage) -> None:
+    async def check() -> None:
+        watch = stage.open().open(Selection(b"k", False), None)
+        stage.apply(Put(b"k", b"1"), Put(b"k", b"2"), Delete(b"k"), Put(b"kk", b""))
+        _, one, two, three = await read(watch, 4)
+        assert isinstance(one, Changes)
+        assert isinstance(two, Changes)
+        assert isinstance(three, Changes)
+        told = [m.events[0] for m in (one, two, three)]
+        assert [e.record and e.record.version for e in told] == [1, 2, None]
+        assert [e.prev and e.prev.value for e in told] == [None, b"1", b"2"]
+        await stage.hub.close()
+
+    on_loop(check)
+
+
+def test_resuming_misses_nothing_and_repeats_nothing(stage: Stage) -> None:
+    """From any revision, while writes go on: history first, then live, with no gap between."""
+
+    async def check() -> None:
+        hub = stage.open()
+        for n in range(300):
+            stage.apply(Put(b"k%d" % (n % 3), b"%d" % n))
+        watches = [hub.open(ALL, first) for first in (1, 150, 300, 301)]
+        for n in range(300, 350):
+            stage.apply(Put(b"k%d" % (n % 3), b"%d" % n))
+            await asyncio.sleep(0)
+        for watch, first in zip(watches, (1, 150, 300, 301), strict=True):
+            progress, *rest = await read(watch, 1 + 350 - first + 1)
+            assert progress == Progress(first - 1)
+            assert [m.revision for m in rest] == list(range(first, 351))
+        await hub.close()
+
+    on_loop(check)
+
+
+def test_progress_names_only_what_is_applied_and_delivered(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first, and then at intervals. One who asks for the future is told of the present."""
+    monkeypatch.setattr(watch_hub, "PROGRESS_S", 0.01)
+
+    async def check() -> None:
+        hub = stage.open()
+        stage.apply(Put(b"a", b""))
+        future, other = hub.open(ALL, 100), hub.open(Selection(b"zzz", False), None)
+        assert await read(future, 1) == [Progress(1)]
+        stage.apply(Put(b"a", b""))
+        assert await read(other, 2) == [Progress(1), Progress(2)]
+        await asyncio.sleep(0.05)
+        assert future.waiting == 0  # neither the change, which it did not want, nor any progress
+        await hub.close()
+
+    on_loop(check)
+
+
+def test_the_history_has_an_end(tmp_path: Path) -> None:
+    """Further back than it goes, a watch is refused, and told from where on it would not be."""
+    stage = Stage(tmp_path / "state", kept=5)
+
+    async def check() -> None:
+        hub = stage.open()
+        for _ in range(20):
+            stage.apply(Put(b"a", b""))
+        with pytest.raises(Compacted) as caught:
+            hub.open(ALL, 15)
+        assert caught.value.details == {"compact_revision": 15}
+        assert seen(await read(hub.open(ALL, 16), 6))[0] == (16, [b"a"])
+        await hub.close()
+
+    on_loop(check)
+    stage.state.close()
+
+
+def test_one_that_is_overtaken_by_the_end_of_the_history_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_hub, "CATCH_UP_REVISIONS", 2)
+    stage = Stage(tmp_path / "state", kept=10)
+
+    async def check() -> None:
+        hub = stage.open()
+        for _ in range(10):
+            stage.apply(Put(b"a", b""))
+        watch = hub.open(ALL, 1)
+        await until(lambda: watch.waiting >= 2, "the first step")
+        for _ in range(20):
+            stage.apply(Put(b"a", b""))
+        messages = await read(watch, 3)
+        while not isinstance(messages[-1], Cancelled):
+            messages += await read(watch, 1)
+        assert messages[-1].compact_revision == 20
+        numbers = [revision for revision, _ in seen(messages)]
+        assert numbers == list(range(1, len(numbers) + 1))
+        with pytest.raises(StopAsyncIteration):
+            await anext(watch)
+        await hub.close()
+
+    on_loop(check)
+    stage.state.close()
+
+
+@pytest.mark.parametrize("limit", ["QUEUE_MAX", "QUEUE_BYTES_MAX"])
+def test_a_slow_reader_is_cancelled_and_keeps_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """It is told why, others go on, and it can resume behind what it has seen."""
+    monkeypatch.setattr(watch_hub, limit, 5 if limit == "QUEUE_MAX" else 500)
+
+    async def check() -> None:
+        hub = stage.open()
+        slow, quick = hub.open(ALL, None), hub.open(ALL, None)
+        await read(quick, 1)
+        got: list[Message] = []
+        for _ in range(10):
+            stage.apply(Put(b"a", b"x" * 20))
+            got += await read(quick, 1)
+        (cancelled,) = await read(slow, 1)
+        assert isinstance(cancelled, Cancelled)
+        assert "too slow" in cancelled.reason
+        assert hub.count == 1
+        assert len(seen(got)) == 10
+        await hub.close()
+
+    on_loop(check)
+
+
+def test_a_single_large_revision_is_let_through(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_hub, "QUEUE_BYTES_MAX", 100)
+
+    async def check() -> None:
+        watch = stage.open().open(ALL, None)
+        await read(watch, 1)
+        stage.apply(Put(b"a", b"x" * 1000))
+        assert seen(await read(watch, 1)) == [(1, [b"a"])]
+        await stage.hub.close()
+
+    on_loop(check)
+
+
+def test_readers_of_the_same_share_one_message(stage: Stage) -> None:
+    """A thousand watchers of a key keep one copy of its value, and of its text."""
+
+    async def check() -> None:
+        hub = stage.open()
+        watches = [hub.open(s, None) for s in (ALL, ALL, Selection(b"a", False))]
+        stage.apply(Put(b"a", b""))
+        got = [(await read(watch, 2))[1] for watch in watches]
+        assert got[0] is got[1] is got[2]
+        await hub.close()
+
+    on_loop(check)
+
+
+def test_too_many_are_refused(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "state", watchers=2)
+
+    async def check() -> None:
+        hub = stage.open()
+        first = hub.open(ALL, None)
+        hub.open(ALL, None)
+        with pytest.raises(WatchOverflow):
+            hub.open(ALL, None)
+        await first.aclose()
+        hub.open(ALL, None)
+        await hub.close()
+
+    on_loop(check)
+    stage.state.close()
+
+
+def test_a_replaced_state_is_gone_on_with(tmp_path: Path) -> None:
+    """A snapshot was installed: what lies between is read from the history that came along."""
+    stage = Stage(tmp_path / "state")
+    newer = StateStore(tmp_path / "newer")
+    newer.apply([config(1, content(1000))])
+    for index in range(2, 40):
+        apply(newer, index, [Put(b"k", b"")])
+    newer.close()
+
+    async def check() -> None:
+        hub = stage.open()
+        for _ in range(5):
+            stage.apply(Put(b"k", b""))
+        live, behind = hub.open(ALL, None), hub.open(ALL, 2)
+        stage.state.replace(tmp_path / "newer")
+        hub.applied()
+        assert [r for r, _ in seen(await read(live, 34))] == list(range(6, 39))
+        assert [r for r, _ in seen(await read(behind, 38))] == list(range(2, 39))
+        apply(stage.state, 40, [Put(b"k", b"")])
+        hub.applied()
+        assert seen(await read(live, 1)) == [(39, [b"k"])]
+        await hub.close()
+
+    on_loop(check)
+    stage.state.close()
+
+
+def test_a_state_that_is_built_anew_ends_the_watches(tmp_path: Path) -> None:
+    """It goes through old revisions again: who is told of that goes elsewhere meanwhile."""
+    stage = Stage(tmp_path / "state")
+    StateStore(tmp_path / "empty").close()
+
+    async def check() -> None:
+        hub = stage.open()
+        stage.apply(Put(b"k", b""))
+        watch = hub.open(ALL, None)
+        stage.state.replace(tmp_path / "empty")
+        stage.state.apply([config(1, content(1000))])
+        hub.applied()
+        (cancelled,) = await read(watch, 1)
+        assert isinstance(cancelled, Cancelled)
+        assert hub.count == 0
+        await hub.close()
+
+    on_loop(check)
+    stage.state.close()
+
+
+def test_closing_ends_them_all(stage: Stage) -> None:
+    async def check() -> None:
+        hub = stage.open()
+        watch = hub.open(ALL, None)
+        await read(watch, 1)
+        reading = asyncio.ensure_future(anext(watch))
+        await asyncio.sleep(0)
+        await hub.close()
+        assert isinstance(await reading, Cancelled)
+
+    on_loop(check)
+
+
+def test_the_index_finds_what_selects_a_key() -> None:
+    """Exactly those, whatever came and went before."""
+    index = WatchIndex[str]()
+    chosen = {
+        "all": Selection(b"", True),
+        "a": Selection(b"a", True),
+        "a again": Selection(b"a", True),
+        "abc": Selection(b"abc", True),
+        "key ab": Selection(b"ab", False),
+    }
+    for name, selection in chosen.items():
+        index.add(selection, name)
+    assert sorted(index.find(b"ab")) == ["a", "a again", "all", "key ab"]
+    assert sorted(index.find(b"abcd")) == ["a", "a again", "abc", "all"]
+    assert list(index.find(b"b")) == ["all"]
+    for key in (b"ab", b"abcd", b"", b"b"):
+        assert set(index.find(key)) == {n for n, s in chosen.items() if s.holds(key)}
+    for name, selection in chosen.items():
+        assert index
+        index.discard(selection, name)
+        index.discard(selection, name)
+    assert not index
+    assert list(index.find(b"ab")) == []

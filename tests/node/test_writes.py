@@ -1,0 +1,288 @@
+"""From a command to its result through a whole node: time, leases, exactly-once, watches, limits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from dengine.errors import (
+    ClusterUnavailable,
+    DiskFull,
+    InvalidRequest,
+    NotFound,
+    TooLarge,
+)
+from dengine.kv import recorder
+from dengine.kv.commands import (
+    Compare,
+    Delete,
+    DeleteResult,
+    Effect,
+    ExpiringPut,
+    Get,
+    LeaseGrant,
+    LeaseKeepAlive,
+    LeaseResult,
+    LeaseRevoke,
+    LeaseRevoked,
+    Put,
+    PutResult,
+    Result,
+    Txn,
+)
+from dengine.node.node import Node
+from dengine.node.watch_hub import Changes, Progress, Selection
+from dengine.node.writes import OnceKey, parse_once
+from dengine.storage.state_store import StateStore
+from tests.node.alone import alone, deadline
+from tests.node.hosts import on_loop, until
+
+
+async def write(node: Node, command: Effect, once: str | None = None) -> Result:
+    key = None if once is None else parse_once(once)
+    return await node.write(command, deadline(), key)
+
+
+def test_keys_expire_without_anybody_writing(tmp_path: Path) -> None:
+    """The node proposes the tick by itself when the first key is due, and stops when none is."""
+
+    async def check() -> None:
+        async with alone(tmp_path) as node:
+            await write(node, ExpiringPut(b"k", b"v", None, 1))
+            record = node.state.get(b"k")
+            assert record is not None
+            assert node.lifetimes.remaining_s(record) == 1
+            began = node.raft.clock_ms
+            await until(lambda: node.state.get(b"k") is None, "the key to expire")
+            assert node.raft.clock_ms - began >= 900
+            assert node.state.next_due_ms is None
+            last = node.raft.log.last_index
+            await asyncio.sleep(0.2)
+            assert node.raft.log.last_index == last
+
+    on_loop(check)
+
+
+def test_a_lease_through_the_node(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with alone(tmp_path) as node:
+            granted = await write(node, LeaseGrant(60))
+            assert isinstance(granted, LeaseResult)
+            await write(node, ExpiringPut(b"k", b"v", None, 0, granted.lease))
+            assert await write(node, LeaseKeepAlive(granted.lease)) == granted
+            view = node.lifetimes.lease(granted.lease)
+            assert (view.ttl_s, view.keys) == (60, [b"k"])
+            assert 55 <= view.remaining_s <= 60
+            assert await write(node, LeaseRevoke(granted.lease)) == LeaseRevoked(2, 1, False)
+            with pytest.raises(NotFound):
+                node.lifetimes.lease(granted.lease)
+
+    on_loop(check)
+
+
+def test_first_results_and_log_time_survive_a_restart(tmp_path: Path) -> None:
+    """And what was due while the node was down is due still, not for ever and not anew."""
+
+    async def check() -> None:
+        async with alone(tmp_path) as node:
+            assert await write(node, Put(b"k", b"1"), "client:1") == PutResult(1, True)
+            await write(node, ExpiringPut(b"t", b"", None, 2))
+            clock_ms = node.raft.clock_ms
+        async with alone(tmp_path) as node:
+            assert node.raft.clock_ms >= clock_ms - 1
+            assert await write(node, Put(b"k", b"1"), "client:1") == PutResult(1, True)
+            record = node.state.get(b"k")
+            assert record is not None
+            assert record.version == 1
+            await until(lambda: node.state.get(b"t") is None, "the key to expire")
+
+    on_loop(check)
+
+
+def test_a_watch_through_the_node(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with alone(tmp_path) as node:
+            await write(node, Put(b"a", b"1"))
+            watch = await node.watch(Selection(b"", True), 1, prev=True, deadline=deadline())
+            await write(node, Delete(b"a"))
+            messages = [await anext(watch) for _ in range(3)]
+            assert messages[0] == Progress(0)
+            assert [m.revision for m in messages if isinstance(m, Changes)] == [1, 2]
+            await watch.aclose()
+
+    on_loop(check)
+
+
+def test_what_one_entry_cannot_do_is_done_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody sees that an entry had work enough: all writes succeed."""
+    monkeypatch.setattr(recorder, "WORK_KEYS_MAX", 3)
+
+    async def check() -> None:
+        async with alone(tmp_path) as node:
+            results = await asyncio.gather(*(write(node, Put(b"%d" % n, b"")) for n in range(20)))
+            assert sorted(r.revision for r in results if isinstance(r, PutResult)) == [
+                *range(1, 21)
+            ]
+            assert node.local_status()["pending_writes"] == 0
+
+    on_loop(check)
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        (Put(b"", b""), InvalidRequest),
+        (Put(b"k" * 512, b""), TooLarge),
+        (Put(b"k", b"v" * (2**20 + 1)), TooLarge),
+        (ExpiringPut(b"k" * 512, b"", None, 5), TooLarge),
+        (Delete(b"k" * 2**23), TooLarge),
+        (Txn((Compare(b"k" * 512, "exists", "=", True),), (), ()), TooLarge),
+        (Txn((), (Get(b"k" * 512),), ()), TooLarge),
+        (Txn((), tuple(Put(b"%d" % n, b"v" * 2**20) for n in range(5)), ()), TooLarge),
+    ],
+    ids=lambda v: type(v).__name__ if not isinstance(v, type) else v.__name__,
+)
+def test_nothing_oversized_gets_into_the_log(
+    tmp_path: Path, command: Effect, error: type[Exception]
+) -> None:
+    """Whoever comes with a command, and not through HTTP, meets the same limits."""
+
+    async def check() -> None:
+        async with alone(tmp_path) as node:
+            last = node.raft.log.last_index
+            with pytest.raises(error):
+                await write(node, command)
+            assert node.raft.log.last_index == last
+
+    on_loop(check)
+
+
+def test_a_low_disk_lets_through_what_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deletions and leases down to half of the reserve, or all leases would end together;
+    below that nothing, not even ticks."""
+
+    async def check() -> None:
+        async with alone(tmp_path) as node:
+            await write(node, Put(b"k", b""))
+            granted = await write(node, LeaseGrant(60))
+            assert isinstance(granted, LeaseResult)
+            free = {"has": False, "half": True}
+            room = node.snapshots.room
+            monkeypatch.setattr(room, "has", lambda size: free["has"])
+            monkeypatch.setattr(room, "has_half", lambda: free["half"])
+            node.writes.look_at_disk()
+            with pytest.raises(DiskFull):
+                await write(node, Put(b"k", b""))
+            with pytest.raises(DiskFull):
+                await write(node, Put(b"k", b""), "c:1")
+            assert isinstance(await write(node, LeaseKeepAlive(granted.lease)), LeaseResult)
+            assert await write(node, Delete(b"k"), "c:2") == DeleteResult(2, 1)
+            free["half"] = False
+            node.writes.look_at_disk()
+            with pytest.raises(DiskFull):
+                await write(node, Delete(b"k"))
+            free.update(has=True, half=True)
+            node.writes.look_at_disk()
+            await write(node, Put(b"k", b""))
+
+    on_loop(check)
+
+
+def test_nothing_new_while_a_member_is_too_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster half way through an upgrade says who is missing, and goes on as it did."""
+
+    async def check() -> None:
+        async with alone(tmp_path) as node:
+            old = node.raft.membership
+            members = tuple(msgspec.structs.replace(m, command_version=1) for m in old.members)
+            older = msgspec.structs.replace(old, members=members)
+            monkeypatch.setattr(type(node.raft), "membership", property(lambda _: older))
+            assert await write(node, Put(b"k", b"v")) == PutResult(1, True)
+            assert node.state.totals is None
+            for command, once in ((ExpiringPut(b"k", b"", None, 5), None), (Put(b"k", b""), "c:1")):
+                with pytest.raises(ClusterUnavailable, match="node 1 has an older one"):
+                    await write(node, command, once)
+            with pytest.raises(ClusterUnavailable):
+                await node.watch(Selection(b"", True), None, prev=False, deadline=deadline())
+            monkeypatch.undo()
+            assert await write(node, ExpiringPut(b"k", b"", None, 60)) == PutResult(2, False)
+            assert node.state.totals is not None
+
+    on_loop(check)
+
+
+def test_mass_expiry_does_not_hold_up_the_loop(tmp_path: Path) -> None:
+    """Thousands of keys go in pieces, and other requests are answered in between."""
+
+    async def check() -> None:
+        async with alone(tmp_path) as node:
+            puts = [ExpiringPut(b"%05d" % n, b"", None, 1) for n in range(5000)]
+            await asyncio.gather(*(write(node, put) for put in puts))
+            indexes = set()
+
+            def gone() -> bool:
+                indexes.add(node.state.applied.index)
+                return node.state.next_due_ms is None
+
+            await until(gone, "all keys to expire")
+            assert len(indexes) > 4
+            assert node.state.page(b"", None, 10, True).items == []
+
+    on_loop(check)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("c:1", OnceKey("c", 1)),
+        ("a:b:17", OnceKey("a:b", 17)),
+        ("c:0", OnceKey("c:0")),
+        ("c:01", OnceKey("c:01")),
+        ("c:", OnceKey("c:")),
+        (":1", OnceKey(":1")),
+        ("c:x", OnceKey("c:x")),
+        ("plain", OnceKey("plain")),
+        (f"c:{2**63}", OnceKey(f"c:{2**63}")),
+    ],
+)
+def test_two_forms_of_keys(text: str, key: OnceKey) -> None:
+    """CLIENT:N, where N is a number that may grow; all else stands for itself."""
+    assert parse_once(text) == key
+
+
+@pytest.mark.parametrize("text", ["", "x" * 129, "a b", "ü", "a\n"])
+def test_what_is_no_key(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_once(text)
+
+
+def test_a_turn_applies_for_a_while_and_goes_on_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much is committed, heartbeats are due in between."""
+    calls: list[int] = []
+    real: Callable[..., list[list[Result]]] = StateStore.apply
+
+    def counted(self: StateStore, entries: object, go_on: Callable[[], bool]) -> object:
+        done = real(self, entries, lambda: False)
+        calls.append(len(done))
+        return done
+
+    async def check() -> None:
+        async with alone(tmp_path) as node:
+            monkeypatch.setattr(StateStore, "apply", counted)
+            for n in range(10):
+                await write(node, Put(b"%d" % n, b""))
+            assert set(calls) == {1}
+
+    on_loop(check)
