@@ -223,7 +223,8 @@ class Cycle:
     def _propose(self) -> None:
         batch = self.proposals.take_batch()
         commands = [waiting.command for waiting in batch]
-        clock_ms = self.raft.clock_ms if self.command_version >= COMMAND_VERSION else None
+        new = self.command_version >= COMMAND_VERSION
+        clock_ms = self.raft.proposal_clock_ms() if new else None
         log_id = self.raft.propose(encode_batch(commands, clock_ms))
         if batch:
             self.proposals.appended(log_id, batch)
@@ -273,7 +274,7 @@ class Cycle:
             if entry.kind is EntryKind.NORMAL:
                 clock_ms = batch_clock_ms(entry.data)
                 if clock_ms is not None:
-                    self.raft.learn_clock(clock_ms)
+                    self.raft.learn_clock(entry.term, clock_ms)
                 return
 
     def _written(self, ready: Ready, error: BaseException | None, seconds: float) -> None:
@@ -300,7 +301,7 @@ class Cycle:
         old = self._state.membership or Membership()
         index = restore.log_id.index
         self._owner.restored(restore)
-        self.raft.learn_clock(self._state.clock_ms)
+        self.raft.learn_clock(restore.log_id.term, self._state.clock_ms)
         self.proposals.restored(index)
         self.reads.applied(index)
         if restore.membership != old:

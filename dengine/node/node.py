@@ -38,7 +38,7 @@ from dengine.node.leading import AtLeader
 from dengine.node.lifetimes import Lifetimes
 from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
-from dengine.node.opening import last_clock_ms, open_directory
+from dengine.node.opening import last_clock, open_directory
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
 from dengine.node.snapshots import Snapshots
@@ -97,7 +97,7 @@ class Node:
         identity = self._directory.identity  # another incarnation, if the log had to be replaced
         self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
         self._announce_above = self.raft.log.commit_index
-        self.raft.learn_clock(last_clock_ms(self._log_store, self.state))
+        self.raft.learn_clock(*last_clock(self._log_store, self.state))
         if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
             self._directory.set_cluster_id(self.raft.membership.cluster_id)
         announcing.membership_loaded(self.raft.membership, self.config.cluster.initial_cluster)

@@ -54,15 +54,16 @@ def open_directory(config: Config) -> DataDirectory:
     return directory
 
 
-def last_clock_ms(log: LogStore, state: StateStore) -> int:
-    """The newest log time in this directory: that of the last entry which carries one.
+def last_clock(log: LogStore, state: StateStore) -> tuple[int, int]:
+    """The newest log time in this directory, and the term of whoever gave it: that of the last
+    entry which carries one, or of the state. The time is 0 where there is none.
 
     Such an entry may not be applied yet, nor committed; a leader that began behind it would let
-    time stand still until it had caught up. 1 where there is none: that is when time begins.
+    time stand still until it had caught up.
     """
     for index in range(log.last_index(), max(state.applied.index, log.first_index() - 1), -1):
         (entry,) = log.entries(index, index + 1, 1)
         clock_ms = batch_clock_ms(entry.data) if entry.kind is EntryKind.NORMAL else None
         if clock_ms is not None:
-            return max(clock_ms, state.clock_ms)
-    return max(state.clock_ms, 1)
+            return entry.term, clock_ms
+    return state.applied.term, state.clock_ms

@@ -1,15 +1,19 @@
-"""The time that the log counts: milliseconds in which the cluster had a leader.
+"""The time that the log counts, in milliseconds: by it TTLs and leases end.
 
-Every member keeps a register: a log time it has learned of, and when. It runs on with the member's
-own monotonic clock, and jumps ahead when it learns of a later time: from an entry in its log, or
-from the leader's heartbeats. So a new leader begins where the old one was last heard, plus what has
-passed since, and neither resets nor skips. Always one base and one difference, never a sum of
-rounded steps: ten leader changes lose nothing but the time until the first heartbeat of each.
+Each leader's clock runs on from what it knows when it begins, so the time that passes under leaders
+is counted, and hardly anything else. Every member keeps a register for that: a log time it has
+learned of, when, and from the leader of which term. It runs on with the member's own monotonic
+clock: always one base and one difference, never a sum of rounded steps. A leader begins at what its
+register shows, or at the last entry of its log if that is later.
 
-No register is ever ahead of the others' by more than has truly passed: each adds only what its own
-clock has counted since it heard from another. A member that was frozen or suspended is behind when
-it comes back, or has counted what passed; it leads nobody with that, for what it proposes must
-still be committed.
+A later term's word replaces an earlier one's, also where it is less. A leader that knew less than
+the one before it has begun anew from there, and whatever was written under it counts from there: to
+go on from the older word would end that early. (Whoever can be elected holds all that was committed
+under that leader, so it has heard of its time.) Within a term the later time is the newer one.
+
+So nothing ends early: by induction over the terms, a leader's clock never shows more than an entry's
+time plus what has truly passed since that entry was written. A member that was frozen or suspended
+leads nobody with what it counts, for what it proposes must still be committed.
 """
 
 from __future__ import annotations
@@ -18,10 +22,11 @@ from __future__ import annotations
 class LogClock:
     """The register. All arguments called `now_ms` are readings of one clock that never goes back.
 
-    It stands at 0 until the first time is learned, which is what starts it.
+    It stands at 0 until it is started, or the first time is learned.
     """
 
     def __init__(self) -> None:
+        self._term = 0
         self._base_ms = 0
         self._base_at_ms = 0
 
@@ -29,7 +34,13 @@ class LogClock:
         """The log time."""
         return self._base_ms + now_ms - self._base_at_ms if self._base_ms else 0
 
-    def learn(self, clock_ms: int, now_ms: int) -> None:
-        """The log time is `clock_ms` at least: somebody who may say so has said so."""
-        if clock_ms > self.at(now_ms):
-            self._base_ms, self._base_at_ms = clock_ms, now_ms
+    def start(self, now_ms: int) -> None:
+        """We lead, and nobody has known a time before: it begins."""
+        if not self._base_ms:
+            self._base_ms, self._base_at_ms = 1, now_ms
+
+    def learn(self, term: int, clock_ms: int, now_ms: int) -> None:
+        """It is `clock_ms` at least, as the leader of `term` has said: in a heartbeat, or by an
+        entry, perhaps long ago. 0 says nothing."""
+        if clock_ms and (term > self._term or (term == self._term and clock_ms > self.at(now_ms))):
+            self._term, self._base_ms, self._base_at_ms = term, clock_ms, now_ms

@@ -243,10 +243,15 @@ class Raft:
         """The log time at the last `tick`."""
         return self.clock.at(self._now_ms)
 
-    def learn_clock(self, clock_ms: int) -> None:
-        """An entry of this log, or a state, carries this log time: what entries hold is the
-        owner's business."""
-        self.clock.learn(clock_ms, self._now_ms)
+    def proposal_clock_ms(self) -> int:
+        """The log time for an entry that is about to be proposed."""
+        self.clock.start(self._now_ms)
+        return self.clock_ms
+
+    def learn_clock(self, term: int, clock_ms: int) -> None:
+        """An entry of `term` in this log, or a state that ends there, carries this log time: what
+        entries hold is the owner's business."""
+        self.clock.learn(term, clock_ms, self._now_ms)
 
     @property
     def may_propose(self) -> bool:
@@ -1101,7 +1106,7 @@ class Raft:
 
     def _on_heartbeat_request(self, m: HeartbeatRequest) -> None:
         self._follow(m.sender)
-        self.clock.learn(m.clock_ms, self._now_ms)
+        self.clock.learn(m.term, m.clock_ms, self._now_ms)
         self._learn_commit(LogId(m.commit_index, m.commit_term))
         if m.round == 0:
             return

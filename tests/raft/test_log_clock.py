@@ -16,50 +16,76 @@ ABC = membership(A, B, C)
 
 def test_it_stands_still_until_somebody_knows_the_time() -> None:
     clock = LogClock()
-    assert clock.at(5_000) == 0
-    clock.learn(0, 5_000)
+    clock.learn(3, 0, 5_000)
     assert clock.at(9_000) == 0
-    clock.learn(1, 9_000)
+    clock.start(9_000)
     assert clock.at(9_000) == 1
+    clock.start(9_500)
+    assert clock.at(9_500) == 501
 
 
-def test_it_runs_on_by_itself_and_only_ever_jumps_ahead() -> None:
+def test_within_a_term_it_only_ever_jumps_ahead() -> None:
     clock = LogClock()
-    clock.learn(100, 1_000)
+    clock.learn(1, 100, 1_000)
     assert clock.at(1_250) == 350
-    clock.learn(300, 1_250)  # late news
+    clock.learn(1, 300, 1_250)  # late news
     assert clock.at(1_250) == 350
-    clock.learn(1_000, 1_250)
+    clock.learn(1, 1_000, 1_250)
     assert clock.at(1_251) == 1_001
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_nobody_is_ahead_of_the_time_that_has_passed(seed: int) -> None:
-    """However late and in whatever order members hear of one another: each adds only what its own
-    clock has counted, and those clocks show the same seconds from different beginnings."""
+def test_a_later_term_has_the_word_and_an_earlier_one_has_not() -> None:
+    """What was written under a leader that knew less counts from what that leader knew: a member
+    that went on from an older leader's time would end it early."""
+    clock = LogClock()
+    clock.learn(1, 3_600_000, 0)
+    clock.learn(2, 5_000, 0)
+    assert clock.at(10) == 5_010
+    clock.learn(1, 9_000_000, 10)
+    assert clock.at(10) == 5_010
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_is_ended_early(seed: int) -> None:
+    """Leaders come and go, members sleep, hear some heartbeats and not others, and have clocks that
+    begin anywhere. An entry is written by each leader; whoever leads later has it in its log, and
+    never shows more than its time and what has truly passed since."""
     rng = random.Random(seed)
-    offsets = [rng.randrange(10**6) for _ in range(3)]
-    clocks = [LogClock() for _ in range(3)]
-    clocks[0].learn(1, offsets[0])
-    under_way: list[tuple[int, int]] = []
-    true_ms = 0
-    for _ in range(300):
-        true_ms += rng.choice([0, 1, 7, 500])
-        who = rng.randrange(3)
-        shown = [clock.at(true_ms + offset) for clock, offset in zip(clocks, offsets, strict=True)]
-        assert all(time <= true_ms + 1 for time in shown), f"seed {seed}"
-        assert shown[0] == true_ms + 1, f"seed {seed}: the one that began has lost nothing"
-        if rng.random() < 0.5:
-            under_way.append((rng.randrange(3), shown[who]))
-        elif under_way:
-            to, clock_ms = under_way.pop(rng.randrange(len(under_way)))
-            clocks[to].learn(clock_ms, true_ms + offsets[to])
+    offsets = [rng.randrange(10**6) for _ in range(4)]
+    clocks = [LogClock() for _ in range(4)]
+    logs: list[list[tuple[int, int]]] = [[] for _ in range(4)]
+    true_ms, written = 0, []
+    for term in range(1, 40):
+        true_ms += rng.choice([1, 900, 50_000])
+        # The longest log wins, as a quorum's votes would have it.
+        leader = max(range(4), key=lambda m: (logs[m][-1:], rng.random()))
+        for _ in range(rng.randint(1, 4)):
+            true_ms += rng.choice([0, 3, 700, 20_000])
+            now_ms = true_ms + offsets[leader]
+            clocks[leader].start(now_ms)
+            shown = clocks[leader].at(now_ms)
+            for at_ms, clock_ms in written:
+                assert shown <= clock_ms + true_ms - at_ms, f"seed {seed}"
+            if rng.random() < 0.6:
+                written.append((true_ms, shown))
+                logs[leader].append((term, shown))
+                for other in rng.sample([m for m in range(4) if m != leader], 2):
+                    logs[other] = list(logs[leader])
+                    clocks[other].learn(term, shown, true_ms + offsets[other])
+            for other in range(4):
+                if other != leader and rng.random() < 0.3:
+                    clocks[other].learn(term, shown, true_ms + offsets[other])
+        if rng.random() < 0.3:  # a restart forgets what was heard, but not the log
+            gone = rng.randrange(4)
+            clocks[gone] = LogClock()
+            if logs[gone]:
+                clocks[gone].learn(*logs[gone][-1], true_ms + offsets[gone])
 
 
 def test_heartbeats_carry_it() -> None:
     """A follower's register is the leader's, less the way; what an older term says is not heard."""
     node = leader(A, ABC)
-    node.raft.learn_clock(500)
+    node.raft.learn_clock(1, 500)
     node.tick(node.config.heartbeat_ms)
     beats = [m for m in node.take().messages if isinstance(m, HeartbeatRequest)]
     assert {m.clock_ms for m in beats} == {500 + node.config.heartbeat_ms}
@@ -78,7 +104,7 @@ def test_ten_leader_changes_cost_only_the_time_without_a_leader() -> None:
     changes cost nothing at all."""
     cluster = Cluster(ABC)
     began_ms = cluster.now_ms
-    cluster.elect().raft.learn_clock(1)
+    cluster.elect().raft.proposal_clock_ms()
     leaderless_ms = cluster.now_ms - began_ms
     started_ms = cluster.now_ms
     for change in range(10):
