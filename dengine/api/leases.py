@@ -15,11 +15,13 @@ from dengine.api.routes import Body, Parameter, Route
 from dengine.errors import NotFound
 from dengine.kv.commands import (
     TTL_S_MAX,
+    Effect,
     LeaseGrant,
     LeaseKeepAlive,
     LeaseResult,
     LeaseRevoke,
     LeaseRevoked,
+    Result,
 )
 
 if TYPE_CHECKING:
@@ -67,9 +69,7 @@ class LeaseCalls:
             {"id": seen.lease, "ttl": seen.ttl_s, "remaining": seen.remaining_s, "keys": keys}
         )
 
-    async def _write(
-        self, request: Request, command: LeaseGrant | LeaseKeepAlive | LeaseRevoke, body: bytes = b""
-    ) -> Any:
+    async def _write(self, request: Request, command: Effect, body: bytes = b"") -> Result:
         once = params.once_key(request, body)
         return await self._node.write(command, self._deadline(request), once)
 
@@ -77,7 +77,7 @@ class LeaseCalls:
         return self._loop.time() + params.timeout_s(request)
 
 
-def _granted(result: Any) -> Response:
+def _granted(result: Result) -> Response:
     if not isinstance(result, LeaseResult):
         raise refusal(result)
     return json_response({"id": result.lease, "ttl": result.ttl_s})

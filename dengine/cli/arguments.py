@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -63,6 +64,13 @@ def idempotency_key(text: str) -> str:
     """1 to 128 visible ASCII characters."""
     if not 0 < len(text) <= 128 or not all("!" <= c <= "~" for c in text):
         raise argparse.ArgumentTypeError("a key has 1 to 128 visible ASCII characters")
+    return text
+
+
+def lock_name(text: str) -> str:
+    """1 to 400 bytes."""
+    if not 0 < len(os.fsencode(text)) <= 400:
+        raise argparse.ArgumentTypeError("a name has 1 to 400 bytes")
     return text
 
 

@@ -66,7 +66,8 @@ def _levels(parser: argparse.ArgumentParser, path: tuple[str, ...]) -> Iterator[
 
 _BASH = """\
 _dengine() {
-    local current="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" path="" word n words=""
+    local current="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}"
+    local path="" word n words=""
     for ((n = 1; n < COMP_CWORD; n++)); do
         word="${COMP_WORDS[n]}"
         [ "$word" = -- ] && return

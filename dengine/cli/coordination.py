@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dengine.cli import arguments
@@ -41,8 +41,8 @@ Who waits is served in order. DENGINE_LOCK_TOKEN grows from one holder to the ne
 refuses lower ones is safe from holders that were stopped and do not know it. When the lock is lost,
 because the cluster was out of reach for too long, COMMAND and everything that it started are ended:
 SIGTERM, and half a second later SIGKILL.
-Exit code: that of COMMAND, 128 + N when signal N ended it, 127 when there is no such command, 1 when
-the lock was lost or could not be had.
+Exit code: that of COMMAND, 128 + N when signal N ended it, 127 when there is no such command, 1
+when the lock was lost or could not be had.
 """
 ELECT_EXAMPLES = """\
   dengine elect scheduler $(hostname)                       leads until it is interrupted
@@ -55,14 +55,23 @@ Add = Callable[..., argparse.ArgumentParser]
 Subcommands = Any  # argparse keeps the name of its type private
 
 
+def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`argv`, and apart from it what follows `--` where that is a command to run."""
+    words = list(argv)
+    if words[:1] not in (["lock"], ["elect"]) or "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
 def add_commands(add: Add, subcommands: Subcommands, endpoints: str) -> None:
-    """`add` makes the parser of a command, `endpoints` says at the end of a help how to find nodes."""
+    """`add` makes the parser of a command; `endpoints` ends the help of those below `lease`."""
     watching = add("watch", "print changes as they happen", WATCH_EXAMPLES)
     chosen = watching.add_mutually_exclusive_group(required=True)
     chosen.add_argument("key", nargs="?")
     chosen.add_argument("--prefix", help="every key that begins with this")
     watching.add_argument(
-        "--from-revision", type=arguments.positive, metavar="REV", help="past changes too, from here"
+        "--from-revision", type=arguments.positive, metavar="REV", help="also past changes, from"
     )
     watching.add_argument("--prev", action="store_true", help="with the value before")
     watching.add_argument("--json", action="store_true", help="one object per line, for programs")
@@ -70,18 +79,16 @@ def add_commands(add: Add, subcommands: Subcommands, endpoints: str) -> None:
     _add_lease(subcommands, endpoints)
 
     lock = add("lock", "run a command while holding a lock", LOCK_EXAMPLES)
-    lock.add_argument("name")
+    lock.add_argument("name", type=arguments.lock_name)
     _add_holding(lock)
-    lock.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
-    lock.set_defaults(run=_lock)
+    lock.set_defaults(run=_lock, command=[])
 
     elect = add("elect", "lead, alone among all that want to", ELECT_EXAMPLES)
-    elect.add_argument("name")
+    elect.add_argument("name", type=arguments.lock_name)
     elect.add_argument("value", nargs="?", help="what others learn of the leader")
     elect.add_argument("--observe", action="store_true", help="only print who leads")
     _add_holding(elect)
-    elect.add_argument("command", nargs="*", metavar="COMMAND", help="after --")
-    elect.set_defaults(run=_elect)
+    elect.set_defaults(run=_elect, command=[])
 
 
 def _add_holding(command: argparse.ArgumentParser) -> None:
@@ -208,6 +215,10 @@ def _watch(args: argparse.Namespace, remote: Remote) -> int:
 
 
 def _lock(args: argparse.Namespace, remote: Remote) -> int:
+    if not args.command:
+        print("dengine: COMMAND is missing: dengine lock NAME -- COMMAND", file=sys.stderr)
+        return USAGE
+
     from dengine.cli.holding import run_holding
 
     def take(client: Any) -> Any:

@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (None: the process's own) and return its exit code."""
     use_utf8()
     parser = _parser()
-    args = parser.parse_args(argv)
+    words, command = coordination.split_command(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+    if command:
+        args.command = command
     try:
         if not hasattr(args, "endpoint") or getattr(args, "data_dir", None) is not None:
             return int(args.run(args))

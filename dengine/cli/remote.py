@@ -1,8 +1,8 @@
 """One HTTP request to whichever node answers, for the client commands.
 
 Standard library only, and honest about writes: a request is sent again, to the next endpoint, only
-when it is a reading one, when it certainly did nothing, or when it carries an `Idempotency-Key`, under
-which it happens once. Redirects are not followed.
+when it is a reading one, when it certainly did nothing, or when it carries an `Idempotency-Key`,
+under which it happens once. Redirects are not followed.
 """
 
 from __future__ import annotations

@@ -113,9 +113,9 @@ class Client:
         """Read a key; None when there is no such key.
 
         Args:
-            consistency: "linearizable" sees every write that was acknowledged before; "lease" saves
-                a round trip and trusts clocks to run at the same speed; "eventual" asks any node for
-                what it has. None: what the nodes are configured for.
+            consistency: "linearizable" sees every write that was acknowledged before; "lease"
+                saves a round trip and trusts clocks to run at the same speed; "eventual" asks any
+                node for what it has. None: what the nodes are configured for.
 
         Raises:
             InvalidRequest, TooLarge: no key can look like that.
@@ -325,7 +325,9 @@ class Client:
         parts = {"compare": compare, "success": success, "failure": failure}
         body = orjson.dumps({name: [p.to_json() for p in part] for name, part in parts.items()})
         headers = {"Content-Type": "application/json"}
-        reply = await self._calls.write("POST", "/v1/txn", body, headers, idempotency_key, timeout_s)
+        reply = await self._calls.write(
+            "POST", "/v1/txn", body, headers, idempotency_key, timeout_s
+        )
         return reply.parse(TxnResult.parse)
 
     def watch(

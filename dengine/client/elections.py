@@ -1,4 +1,4 @@
-"""Elections: the queue of a lock whose holder leads, and whose value tells everybody who that is."""
+"""Elections: the queue of a lock whose holder leads, and whose value says who that is."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Election:
         """The leader now, and then each that follows; None while nobody leads.
 
         Every leader is seen, in order, also over failures of nodes; only when the history that the
-        cluster keeps is shorter than an interruption are some left out. Errors are those of a watch.
+        cluster keeps is shorter than an interruption are some left out. Errors: those of a watch.
 
         Example:
             async for leader in client.election("scheduler").observe():

@@ -30,10 +30,10 @@ class Lock:
     """A named lock, or with `Client.election` the leadership; held inside `async with`.
 
     `token` is the fencing token: it grows from one holder to the next. A resource that remembers
-    the highest token it has seen, and refuses lower ones, is safe from a holder that was stopped and
-    does not know yet that its time is over. For data in this cluster, `guard` in a transaction does
-    the same. `key` is what holds the place. `lost` is an event: set at once when the lock may belong
-    to somebody else. Leaving raises LockLost then, unless another exception is on its way.
+    the highest token it has seen, and refuses lower ones, is safe from a holder that was stopped
+    and does not know yet that its time is over. For data in this cluster, `guard` in a transaction
+    does the same. `key` is what holds the place. `lost` is an event: set at once when the lock may
+    belong to somebody else. Leaving raises LockLost then, unless another exception is on its way.
 
     Example:
         async with client.lock("reports", timeout_s=30) as lock:
@@ -112,7 +112,7 @@ class Lock:
             raise LockLost(f"the lock {self._name!r} was lost before it was released")
 
     async def release(self) -> None:
-        """Let go before the end of the block. Raises LockLost as its end would, which is then quiet."""
+        """Let go before the end of the block, which is then quiet. Raises as that end would."""
         await self.__aexit__(None, None, None)
 
     async def resign(self) -> None:

@@ -30,8 +30,8 @@ PAUSE_S = 0.05  # before the nodes are asked a second time; doubled with each ro
 PAUSE_MAX_S = 1.0
 RATE_LIMITED_S = 0.5  # at least, where a node asks for patience
 AT_ONCE = 3  # attempts under way
-# With the key of this very request these are the state machine's own word on it (DESIGN 5: the first
-# result comes back), so no other attempt can have ended differently.
+# Under the key of this very request these are the state machine's own word on it (DESIGN 5: the
+# first result comes back), so no other attempt can have ended differently.
 VERDICTS = (404, 412)
 
 

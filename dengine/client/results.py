@@ -179,8 +179,7 @@ class Event:
         kind = fields["type"]
         if kind not in ("put", "delete", "expire"):
             raise ValueError(f"an event of the unknown type {kind!r}")
-        prev = fields.get("prev")
-        before = field_bytes(prev, "value") if isinstance(prev, dict) else field_bytes(fields, "prev")
+        before = field_bytes(fields, "prev")
         value = (field_bytes(fields, "value") or b"") if kind == "put" else None
         return Event(kind, key, value, before)
 

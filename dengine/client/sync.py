@@ -6,8 +6,8 @@
         client.put("config/color", b"blue")
 
 An event loop in a thread of its own does the work. Several threads may share a client. A forked
-process gets a loop, connections and idempotency keys of its own with its first call. Ctrl-C ends the
-call that is under way, and leaves the client usable.
+process gets a loop, connections and idempotency keys of its own with its first call. Ctrl-C ends
+the call that is under way, and leaves the client usable.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class LoopThread:
             raise
 
     def errand(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Have `work` done without waiting: where nobody may wait, as when objects are collected."""
+        """Have `work` done without waiting for it, as when an object is collected."""
         if self.pid != os.getpid() or self._loop.is_closed():
             work.close()
             return

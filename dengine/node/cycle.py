@@ -255,8 +255,9 @@ class Cycle:
         until = time.monotonic() + APPLY_S
         outcome = self._state.apply(ready.committed_entries, lambda: time.monotonic() < until)
         entries = ready.committed_entries[: len(outcome)]
+        deferred = False
         for entry, results in zip(entries, outcome, strict=True):
-            self.proposals.applied(entry, results)
+            deferred |= self.proposals.applied(entry, results)
         last = entries[-1].index
         self.raft.applied_to(last)
         self.reads.applied(last)
@@ -265,7 +266,7 @@ class Cycle:
             if entry.kind is EntryKind.CONFIG:
                 old, membership = membership, decode_membership(entry.data)
                 self._owner.membership_committed(entry.index, old, membership)
-        if self.raft.log.may_apply or self.proposals.queued or self._tick_wanted():
+        if self.raft.log.may_apply or deferred or self._tick_wanted():
             self.wake()  # what one turn applies is bounded, and so is what one entry does
 
     def _learn_clock(self, entries: Sequence[Entry]) -> None:

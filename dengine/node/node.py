@@ -24,7 +24,6 @@ from dengine.errors import (
     FatalError,
     IdentityError,
     LeaderChanged,
-    NotLeader,
 )
 from dengine.kv.commands import Effect, Result
 from dengine.node import announcing

@@ -83,14 +83,17 @@ class Proposals:
         self.count += 1
         self.appended(log_id, [_Waiting(b"", future, deadline)])
 
-    def applied(self, entry: Entry, results: Sequence[Any]) -> None:
-        """The entry was applied: whoever proposed exactly this one gets the results."""
+    def applied(self, entry: Entry, results: Sequence[Any]) -> bool:
+        """The entry was applied: whoever proposed exactly this one gets the results.
+
+        True: it could not do all of it, and what it left undone is queued again, before all else.
+        """
         found = self._in_log.pop(entry.index, None)
         if found is None:
-            return
+            return False
         if found.term != entry.term:
             self._fail(found.waiting, _replaced())
-            return
+            return False
         deferred: list[_Waiting] = []
         for waiting, result in zip(found.waiting, results or [None], strict=True):
             if type(result) is Deferred and not waiting.future.done():
@@ -99,7 +102,8 @@ class Proposals:
             self._done(waiting)
             if not waiting.future.done():
                 waiting.future.set_result(result)
-        self._queue.extendleft(reversed(deferred))  # certainly not carried out: again, and first
+        self._queue.extendleft(reversed(deferred))
+        return bool(deferred)
 
     def distrusted(self) -> None:
         """Results from here on would be those of a wrong state."""

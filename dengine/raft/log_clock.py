@@ -11,9 +11,9 @@ the one before it has begun anew from there, and whatever was written under it c
 go on from the older word would end that early. (Whoever can be elected holds all that was committed
 under that leader, so it has heard of its time.) Within a term the later time is the newer one.
 
-So nothing ends early: by induction over the terms, a leader's clock never shows more than an entry's
-time plus what has truly passed since that entry was written. A member that was frozen or suspended
-leads nobody with what it counts, for what it proposes must still be committed.
+So nothing ends early: by induction over the terms, a leader's clock never shows more than an
+entry's time plus what has truly passed since that entry was written. A member that was frozen or
+suspended leads nobody with what it counts, for what it proposes must still be committed.
 """
 
 from __future__ import annotations

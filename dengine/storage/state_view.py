@@ -135,7 +135,8 @@ class StateView:
 
     def append(self, table: Table, key: bytes, data: bytes) -> None:
         new = signed(key, data)
-        self._put(key, new, append=True, db=self._databases[table])
+        if not self._put(key, new, append=True, db=self._databases[table]):
+            raise InvariantBroken(f"{self._path}: {key!r} does not come after all of {table}")
         self.hash += record_hash(_NUMBERS[table], key, new)
 
     def remove(self, table: Table, key: bytes) -> bytes | None:

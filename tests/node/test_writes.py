@@ -1,4 +1,4 @@
-"""From a command to its result through a whole node: time, leases, exactly-once, watches, limits."""
+"""From a command to its result through a whole node: time, leases, once, watches, limits."""
 
 from __future__ import annotations
 
