@@ -241,6 +241,7 @@ _VIEW = Body(
         "fault_tolerance": 0,
         "advice": "one voter tolerates no failure: join two more nodes",
     },
+    nullable=frozenset({"leader", "match", "lag", "ready", "fault_tolerance"}),
 )
 _JOINED = {
     "cluster_id": "6c789e114b3c0c52701eaefa5361b817",

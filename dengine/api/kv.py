@@ -75,9 +75,9 @@ class KvCalls:
         if value is None:
             value = await self._bodies.read(request, limit)
         life = params.expiry(request.params) if request.params else None
-        command = Put(key, value, condition) if life is None else ExpiringPut(
-            key, value, condition, *life
-        )
+        command: Put | ExpiringPut = Put(key, value, condition)
+        if life is not None:
+            command = ExpiringPut(key, value, condition, *life)
         once = params.once_key(request, value)
         result = await self._node.write(command, self._loop.time() + timeout_s, once)
         if type(result) is not PutResult:
@@ -243,9 +243,7 @@ def _evaluate(request: Request, record: Record) -> int:
     return 304 if not known or any(tag == current for _, tag in known) else 200
 
 
-def row(
-    key: bytes, record: Record, ttl_s: int | None, keys_only: bool = False
-) -> dict[str, Any]:
+def row(key: bytes, record: Record, ttl_s: int | None, keys_only: bool = False) -> dict[str, Any]:
     """A key as listings and transactions show it; `ttl_s` as `Lifetimes.remaining_s` has it."""
     shown = text_or_base64("key", key)
     if not keys_only:

@@ -12,7 +12,6 @@ from dengine.api.kv import DEFAULT_BARRIER, IDEMPOTENT, refusal, text_or_base64
 from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
 from dengine.api.protocol import Request, Response, json_response
 from dengine.api.routes import Body, Parameter, Route
-from dengine.errors import NotFound
 from dengine.kv.commands import (
     TTL_S_MAX,
     Effect,
@@ -26,8 +25,6 @@ from dengine.kv.commands import (
 
 if TYPE_CHECKING:
     from dengine.node.node import Node
-
-_KEEPALIVE = "/keepalive"
 
 
 class Grant(msgspec.Struct, forbid_unknown_fields=True):
@@ -48,9 +45,7 @@ class LeaseCalls:
         return _granted(await self._write(request, command, body))
 
     async def keep_alive(self, request: Request) -> Response:
-        if not request.tail.endswith(_KEEPALIVE):
-            raise NotFound("nothing is served under this path; POST /v1/leases/ID/keepalive")
-        lease = _lease_id(request.tail.removesuffix(_KEEPALIVE))
+        lease = _lease_id(request.tail)
         return _granted(await self._write(request, LeaseKeepAlive(lease)))
 
     async def revoke(self, request: Request) -> Response:
@@ -124,7 +119,7 @@ def routes(calls: LeaseCalls) -> list[Route]:
         ),
         Route(
             "POST",
-            one + _KEEPALIVE,
+            f"{one}/keepalive",
             calls.keep_alive,
             "Keep a lease alive",
             {200: _GRANTED},

@@ -45,8 +45,8 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One call. A `{name}` in `path` stands for the whole raw rest of the path; what `path` has
-    behind it is for the handler to look for.
+    """One call. A `{name}` in `path` stands for the whole raw rest of the path, or for what is
+    between the two ends that `path` has.
 
     `errors` are the statuses it answers beside those that every call can (see openapi.py).
     """
@@ -105,10 +105,10 @@ class RouteTable:
     def __init__(self, routes: Iterable[Route]) -> None:
         self.routes = tuple(routes)
         self._exact: dict[str, Calls] = {}
+        self._between: dict[tuple[str, str], Calls] = {}
         self._prefixes: dict[str, Calls] = {}
         for route in self.routes:
-            prefix, has_tail, _ = route.path.partition("{")
-            calls = (self._prefixes if has_tail else self._exact).setdefault(prefix, {})
+            calls = self._place(route.path)
             name = f"{route.method} {route.path}"
             call = Call(
                 route.handler, name, route.query, route.streams, route.access, route.once
@@ -117,6 +117,13 @@ class RouteTable:
             if route.has_head:
                 calls["HEAD"] = call
         self._keys = self._prefixes["/v1/kv/"]
+
+    def _place(self, path: str) -> Calls:
+        prefix, has_tail, rest = path.partition("{")
+        suffix = rest.partition("}")[2]
+        if suffix:
+            return self._between.setdefault((prefix, suffix), {})
+        return (self._prefixes if has_tail else self._exact).setdefault(prefix, {})
 
     def resolve(self, request: Request) -> Call:
         """The call for `request`, whose `path`, `tail` and `params` are filled in.
@@ -163,6 +170,9 @@ class RouteTable:
         calls = self._exact.get(target)
         if calls is not None:
             return calls, ""
+        for (prefix, suffix), calls in self._between.items():
+            if target.startswith(prefix) and target.endswith(suffix, len(prefix)):
+                return calls, target[len(prefix) : -len(suffix)]
         for prefix, calls in self._prefixes.items():
             if target.startswith(prefix):
                 return calls, target[len(prefix) :]

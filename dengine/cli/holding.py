@@ -8,6 +8,7 @@ child subreaper), so that nothing of it outlives the lock when that is lost.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import shutil
@@ -122,17 +123,21 @@ class _Holding:
         self._command = command
         self._process: asyncio.subprocess.Process | None = None
         self._ended_by: signal.Signals | None = None
+        self._over = False  # the command has ended: what is left to do is quick
 
     async def run(self, take: Callable[[Client], Lock]) -> int:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
 
         def pass_on(number: signal.Signals) -> None:
-            if self._process is None:  # nothing runs yet, or any more: leave the queue
+            if self._over:
+                return
+            if self._process is None:  # nothing runs yet: leave the queue
                 self._ended_by = number
                 task.cancel()
-            elif number != signal.SIGINT or not sys.stdin.isatty():  # a terminal told it already
-                self._process.send_signal(number)
+            elif number != signal.SIGINT or not os.isatty(0):  # a terminal told it already
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.send_signal(number)
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, pass_on, number)
@@ -168,14 +173,13 @@ class _Holding:
         lost = asyncio.create_task(lock.lost.wait())
         await asyncio.wait({ended, lost}, return_when=asyncio.FIRST_COMPLETED)
         lost.cancel()
-        if ended.done():
-            self._process = None
+        self._over = ended.done()
+        if self._over and not lock.lost.is_set():
             code = ended.result()
             return code if code >= 0 else BY_SIGNAL - code
         self._shout("; ending the command and everything that it started")
         await _end_descendants()
         await ended
-        self._process = None
         return FAILED
 
     def _shout(self, consequence: str) -> None:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from dengine.errors import Compacted, FatalError, TryAgain, WatchOverflow
+from dengine.errors import ClusterUnavailable, Compacted, FatalError, TryAgain, WatchOverflow
 from dengine.kv.store import Event
 from dengine.node.watch_index import Selection, WatchIndex
 from dengine.storage.state_store import StateStore
@@ -187,6 +187,7 @@ class WatchHub:
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
 
     @property
     def count(self) -> int:
@@ -205,8 +206,10 @@ class WatchHub:
         The first message is a `Progress` that says up to where there is nothing to come.
 
         Raises:
-            Compacted, WatchOverflow: refused.
+            Compacted, WatchOverflow, ClusterUnavailable: refused.
         """
+        if self._closed:
+            raise ClusterUnavailable("this node is stopping")
         if len(self._all) >= self._count_max:
             raise WatchOverflow(
                 f"{self._count_max} watches are open on this node (limits.watchers): "
@@ -230,6 +233,7 @@ class WatchHub:
 
     async def close(self) -> None:
         """The node is stopping: all watches end."""
+        self._closed = True
         for watch in list(self._all):
             self._cancel(watch, "this node is stopping: resume at another one")
         if self._timer is not None:

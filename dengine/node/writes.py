@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from hashlib import blake2b
+from typing import Final
 
 import msgspec
 
@@ -17,6 +18,7 @@ from dengine.errors import (
     DiskFull,
     InvalidRequest,
     LeaderChanged,
+    NotFound,
     NotLeader,
     TooLarge,
 )
@@ -28,6 +30,8 @@ from dengine.kv.commands import (
     Effect,
     ExpiringPut,
     Get,
+    LeaseKeepAlive,
+    LeaseRevoke,
     Once,
     Put,
     Result,
@@ -39,12 +43,16 @@ from dengine.kv.commands import (
     needs_version_2,
 )
 from dengine.kv.once import KEY_CHARACTERS_MAX, is_key
+from dengine.kv.tables import may_be_lease
 from dengine.node.cycle import Cycle
 from dengine.node.forwarding import Forwarding
 from dengine.node.leading import AtLeader
 from dengine.node.proposals import BATCH_BYTES_MAX
 from dengine.node.room import Room
 from dengine.raft.types import MemberId
+
+
+_PUTS: Final = Put | ExpiringPut
 
 
 class OnceKey(msgspec.Struct, frozen=True):
@@ -128,6 +136,7 @@ class Writes:
             whole = Once(once.key, once.number, fingerprint, command)
         self._require_version(whole)
         data = encode_command(whole)
+        _require_size(data)
         try:
             if self._raft.may_propose:  # the common case, without a detour
                 return await self.write_here(data, deadline)
@@ -146,11 +155,7 @@ class Writes:
         Raises:
             DiskFull, TooLarge, RateLimited: nothing was queued.
         """
-        if len(data) > BATCH_BYTES_MAX:
-            raise TooLarge(
-                f"the request has {len(data)} bytes as a command; {BATCH_BYTES_MAX} fit into an "
-                "entry of the log: split it"
-            )
+        _require_size(data)
         if self._disk_low:
             self._require_room(data)
         future: asyncio.Future[Result] = self._loop.create_future()
@@ -170,7 +175,7 @@ class Writes:
         )
 
     def _require_version(self, command: Command) -> None:
-        if not isinstance(command, Put | Delete) and needs_version_2(command):
+        if type(command) is not Put and needs_version_2(command):
             self.require_version_2("this request")
 
     def _require_room(self, data: bytes) -> None:
@@ -184,21 +189,30 @@ class Writes:
 
     def _check(self, command: Effect) -> None:
         """The limits of DESIGN 6, for whoever comes with a command instead of a request."""
-        if isinstance(command, Put | ExpiringPut):
+        if isinstance(command, _PUTS):
             self._check_key(command.key)
             if len(command.value) > self._limits.value_bytes:
                 raise TooLarge(
                     f"the value has {len(command.value)} bytes; at most "
                     f"{self._limits.value_bytes} are allowed"
                 )
+            if isinstance(command, ExpiringPut) and command.lease:
+                self._check_lease(command.lease)
         elif isinstance(command, Delete):
             self._check_key(command.key)
+        elif isinstance(command, LeaseKeepAlive | LeaseRevoke):
+            self._check_lease(command.lease)
         elif isinstance(command, Txn):
             for part in (*command.compare, *command.success, *command.failure):
                 if isinstance(part, Compare | Get):
                     self._check_key(part.key)
                 elif isinstance(part, Put | ExpiringPut | Delete):
                     self._check(part)
+
+    @staticmethod
+    def _check_lease(lease_id: str) -> None:
+        if not may_be_lease(lease_id):
+            raise NotFound(f"there is no lease {lease_id[:64]!r}: no id looks like that")
 
     def _check_key(self, key: bytes) -> None:
         if not key:
@@ -207,6 +221,15 @@ class Writes:
             raise TooLarge(
                 f"the key has {len(key)} bytes; at most {self._limits.key_bytes} are allowed"
             )
+
+
+def _require_size(data: bytes) -> None:
+    """Whatever the limits say: a larger one fits neither into an entry nor into a frame."""
+    if len(data) > BATCH_BYTES_MAX:
+        raise TooLarge(
+            f"the request has {len(data)} bytes as a command; {BATCH_BYTES_MAX} fit into an entry "
+            "of the log: split it"
+        )
 
 
 def _fingerprint(data: bytes) -> bytes:

@@ -115,6 +115,7 @@ def test_bad_grants_are_refused(client: Wire, body: object) -> None:
 
 
 def test_other_paths_below_leases_do_not_exist(client: Wire) -> None:
-    assert_error(client.request("POST", "/v1/leases/x/other", b""), 404, "not_found")
-    assert_error(client.request("GET", "/v1/leases/x/keepalive"), 404, "not_found")
+    assert_error(client.request("POST", "/v1/leases/x/other", b""), 405, "method_not_allowed")
+    assert_error(client.request("GET", "/v1/leases/x/keepalive"), 405, "method_not_allowed")
     assert_error(client.request("PUT", "/v1/leases/x", b""), 405, "method_not_allowed")
+    assert_error(client.request("GET", "/v1/leases/x/other"), 404, "not_found")
