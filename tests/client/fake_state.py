@@ -1,5 +1,5 @@
-"""The state of a cluster as DESIGN 5 and 8 promise it, in a dictionary: the twin that the fake nodes
-of fake_server.py share. Nothing here knows the client.
+"""The state of a cluster as DESIGN 5 and 8 promise it, in a dictionary: what the fake nodes of
+fake_server.py share. Nothing here knows the client.
 """
 
 from __future__ import annotations

@@ -116,7 +116,8 @@ def test_as_it_is_typed() -> None:
             )
 
         def keys() -> list[bytes]:
-            return thread.do(lambda cluster: list(cluster.state.keys))  # type: ignore[no-any-return]
+            found: list[bytes] = thread.do(lambda cluster: list(cluster.state.keys))
+            return found
 
         processes = [start("watch", "web"), start("register", "web", "a:1", "--instance", "one")]
         try:

@@ -212,8 +212,8 @@ def test_a_fork_has_a_client_of_its_own(client: Client, served: ClusterThread) -
     assert [os.waitpid(pid, 0)[1] for pid in workers] == [0, 0]
     client.put("parent", b"3")
     assert client.count("worker/") == 2
-    writes = served.do(lambda c: [a.headers["Idempotency-Key"] for n in c.nodes for a in n.writes()])
-    assert len(set(writes)) == 15
+    writes = served.do(lambda c: [a for node in c.nodes for a in node.writes()])
+    assert len({asked.headers["Idempotency-Key"] for asked in writes}) == 15
     assert served.do(lambda cluster: cluster.state.executed) == 15
 
 

@@ -2,8 +2,8 @@
 
 Tests of deadlines, leases and silence would wait for seconds and depend on how busy the machine is.
 Here the loop, before it would sleep until its next timer, looks whether a socket has something, and
-if not, it is that time. Sockets on loopback deliver at once, so a program that talks to itself never
-waits. What other threads or processes do takes no time here: such tests need a real loop.
+if not, it is that time. Sockets on loopback deliver at once, so a program that talks to itself
+never waits. What other threads or processes do takes no time here: such tests need a real loop.
 """
 
 from __future__ import annotations

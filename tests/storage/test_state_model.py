@@ -389,6 +389,7 @@ def test_replicas_with_other_hash_seeds_agree_at_every_index(tmp_path: Path) -> 
         done = subprocess.run(
             [sys.executable, "-c", _PROGRAM, str(tmp_path / seed), "7"],
             env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).resolve().parents[2],
             check=True,
             capture_output=True,
             text=True,
