@@ -1,4 +1,7 @@
-"""What `dengine.client.sync.Client` hands out: the asynchronous objects, for callers that wait."""
+"""What `dengine.client.sync.Client` hands out: the asynchronous objects, for callers that wait.
+
+Each holds on to its `owner`, the client: one that nobody holds any more is closed.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,10 @@ from dengine.client.watching import Watch as AsyncWatch
 T = TypeVar("T")
 
 
-def _each(loop: LoopThread, items: AsyncIterator[T]) -> Generator[T, None, None]:
-    """Iterate here over what comes there. A generator that is dropped ends the other one too."""
+def _each(loop: LoopThread, items: AsyncIterator[T], owner: object) -> Generator[T, None, None]:
+    """Iterate here over what comes there. A generator that is dropped ends the other one too, and
+    as long as it is not, `owner`, the client, stays open.
+    """
 
     async def following() -> tuple[T, bool] | tuple[None, bool]:
         try:
@@ -54,15 +59,16 @@ async def _finish(items: AsyncIterator[object]) -> None:
 class Listing:
     """As `dengine.client.Listing`: iterate over it, over its `pages()`, or take `all()`."""
 
-    def __init__(self, loop: LoopThread, listing: AsyncListing) -> None:
+    def __init__(self, loop: LoopThread, listing: AsyncListing, owner: object) -> None:
         self._loop = loop
         self._listing = listing
+        self._owner = owner
 
     def __iter__(self) -> Iterator[Item]:
-        return _each(self._loop, aiter(self._listing))
+        return _each(self._loop, aiter(self._listing), self._owner)
 
     def pages(self) -> Iterator[Page]:
-        return _each(self._loop, self._listing.pages())
+        return _each(self._loop, self._listing.pages(), self._owner)
 
     def all(self) -> list[Item]:
         return self._loop.run(self._listing.all())
@@ -71,9 +77,10 @@ class Listing:
 class Watch:
     """As `dengine.client.Watch`: an iterator, to be closed or used with `with`."""
 
-    def __init__(self, loop: LoopThread, watch: AsyncWatch) -> None:
+    def __init__(self, loop: LoopThread, watch: AsyncWatch, owner: object) -> None:
         self._loop = loop
         self._watch = watch
+        self._owner = owner
         self._finalizer = weakref.finalize(self, _close, loop, watch)
 
     @property
@@ -123,9 +130,10 @@ Held = TypeVar("Held", AsyncLease, AsyncLock)
 class _Held(Generic[Held]):
     """What `with` holds, and what may be lost meanwhile."""
 
-    def __init__(self, loop: LoopThread, held: Held) -> None:
+    def __init__(self, loop: LoopThread, held: Held, owner: object) -> None:
         self._loop = loop
         self._held = held
+        self._owner = owner
 
     @property
     def lost(self) -> Lost:
@@ -218,19 +226,20 @@ class Lock(_Held[AsyncLock]):
 class Election:
     """As `dengine.client.Election`."""
 
-    def __init__(self, loop: LoopThread, election: AsyncElection) -> None:
+    def __init__(self, loop: LoopThread, election: AsyncElection, owner: object) -> None:
         self._loop = loop
         self._election = election
+        self._owner = owner
 
     def campaign(self, value: bytes, *, ttl_s: int = 10, timeout_s: float | None = None) -> Lock:
         campaign = self._election.campaign(value, ttl_s=ttl_s, timeout_s=timeout_s)
-        return Lock(self._loop, campaign)
+        return Lock(self._loop, campaign, self._owner)
 
     def leader(self) -> Leader | None:
         return self._loop.run(self._election.leader())
 
     def observe(self) -> Iterator[Leader | None]:
-        return _each(self._loop, self._election.observe())
+        return _each(self._loop, self._election.observe(), self._owner)
 
 
 async def _soon(read: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ import asyncio
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from dengine.client.failures import LeaseLost, LockLost
+from dengine.client.failures import ClientClosed, LeaseLost, LockLost
 from dengine.client.leases import Lease
 from dengine.client.operations import Compare
 from dengine.client.results import Item
@@ -175,12 +175,14 @@ class Lock:
             await asyncio.wait({turn, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not turn.done():
                 return False
+            if turn.cancelled():
+                raise ClientClosed("this client was closed while it waited for a lock")
             turn.result()
             return lease.remaining_s > 0
         finally:
             for task in (turn, lost):
                 task.cancel()
-            await asyncio.wait({turn, lost})
+            await asyncio.gather(turn, lost, return_exceptions=True)
 
     async def _wait_turn(self, ours: int) -> None:
         while True:

@@ -31,6 +31,7 @@ class Compare:
     operand: bytes | int | bool
 
     def to_json(self) -> dict[str, Any]:
+        """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
         fields: dict[str, Any] = json_bytes("key", as_key(self.key))
         fields |= {"target": self.target, "op": self.relation}
         if self.target == "value":
@@ -52,6 +53,7 @@ class Put:
     lease: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
         fields: dict[str, Any] = {"op": "put", **json_bytes("key", as_key(self.key))}
         fields |= json_bytes("value", as_value(self.value))
         if self.ttl_s is not None:
@@ -68,6 +70,7 @@ class Get:
     key: str | bytes
 
     def to_json(self) -> dict[str, Any]:
+        """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
         return {"op": "get", **json_bytes("key", as_key(self.key))}
 
 
@@ -78,6 +81,7 @@ class Delete:
     key: str | bytes
 
     def to_json(self) -> dict[str, Any]:
+        """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
         return {"op": "delete", **json_bytes("key", as_key(self.key))}
 
 
@@ -91,6 +95,7 @@ class DeleteRange:
     all: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
         fields: dict[str, Any] = {"op": "delete_range"}
         for name in ("prefix", "start", "end"):
             bound = getattr(self, name)

@@ -189,7 +189,7 @@ class Client:
             consistency=consistency,
             timeout_s=timeout_s,
         )
-        return Listing(loop, listing)
+        return Listing(loop, listing, self)
 
     def count(
         self,
@@ -248,9 +248,8 @@ class Client:
                 assert next(watch).events[0].value == b"blue"
         """
         loop = self._holder.loop()
-        return Watch(
-            loop, loop.client.watch(key, prefix=prefix, from_revision=from_revision, prev=prev)
-        )
+        watch = loop.client.watch(key, prefix=prefix, from_revision=from_revision, prev=prev)
+        return Watch(loop, watch, self)
 
     def lease(self, ttl_s: int) -> Lease:
         """A lease, granted and kept alive inside `with`.
@@ -260,7 +259,7 @@ class Client:
                 client.put("service/web/1", b"10.0.0.7:80", lease=lease)
         """
         loop = self._holder.loop()
-        return Lease(loop, loop.client.lease(ttl_s))
+        return Lease(loop, loop.client.lease(ttl_s), self)
 
     def lock(self, name: str | bytes, *, ttl_s: int = 10, timeout_s: float | None = None) -> Lock:
         """The lock of that name, held inside `with`.
@@ -270,7 +269,7 @@ class Client:
                 assert lock.token > 0
         """
         loop = self._holder.loop()
-        return Lock(loop, loop.client.lock(name, ttl_s=ttl_s, timeout_s=timeout_s))
+        return Lock(loop, loop.client.lock(name, ttl_s=ttl_s, timeout_s=timeout_s), self)
 
     def election(self, name: str | bytes) -> Election:
         """The election of that name.
@@ -279,7 +278,7 @@ class Client:
             assert client.election("scheduler").leader() is None
         """
         loop = self._holder.loop()
-        return Election(loop, loop.client.election(name))
+        return Election(loop, loop.client.election(name), self)
 
     def grant_lease(self, ttl_s: int, *, timeout_s: float | None = None) -> LeaseInfo:
         """A lease that nobody keeps alive.

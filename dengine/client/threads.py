@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -11,8 +13,12 @@ from typing import Any, TypeVar
 from dengine.client.client import Client
 from dengine.client.failures import ClientClosed
 
-STOP_S = 5.0
+STOP_S = 10.0
+TOLD_S = 1.0  # for calls under way to learn that their client is closed
 T = TypeVar("T")
+
+# Loops of a parent process: their end here would disturb them there.
+_INHERITED: list[LoopThread] = []
 
 
 class LoopThread:
@@ -42,6 +48,10 @@ class LoopThread:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise ClientClosed(
+                "this client was closed meanwhile: make a new one", outcome="unknown"
+            ) from None
         except BaseException:
             future.cancel()
             raise
@@ -59,23 +69,33 @@ class LoopThread:
         task.add_done_callback(self._errands.discard)
 
     def stop(self) -> None:
-        """Close the client and end the thread; a forked process only forgets them."""
-        if self.pid != os.getpid() or self._loop.is_closed():
+        """Close the client and end the thread; a forked process only leaves them alone."""
+        if self.pid != os.getpid():
+            _INHERITED.append(self)
+            return
+        if self._loop.is_closed():
             return
         if threading.current_thread() is self._thread:  # the garbage collector came by here
-            self._begin(self._end())
+            self._begin(self._end_here())
             return
         try:
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(STOP_S)
+            with contextlib.suppress(TimeoutError):
+                asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(STOP_S)
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(STOP_S)
             if not self._thread.is_alive():
                 self._loop.close()
 
+    async def _end_here(self) -> None:
+        await self._end()
+        self._loop.stop()
+
     async def _end(self) -> None:
         await self.client.close()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        if tasks:
+            await asyncio.wait(tasks, timeout=TOLD_S)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -98,7 +118,10 @@ class Holder:
         with self._guard:
             if self.closed:
                 raise ClientClosed("this client is closed: make a new one")
-            if self._held is None or self._held.pid != os.getpid():
+            if self._held is not None and self._held.pid != os.getpid():
+                self._held.stop()
+                self._held = None
+            if self._held is None:
                 self._held = LoopThread(self._make)
             return self._held
 

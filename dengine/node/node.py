@@ -181,7 +181,7 @@ class Node:
         )
         self.lifetimes = Lifetimes(raft, self.state)
         self.hub = WatchHub(self.state, limits.watchers, self.fail)
-        self._metrics = NodeMetrics(self._status.local, raft, self.snapshots)
+        self._metrics = NodeMetrics(self.local_status, raft, self.snapshots)
         self.metrics = self._metrics.registry
         self.metrics_observe_request = self._metrics.observe_request
 
@@ -398,7 +398,7 @@ class Node:
 
     def local_status(self) -> dict[str, Any]:
         """GET /v1/status: this node alone, without asking anybody."""
-        return self._status.local()
+        return {**self._status.local(), "watchers": self.hub.count}
 
     # --- what the cycle reports ---------------------------------------------------------------
 
