@@ -176,7 +176,8 @@ class Transport:
             Unanswered: it does not.
             DengineError: it is a refusal.
         """
-        sending = {**headers, **self._authorization, "Accept": "text/event-stream"}
+        timeout_ms = str(int(limit_s * 900))  # as in `attempt`
+        sending = {**headers, **self._authorization, "Dengine-Timeout-Ms": timeout_ms}
         with unanswered():
             async with asyncio.timeout(limit_s):
                 response = await self._http().get(_url(node, target), headers=sending)

@@ -183,6 +183,8 @@ class Watch:
             if error.status < 500 and not error.retryable:
                 raise
             nodes.follow(error.leader, node)
+            if not error.retryable and len(self._unliked) + 1 >= len(nodes):
+                raise  # not one of them can serve it
             self._leave(node)
         finally:
             self._response = None

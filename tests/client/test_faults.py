@@ -168,7 +168,7 @@ def test_a_slow_cluster_is_not_asked_twice_for_everything() -> None:
 
 
 def test_a_very_slow_cluster_is_spared_too() -> None:
-    """Second attempts come out of a budget: at most a few, however slow it is."""
+    """Second attempts come out of a budget: not nearly one for each, however slow it is."""
 
     async def scenario(cluster: FakeCluster, client: Client) -> None:
         for node in cluster.nodes:
@@ -177,7 +177,7 @@ def test_a_very_slow_cluster_is_spared_too() -> None:
         for _ in range(40):
             await client.put("k", b"", timeout_s=30.0)
         extra = len([a for n in cluster.nodes for a in n.writes()]) - before - 40
-        assert extra <= 16, extra
+        assert extra <= 20, extra
 
     over(scenario)
 
