@@ -35,8 +35,8 @@ PURE = ("raft", "kv")
 # Same inputs, same outputs: what cannot know the time, the machine, chance or the outside. Whatever
 # else a change needs is a decision, and belongs here with it.
 PURE_MODULES = {
-    "__future__", "collections", "collections.abc", "dataclasses", "enum", "heapq", "msgspec",
-    "operator", "typing",
+    "__future__", "collections", "collections.abc", "dataclasses", "enum", "hashlib", "heapq",
+    "msgspec", "operator", "struct", "typing",
 }  # fmt: skip
 REACHING_OUT = {
     "__builtins__", "__import__", "__loader__", "breakpoint", "compile", "eval", "exec", "globals",

@@ -185,11 +185,13 @@ class Cycle:
         if raft.role != "leader":
             if self.proposals.queued:
                 self.proposals.refuse_queued(NotLeader("this node does not lead any more"))
-        elif raft.may_propose and not raft.writing:
-            if self.proposals.queued and self._gathered() or self._tick_wanted():
-                self._propose()
+        elif raft.may_propose and not raft.writing and self._entry_wanted():
+            self._propose()
         for nonce, lease in self.reads.take(self._loop.time()):
             raft.read_index(nonce, lease=lease)
+
+    def _entry_wanted(self) -> bool:
+        return (self.proposals.queued and self._gathered()) or self._tick_wanted()
 
     def _gathered(self) -> bool:
         """While an entry is on its way, commands gather for the next one: fewer, larger entries

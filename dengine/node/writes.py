@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from hashlib import blake2b
-from typing import Final
 
 import msgspec
 
@@ -52,7 +51,7 @@ from dengine.node.room import Room
 from dengine.raft.types import MemberId
 
 
-_PUTS: Final = Put | ExpiringPut
+_AnyPut = Put | ExpiringPut
 
 
 class OnceKey(msgspec.Struct, frozen=True):
@@ -189,7 +188,7 @@ class Writes:
 
     def _check(self, command: Effect) -> None:
         """The limits of DESIGN 6, for whoever comes with a command instead of a request."""
-        if isinstance(command, _PUTS):
+        if isinstance(command, _AnyPut):
             self._check_key(command.key)
             if len(command.value) > self._limits.value_bytes:
                 raise TooLarge(

@@ -47,11 +47,13 @@ def test_one_at_a_time_in_the_order_of_coming() -> None:
     async def scenario(cluster: FakeCluster, client: Client) -> None:
         inside: list[int] = []
         order: list[tuple[int, int]] = []
+        go = asyncio.Event()
 
         async def work(number: int) -> None:
             async with Client(cluster.endpoints) as own, own.lock("job") as lock:
                 assert inside == []
                 inside.append(number)
+                await go.wait()
                 await asyncio.sleep(1)
                 inside.remove(number)
                 order.append((lock.token, number))
@@ -60,6 +62,7 @@ def test_one_at_a_time_in_the_order_of_coming() -> None:
         for number in range(10):
             tasks.append(asyncio.create_task(work(number)))
             await until(lambda number=number: queued(cluster) == number + 1)  # type: ignore[misc]
+        go.set()
         await asyncio.gather(*tasks)
         assert order == sorted(order)
         assert [number for _, number in order] == list(range(10))
@@ -276,7 +279,6 @@ def test_no_two_holders_under_any_faults(chosen: int | None) -> None:
     async def scenario(cluster: FakeCluster, _: Client) -> None:
         rng = random.Random(seed)
         tokens: list[int] = []
-        written: list[int] = []
 
         def holders(locks: dict[int, Lock]) -> list[int]:
             return [n for n, lock in locks.items() if lock.remaining_s > 0]
@@ -296,13 +298,11 @@ def test_no_two_holders_under_any_faults(chosen: int | None) -> None:
                                 assert holders(locks) in ([number], []), "two holders"
                                 await asyncio.sleep(0.5)
                                 try:
-                                    done = await client.txn(
+                                    await client.txn(
                                         [lock.guard],
                                         [Put("token", b"%d" % lock.token)],
                                         timeout_s=1.0,
                                     )
-                                    if done.succeeded:
-                                        written.append(lock.token)
                                 except DengineError:
                                     pass
                     except LockLost:
@@ -336,7 +336,6 @@ def test_no_two_holders_under_any_faults(chosen: int | None) -> None:
         await asyncio.gather(*(contend(number) for number in range(5)))
         tormentor.cancel()
         assert tokens == sorted(set(tokens)), "a token that falls or comes twice"
-        assert written == sorted(written)
         history = [e.value for events in cluster.state.history.values() for e in events
                    if e.key == b"token" and e.value is not None]  # fmt: skip
         assert [int(value) for value in history] == sorted(int(value) for value in history)
