@@ -16,6 +16,7 @@ import pytest
 
 from tests.client.fake_server import ClusterThread, FakeCluster, cluster_thread
 
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 60.0  # the machine may be busy; nothing here takes as long
 

@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_node_commands(functools.partial(add, parent=False))
     _add_key_commands(add)
+    _add_list(add)
     coordination.add_commands(add, subcommands, ENDPOINTS)
     _add_cluster_commands(add)
     add_snapshot_commands(subcommands, ENDPOINTS)
@@ -203,6 +204,8 @@ def _add_key_commands(add: Add) -> None:
     arguments.add_idempotency_key(transaction)
     transaction.set_defaults(run=txn.txn)
 
+
+def _add_list(add: Add) -> None:
     listing = add(
         "list",
         "list keys in order",

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from dengine.client import Client
 from tests.client.fake_server import cluster_thread, fake_cluster
 from tests.client.virtual import run
 
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "examples" / "service-discovery" / "discovery.py"
 WAIT_S = 60.0

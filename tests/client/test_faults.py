@@ -26,6 +26,7 @@ from tests.client.fake_state import Asked
 from tests.client.seeds import each_seed, seed_of
 from tests.client.virtual import run
 
+pytestmark = pytest.mark.timeout(600)  # virtual time is quick, a busy machine is not
 Scenario = Callable[[FakeCluster, Client], Awaitable[None]]
 
 

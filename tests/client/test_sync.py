@@ -20,6 +20,7 @@ from dengine.client.sync import Client
 from dengine.errors import PreconditionFailed, RequestTimeout
 from tests.client.fake_server import ClusterThread, cluster_thread
 
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parent.parent.parent
 WAIT_S = 60.0  # the machine may be busy; nothing here takes as long
 
@@ -182,6 +183,22 @@ def test_dropped_iterators_end_their_streams(client: Client, served: ClusterThre
     until(lambda: streams() == 0, "the streams to end")
 
 
+def test_what_a_client_hands_out_keeps_it_open(served: ClusterThread) -> None:
+    """Who holds only the iterator still gets what it iterates over."""
+    with Client(served.cluster.endpoints, timeout_s=WAIT_S) as client:
+        for number in range(3):
+            client.put(f"k/{number}", b"")
+    seen = []
+    for item in Client(served.cluster.endpoints, timeout_s=WAIT_S).list("k/"):
+        gc.collect()
+        seen.append(item.key)
+    watch = Client(served.cluster.endpoints, timeout_s=WAIT_S).watch(prefix="k/", from_revision=1)
+    for _ in range(3):
+        gc.collect()
+        seen.append(next(watch).events[0].key)
+    assert seen == [b"k/0", b"k/1", b"k/2"] * 2
+
+
 def test_a_dropped_client_ends_its_thread(served: ClusterThread) -> None:
     client = Client(served.cluster.endpoints, timeout_s=WAIT_S)
     client.put("k", b"")
@@ -193,6 +210,10 @@ def test_a_dropped_client_ends_its_thread(served: ClusterThread) -> None:
     )
 
 
+FORKS = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12
+
+
+@FORKS
 def test_a_fork_has_a_client_of_its_own(client: Client, served: ClusterThread) -> None:
     """As under a pre-forking server: made before, used in every worker, and still by the parent."""
     client.put("parent", b"1")
@@ -217,6 +238,7 @@ def test_a_fork_has_a_client_of_its_own(client: Client, served: ClusterThread) -
     assert served.do(lambda cluster: cluster.state.executed) == 15
 
 
+@FORKS
 def test_what_was_made_before_a_fork_says_so(client: Client) -> None:
     """A watch belongs to the process that made it: an error, and not a wait for ever."""
     client.put("k", b"")
