@@ -94,7 +94,7 @@ def apply_batch(
         results.append(result)
         if isinstance(result, _CHANGES):
             recorder.close(result.revision)
-    recorder.prune()
+    recorder.end()
     return recorder.revision, results
 
 

@@ -16,17 +16,18 @@ from dengine.kv.store import (
     DELETE,
     EXPIRE,
     PUT,
+    Change,
     Event,
     Record,
     Rules,
     Totals,
     View,
-    encode_events,
+    encode_changes,
 )
 
 WORK_BYTES_MAX: Final = 16 * 1024 * 1024  # of values that one command, or one entry, meets
 WORK_KEYS_MAX: Final = 10_000
-PRUNED_MAX: Final = 256  # revisions that leave the history with an entry, beside as many as came
+PRUNED_MAX: Final = 256  # records that leave the history with an entry, beside as many as came
 
 
 class Recorder:
@@ -48,12 +49,12 @@ class Recorder:
         self.rules = rules
         self.place = (index, 0)
         self.expiring = False
-        self._events: list[Event] = []
+        self._events: list[Event] = []  # since the last `close`
+        self._changes: list[Change] = []
         self._last_key = b""  # read last, and what was there: a put nearly always follows its get
         self._last: Record | None = None
         self._bytes = self._keys = 0
         self._bytes_before = self._keys_before = 0  # those of earlier commands of this entry
-        self._came = 0
 
     # --- work ---------------------------------------------------------------------------------
 
@@ -132,32 +133,47 @@ class Recorder:
     def close(self, revision: int) -> None:
         """What was changed since the last call is `revision`, which may be the same as before.
 
-        Each revision has its record, also the one whose changes undid each other: so the oldest
+        Each revision is in the history, also the one whose changes undid each other: so the oldest
         and the newest tell how many there are.
         """
         if revision == self.revision:
             return
         self.revision = revision
-        if self.totals is None:
-            return
-        events, self._events = self._events, []
-        data = encode_events(events)
-        self.view.append("history", tables.number_key(revision), data)
-        self.totals.history_bytes += len(data)
-        self._came += 1
-        self.view.changed(revision, events)
+        if self.totals is not None:
+            events, self._events = self._events, []
+            self._changes.append((revision, events))
+            self.view.changed(revision, events)
 
-    def prune(self) -> None:
-        """At the end of an entry: forget the oldest revisions beyond what is to be kept."""
-        totals, rules = self.totals, self.rules
+    def end(self) -> None:
+        """At the end of an entry: its changes are one record of the history, for a record each
+        would cost a PUT as much again as all else; and the oldest records go that are too many.
+        """
+        totals = self.totals
         if totals is None:
             return
-        for _ in range(self._came + PRUNED_MAX):
-            count = self.revision + 1 - totals.history_first
-            if not count or (
-                count <= rules.history_revisions and totals.history_bytes <= rules.history_bytes
-            ):
+        if self._changes:
+            data = encode_changes(self._changes)
+            self.view.append("history", tables.number_key(self.revision), data)
+            totals.history_bytes += len(data)
+        for _ in range(len(self._changes) + PRUNED_MAX):
+            if not self._prune(totals):
                 return
-            gone = self.view.remove("history", tables.number_key(totals.history_first))
-            totals.history_first += 1
-            totals.history_bytes -= len(gone or b"")
+
+    def _prune(self, totals: Totals) -> bool:
+        """Forget the oldest record, if `history_revisions` are kept without it or all are too
+        large."""
+        rules, first = self.rules, totals.history_first
+        large = totals.history_bytes > rules.history_bytes
+        count = self.revision + 1 - first
+        if not count or (count <= rules.history_revisions and not large):
+            return False
+        oldest = self.view.first("history", tables.number_key(first))
+        if oldest is None:
+            return False
+        last = tables.key_number(oldest[0])
+        if self.revision - last < rules.history_revisions and not large:
+            return False
+        self.view.remove("history", oldest[0])
+        totals.history_first = last + 1
+        totals.history_bytes -= len(oldest[1])
+        return True

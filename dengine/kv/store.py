@@ -58,18 +58,20 @@ class Event(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prev: Record | None
 
 
+Change = tuple[int, Sequence[Event]]  # a revision, and what it has changed
+
 _encoder = msgspec.msgpack.Encoder()
-_events_decoder = msgspec.msgpack.Decoder(list[Event])
+_changes_decoder = msgspec.msgpack.Decoder(list[tuple[int, list[Event]]])
 
 
-def encode_events(events: Sequence[Event]) -> bytes:
-    """All events of one revision as bytes."""
-    return _encoder.encode(events)
+def encode_changes(changes: Sequence[Change]) -> bytes:
+    """All changes of one entry as bytes, lowest revision first."""
+    return _encoder.encode(changes)
 
 
-def decode_events(data: bytes) -> list[Event]:
-    """Inverse of `encode_events`; raises `msgspec.MsgspecError` on anything else."""
-    return _events_decoder.decode(data)
+def decode_changes(data: bytes) -> list[tuple[int, list[Event]]]:
+    """Inverse of `encode_changes`; raises `msgspec.MsgspecError` on anything else."""
+    return _changes_decoder.decode(data)
 
 
 class Totals(msgspec.Struct, gc=False):

@@ -4,7 +4,7 @@
     due       time (u64), kind, name               the name
     leases    id                                   TTL (u64, s), time (u64), going (u8)
     attached  id, 0, name of the user's key        the user's key
-    history   revision (u64)                       the events of that revision
+    history   last revision of an entry (u64)      all changes of that entry
     clients   name                                 results kept (u32), forgotten (u64), time (u64)
     results   name, 0, number (u64)                fingerprint (16 bytes), result
     opaque    key                                  time (u64), fingerprint, result
@@ -34,6 +34,12 @@ FINGERPRINT_BYTES: Final = 16
 number_key = _NUMBER.pack
 
 
+def key_number(key: bytes) -> int:
+    """The number that a key begins with."""
+    number: int = _NUMBER.unpack_from(key)[0]
+    return number
+
+
 def _name(kind: bytes, name: bytes) -> bytes:
     """Unambiguous: the kind in upper case marks a digest."""
     if len(name) <= _SHORT:
@@ -58,13 +64,7 @@ def due_at(view: View, start: bytes) -> Due | None:
     found = view.first("due", start)
     if found is None:
         return None
-    return Due(due_ms(found[0]), found[0][8:9].lower(), found[1], found[0])
-
-
-def due_ms(key: bytes) -> int:
-    """The time in a key of the table."""
-    at_ms: int = _NUMBER.unpack_from(key)[0]
-    return at_ms
+    return Due(key_number(found[0]), found[0][8:9].lower(), found[1], found[0])
 
 
 def set_due(view: View, at_ms: int, kind: bytes, name: bytes) -> None:

@@ -5,8 +5,10 @@ the state. It becomes live in the very step that has read the last revision, so 
 between. Live ones cost a write one look-up per changed key. Those that catch up share a few
 milliseconds at a time, or many of them would keep the node from its heartbeats.
 
-What waits for a reader is bounded. One that falls behind is told so and ended; it can resume behind
-the last revision that it has seen, here or at any other node, for as long as the history has it.
+What waits for a reader is bounded. When that is full the watch goes over to catching up: what comes
+meanwhile waits in the history, and costs nothing. A reader that takes nothing for a while, or that
+the end of the history overtakes, is told so, and its watch ends; it can resume behind the last
+revision that it has seen, here or at any other node, for as long as the history has it.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from dengine.storage.state_store import StateStore
 
 __all__ = ["Cancelled", "Changes", "Message", "Progress", "Selection", "Watch", "WatchHub"]
 
-QUEUE_MAX: Final = 1000  # messages that wait for a reader
+QUEUE_MAX: Final = 1000  # messages that wait for the reader of a live watch
 QUEUE_BYTES_MAX: Final = 4 * 1024 * 1024  # and their size; a single larger one is let through
 CATCH_UP_BYTES: Final = 256 * 1024  # of history in one step of one watch, and waiting for it
 CATCH_UP_REVISIONS: Final = 100
 CATCH_UP_S: Final = 0.005  # for all that catch up, and then a pause as long
 PROGRESS_S: Final = 10.0
+SLOW_TIMES: Final = 3  # in a row that nothing was taken since the last time: 20 to 30 s
 
 
 class Changes:
@@ -95,6 +98,9 @@ class Watch:
         self._bytes = 0
         self._waiter: asyncio.Future[None] | None = None
         self._over = False
+        self._taken = 0  # messages, since `is_slow` was asked last
+        self._stood_still = 0  # times in a row that it had to be said
+        self._refused = False  # a message found no room, and nothing comes before all is read
 
     def __aiter__(self) -> Watch:
         return self
@@ -107,6 +113,8 @@ class Watch:
             await self._waiter
         message = self._queue.popleft()
         self._bytes -= message.size
+        self._taken += 1
+        self._refused = self._refused and bool(self._queue)
         self._hub.drained(self)
         return message
 
@@ -134,18 +142,23 @@ class Watch:
     @property
     def has_room(self) -> bool:
         """Would another step of catching up not pile up?"""
-        return self._bytes < CATCH_UP_BYTES and len(self._queue) < CATCH_UP_REVISIONS
+        roomy = self._bytes < CATCH_UP_BYTES and len(self._queue) < CATCH_UP_REVISIONS
+        return roomy and not self._refused
+
+    def is_slow(self) -> bool:
+        """Asked at intervals: has the reader let messages wait for too many of them?"""
+        stands = bool(self._queue) and not self._taken
+        self._stood_still = self._stood_still + 1 if stands else 0
+        self._taken = 0
+        return self._stood_still >= SLOW_TIMES
 
     def push(self, message: Message) -> bool:
-        """Queue a message. False: the reader is too slow for it, and the watch has ended."""
+        """Queue a message. False: too much waits already."""
         size = message.size
         if self._queue and (
             len(self._queue) >= QUEUE_MAX or self._bytes + size > QUEUE_BYTES_MAX
         ):
-            self.cancel(
-                f"too slow: {len(self._queue)} messages with {self._bytes} bytes wait to be read; "
-                "resume behind the last revision that you have seen"
-            )
+            self._refused = True
             return False
         self._queue.append(message)
         self._bytes += size
@@ -247,9 +260,9 @@ class WatchHub:
     def applied(self) -> None:
         """Entries were applied, or the state was replaced: tell whom it concerns."""
         self._notice_replacement()
-        if self._live:
-            for revision, events in self._state.take_changes():
-                self._publish(revision, events)
+        for revision, events in self._state.take_changes():
+            self._publish(revision, events)
+        self._state.keep_changes = bool(self._live)
         self._revision = self._state.revision
 
     def _publish(self, revision: int, events: Sequence[Event]) -> None:
@@ -265,9 +278,12 @@ class WatchHub:
             changes = shared.get(which)
             if changes is None:
                 changes = shared[which] = Changes(revision, [events[n] for n in which])
-            if not watch.push(changes):
-                self._forget(watch)
-            watch.position = revision + 1
+            if watch.push(changes):
+                watch.position = revision + 1
+            else:
+                watch.position = revision
+                self._live.discard(watch.selection, watch)
+                self._sort_in(watch)
 
     def _sort_in(self, watch: Watch) -> None:
         """Live, if there is nothing behind it."""
@@ -348,9 +364,11 @@ class WatchHub:
         for revision, events in changes:
             selected = [event for event in events if watch.selection.holds(event.key)]
             if selected and not watch.push(Changes(revision, selected)):
-                self._forget(watch)
-                return
-        watch.position = changes[-1][0] + 1 if changes else max(watch.position, applied + 1)
+                watch.position = revision
+                break
+            watch.position = revision + 1
+        if not changes:
+            watch.position = max(watch.position, applied + 1)
         self._sort_in(watch)
 
     # --- the readers' side --------------------------------------------------------------------
@@ -387,7 +405,16 @@ class WatchHub:
         """To whoever has everything: idle ones learn a newer place from which to resume."""
         self._arm_timer()
         self._notice_replacement()
+        self._end_slow_ones()
         revision = self._state.revision
         for watch in list(self._live):
             if not watch.waiting and watch.position <= revision + 1:
                 watch.push(Progress(revision))
+
+    def _end_slow_ones(self) -> None:
+        for watch in [watch for watch in self._all if watch.is_slow()]:
+            self._cancel(
+                watch,
+                f"too slow: nothing was read for {(SLOW_TIMES - 1) * PROGRESS_S:g} s, and "
+                f"{watch.waiting} messages wait; resume behind the last that you have seen",
+            )

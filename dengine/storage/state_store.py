@@ -27,12 +27,12 @@ from dengine.kv.commands import Result
 from dengine.kv.machine import apply_batch
 from dengine.kv.store import (
     TABLES,
-    Event,
+    Change,
     Record,
     Rules,
     Table,
     Totals,
-    decode_events,
+    decode_changes,
     decode_totals,
 )
 from dengine.raft.membership import Membership, decode_membership
@@ -77,9 +77,6 @@ KEYS_PAGE_BYTES_MAX: Final = 64 * 1024 * 1024  # the same when values are only c
 ROWS_PER_STEP: Final = 1000
 _HASH_MASK: Final = (1 << 128) - 1
 DIGEST_EVERY: Final = 256  # entries between two digests that members compare
-
-
-Change = tuple[int, Sequence[Event]]  # a revision, and what it changed
 
 
 class Page(NamedTuple):
@@ -314,16 +311,18 @@ class StateStore:
         """What the revisions from `first` on have changed, as far as the history goes back.
 
         Args:
-            revisions, size: so many at most, and about so many bytes; but never none.
+            revisions, size: so many at most, from records of about so many bytes; but never none.
         """
         rows = self._table_rows("history", tables.number_key(first), revisions, size)
         changes: list[Change] = []
         for key, data in rows:
             try:
-                changes.append((int.from_bytes(key, "big"), decode_events(data)))
+                changes += [change for change in decode_changes(data) if change[0] >= first]
+                if len(changes) >= revisions:
+                    break
             except msgspec.MsgspecError as error:
                 raise damage(self._path, key, f"cannot be read ({error})") from error
-        return changes
+        return changes[:revisions]
 
     def _table_get(self, table: Table, key: bytes) -> bytes | None:
         try:
@@ -342,7 +341,7 @@ class StateStore:
 
     def _find_next_due(self) -> None:
         rows = self._table_rows("due", b"", 1, 1)
-        self.next_due_ms = tables.due_ms(rows[0][0]) if rows else None
+        self.next_due_ms = tables.key_number(rows[0][0]) if rows else None
 
     def page(self, start: bytes, end: bytes | None, limit: int, keys_only: bool) -> Page:
         """Records with `start <= key < end` in order, all from one transaction.

@@ -13,7 +13,7 @@ import lmdb
 
 from dengine.errors import ConfigError, DataCorruption, InvariantBroken
 from dengine.kv.commands import COMMAND_VERSION, batch_version
-from dengine.kv.store import KEY_BYTES_MAX, TABLES, Event, Record, Rules, Table, Totals
+from dengine.kv.store import KEY_BYTES_MAX, TABLES, Change, Event, Record, Rules, Table, Totals
 from dengine.raft.membership import Membership
 from dengine.raft.types import Entry, EntryKind, LogId
 from dengine.storage.environment import CRC_BYTES, DATA_FILE, damaged
@@ -87,7 +87,7 @@ class StateView:
         self.hash = state_hash
         self.totals = totals
         self._totals_raw = b"" if totals is None else signed(TOTALS_KEY, totals.encode())
-        self.changes: list[tuple[int, Sequence[Event]]] = []
+        self.changes: list[Change] = []
         self.due_changed = False
 
     # --- the users' keys ----------------------------------------------------------------------

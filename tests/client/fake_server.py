@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from dengine.errors import ClusterUnavailable, DengineError, Unauthorized
+from dengine.errors import ClusterUnavailable, Compacted, DengineError, Unauthorized
 from tests.client.fake_state import Answer, Asked, Happened, State, as_json, named
 
 PROGRESS_S = 5.0
@@ -47,6 +47,7 @@ class FakeNode:
         self.partitioned = False  # out of touch: it refuses what needs the cluster
         self.cut_after: int | None = None  # bytes of a stream, which is then cut
         self.cancel_streams = False  # as a node that takes its reader for too slow
+        self.cluster.wake()
 
     @property
     def address(self) -> str:
@@ -60,6 +61,10 @@ class FakeNode:
     def hang(self) -> None:
         """As SIGSTOP does: connections are accepted, and nothing is answered until `heal`."""
         self._running.clear()
+
+    @property
+    def _serves(self) -> bool:
+        return self.cluster.leader is not None and not self.partitioned
 
     def writes(self) -> list[Asked]:
         return [a for a in self.asked if a.method != "GET" and "keepalive" not in a.target]
@@ -178,16 +183,20 @@ class FakeNode:
                     self.cancel_streams = False
                     await write('event: cancelled\ndata: {"reason":"too slow"}\n\n')
                     return response
-                if self.cluster.leader is not None and not self.partitioned:
-                    for revision, events in list(state.changes(position, chosen)):
+                upto = state.revision if self._serves else position - 1
+                for revision, events in list(state.changes(position, chosen)):
+                    if revision <= upto:
                         await write(change(revision, events, prev))
-                        position = revision + 1
-                    position = max(position, state.revision + 1)
-                await self._changed(due)
+                position = max(position, upto + 1)
+                if not (self._serves and state.revision >= position):
+                    await self._changed(due)
                 await self._running.wait()
                 if loop.time() >= due:
                     due = loop.time() + PROGRESS_S
                     await write(progress(position - 1))
+        except Compacted as error:
+            await write(f'event: cancelled\ndata: {{"reason":"{error.message}"}}\n\n')
+            return response
         finally:
             self._streams.discard(transport)
 

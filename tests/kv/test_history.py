@@ -17,7 +17,7 @@ from dengine.kv.commands import (
     Txn,
     TxnResult,
 )
-from dengine.kv.store import Event, Record, Rules, decode_events
+from dengine.kv.store import Event, Record, Rules, decode_changes
 from tests.kv.world import World
 
 MIB = 1024 * 1024
@@ -25,7 +25,7 @@ MIB = 1024 * 1024
 
 def history(world: World) -> dict[int, list[Event]]:
     rows = world.view.tables["history"]
-    return {int.from_bytes(key, "big"): decode_events(data) for key, data in rows.items()}
+    return {revision: events for key in rows for revision, events in decode_changes(rows[key])}
 
 
 def test_each_revision_has_its_events_with_what_was_before() -> None:
@@ -76,14 +76,25 @@ def test_no_history_at_all_is_possible() -> None:
 def test_a_smaller_history_is_reached_little_by_little() -> None:
     """Someone lowers the setting: no entry deletes everything at once."""
     world = World()
-    for _ in range(8):
-        world.entry(*(Put(b"k", b"v") for _ in range(100)))
+    for _ in range(600):
+        world.one(Put(b"k", b"v"))
     world.rules = Rules(history_revisions=1)
     world.entry()
-    assert len(history(world)) == 800 - recorder.PRUNED_MAX
-    for _ in range(3):
+    assert len(history(world)) == 600 - recorder.PRUNED_MAX
+    for _ in range(2):
         world.entry()
     assert len(history(world)) == 1
+
+
+def test_the_changes_of_an_entry_are_kept_and_go_together() -> None:
+    """One record for each entry; so up to an entry's changes more are kept than are asked for."""
+    world = World(Rules(history_revisions=5))
+    for _ in range(6):
+        world.entry(*(Put(b"k", b"v") for _ in range(4)))
+    assert list(history(world)) == list(range(17, 25))
+    assert len(world.view.tables["history"]) == 2
+    assert world.view.totals is not None
+    assert world.view.totals.history_first == 17
 
 
 def test_small_puts_over_large_values_share_an_entry_only_up_to_a_point() -> None:

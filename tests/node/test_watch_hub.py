@@ -203,26 +203,69 @@ def test_one_that_is_overtaken_by_the_end_of_the_history_is_told(
 
 
 @pytest.mark.parametrize("limit", ["QUEUE_MAX", "QUEUE_BYTES_MAX"])
-def test_a_slow_reader_is_cancelled_and_keeps_nothing(
+def test_one_that_falls_behind_goes_on_from_the_history(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    """It is told why, others go on, and it can resume behind what it has seen."""
+    """A burst that is larger than what may wait, as of one entry with a thousand commands, costs
+    its reader nothing: it gets all of it, in order, and bounded memory holds what waits."""
     monkeypatch.setattr(watch_hub, limit, 5 if limit == "QUEUE_MAX" else 500)
 
     async def check() -> None:
         hub = stage.open()
-        slow, quick = hub.open(ALL, None), hub.open(ALL, None)
+        slow, quick = hub.open(ALL, None), hub.open(Selection(b"a", False), None)
         await read(quick, 1)
         got: list[Message] = []
         for _ in range(10):
-            stage.apply(Put(b"a", b"x" * 20))
+            stage.apply(Put(b"a", b"x" * 20), Put(b"b", b""))
             got += await read(quick, 1)
-        (cancelled,) = await read(slow, 1)
+            assert slow.waiting <= 5
+        assert [revision for revision, _ in seen(got)] == list(range(1, 21, 2))
+        assert [revision for revision, _ in seen(await read(slow, 21))] == list(range(1, 21))
+        stage.apply(Put(b"a", b""))
+        assert seen(await read(slow, 1)) == [(21, [b"a"])]
+        await hub.close()
+
+    on_loop(check)
+
+
+def test_a_reader_that_takes_nothing_is_cancelled_and_keeps_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told why, and can resume behind what it has seen; those that read go on."""
+    monkeypatch.setattr(watch_hub, "PROGRESS_S", 0.02)
+
+    async def check() -> None:
+        hub = stage.open()
+        stalled, reading = hub.open(ALL, None), hub.open(ALL, None)
+        taken: list[Message] = []
+
+        async def take() -> None:
+            async for message in reading:
+                taken.append(message)
+
+        reader = asyncio.create_task(take())
+        for _ in range(3):
+            stage.apply(Put(b"a", b""))
+        await until(lambda: hub.count == 1, "the stalled one to be ended")
+        (cancelled,) = await read(stalled, 1)
         assert isinstance(cancelled, Cancelled)
         assert "too slow" in cancelled.reason
-        assert hub.count == 1
-        assert len(seen(got)) == 10
+        assert [revision for revision, _ in seen(taken)] == [1, 2, 3]
         await hub.close()
+        await reader
+        assert isinstance(taken[-1], Cancelled)
+
+    on_loop(check)
+
+
+def test_a_burst_in_one_entry_cancels_nobody(stage: Stage) -> None:
+    async def check() -> None:
+        watch = stage.open().open(ALL, None)
+        stage.apply(*(Put(b"%d" % n, b"") for n in range(1024)))
+        stage.apply(*(Put(b"%d" % n, b"") for n in range(1024)))
+        messages = await read(watch, 2049)
+        assert [revision for revision, _ in seen(messages)] == list(range(1, 2049))
+        await stage.hub.close()
 
     on_loop(check)
 
