@@ -456,7 +456,8 @@ def test_bench_counts_what_fails(serving: Serving) -> None:
 
 COMMANDS = (
     "serve", "check-config", "get", "put", "delete", "list", "status", "members", "settings",
-    "promote", "remove", "move", "transfer-leader", "bench",
+    "promote", "remove", "move", "transfer-leader", "bench", "watch", "lease", "lock", "elect",
+    "completion",
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ class DictView:
     def __init__(self) -> None:
         self.records: dict[bytes, Record] = {}
         self.tables: dict[Table, dict[bytes, bytes]] = {name: {} for name in TABLES}
+        self.appended: dict[Table, bytes] = {}  # the last key
         self.totals: Totals | None = None
         self.changes: list[tuple[int, list[Event]]] = []
 
@@ -56,7 +57,8 @@ class DictView:
         self.tables[table][key] = data
 
     def append(self, table: Table, key: bytes, data: bytes) -> None:
-        assert key > max(self.tables[table], default=b"")
+        assert key > self.appended.get(table, b"")
+        self.appended[table] = key
         self.write(table, key, data)
 
     def remove(self, table: Table, key: bytes) -> bytes | None:
