@@ -79,11 +79,13 @@ def add_commands(add: Add, subcommands: Subcommands, endpoints: str) -> None:
     _add_lease(subcommands, endpoints)
 
     lock = add("lock", "run a command while holding a lock", LOCK_EXAMPLES)
+    lock.usage = "%(prog)s [options] NAME -- COMMAND [ARGUMENT ...]"
     lock.add_argument("name", type=arguments.lock_name)
     _add_holding(lock)
     lock.set_defaults(run=_lock, command=[])
 
     elect = add("elect", "lead, alone among all that want to", ELECT_EXAMPLES)
+    elect.usage = "%(prog)s [options] NAME VALUE [-- COMMAND ...] | NAME --observe"
     elect.add_argument("name", type=arguments.lock_name)
     elect.add_argument("value", nargs="?", help="what others learn of the leader")
     elect.add_argument("--observe", action="store_true", help="only print who leads")

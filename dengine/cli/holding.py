@@ -203,7 +203,9 @@ async def _end_descendants() -> None:
     _signal_all(signal.SIGTERM)
     loop = asyncio.get_running_loop()
     until = loop.time() + TERMINATE_S
-    while loop.time() < until and any(_descendants()):
+    while any(_descendants()):
+        if loop.time() >= until:
+            break
         await asyncio.sleep(0.02)
     until = loop.time() + GONE_S
     while any(_descendants()) and loop.time() < until:

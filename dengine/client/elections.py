@@ -74,7 +74,8 @@ class Election:
                 assert leader is None
                 break
         """
-        leader, known = None, False
+        leader: Leader | None = None
+        known = False
         while True:
             candidates, revision = await self._candidates()
             if not known or _first(candidates) != leader:

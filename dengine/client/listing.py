@@ -34,7 +34,8 @@ class Listing:
 
     async def pages(self) -> AsyncIterator[Page]:
         """The pages as they come; there is always at least one. Errors are those of `list`."""
-        left, most, after = self._limit, PAGE_ITEMS, None
+        left, most = self._limit, PAGE_ITEMS
+        after: str | None = None
         while True:
             try:
                 page = await self._fetch(None if left is None else min(left, most), after)

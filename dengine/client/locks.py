@@ -212,9 +212,10 @@ class Lock:
             oldest = oldest or page.revision
             for item in waiting(page.items, self._prefix):
                 present = present or item.create_revision == ours
-                if item.create_revision < ours:
-                    if found is None or item.create_revision > found.create_revision:
-                        found = item
+                if item.create_revision >= ours:
+                    continue
+                if found is None or item.create_revision > found.create_revision:
+                    found = item
         if not present:
             raise LeaseLost("our place in the queue is gone")
         return None if found is None else (found, oldest)

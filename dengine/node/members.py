@@ -295,6 +295,21 @@ class Members:
         change = await self.change(updated, deadline)
         return {"settings": msgspec.structs.asdict(change.settings)}
 
+    async def hand_over(self, deadline: float) -> None:
+        """Leadership goes to the live voter whose log is longest: this node is about to stop.
+
+        What hinders that is said, and no reason not to stop.
+        """
+        raft = self._cycle.raft
+        heirs = [v for v in raft.membership.voters if v != raft.me and raft.is_live(v)]
+        if not heirs:
+            return  # nobody is there to lead
+        heir = max(heirs, key=lambda v: (raft.progress[v].match_index, -v.id))
+        try:
+            await self._transfer(heir.id, deadline)
+        except DengineError as error:
+            log.warning("leadership was not handed over: %s", error.message)
+
     async def change(self, make: Callable[[Membership], C], deadline: float) -> C:
         """Propose a change, behind any other that is under way, and wait until it is applied.
 

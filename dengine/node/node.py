@@ -82,6 +82,7 @@ class Node:
         self._sweep_due_ms = self._disk_due_ms = 0
         self._report_due_ms = boottime_ms() + REPORT_MS
         self._watchers = MembershipWatchers()
+        self._leaders = MembershipWatchers()
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -218,30 +219,19 @@ class Node:
     async def stop(self) -> None:
         """Hand leadership over, end the cycle, and leave a state that the next start trusts."""
         if self.raft.is_leader and len(self.raft.membership.voters) > 1:
-            await self._hand_over()
+            await self._members.hand_over(self._loop.time() + HANDOVER_S)
         await self._close(clean=True)
 
     def fail(self, error: FatalError) -> None:
         """End the process: something outside of the cycle found what must not be."""
         self._cycle.fail(error)
 
-    async def _hand_over(self) -> None:
-        raft = self.raft
-        heirs = [v for v in raft.membership.voters if v != raft.me and raft.is_live(v)]
-        if not heirs:
-            return  # nobody is there to lead
-        heir = max(heirs, key=lambda v: (raft.progress[v].match_index, -v.id))
-        deadline = self._loop.time() + HANDOVER_S
-        try:
-            await self._members.handle("transfer", {"id": heir.id}, deadline)
-        except DengineError as error:
-            log.warning("leadership was not handed over: %s", error.message)
-
     async def _close(self, *, clean: bool) -> None:
         if self._stopped.done():
             return
         self._stopped.set_result(None)
         self._watchers.close()
+        self._leaders.close()
         await self.hub.close()
         await self.snapshots.stop()
         written = self._cycle.stop(DISK_STOP_S)
@@ -367,6 +357,14 @@ class Node:
         """The membership now, then after every committed change."""
         return self._watchers.follow(self.view_here())
 
+    def leadership_events(self) -> AsyncIterator[dict[str, Any]]:
+        """`leader` (an id or None) and `is_leader` now, then whenever the leader is another one."""
+        return self._leaders.follow(self._leadership())
+
+    def _leadership(self) -> dict[str, Any]:
+        leader = self.raft.leader
+        return {"leader": leader.id if leader else None, "is_leader": self.raft.is_leader}
+
     def view_here(self, problem: str = "") -> dict[str, Any]:
         """The cluster without asking its leader, and why not. Raises as `cluster_view`."""
         return {**self._view.now(problem), "revision": self.state.revision}
@@ -415,6 +413,7 @@ class Node:
         if self.raft.leader is not None:
             self._report_due_ms = boottime_ms() + REPORT_MS
             self._at_leader.found()
+        self._leaders.publish(self._leadership())
 
     def membership_committed(self, index: int, old: Membership, new: Membership) -> None:
         me = self.raft.me

@@ -210,10 +210,9 @@ class FakeNode:
 
         self.cluster.wakers.append(wake)
         try:
-            async with asyncio.timeout_at(until):
-                await woken
-        except TimeoutError:
-            pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await woken
         finally:
             self.cluster.wakers.remove(wake)
 

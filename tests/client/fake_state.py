@@ -284,9 +284,9 @@ class State:
         )
 
     def _delete_range(self, asked: Asked) -> Answer:
-        if not any(asked.query.get(name) for name in ("prefix", "start", "end")):
-            if asked.query.get("all") != b"true":
-                raise InvalidRequest("this would delete every key")
+        chosen = any(asked.query.get(name) for name in ("prefix", "start", "end"))
+        if not chosen and asked.query.get("all") != b"true":
+            raise InvalidRequest("this would delete every key")
         self.executed += 1
         deleted = self._change(dict.fromkeys(self._selected(asked.query)))
         return as_json({"revision": self.revision, "deleted": deleted})

@@ -34,11 +34,13 @@ def over(scenario: Scenario, size: int = 3, timeout_s: float = 10.0) -> None:
     """Run `scenario` with a cluster and a client that has met it."""
 
     async def prepared() -> None:
-        async with fake_cluster(size) as cluster:
-            async with Client(cluster.endpoints, timeout_s=timeout_s) as client:
-                await client.put("met", b"")
-                await asyncio.sleep(0.1)  # until it has learned who leads
-                await scenario(cluster, client)
+        async with (
+            fake_cluster(size) as cluster,
+            Client(cluster.endpoints, timeout_s=timeout_s) as client,
+        ):
+            await client.put("met", b"")
+            await asyncio.sleep(0.1)  # until it has learned who leads
+            await scenario(cluster, client)
 
     run(prepared())
 
@@ -78,18 +80,17 @@ def test_it_learns_the_members_from_one() -> None:
     """One endpoint is enough to survive the loss of that node, if there was time to learn."""
 
     async def scenario() -> None:
-        async with fake_cluster(3) as cluster:
-            async with Client(cluster.nodes[0].address) as client:
-                assert client.endpoints == (cluster.nodes[0].address,)
-                await client.put("k", b"1")
-                await asyncio.sleep(0.1)
-                assert set(client.endpoints) == set(cluster.endpoints)
-                await cluster.nodes[0].kill()
-                cluster.leader = cluster.nodes[1]
-                await client.put("k", b"2")
-                found = await client.get("k")
-                assert found is not None
-                assert found.value == b"2"
+        async with fake_cluster(3) as cluster, Client(cluster.nodes[0].address) as client:
+            assert client.endpoints == (cluster.nodes[0].address,)
+            await client.put("k", b"1")
+            await asyncio.sleep(0.1)
+            assert set(client.endpoints) == set(cluster.endpoints)
+            await cluster.nodes[0].kill()
+            cluster.leader = cluster.nodes[1]
+            await client.put("k", b"2")
+            found = await client.get("k")
+            assert found is not None
+            assert found.value == b"2"
 
     run(scenario())
 

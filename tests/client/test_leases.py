@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from unittest import mock
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_an_outage_is_told_before_the_lease_can_end() -> None:
     """Nobody can renew it: the owner knows while everybody else still sees its keys."""
 
     async def scenario(cluster: FakeCluster, client: Client) -> None:
-        with pytest.raises(LeaseLost, match="could not be renewed for 5 s"):
+        async def owner() -> None:
             async with client.lease(5) as lease:
                 await client.put("service/1", b"here", lease=lease)
                 for node in cluster.nodes:
@@ -82,6 +83,9 @@ def test_an_outage_is_told_before_the_lease_can_end() -> None:
                 with pytest.raises(LeaseLost):
                     lease.check()
 
+        with pytest.raises(LeaseLost, match="could not be renewed for 5 s"):
+            await owner()
+
     over(scenario)
 
 
@@ -89,13 +93,16 @@ def test_an_end_that_the_cluster_made_is_told() -> None:
     """Somebody revoked it: the next renewal learns of it."""
 
     async def scenario(cluster: FakeCluster, client: Client) -> None:
-        with pytest.raises(LeaseLost, match="the cluster has ended it"):
+        async def owner() -> None:
             async with client.lease(6) as lease:
                 async with Client(cluster.endpoints) as other:
                     await other.revoke_lease(lease.id)
                 began = now()
                 await lease.lost.wait()
                 assert now() - began <= 2.1
+
+        with pytest.raises(LeaseLost, match="the cluster has ended it"):
+            await owner()
 
     over(scenario)
 
@@ -132,20 +139,23 @@ def test_leaving_in_an_outage_is_quiet_and_quick() -> None:
     over(scenario)
 
 
-def test_a_machine_that_slept_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_slept_knows_it() -> None:
     """The loop's clock stands still while a machine is suspended; the lease's does not."""
     slept = 0.0
 
     async def scenario(cluster: FakeCluster, client: Client) -> None:
-        nonlocal slept
-        monkeypatch.setattr(leases, "_boot_time", lambda: slept)
-        with pytest.raises(LeaseLost):
-            async with client.lease(10) as lease:
-                slept = 8.0
-                lease.check()
-                slept = 9.5
-                with pytest.raises(LeaseLost):
+        async def owner() -> None:
+            nonlocal slept
+            with mock.patch.object(leases, "_boot_time", lambda: slept):
+                async with client.lease(10) as lease:
+                    slept = 8.0
                     lease.check()
+                    slept = 9.5
+                    with pytest.raises(LeaseLost):
+                        lease.check()
+
+        with pytest.raises(LeaseLost):
+            await owner()
 
     over(scenario)
 
@@ -164,12 +174,15 @@ def test_the_exception_of_the_block_wins() -> None:
     """What went wrong inside is more than that the lease went, too."""
 
     async def scenario(cluster: FakeCluster, client: Client) -> None:
-        with pytest.raises(KeyError):
+        async def owner() -> None:
             async with client.lease(5) as lease:
                 for node in cluster.nodes:
                     node.hang()
                 await lease.lost.wait()
                 raise KeyError("mine")
+
+        with pytest.raises(KeyError):
+            await owner()
 
     over(scenario)
 
@@ -194,11 +207,14 @@ def test_closing_the_client_tells_the_owner() -> None:
     """Nobody renews it any more, so it is as good as lost."""
 
     async def scenario(cluster: FakeCluster, client: Client) -> None:
-        with pytest.raises(LeaseLost, match="the client was closed"):
+        async def owner() -> None:
             async with client.lease(10) as lease:
                 await client.close()
                 await asyncio.sleep(0)
                 assert lease.lost.is_set()
+
+        with pytest.raises(LeaseLost, match="the client was closed"):
+            await owner()
         with pytest.raises(ClientClosed):
             await client.grant_lease(5)
 

@@ -149,11 +149,13 @@ def test_examples(name: str) -> None:
     code = f"async def example():\n{textwrap.indent(ASYNC[name], '    ')}"
 
     async def scenario() -> None:
-        async with fake_cluster(3) as cluster:
-            async with dengine.client.Client(cluster.endpoints) as given:
-                space = {**NAMES, "client": given, "endpoints": cluster.endpoints}
-                exec(compile(code, name, "exec"), space)
-                await space["example"]()
+        async with (
+            fake_cluster(3) as cluster,
+            dengine.client.Client(cluster.endpoints) as given,
+        ):
+            space = {**NAMES, "client": given, "endpoints": cluster.endpoints}
+            exec(compile(code, name, "exec"), space)
+            await space["example"]()
 
     run(scenario())
 

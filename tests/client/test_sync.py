@@ -122,11 +122,15 @@ def test_a_lost_lock_is_told(client: Client, served: ClusterThread) -> None:
         for node in served.cluster.nodes:
             node.hang()
 
-    with pytest.raises(LockLost), client.lock("job", ttl_s=2) as lock:
-        served.do(hang)
-        assert lock.lost.wait(WAIT_S)
-        with pytest.raises(LockLost):
-            lock.check()
+    def hold() -> None:
+        with client.lock("job", ttl_s=2) as lock:
+            served.do(hang)
+            assert lock.lost.wait(WAIT_S)
+            with pytest.raises(LockLost):
+                lock.check()
+
+    with pytest.raises(LockLost):
+        hold()
 
 
 def test_a_closed_client_stays_closed(served: ClusterThread) -> None:

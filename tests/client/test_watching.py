@@ -40,8 +40,12 @@ def streaming(cluster: FakeCluster) -> FakeNode:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
+    """Wait for it, for a thousand virtual seconds at most."""
+    for _ in range(20_000):
+        if condition():
+            return
         await asyncio.sleep(0.05)
+    raise AssertionError("waited in vain")
 
 
 async def take(watch: Watch, count: int) -> list[Change]:
