@@ -217,7 +217,7 @@ def _signal_all(number: signal.Signals) -> None:
     for pid in _descendants():
         try:
             os.kill(pid, number)
-        except ProcessLookupError:
+        except OSError:  # gone meanwhile, or not ours to end
             continue
 
 
