@@ -223,7 +223,8 @@ class Transport:
             with contextlib.suppress(Unanswered, DengineError, ValueError):
                 reply = await self.attempt(node, "GET", "/v1/cluster", None, {}, LEARN_WITHIN_S)
                 if reply.ok:
-                    reply.parse(lambda view, teller=node: self.nodes.learn(view, teller))
+                    view: dict[str, Any] = reply.parse(dict)
+                    self.nodes.learn(view, node)
                     return
 
     async def is_ready(self, node: Node) -> bool:

@@ -43,6 +43,11 @@ def alive(recorder: Recorder, lease_id: str) -> Lease | None:
     return lease
 
 
+def missing(lease_id: str) -> NoLease:
+    """What comes of using a lease that is not there; short, whatever was asked for."""
+    return NoLease(lease_id[:64])
+
+
 def grant(recorder: Recorder, command: LeaseGrant) -> LeaseResult | Invalid:
     """The id is the command's place in the log of this cluster. A cluster that is made from a
     snapshot or by repair has another cluster_id, so no id is ever given out twice.
@@ -61,7 +66,7 @@ def grant(recorder: Recorder, command: LeaseGrant) -> LeaseResult | Invalid:
 def keep_alive(recorder: Recorder, command: LeaseKeepAlive) -> LeaseResult | NoLease:
     lease = alive(recorder, command.lease)
     if lease is None:
-        return NoLease(command.lease)
+        return missing(command.lease)
     _forget_due(recorder, command.lease, lease)
     _store(recorder, command.lease, Lease(lease.ttl_s, expires_ms(recorder, lease.ttl_s)))
     return LeaseResult(command.lease, lease.ttl_s)
@@ -71,7 +76,7 @@ def revoke(recorder: Recorder, command: LeaseRevoke) -> LeaseRevoked | NoLease:
     """Of a lease that holds many keys the first go now, and the others with the next entries."""
     lease = alive(recorder, command.lease)
     if lease is None:
-        return NoLease(command.lease)
+        return missing(command.lease)
     deleted, more = end_lease(recorder, command.lease, lease, Allowance())
     if more:
         _forget_due(recorder, command.lease, lease)

@@ -231,7 +231,7 @@ def _life_flaw(command: ExpiringPut, recorder: Recorder) -> Invalid | NoLease | 
     if command.ttl_s:
         return Invalid("a value has a TTL or a lease, not both")
     if leases.alive(recorder, command.lease) is None:
-        return NoLease(command.lease)
+        return leases.missing(command.lease)
     return None
 
 

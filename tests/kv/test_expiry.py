@@ -221,8 +221,9 @@ def test_a_lease_must_exist_and_excludes_a_ttl(world: World) -> None:
     put = ExpiringPut(b"k", b"", None, 0, "nobody")
     assert world.one(Txn((), (Put(b"other", b""), put), ())) == NoLease("nobody")
     assert world.keys == []
-    for strange in ("", "x" * 500, "a\0b", "schlüssel"):
+    for strange in ("", "a\0b", "schlüssel"):
         assert world.one(LeaseKeepAlive(strange)) == NoLease(strange)
+    assert world.one(LeaseKeepAlive("x" * 500)) == NoLease("x" * 64)
 
 
 def test_no_id_is_given_out_twice(world: World) -> None:
