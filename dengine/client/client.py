@@ -159,8 +159,9 @@ class Client:
             lease: the lease it ends with, instead.
             if_match: only if the key is at this revision, or one of these; "*": only if it exists.
             if_none_match: only if there is no such key.
-            idempotency_key: of your own, 1 to 128 visible ASCII characters: the same call with the
-                same key within `idempotency_window_s`, by any client, happens once.
+            idempotency_key: of your own, 1 to 128 visible ASCII characters, and not NAME:NUMBER,
+                which numbers the requests of one client: the same call with the same key within
+                `idempotency_window_s`, by any client, happens once.
 
         Raises:
             PreconditionFailed: the condition does not hold; `details["current_revision"]`.
