@@ -206,10 +206,12 @@ class Cycle:
         """Has time alone something to end? Then an entry without commands carries it; any other
         does so too, so there is one only where nothing else is under way.
         """
-        due_ms, log = self._state.next_due_ms, self.raft.log
-        if due_ms is None or not self.may_tick or log.applied_index < log.last_index:
+        due_ms, raft = self._state.next_due_ms, self.raft
+        if due_ms is None or not (raft.may_propose and self.may_tick):
             return False
-        now_ms = self.raft.clock_ms
+        if raft.log.applied_index < raft.log.last_index:
+            return False
+        now_ms = raft.proposal_clock_ms(self._state.clock_ms)
         return now_ms >= due_ms or now_ms - self._state.clock_ms >= TICK_MS
 
     @property
@@ -226,7 +228,7 @@ class Cycle:
         batch = self.proposals.take_batch()
         commands = [waiting.command for waiting in batch]
         new = self.command_version >= COMMAND_VERSION
-        clock_ms = self.raft.proposal_clock_ms() if new else None
+        clock_ms = self.raft.proposal_clock_ms(self._state.clock_ms) if new else None
         log_id = self.raft.propose(encode_batch(commands, clock_ms))
         if batch:
             self.proposals.appended(log_id, batch)

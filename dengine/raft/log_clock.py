@@ -34,10 +34,12 @@ class LogClock:
         """The log time."""
         return self._base_ms + now_ms - self._base_at_ms if self._base_ms else 0
 
-    def start(self, now_ms: int) -> None:
-        """We lead, and nobody has known a time before: it begins."""
-        if not self._base_ms:
-            self._base_ms, self._base_at_ms = 1, now_ms
+    def start(self, at_least_ms: int, now_ms: int) -> None:
+        """We lead, and an entry that is committed carries `at_least_ms`. Where nobody has known a
+        time before, it begins."""
+        at_least_ms = max(at_least_ms, 1)
+        if at_least_ms > self.at(now_ms):
+            self._base_ms, self._base_at_ms = at_least_ms, now_ms
 
     def learn(self, term: int, clock_ms: int, now_ms: int) -> None:
         """It is `clock_ms` at least, as the leader of `term` has said: in a heartbeat, or by an

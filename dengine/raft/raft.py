@@ -243,9 +243,10 @@ class Raft:
         """The log time at the last `tick`."""
         return self.clock.at(self._now_ms)
 
-    def proposal_clock_ms(self) -> int:
-        """The log time for an entry that is about to be proposed."""
-        self.clock.start(self._now_ms)
+    def proposal_clock_ms(self, at_least_ms: int) -> int:
+        """The log time for an entry that this leader is about to propose, and not less than that of
+        an entry which is committed already."""
+        self.clock.start(at_least_ms, self._now_ms)
         return self.clock_ms
 
     def learn_clock(self, term: int, clock_ms: int) -> None:

@@ -18,10 +18,21 @@ def test_it_stands_still_until_somebody_knows_the_time() -> None:
     clock = LogClock()
     clock.learn(3, 0, 5_000)
     assert clock.at(9_000) == 0
-    clock.start(9_000)
+    clock.start(0, 9_000)
     assert clock.at(9_000) == 1
-    clock.start(9_500)
+    clock.start(0, 9_500)
     assert clock.at(9_500) == 501
+
+
+def test_a_leader_is_never_behind_what_is_committed() -> None:
+    """Its register may be: it heard from a leader that knew less. Time would stand still until it
+    had caught up with the entries before."""
+    clock = LogClock()
+    clock.learn(2, 5_000, 0)
+    clock.start(60_000, 100)
+    assert clock.at(150) == 60_050
+    clock.start(60_000, 200)
+    assert clock.at(200) == 60_100
 
 
 def test_within_a_term_it_only_ever_jumps_ahead() -> None:
@@ -62,7 +73,7 @@ def test_nothing_is_ended_early(seed: int) -> None:
         for _ in range(rng.randint(1, 4)):
             true_ms += rng.choice([0, 3, 700, 20_000])
             now_ms = true_ms + offsets[leader]
-            clocks[leader].start(now_ms)
+            clocks[leader].start(0, now_ms)
             shown = clocks[leader].at(now_ms)
             for at_ms, clock_ms in written:
                 assert shown <= clock_ms + true_ms - at_ms, f"seed {seed}"
@@ -103,7 +114,7 @@ def test_ten_leader_changes_cost_only_the_time_without_a_leader() -> None:
     """Each new leader begins at what it heard last plus what has passed since; hours between the
     changes cost nothing at all."""
     cluster = Cluster(ABC)
-    cluster.elect().raft.proposal_clock_ms()
+    cluster.elect().raft.proposal_clock_ms(0)
     started_ms, leaderless_ms = cluster.now_ms, 0
     for change in range(10):
         old = cluster.elect()
