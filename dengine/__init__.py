@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`dengine.Engine` loads a node; whoever needs only the client must not."""
+    """`dengine.Engine` loads a node, which who needs only the client may not even have."""
     if name == "Engine":
         from dengine.engine import Engine
 

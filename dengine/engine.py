@@ -3,105 +3,108 @@
     async with dengine.Engine("./data") as engine:
         await engine.put("config/color", b"blue")
 
-It is the same node as `dengine serve` runs, on the same kind of directory and with the same HTTP
-port: others join it, and it joins others. Keys are bytes or text. Everything here belongs to the
-event loop on which the engine was entered. What waits takes `timeout_s`.
+It is the node that `dengine serve` runs, on the same kind of directory, and its calls have the
+names and results of `dengine.client.Client`. What a caller may rely on, in every call:
+
+- It works on any member, whoever leads.
+- It ends within `timeout_s` seconds, with an answer or with a `DengineError` whose `outcome` is
+  "none" (it did not and will not happen) or "unknown" (it may have happened, or may still).
+- A write happens once, however often it has to be tried: each carries an idempotency key.
+- When the node ends by itself, the app goes on: every call raises `EngineClosed` with the reason.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
-from dengine.api.kv import refusal
-from dengine.api.server import HttpServer
-from dengine.config import ENVIRONMENT_PREFIX, Config, load
-from dengine.errors import FatalError, InvalidRequest, RequestTimeout
-from dengine.kv.commands import (
-    Condition,
-    Delete,
-    DeleteRange,
-    DeleteResult,
-    Effect,
-    ExpiringPut,
-    LeaseGrant,
-    LeaseKeepAlive,
-    LeaseResult,
-    LeaseRevoke,
-    LeaseRevoked,
-    Put,
-    PutResult,
-    Result,
-    Txn,
-    TxnResult,
-    prefix_end,
-)
-from dengine.kv.store import Record
-from dengine.node.lifetimes import LeaseView
-from dengine.node.node import Node
-from dengine.node.watch_hub import Selection, Watch
-from dengine.node.writes import parse_once
-from dengine.storage.state_store import Page
+from dengine.client.calls import Match
+from dengine.client.client import Client, Consistency
+from dengine.client.elections import Election
+from dengine.client.leases import Lease
+from dengine.client.listing import Listing
+from dengine.client.locks import LOCKS, Lock
+from dengine.client.operations import Compare, Operation
+from dengine.client.results import DeleteResult, LeaseInfo, PutResult, TxnResult, Value
+from dengine.config import Config
+from dengine.embedded import commands
+from dengine.embedded.calls import EngineClosed
+from dengine.embedded.life import Life, begin, end
+from dengine.embedded.news import Leadership, Member, Membership, News
+from dengine.embedded.setup import setup_of
+from dengine.embedded.watching import Watch
+from dengine.errors import FatalError
+from dengine.kv import commands as kv
 
-TIMEOUT_S: Final = 5.0
+__all__ = ["Engine", "EngineClosed", "Leadership", "Member", "Membership", "News", "Watch"]
+
+TIMEOUT_S: Final = 10.0
 READY_S: Final = 30.0
-STOP_GRACE_S: Final = 5.0
-POLL_S: Final = 0.02
-
-Key = bytes | str
 
 
 class Engine:
-    """A node that lives as long as the `async with` block.
+    """A node that lives as long as the `async with` block; made and used in one event loop.
 
     Args:
         data_dir: where it keeps everything; `<data_dir>/<node_id>` is its own.
         node_id: used once for all time in a cluster.
-        listen_address: for peers and HTTP clients.
-        join: id and address of members of a cluster that this node is to join. Empty: it founds a
-            cluster of its own, or goes on with the one that its directory belongs to.
-        settings: further keys of the configuration by their dotted names, values as TOML has them:
-            {"raft.election.timeout_ms_min": "500"}.
-        config: a whole configuration instead of all these.
+        listen_address: "host:port" for the other members and for HTTP clients, port 0 for any that
+            is free. Without it there is no port, and the node is a cluster of one.
+        initial_cluster: ids and addresses of those that found a cluster together, or of a cluster
+            to `join`. It counts once: later the directory knows who belongs.
+        join: join the members in `initial_cluster` instead of founding.
+        settings: further keys of the configuration file by their dotted names.
+        config: a configuration, or its file, instead of all these.
+        timeout_s: for each call, its repetitions included, in seconds; calls can set their own.
 
     Raises:
-        ConfigError: any mistake in these.
+        ConfigError: a mistake in these, in a sentence that names the key.
+
+    Who reaches the port may read, write and join, unless `security.token_file` and
+    `security.peer_secret_file` say otherwise. The node logs to `logging`, under "dengine".
+
+    Example:
+        async with dengine.Engine("./other", listen_address="127.0.0.1:0") as other:
+            await other.put("greeting", b"hello")
+            print(f"curl http://{other.address}/v1/kv/greeting")
     """
 
     def __init__(
         self,
-        data_dir: Path | str = "./data",
+        data_dir: Path | str | None = None,
         *,
         node_id: int = 1,
-        listen_address: str = "127.0.0.1:9081",
-        join: Mapping[int, str] | None = None,
-        settings: Mapping[str, str] | None = None,
-        config: Config | None = None,
+        listen_address: str | None = None,
+        initial_cluster: Mapping[int, str] | None = None,
+        join: bool = False,
+        settings: Mapping[str, int | str] | None = None,
+        config: Config | Path | str | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self._config = config or _config(
-            Path(data_dir), node_id, listen_address, join or {}, settings or {}
+        self._setup = setup_of(
+            data_dir, node_id, listen_address, initial_cluster, join, settings, config
         )
+        self._limits = self._setup.config.limits
+        self._timeout_s = timeout_s
+        self._entered = False
+        self._life: Life | None = None
 
-    # --- life ---------------------------------------------------------------------------------
+    # --- life -------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         """Lock the directory, bind the port and go on from there; see `wait_ready`.
 
         Raises:
-            FatalError: it cannot start.
+            FatalError: it cannot start, and nothing is left behind. TryAgain, one of them, says who
+                has the directory, or that the port is taken.
         """
-        self._node = node = Node(self._config)
-        await node.open()
-        self._server = HttpServer(node, self._config)
-        try:
-            await self._server.start()
-        except BaseException:
-            await node.stop()
-            raise
-        self._running = asyncio.create_task(node.run(), name="dengine node")
+        if self._entered:
+            raise RuntimeError("an engine is entered once: make another one")
+        self._entered = True
+        self._life = await begin(self._setup, self._timeout_s)
         return self
 
     async def __aexit__(
@@ -110,274 +113,385 @@ class Engine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Finish requests, hand leadership over, sync, and let go of the directory.
+        """Let calls end, hand leadership over, sync, and let go of directory and port: to the end,
+        each part within a time limit, also when the block is cancelled.
 
         Raises:
-            FatalError: the node had ended before, and why.
+            EngineClosed: the node had ended by itself, and nothing else is raised already.
         """
-        await self._server.stop(0.0 if self._running.done() else STOP_GRACE_S)
-        if not self._running.done():
-            await self._node.stop()
-        await self._running
+        await end(self._alive, quietly=error is not None)
 
-    async def wait_ready(self, timeout_s: float = READY_S) -> None:
-        """Return once reads and writes can be answered.
+    async def wait_ready(self, timeout_s: float = READY_S) -> Leadership:
+        """Return once reads and writes can be answered: who leads then.
 
         Raises:
-            RequestTimeout: not in time; the message says for what it waits.
-            FatalError: the node has ended.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        while not (readiness := self._node.readiness()).ready:
-            if self._running.done():
-                await self._running
-            if loop.time() >= deadline:
-                raise RequestTimeout(
-                    f"not ready after {timeout_s:g} s: {'; '.join(readiness.reasons)}",
-                    outcome="none",
-                )
-            await asyncio.sleep(POLL_S)
+            RequestTimeout: not within `timeout_s` seconds; the message says for what it waits.
+            EngineClosed: the node has ended.
 
-    async def wait_closed(self) -> None:
-        """Return when the node ends by itself, which it does only by raising.
+        Example:
+            now = await engine.wait_ready(timeout_s=30)
+            assert now.leader == 1 and now.is_leader
+        """
+        return await self._alive.ready(timeout_s)
+
+    async def wait_closed(self) -> FatalError | None:
+        """Return when the engine has ended: with what ended the node, or None when it was left.
+
+        Another engine on the same directory may go on, unless the error says otherwise.
+
+        Example:
+            async with dengine.Engine("./other") as other:
+                closed = asyncio.create_task(other.wait_closed())
+            assert await closed is None
+        """
+        return await self._alive.gone()
+
+    @property
+    def closed(self) -> bool:
+        """Does it answer no more?"""
+        return self._life is not None and self._life.calls.closed
+
+    @property
+    def address(self) -> str | None:
+        """Where it serves HTTP and its peers; None: nowhere."""
+        return self._alive.address
+
+    # --- keys -------------------------------------------------------------------------------------
+
+    async def get(
+        self,
+        key: str | bytes,
+        *,
+        consistency: Consistency | None = None,
+        timeout_s: float | None = None,
+    ) -> Value | None:
+        """Read a key; None when there is no such key.
+
+        Args:
+            consistency: "linearizable" sees every write that was acknowledged before; "lease"
+                saves a round trip and trusts clocks to run at the same speed; "eventual" is what
+                this node has. None: `read.default` of the configuration.
 
         Raises:
-            FatalError: why; a new `Engine` on the same directory may go on.
-        """
-        await asyncio.shield(self._running)
+            InvalidRequest, TooLarge: no key can look like that.
+            RequestTimeout, ClusterUnavailable, EngineClosed: no answer within `timeout_s` seconds.
 
-    # --- writes -------------------------------------------------------------------------------
+        Example:
+            await engine.put("config/color", b"blue")
+            found = await engine.get("config/color")
+            assert found.value == b"blue" and found.mod_revision == found.revision
+            assert await engine.get("config/size") is None
+        """
+        return await self._alive.reads.get(key, consistency, timeout_s)
 
     async def put(
         self,
-        key: Key,
+        key: str | bytes,
         value: bytes,
         *,
         ttl_s: int | None = None,
-        lease: str | None = None,
-        if_revision: int | None = None,
-        if_absent: bool = False,
-        once: str | None = None,
-        timeout_s: float = TIMEOUT_S,
+        lease: Lease | str | None = None,
+        if_match: Match | None = None,
+        if_none_match: bool = False,
+        idempotency_key: str | None = None,
+        timeout_s: float | None = None,
     ) -> PutResult:
         """Store a value. An earlier TTL or lease of the key is forgotten.
 
         Args:
-            ttl_s, lease: one of the two ends it: whole seconds, or a lease of that id.
-            if_revision: only if this is the key's mod_revision.
-            if_absent: only if there is no such key.
-            once: an idempotency key: with it the same call may be repeated.
+            ttl_s: whole seconds until it expires.
+            lease: the lease it ends with, instead.
+            if_match: only if the key is at this revision, or one of these; "*": only if it exists.
+            if_none_match: only if there is no such key.
+            idempotency_key: of your own, 1 to 128 visible ASCII characters, not NAME:NUMBER: the
+                same call of any engine with it, within `idempotency_window_s`, happens once.
 
         Raises:
-            PreconditionFailed: the condition does not hold.
+            PreconditionFailed: the condition does not hold; `details["current_revision"]`.
             NotFound: there is no such lease.
-            DengineError: `outcome` says whether it may still happen.
+            TooLarge, InvalidRequest, RateLimited, DiskFull: nothing was stored.
+            RequestTimeout, ClusterUnavailable, LeaderChanged, EngineClosed: see `outcome`.
+
+        Example:
+            first = await engine.put("config/color", b"blue", if_none_match=True)
+            await engine.put("config/color", b"red", if_match=first.revision)
+            await engine.put("session/7", b"anna", ttl_s=60)
         """
-        condition = _condition(if_revision, if_absent)
-        command: Put | ExpiringPut = Put(_key(key), value, condition)
-        if ttl_s is not None or lease is not None:
-            command = ExpiringPut(_key(key), value, condition, ttl_s or 0, lease or "")
-        result = await self._write(command, once, timeout_s)
-        if not isinstance(result, PutResult):
-            raise refusal(result)
-        return result
+        condition = commands.condition(if_match, if_none_match)
+        command = commands.put(key, value, condition, ttl_s, lease)
+        done = await self._alive.calls.write(command, kv.PutResult, idempotency_key, timeout_s)
+        return PutResult(done.revision, done.created)
 
     async def delete(
         self,
-        key: Key,
+        key: str | bytes | None = None,
         *,
-        if_revision: int | None = None,
-        once: str | None = None,
-        timeout_s: float = TIMEOUT_S,
+        prefix: str | bytes | None = None,
+        start: str | bytes | None = None,
+        end: str | bytes | None = None,
+        all: bool = False,
+        if_match: Match | None = None,
+        idempotency_key: str | None = None,
+        timeout_s: float | None = None,
     ) -> DeleteResult:
-        """Delete a key; `deleted` tells whether there was one. Raises as `put`."""
-        command = Delete(_key(key), _condition(if_revision, False))
-        return _deleted(await self._write(command, once, timeout_s))
-
-    async def delete_prefix(
-        self, prefix: Key, *, once: str | None = None, timeout_s: float = TIMEOUT_S
-    ) -> DeleteResult:
-        """Delete every key that begins with `prefix`, which is not empty. Raises as `put`, and
-        TooLarge: more than `limits.range_delete` keys match, and none was deleted.
-        """
-        first = _key(prefix)
-        if not first:
-            raise InvalidRequest("an empty prefix would delete every key")
-        limit = self._config.limits.range_delete
-        command = DeleteRange(first, prefix_end(first), limit)
-        return _deleted(await self._write(command, once, timeout_s))
-
-    async def txn(
-        self, txn: Txn, *, once: str | None = None, timeout_s: float = TIMEOUT_S
-    ) -> TxnResult:
-        """Compare, then carry out one branch, all of it as one change. Raises as `put`."""
-        result = await self._write(txn, once, timeout_s)
-        if not isinstance(result, TxnResult):
-            raise refusal(result)
-        return result
-
-    async def grant_lease(
-        self, ttl_s: int, *, once: str | None = None, timeout_s: float = TIMEOUT_S
-    ) -> str:
-        """The id of a new lease. Raises as `put`."""
-        return _granted(await self._write(LeaseGrant(ttl_s), once, timeout_s)).lease
-
-    async def keep_lease(self, lease: str, *, timeout_s: float = TIMEOUT_S) -> None:
-        """Its time begins anew. Raises NotFound: it has ended; else as `put`."""
-        _granted(await self._write(LeaseKeepAlive(lease), None, timeout_s))
-
-    async def revoke_lease(self, lease: str, *, timeout_s: float = TIMEOUT_S) -> LeaseRevoked:
-        """End it now, and delete its keys. Raises as `keep_lease`."""
-        result = await self._write(LeaseRevoke(lease), None, timeout_s)
-        if not isinstance(result, LeaseRevoked):
-            raise refusal(result)
-        return result
-
-    # --- reads --------------------------------------------------------------------------------
-
-    async def get(
-        self, key: Key, *, consistency: str | None = None, timeout_s: float = TIMEOUT_S
-    ) -> Record | None:
-        """What the key holds; None: it does not exist.
+        """Delete one key, or every key with `prefix`, or from `start` up to before `end`.
 
         Args:
-            consistency: "linearizable", "lease" or "eventual"; None: `read.default`.
-        """
-        await self._barrier(consistency, timeout_s)
-        return self._node.state.get(_key(key))
-
-    async def list(
-        self,
-        prefix: Key = b"",
-        *,
-        after: bytes | None = None,
-        limit: int = 1000,
-        keys_only: bool = False,
-        consistency: str | None = None,
-        timeout_s: float = TIMEOUT_S,
-    ) -> Page:
-        """A page of keys that begin with `prefix`; its `next`, given as `after`, continues it."""
-        first = _key(prefix)
-        end = prefix_end(first) if first else None
-        await self._barrier(consistency, timeout_s)
-        return self._node.state.page(first if after is None else after, end, limit, keys_only)
-
-    async def lease(self, lease: str, *, timeout_s: float = TIMEOUT_S) -> LeaseView:
-        """What the cluster knows of a lease. Raises NotFound: it has ended."""
-        await self._barrier(None, timeout_s)
-        return self._node.lifetimes.lease(lease)
-
-    def remaining_s(self, record: Record) -> int | None:
-        """Seconds that a record still has; None: it stays."""
-        return self._node.lifetimes.remaining_s(record)
-
-    async def watch(
-        self,
-        *,
-        key: Key | None = None,
-        prefix: Key | None = None,
-        from_revision: int | None = None,
-        prev: bool = False,
-        timeout_s: float = TIMEOUT_S,
-    ) -> Watch:
-        """Follow a key, or all that begin with `prefix`: iterate over it, and `aclose` it.
-
-        Messages are `Changes`, `Progress` and, at the end, `Cancelled` of dengine.node.watch_hub.
-
-        Args:
-            from_revision: the first that is wanted; None: what comes from now on.
+            all: allow what would delete every key.
+            if_match, idempotency_key: as for `put`; the first is for a single key.
 
         Raises:
-            Compacted: the history does not go back so far.
-            WatchOverflow: there are `limits.watchers` already.
-        """
-        if (key is None) == (prefix is None):
-            raise InvalidRequest("watch either a key or a prefix")
-        selection = Selection(_key(key if prefix is None else prefix), prefix is not None)
-        deadline = self._deadline(timeout_s)
-        return await self._node.watch(selection, from_revision, prev=prev, deadline=deadline)
+            TooLarge: more keys than one call may delete (limits.range_delete); none was.
+            InvalidRequest: it would delete every key.
+            DengineError: as for `put`.
 
-    # --- the cluster --------------------------------------------------------------------------
+        Example:
+            await engine.put("session/7", b"anna")
+            assert (await engine.delete("session/7")).deleted == 1
+            assert (await engine.delete(prefix="session/")).deleted == 0
+        """
+        calls, bounds = self._alive.calls, (prefix, start, end)
+        command = commands.delete(key, bounds, all, if_match, self._limits)
+        done = await calls.write(command, kv.DeleteResult, idempotency_key, timeout_s)
+        return DeleteResult(done.revision, done.deleted)
+
+    def list(
+        self,
+        prefix: str | bytes | None = None,
+        *,
+        start: str | bytes | None = None,
+        end: str | bytes | None = None,
+        limit: int | None = None,
+        keys_only: bool = False,
+        consistency: Consistency | None = None,
+        timeout_s: float | None = None,
+    ) -> Listing:
+        """The keys with `prefix`, or from `start` up to before `end`, or all, in their order.
+
+        It reads page after page while it is iterated; each page is consistent in itself, the whole
+        is not (see `Listing`). Raises as `get`, while it is iterated.
+
+        Args:
+            limit: at most so many keys.
+            keys_only: leave the values out, which are b"" then.
+            timeout_s: for each page.
+
+        Example:
+            await engine.put("config/color", b"blue")
+            async for item in engine.list("config/"):
+                assert item.key == b"config/color" and item.version == 1
+            assert len(await engine.list(start="a", end="d", limit=10).all()) == 1
+        """
+        span = commands.span(prefix, start, end, self._limits)
+        return self._alive.reads.list(span, limit, keys_only, consistency, timeout_s)
+
+    async def count(
+        self,
+        prefix: str | bytes | None = None,
+        *,
+        start: str | bytes | None = None,
+        end: str | bytes | None = None,
+        consistency: Consistency | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """How many keys there are in such a range, as for `list`. Raises as `get`.
+
+        Example:
+            assert await engine.count("config/") == 0
+        """
+        span = commands.span(prefix, start, end, self._limits)
+        return await self._alive.reads.count(span, consistency, timeout_s)
+
+    async def txn(
+        self,
+        compare: Sequence[Compare] = (),
+        success: Sequence[Operation] = (),
+        failure: Sequence[Operation] = (),
+        *,
+        idempotency_key: str | None = None,
+        timeout_s: float | None = None,
+    ) -> TxnResult:
+        """Compare, then do all of `success` if every comparison holds, else all of `failure`.
+
+        It is one change with one revision, or none. Later operations see earlier ones. At most 128
+        of each (limits.txn_ops).
+
+        Raises:
+            DengineError: as for `put`. Comparisons that do not hold are no error.
+
+        Example:
+            done = await engine.txn(
+                [Compare("accounts/a", "exists", "=", False)],
+                success=[Put("accounts/a", b"5"), Get("accounts/a")],
+                failure=[Get("accounts/a")],
+            )
+            assert done.succeeded and done.results[1].item.value == b"5"
+        """
+        life = self._alive
+        command = commands.txn(compare, success, failure, self._limits)
+        done = await life.calls.write(command, kv.TxnResult, idempotency_key, timeout_s)
+        return commands.txn_result(command, done, life.node.lifetimes)
+
+    def watch(
+        self,
+        key: str | bytes | None = None,
+        *,
+        prefix: str | bytes | None = None,
+        from_revision: int | None = None,
+        prev: bool = False,
+    ) -> Watch:
+        """Follow every change of a key, or of all keys with `prefix`.
+
+        It begins when it is entered with `async with`, or with the first step of `async for`.
+
+        Args:
+            from_revision: the first revision of interest, past ones too; None: what comes from now.
+            prev: bring along what the value was before.
+
+        Raises, when it begins or while it is iterated:
+            Compacted: that is no longer kept, nor is anything up to `details["compact_revision"]`:
+                read the keys anew, and watch from the revision behind that of the reading.
+            WatchOverflow, EngineClosed: limits.watchers are open already; all is over.
+
+        Example:
+            put = await engine.put("config/color", b"blue")
+            async with engine.watch("config/color", from_revision=put.revision) as watch:
+                change = await anext(watch)
+            assert (change.revision, change.events[0].value) == (put.revision, b"blue")
+        """
+        selected = commands.watched(key, prefix, self._limits)
+        if from_revision is not None and from_revision < 1:
+            raise ValueError(f"revisions begin at 1, not {from_revision}")
+        return Watch(self._alive.node, self._alive.calls, selected, from_revision, prev)
+
+    # --- leases, locks ----------------------------------------------------------------------------
+
+    def lease(self, ttl_s: int) -> Lease:
+        """A lease of `ttl_s` whole seconds, granted and kept alive inside `async with`.
+
+        Example:
+            async with engine.lease(10) as lease:
+                await engine.put("service/web/1", b"10.0.0.7:80", lease=lease)
+        """
+        return Lease(self._as_client, ttl_s)
+
+    def lock(self, name: str | bytes, *, ttl_s: int = 10, timeout_s: float | None = None) -> Lock:
+        """The lock of that name, held inside `async with`; who waits is served in order.
+
+        `ttl_s` as for `lease`; `timeout_s`: how long to wait, None as long as it takes. See `Lock`.
+
+        Example:
+            async with engine.lock("nightly-report") as lock:
+                assert lock.token > 0
+        """
+        place = LOCKS + commands.checked_name(name) + b"/"
+        return Lock(self._as_client, place, b"", ttl_s, timeout_s)
+
+    def election(self, name: str | bytes) -> Election:
+        """The election of that name, among apps: it is not about which node leads the cluster.
+
+        Example:
+            assert await engine.election("scheduler").leader() is None
+        """
+        return Election(self._as_client, commands.checked_name(name))
+
+    async def grant_lease(self, ttl_s: int, *, timeout_s: float | None = None) -> LeaseInfo:
+        """A lease that nobody keeps alive: for those who do that themselves. Raises as `put`.
+
+        Example:
+            granted = await engine.grant_lease(60)
+            await engine.put("session/7", b"anna", lease=granted.id)
+        """
+        command = kv.LeaseGrant(commands.checked_seconds(ttl_s, "the TTL of a lease"))
+        done = await self._alive.calls.write(command, kv.LeaseResult, None, timeout_s)
+        return LeaseInfo(done.lease, done.ttl_s, None, ())
+
+    async def keepalive_lease(self, id: str, *, timeout_s: float | None = None) -> LeaseInfo:
+        """The lease's time begins anew.
+
+        Raises:
+            NotFound: it has ended.
+            DengineError: as for `put`.
+
+        Example:
+            granted = await engine.grant_lease(60)
+            assert (await engine.keepalive_lease(granted.id)).ttl_s == 60
+        """
+        command = kv.LeaseKeepAlive(id)
+        done = await self._alive.calls.write(command, kv.LeaseResult, None, timeout_s)
+        return LeaseInfo(done.lease, done.ttl_s, None, ())
+
+    async def revoke_lease(self, id: str, *, timeout_s: float | None = None) -> None:
+        """End a lease now; its keys are deleted. Raises as `keepalive_lease`.
+
+        Example:
+            await engine.revoke_lease((await engine.grant_lease(60)).id)
+        """
+        await self._alive.calls.write(kv.LeaseRevoke(id), kv.LeaseRevoked, None, timeout_s)
+
+    async def lease_info(self, id: str, *, timeout_s: float | None = None) -> LeaseInfo:
+        """What the cluster knows of a lease; of its keys at most 1000.
+
+        Raises:
+            NotFound: it has ended.
+            DengineError: as for `get`.
+
+        Example:
+            granted = await engine.grant_lease(60)
+            await engine.put("session/7", b"anna", lease=granted.id)
+            assert (await engine.lease_info(granted.id)).keys == (b"session/7",)
+        """
+        return await self._alive.reads.lease(id, timeout_s)
+
+    # --- the cluster ------------------------------------------------------------------------------
 
     @property
     def is_leader(self) -> bool:
-        return self._node.is_leader
+        """Does this node lead, as far as it knows? A node that has ended does not."""
+        return self._alive.news.leadership_now().is_leader
 
     @property
-    def status(self) -> dict[str, Any]:
-        """As GET /v1/status."""
-        return self._node.local_status()
+    def leader(self) -> Member | None:
+        """Who leads, as far as this node knows; None: nobody is known to."""
+        leader = self._alive.news.leadership_now().leader
+        return next((member for member in self.members if member.id == leader), None)
 
-    def leadership(self) -> AsyncIterator[dict[str, Any]]:
-        """`leader` (a node id or None) and `is_leader` now, then whenever that changes."""
-        return self._node.leadership_events()
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The committed members, as far as this node knows; () until it belongs to a cluster."""
+        return self._alive.news.membership_now().members
 
-    def membership(self) -> AsyncIterator[dict[str, Any]]:
-        """The cluster as GET /v1/cluster has it now, then after every committed change."""
-        return self._node.membership_events()
+    def leadership(self) -> News[Leadership]:
+        """Who leads: now, and again whenever that changes.
 
-    # --- small things -------------------------------------------------------------------------
+        Example:
+            async for now in engine.leadership():
+                if now.is_leader:
+                    break
+        """
+        return self._alive.news.leadership()
 
-    async def _write(self, command: Effect, once: str | None, timeout_s: float) -> Result:
-        key = None if once is None else parse_once(once)
-        return await self._node.write(command, self._deadline(timeout_s), key)
+    def membership(self) -> News[Membership]:
+        """The committed members: now, and again after every change.
 
-    async def _barrier(self, consistency: str | None, timeout_s: float) -> None:
-        wanted = consistency or self._config.read.default
-        if wanted not in ("linearizable", "lease", "eventual"):
-            raise InvalidRequest("consistency is linearizable, lease or eventual")
-        await self._node.read_barrier(wanted, self._deadline(timeout_s))
+        Example:
+            async for now in engine.membership():
+                assert [member.id for member in now.members] == [1]
+                break
+        """
+        return self._alive.news.membership()
 
-    def _deadline(self, timeout_s: float) -> float:
-        if self._running.done() and isinstance(error := self._running.exception(), FatalError):
-            raise error
-        return asyncio.get_running_loop().time() + timeout_s
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """A task that ends with this engine at the latest: for the helpers that it makes."""
+        return self._alive.calls.spawn(work, name)
 
+    @property
+    def _alive(self) -> Life:
+        if self._life is None:
+            raise RuntimeError("this engine does not run yet: enter it with `async with`")
+        return self._life
 
-def _config(
-    data_dir: Path,
-    node_id: int,
-    listen_address: str,
-    join: Mapping[int, str],
-    settings: Mapping[str, str],
-) -> Config:
-    """The configuration that these stand for, read as if from the environment."""
-    role, status = (3, 0) if join else (2, 2)
-    members: Sequence[str] = [
-        *(f'{{ id = {i}, address = "{at}", role = 0, status = 2 }}' for i, at in join.items()),
-        f'{{ id = {node_id}, address = "{listen_address}", role = {role}, status = {status} }}',
-    ]
-    keys = {
-        "cluster.node_id": str(node_id),
-        "cluster.listen_address": listen_address,
-        "cluster.initial_cluster": f"[{', '.join(members)}]",
-        "cluster.db_root_dir": str(data_dir),
-        **settings,
-    }
-    environ = {
-        ENVIRONMENT_PREFIX + key.upper().replace(".", "__"): value for key, value in keys.items()
-    }
-    return load(None, environ)
-
-
-def _key(key: Key) -> bytes:
-    return key.encode() if isinstance(key, str) else key
-
-
-def _condition(if_revision: int | None, if_absent: bool) -> Condition | None:
-    if if_revision is None and not if_absent:
-        return None
-    return Condition(None if if_revision is None else (if_revision,), if_absent)
-
-
-def _deleted(result: Result) -> DeleteResult:
-    if not isinstance(result, DeleteResult):
-        raise refusal(result)
-    return result
-
-
-def _granted(result: Result) -> LeaseResult:
-    if not isinstance(result, LeaseResult):
-        raise refusal(result)
-    return result
+    @property
+    def _as_client(self) -> Client:
+        """Leases, locks and elections are the client's; an engine has all that they ask of one."""
+        return cast(Client, self)

@@ -12,8 +12,8 @@ import pytest
 
 # The lowest layer first: a broken quorum function is easier to read than a broken cluster.
 LAYERS = (
-    *("raft", "kv", "storage", "node", "api", "client", "linearizability", "simulation", "mutants"),
-    *("integration", "crash_sweep", "nemesis", "ansible", "lab"),
+    *("raft", "kv", "storage", "node", "api", "client", "engine", "linearizability"),
+    *("simulation", "mutants", "integration", "crash_sweep", "nemesis", "ansible", "lab"),
 )
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # `make crash-sweep`
 LAB = bool(os.environ.get("DENGINE_LAB_TESTS"))  # `make lab-full`

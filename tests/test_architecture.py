@@ -27,7 +27,8 @@ ARROWS: dict[str, set[str]] = {
     "cli": {
         *("errors", "raft", "kv", "storage", "node", "api", "client", "config", "log", "security")
     },
-    "engine": {"errors", "kv", "storage", "node", "api", "config"},
+    "embedded": {"errors", "kv", "node", "api", "client", "config"},
+    "engine": {"errors", "kv", "embedded", "client", "config"},
     "snapshot_writer": {"errors", "raft", "storage", "security"},  # a process of its own
     "__main__": {"cli"},
     "__init__": {"engine"},  # when it is asked for, and not before
@@ -43,7 +44,7 @@ REACHING_OUT = {
     "__builtins__", "__import__", "__loader__", "breakpoint", "compile", "eval", "exec", "globals",
     "hash", "input", "open", "print", "vars",
 }  # fmt: skip
-ASYNC_LAYERS = {"node", "api", "cli", "client", "engine"}
+ASYNC_LAYERS = {"node", "api", "cli", "client", "embedded", "engine"}
 ONLY_IMPORTER = {"lmdb": "storage", "uvloop": "cli"}
 MAX_FILE_LINES = 500
 LONG_FILES = {"raft/raft.py"}  # every transition of the protocol in one place, on purpose
