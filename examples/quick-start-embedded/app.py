@@ -1,73 +1,70 @@
-"""An app with its own replicated store: a counter that survives the app, and news of it.
+"""A counter that survives its app and, with two more of it, the loss of any one.
 
-    python app.py                                  # founds a cluster of one
-    python app.py --id 2 --port 9082 --join 1=127.0.0.1:9081      # another terminal: joins it
+    python app.py         a cluster of one inside this process, without a port
+    python app.py 1       one of three: start 1, 2 and 3, in a terminal each
 """
 
-from __future__ import annotations
-
-import argparse
 import asyncio
 import contextlib
-import secrets
+import sys
 
 import dengine
+from dengine.client import Compare, Put
 from dengine.errors import DengineError
-from dengine.kv.commands import Compare, Put, Txn
-from dengine.node.watch_hub import Changes
+
+ADDRESSES = {1: "127.0.0.1:9081", 2: "127.0.0.1:9082", 3: "127.0.0.1:9083"}
+SETTINGS = {"raft.membership.promotion": "odd"}  # from one voter to three: two tolerate no failure
 
 
-async def count(engine: dengine.Engine) -> int:
-    """Add one to the counter: read, compare and swap, again if somebody else was quicker.
+def engine_of(node_id: int | None) -> dengine.Engine:
+    """Number 1 goes on with what it has counted alone; the others join it."""
+    if node_id is None:
+        return dengine.Engine("db", settings=SETTINGS)
+    own = ADDRESSES[node_id]
+    if node_id == 1:
+        return dengine.Engine("db", node_id=1, listen_address=own, settings=SETTINGS)
+    first = {1: ADDRESSES[1]}
+    return dengine.Engine(
+        "db", node_id=node_id, listen_address=own, initial_cluster=first, join=True
+    )
 
-    The key `once` makes each attempt safe to repeat, should its outcome not be known.
-    """
-    while True:
-        found = await engine.get("counter")
+
+async def count(engine: dengine.Engine) -> None:
+    """Add one, also when others do so at the same moment: whoever is late reads again."""
+    done = False
+    while not done:
+        found = await engine.get("count")
         before, revision = (0, 0) if found is None else (int(found.value), found.mod_revision)
-        unchanged = Compare(b"counter", "mod_revision", "=", revision)
-        swap = Txn((unchanged,), (Put(b"counter", b"%d" % (before + 1)),), ())
-        if (await engine.txn(swap, once=secrets.token_hex(16))).succeeded:
-            return before + 1
+        unchanged = Compare("count", "mod_revision", "=", revision)
+        done = (await engine.txn([unchanged], [Put("count", b"%d" % (before + 1))])).succeeded
 
 
-async def tell(engine: dengine.Engine) -> None:
-    """Print every change of the counter, whichever node made it."""
-    async with contextlib.aclosing(await engine.watch(key="counter")) as watch:
-        async for message in watch:
-            if isinstance(message, Changes):
-                record = message.events[-1].record
-                print("the counter is", record.value.decode() if record else "gone", flush=True)
+async def tell_changes(engine: dengine.Engine) -> None:
+    async for change in engine.watch("count"):
+        for event in change.events:
+            print("count:", event.value.decode() if event.value else "gone", flush=True)
 
 
-async def main(engine: dengine.Engine) -> None:
-    async with engine:
+async def tell_leader(engine: dengine.Engine) -> None:
+    async for now in engine.leadership():
+        print("leader:", "this one" if now.is_leader else now.leader, flush=True)
+
+
+async def main(node_id: int | None) -> None:
+    async with engine_of(node_id) as engine, asyncio.TaskGroup() as tasks:
         await engine.wait_ready()
-        print("ready;", "leading" if engine.is_leader else "following", flush=True)
-        telling = asyncio.create_task(tell(engine))
-        try:
-            while True:
-                try:
-                    await count(engine)
-                except DengineError as error:  # no majority just now, for example
-                    print("not counted:", error.message, flush=True)
-                await asyncio.sleep(1)
-        finally:
-            telling.cancel()
+        tasks.create_task(tell_changes(engine))
+        tasks.create_task(tell_leader(engine))
+        while True:
+            try:
+                await count(engine)
+            except DengineError as error:
+                if not error.retryable:
+                    raise
+                print("not counted:", error.message, flush=True)  # there is no majority now
+            await asyncio.sleep(1)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--id", type=int, default=1)
-    parser.add_argument("--port", type=int, default=9081)
-    parser.add_argument("--join", metavar="ID=HOST:PORT", action="append", default=[])
-    asked = parser.parse_args()
-    joined = dict(pair.split("=", 1) for pair in asked.join)
-    node = dengine.Engine(
-        "./data",
-        node_id=asked.id,
-        listen_address=f"127.0.0.1:{asked.port}",
-        join={int(number): address for number, address in joined.items()},
-    )
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main(node))
+    with contextlib.suppress(KeyboardInterrupt):  # which leaves the engine in good order
+        asyncio.run(main(int(sys.argv[1]) if sys.argv[1:] else None))
