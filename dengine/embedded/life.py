@@ -122,12 +122,14 @@ class Life:
         if reason is not None:
             log.error("node %d has ended: %s", self.config.cluster.node_id, reason.message)
         self.calls.end(reason)
-        if self._server is not None:
-            await self._server.stop(0.0)
-        await self.news.end()
-        await self.calls.settle()
-        if not self._ending:
-            self._gone.set()
+        try:
+            if self._server is not None:
+                await self._server.stop(0.0)
+            await self.news.end()
+            await self.calls.settle()
+        finally:
+            if not self._ending:
+                self._gone.set()
 
     async def _until_it_ends(self) -> FatalError | None:
         try:

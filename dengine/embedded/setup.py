@@ -83,6 +83,10 @@ def _of_keys(
     listen = own or NOWHERE
     if any_port:
         listen = listen.removesuffix(ANY_PORT) + ":1"  # until it is known which
+    try:
+        parse_address(listen)
+    except ValueError as error:
+        raise ConfigError(f"{SOURCE}: cluster.listen_address {error}, not {own!r}") from None
     members.setdefault(node_id, listen)
     if any_port and members[node_id] == own:
         members[node_id] = listen
