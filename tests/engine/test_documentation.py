@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import uvloop
 
-import dengine
 import dengine.client
+from dengine import engine as embedded_mode
 from dengine.client.client import Client
 from dengine.embedded import watching
 from tests.client.test_package import documented, example
@@ -21,7 +21,7 @@ from tests.engine.apps import PATIENT_S, alone, on
 NAMES: dict[str, Any] = {name: getattr(dengine.client, name) for name in dir(dengine.client)}
 EXAMPLES = {
     name: code
-    for module in (dengine.engine, watching)
+    for module in (embedded_mode, watching)
     for name, item in documented(module)
     if (code := example(item)) is not None
 }
@@ -50,7 +50,7 @@ def test_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_every_call_has_an_example() -> None:
     calls = {f"dengine.engine.Engine.{name}" for name in public(dengine.Engine)}
     assert calls - EXAMPLES.keys() == {"dengine.engine.Engine.spawn"}
-    for name, item in documented(dengine.engine):
+    for name, item in documented(embedded_mode):
         assert inspect.getdoc(item), f"{name} has no docstring"
 
 
