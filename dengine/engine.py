@@ -314,7 +314,7 @@ class Engine:
         """Compare, then do all of `success` if every comparison holds, else all of `failure`.
 
         It is one change with one revision, or none. Later operations see earlier ones. At most 128
-        of each (limits.txn_ops).
+        of each (limits.txn_ops), and 64 KiB of values that it reads.
 
         Raises:
             DengineError: as for `put`. Comparisons that do not hold are no error.

@@ -81,13 +81,12 @@ class Calls:
 
         async def attempt() -> T:
             await self._node.read_barrier(consistency, deadline)
-            if not self.alive:  # what is closed must not be looked at
-                raise await self._last_word("none", deadline) from self.reason
+            await self.require_alive(deadline)
             try:
                 return await look(deadline)
             except FatalError as error:
-                if self.alive:
-                    self._node.fail(error)  # damage ends a node
+                await self.require_alive(deadline)
+                self._node.fail(error)  # damage ends a node
                 raise
 
         return await self.repeat(attempt, deadline, "none")
@@ -232,6 +231,11 @@ class Calls:
     def alive(self) -> bool:
         """Does the node work? It is on its way out for a while before it can say why."""
         return not self._over.is_set() and self._node.readiness().checks["running"]
+
+    async def require_alive(self, deadline: float) -> None:
+        """What is closed must not be looked at. Raises EngineClosed, once it is known why."""
+        if not self.alive:
+            raise await self._last_word("none", deadline) from self.reason
 
     async def drain(self, within_s: float) -> None:
         """No new calls; return when those under way have ended, and after `within_s` anyhow."""

@@ -79,6 +79,7 @@ class Reads:
             for counted in self._node.state.count(*span):
                 total = counted
                 await asyncio.sleep(0)  # others get their turn every 1000 keys
+                await self._calls.require_alive(deadline)
                 if loop.time() > deadline:
                     raise RequestTimeout(
                         f"counted {total} keys in time and there are more: count smaller ranges",
