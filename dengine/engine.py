@@ -32,9 +32,9 @@ from dengine.client.results import DeleteResult, LeaseInfo, PutResult, TxnResult
 from dengine.config import Config
 from dengine.embedded import commands
 from dengine.embedded.calls import EngineClosed
+from dengine.embedded.configuring import setup_of
 from dengine.embedded.life import Life, begin, end
 from dengine.embedded.news import Leadership, Member, Membership, News
-from dengine.embedded.setup import setup_of
 from dengine.embedded.watching import Watch
 from dengine.errors import FatalError
 from dengine.kv import commands as kv

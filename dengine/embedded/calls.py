@@ -25,8 +25,8 @@ PAUSE_S: Final = 0.05  # before a call is tried again; doubled each time, up to
 PAUSE_MAX_S: Final = 1.0
 RATE_LIMITED_S: Final = 0.5  # at least, where the node asks for patience
 SILENCE_S: Final = 1.0  # past its deadline the node answers within a tenth of that, if it ever does
-# Of these the state machine has not carried the command out under its key, and remembers nothing.
-# Any other result is its first and final word, whatever became of other attempts.
+# These say nothing of other attempts, which may still be carried out. Any other result is the first
+# and final word of the state machine under that key.
 _UNDECIDED: Final = (Full, Invalid, Mismatch, Stale)
 
 T = TypeVar("T")

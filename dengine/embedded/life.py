@@ -9,9 +9,9 @@ from typing import Any, Final
 from dengine.api.server import HttpServer
 from dengine.config import Config
 from dengine.embedded.calls import Calls
+from dengine.embedded.configuring import Setup, reserved
 from dengine.embedded.news import Leadership, Newsroom
 from dengine.embedded.reads import Reads
-from dengine.embedded.setup import Setup, reserved
 from dengine.errors import ConfigError, FatalError, RequestTimeout, TryAgain
 from dengine.node.node import Node
 

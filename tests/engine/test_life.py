@@ -17,7 +17,7 @@ import uvloop
 
 import dengine
 from dengine.client.results import PutResult
-from dengine.embedded.setup import NOWHERE
+from dengine.embedded.configuring import NOWHERE
 from dengine.engine import EngineClosed
 from dengine.errors import ConfigError, RequestTimeout, StorageIO, TooLarge, TryAgain
 from dengine.storage.log_store import LogStore
