@@ -37,7 +37,7 @@ from dengine.node.leading import AtLeader
 from dengine.node.lifetimes import Lifetimes
 from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
-from dengine.node.opening import last_clock, open_directory
+from dengine.node.opening import last_clock, opening
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
 from dengine.node.snapshots import Snapshots
@@ -52,7 +52,7 @@ from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.security import Secrets
-from dengine.storage.recovery import after_damage, open_stores
+from dengine.storage.recovery import after_damage
 
 log = logging.getLogger("dengine.node")
 
@@ -92,16 +92,15 @@ class Node:
         Raises:
             FatalError: locked by another process, removed from its cluster, damaged, ...
         """
-        self._directory = open_directory(self.config)
-        self._log_store, self.state = open_stores(self._directory)
-        identity = self._directory.identity  # another incarnation, if the log had to be replaced
-        self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
-        self._announce_above = self.raft.log.commit_index
-        self.raft.learn_clock(*last_clock(self._log_store, self.state))
-        if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
-            self._directory.set_cluster_id(self.raft.membership.cluster_id)
-        announcing.membership_loaded(self.raft.membership, self.config.cluster.initial_cluster)
-        self._build()
+        with opening(self.config) as (self._directory, self._log_store, self.state):
+            identity = self._directory.identity  # another incarnation, if the log was replaced
+            self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
+            self._announce_above = self.raft.log.commit_index
+            self.raft.learn_clock(*last_clock(self._log_store, self.state))
+            if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
+                self._directory.set_cluster_id(self.raft.membership.cluster_id)
+            announcing.membership_loaded(self.raft.membership, self.config.cluster.initial_cluster)
+            self._build()
 
     def _load_raft(self, me: MemberId) -> Raft:
         election = self.config.election
@@ -372,8 +371,12 @@ class Node:
     # --- what others see ----------------------------------------------------------------------
 
     @property
+    def running(self) -> bool:
+        return not (self._stopped.done() or self._cycle.failed.done())
+
+    @property
     def is_leader(self) -> bool:
-        return self.raft.is_leader
+        return self.raft.is_leader and self.running
 
     @property
     def turns(self) -> int:
@@ -392,7 +395,7 @@ class Node:
 
     def readiness(self) -> Readiness:
         """Can this node answer reads and writes now?"""
-        return self._status.readiness(running=not self._stopped.done())
+        return self._status.readiness(running=self.running)
 
     def local_status(self) -> dict[str, Any]:
         """GET /v1/status: this node alone, without asking anybody."""

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from dengine.config import Config
 from dengine.errors import ConfigError, IdentityError, StorageIO
@@ -11,6 +13,7 @@ from dengine.kv.commands import batch_clock_ms
 from dengine.raft.types import EntryKind
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
+from dengine.storage.recovery import open_stores
 from dengine.storage.state_store import StateStore
 
 # No restart helps against these, unlike against a disk that fails or is full.
@@ -26,6 +29,21 @@ MISPLACED = (
     errno.EPERM,
     errno.EROFS,
 )
+
+
+@contextmanager
+def opening(config: Config) -> Iterator[tuple[DataDirectory, LogStore, StateStore]]:
+    """Directory, log and state; they are closed again if the block raises, for an app that embeds
+    the node goes on. Raises as `open_directory` and `open_stores`.
+    """
+    directory = open_directory(config)
+    with ExitStack() as opened:
+        opened.callback(directory.close)
+        log, state = open_stores(directory)
+        opened.callback(log.close)
+        opened.callback(state.close)
+        yield directory, log, state
+        opened.pop_all()
 
 
 def open_directory(config: Config) -> DataDirectory:
@@ -46,6 +64,7 @@ def open_directory(config: Config) -> DataDirectory:
         raise
     identity = directory.identity
     if identity.removed:
+        directory.close()
         raise IdentityError(
             f"node {identity.node_id} was removed from cluster {identity.cluster_id} "
             f"({identity.removed}): {directory.path} cannot be used again; start a new "
