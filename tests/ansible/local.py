@@ -69,12 +69,13 @@ MIDST_S = 0.5
 
 
 class Kill(NamedTuple):
-    """SIGKILL `after_s` into a task. `behind` is the last task before it that acted, "" where that
-    was before the ones that were looked at."""
+    """SIGKILL `after_s` into a task. `behind` is the last task before that acted, `ahead` the first
+    from there on that acts, which a kill in its midst is about; "" where there is none."""
 
     task: Task
     after_s: float
     behind: str
+    ahead: str
 
     def __str__(self) -> str:
         return f"{self.task.number}: {self.task.name}, {self.after_s} s in"
@@ -99,11 +100,12 @@ def kill_points(tasks: Sequence[Task]) -> list[Kill]:
     """
     points, behind = list[Kill](), ""
     changed = True  # since the last kill at a start
-    for task in tasks:
+    for index, task in enumerate(tasks):
+        ahead = next((later.name for later in tasks[index:] if later.acts), "")
         if changed:
-            points.append(Kill(task, 0, behind))
+            points.append(Kill(task, 0, behind, ahead))
         if task.takes_time:
-            points.append(Kill(task, MIDST_S, behind))
+            points.append(Kill(task, MIDST_S, behind, ahead))
         changed = task.acts
         if task.acts:
             behind = task.name
@@ -113,16 +115,15 @@ def kill_points(tasks: Sequence[Task]) -> list[Kill]:
 def chosen(points: Sequence[Kill], elsewhere: Set[str], step: int, turn: int) -> list[Kill]:
     """Of `points` those to try where every one takes minutes.
 
-    All about a task that no cheaper run has: one whose name is not in `elsewhere`, the tasks that
-    act there, is killed itself, or is the last that acted. What is done once more for another node
-    is not among them. Of all others every `step`th, another part with each `turn`.
+    Always each right before, in the midst of and right behind a task that no cheaper run has: whose
+    name is not in `elsewhere`, those of the tasks that act there. What is done once more for
+    another node is not among them. Of all others every `step`th, another part with each `turn`.
     """
     always, others, seen = set[Kill](), list[Kill](), set[tuple[str, str, float]]()
     for kill in points:
-        own = [kill.task.name] if kill.task.acts else []
-        names = own if kill.after_s else [*own, kill.behind]
-        kind = (_any_node(kill.behind), _any_node(kill.task.name), kill.after_s)
-        if any(name and name not in elsewhere for name in names) and kind not in seen:
+        names = {kill.ahead} if kill.after_s else {kill.ahead, kill.behind}
+        kind = (_any_node(kill.behind), _any_node(kill.ahead), kill.after_s)
+        if names - elsewhere - {""} and kind not in seen:
             always.add(kill)
         else:
             others.append(kill)
