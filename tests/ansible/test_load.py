@@ -1,4 +1,4 @@
-"""The clients beside the playbooks know whether a node has read the request that it did not answer."""
+"""The clients beside the playbooks know whether a node had read what it did not answer."""
 
 from __future__ import annotations
 
@@ -121,6 +121,8 @@ def test_a_writer_counts_why_it_tried_again(listener: socket.socket, tmp_path: P
     patient = Writer(clients, "w", 1, patience_s=30)
     patient._write("key", "value", "")
     worker.join(10)
+    for link in patient._links.values():
+        link.close()
     assert patient.failures == []
     assert patient.acknowledged == {"key": "value"}
     assert patient.retries == {

@@ -90,7 +90,9 @@ class Lab:
         processes, mounts = set[str](), set[str]()
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                line = (
+                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
                 where = (entry / "cgroup").read_text()
                 lines = (entry / "mountinfo").read_text().splitlines()
                 inside = (entry / "ns" / "net").stat().st_ino == self._network
