@@ -182,7 +182,7 @@ def host_variable(site: Site, interpreter: str) -> str:
 
 
 def test_without_the_rights_of_root_the_run_ends_before_anything(single: Site) -> None:
-    """Such a user has no directory beside the data's either in which to try how fast the disk is."""
+    """Such a user cannot try how fast the disk is either, and that row says so."""
     ordinary = '{"ansible_become": "{{ inventory_hostname != \'n3\' }}"}'
     run = single.play("expand", "-e", ordinary)
     assert failed_rows(run) == {("n3", "privileges"), ("n3", "fsync")}
