@@ -211,7 +211,8 @@ def _stop(child: subprocess.Popen[str]) -> str:
 
 def soak(kinds: Sequence[str], minutes: float) -> int:
     """Until told to stop; returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
     left, failed, stopped = list(kinds), False, False
     try:
         for number in itertools.count():

@@ -252,7 +252,8 @@ def run_all(
     Args:
         output: where the sums go as JSON.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
     needed, outcomes, stopped = read_needed(), list[Outcome](), False
     print(f"{'mutant':62} {'seeds':>5} {'known':>5} {'s':>6}  caught by")
     pool = ThreadPoolExecutor(os.cpu_count())

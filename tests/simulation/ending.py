@@ -193,7 +193,11 @@ class Ending:
         return told
 
     def _owing(self) -> str:
-        return ", ".join(f"node {i} owes a {kind or 'write'}" for i, kind in self._owed)
+        """Of those that are members still: a removal that was asked for before may have been
+        carried out only now."""
+        machines = self._world.machines
+        owing = [(i, kind) for i, kind in self._owed if not machines[i].retired]
+        return ", ".join(f"node {i} owes a {kind or 'write'}" for i, kind in owing)
 
     # --- the disks --------------------------------------------------------------------------------
 

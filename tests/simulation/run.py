@@ -310,8 +310,10 @@ class Session:
         self._end = self._started + seconds
 
     def run(self) -> int:
-        """Returns the exit code. Ctrl-C and SIGTERM end it at once."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        """Returns the exit code. Ctrl-C and SIGTERM end it at once, also in the background of a
+        script, whose shell has SIGINT ignored."""
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stop, signal.default_int_handler)
         progress = _Progress()
         try:
             for tally, failure in each(self._numbers(), self._examine, died):
