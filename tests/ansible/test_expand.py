@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import stat
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from examples.ansible.load import Watch, Writer, request
 from examples.ansible.run import stop_nodes
-from tests.ansible.local import Local, Task, kill_points, local, read_tasks
+from tests.ansible.local import Kill, Local, Task, kill_points, local, read_tasks
 from tests.ansible.server import run_module
 from tests.cluster import wait_for
 
@@ -49,6 +51,8 @@ def test_one_node_becomes_three_under_four_writers_through_three_kills_of_the_ru
     assert site.voters() == [1]
     first_pid = site.pid("n1")
 
+    arguments = Arguments()
+    arguments.start()
     clients = site.clients()
     watch = Watch(clients, site.endpoint("n1"))
     writers = [Writer(clients, f"w{i}", PER_SECOND) for i in range(WRITERS)]
@@ -92,9 +96,13 @@ def test_one_node_becomes_three_under_four_writers_through_three_kills_of_the_ru
     assert site.pid("n1") == first_pid
 
     said += again.output
+    arguments_seen = arguments.stop()
+    assert any(b"ansible-playbook" in line for line in arguments_seen)
+    assert any(line.startswith(b"/bin/sh\0-c\0") for line in arguments_seen), "nothing on a host"
     for name, secret in site.secrets.items():
         assert len(secret) >= 32
         assert secret not in said, f"{name} was shown"
+        assert not [line for line in arguments_seen if secret.encode() in line], name
         # Everything that a run leaves: the hosts, the controller's own directory, remote ones.
         files = [p for p in site.directory.rglob("*") if p.is_file() and "db" not in p.parts]
         holders = [p for p in files if secret.encode() in p.read_bytes()]
@@ -223,6 +231,26 @@ def tasks_of(site: Local, playbook: str) -> list[Task]:
     return read_tasks(file)
 
 
+class Arguments(threading.Thread):
+    """The command lines of all processes of this machine, looked at again and again."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen: set[bytes] = set()
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopping.wait(0.02):  # the pace of looking
+            for file in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):  # it has ended
+                    self.seen.add(file.read_bytes())
+
+    def stop(self) -> set[bytes]:
+        self._stopping.set()
+        self.join(20)
+        return self.seen
+
+
 class Single:
     """What site.yml has made, kept aside, so that any number of runs can begin with it."""
 
@@ -252,14 +280,14 @@ class Single:
         wait_for(lambda: site.voters() == [1], "node 1 to serve")
 
 
-def kill_and_resume(site: Local, at: Task) -> None:
+def kill_and_resume(site: Local, at: Kill) -> None:
     """site.yml after a kill may find one voter or three, and never makes two of it: that is tried
     after every fourth."""
-    after_s = "0.5" if at.takes_time else "0"
-    killed = site.play("expand", KILL_AT=str(at.number), KILL_AFTER_S=after_s)
+    number = at.task.number
+    killed = site.play("expand", KILL_AT=str(number), KILL_AFTER_S=str(at.after_s))
     assert killed.code == -9, killed.output[-3000:]
     assert site.voters() in ([1], [1, 2, 3]), at
-    if not at.number % 4:
+    if not number % 4:
         site.play("site").ok()
         assert site.voters() in ([1], [1, 2, 3]), at
     site.play("expand").ok()
@@ -276,7 +304,8 @@ PARTS = 4  # as two processes do them side by side
 def test_the_kill_matrix(part: int, site: Local) -> None:
     """SIGKILL at the start of each task from the backup on, each time of a run that begins with one
     voter, and in the midst of those that wait or start something; the second run ends verified.
-    Where nothing was done since the task before, it would be the same kill again."""
+    Where nothing was done since the task before, it would be the same kill again: kill_points says
+    why, test_kill_points.py tests it. What only hosts with systemd do is killed in tests/lab."""
     single = Single(site)
     single.restore()
     tasks = tasks_of(site, "expand")
@@ -284,7 +313,7 @@ def test_the_kill_matrix(part: int, site: Local) -> None:
     points = kill_points(tasks[begin:])
     assert len(points) > 20, tasks
     for at in points[len(points) * part // PARTS : len(points) * (part + 1) // PARTS]:
-        print(f"killed at {at.number}: {at.name}", flush=True)
+        print(f"killed at {at}", flush=True)
         single.restore()
         first = site.pid("n1")
         kill_and_resume(site, at)
