@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install run walkthrough test sim mutants soak nemesis crash-sweep ansible-full lint fix bench lab lab-expand lab-full lab-down lock clean test-packages
+.PHONY: help install run walkthrough test sim mutants soak nemesis crash-sweep ansible-full lint lint-types lint-ansible fix bench lab lab-expand lab-full lab-down lock clean test-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,12 @@ $(STAMP): pyproject.toml
 lint: $(STAMP) ## ruff, mypy --strict, yamllint, ansible-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	@$(MAKE) --no-print-directory -j 2 -O lint-types lint-ansible  # one core each
+
+lint-types: $(STAMP)
 	$(VENV)/bin/mypy --strict dengine
+
+lint-ansible: $(STAMP)
 	$(VENV)/bin/yamllint --strict .
 	ANSIBLE_COLLECTIONS_PATH=ansible/collections PATH=$(VENV)/bin:$$PATH $(VENV)/bin/ansible-lint --offline --strict -q ansible inventories
 
@@ -41,7 +46,8 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 
 # These start machines, or are about how long clients wait: one after the other. All others share
 # both cores, and a process gets its next test when it has done one: some take very much longer.
-APART  := tests/crash_sweep tests/nemesis tests/lab \
+APART  := tests/crash_sweep tests/lab \
+          $(patsubst %,tests/nemesis/test_%.py,faults machines nemesis) \
           $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough)
 SHARED := -n 2 --maxschedchunk 1
 
@@ -55,23 +61,26 @@ FROM  ?= 0
 sim: $(STAMP) ## Simulated clusters under faults: make sim SEEDS=1000 FROM=0
 	$(PYTHON) -m tests.simulation.run --seeds $(SEEDS) --from $(FROM)
 
-soak: $(STAMP) ## The same until told to stop: make soak FROM=0
-	$(PYTHON) -m tests.simulation.run --seeds 0 --from $(FROM)
+RECORD ?=
 
-mutants: $(STAMP) ## Defects put in on purpose: does the simulator find every one?
-	$(PYTHON) -m tests.mutants.run
+mutants: $(STAMP) ## Defects put in on purpose: is every one found? RECORD=1 writes down how soon
+	$(PYTHON) -m tests.mutants.run $(if $(RECORD),--record)
 
 MINUTES ?= 10
 SEED    ?=
 
-nemesis: $(STAMP) test-packages ## Real nodes under faults, as root: make nemesis MINUTES=10 SEED=7
-	$(PYTHON) -m tests.nemesis.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+nemesis: $(STAMP) test-packages ## Real nodes under faults, as root: make nemesis MINUTES=10 SEED=7 JOBS=2
+	$(PYTHON) -m tests.nemesis.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
+
+soak: $(STAMP) test-packages ## Simulator, mutants and nemesis in turn until told to stop; keeps books
+	$(PYTHON) -m tests.soak
 
 test-packages:
 	@scripts/system-packages.sh e2fsprogs iproute2 nftables strace util-linux
 
 crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (three quarters of an hour)
-	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/crash_sweep tests/integration/test_crashes.py tests/integration/test_damage.py tests/integration/test_snapshot_writer.py -v $(SHARED)
+	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/raft/test_random.py tests/crash_sweep \
+		$(patsubst %,tests/integration/test_%.py,crashes damage secrets snapshot_writer) -v $(SHARED)
 
 ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to fail (hours)
 	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v $(SHARED)

@@ -25,7 +25,7 @@ import psutil
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.raft.types import SnapshotRef
 from dengine.security import PeerSecret
-from dengine.storage.environment import DATA_FILE
+from dengine.storage.environment import DATA_FILE, sync_directory
 from dengine.storage.snapshot_file import (
     SnapshotInfo,
     snapshot_name,
@@ -46,7 +46,7 @@ from dengine.storage.snapshot_jobs import (
     decode_job,
     encode_event,
 )
-from dengine.storage.snapshots import fetched_path, take, unpack
+from dengine.storage.snapshots import fetched_path, make_private, take, unpack
 from dengine.storage.state_reader import StateReader
 
 PROGRESS_EVERY_S: Final = 0.2
@@ -149,13 +149,14 @@ def _fetch(job: Fetch) -> SnapshotInfo:
     file = directory / snapshot_name(job.ref.log_id)
     partial = fetched_path(directory, job.ref.sha256)
     try:
-        directory.mkdir(mode=0o700, exist_ok=True)
+        make_private(directory)
         if not _is_here(file, job.ref):
             info = _download(job, partial)
             if info.header.cluster_id != job.cluster_id:
                 partial.unlink()
                 raise DataCorruption(f"{partial} is from cluster {info.header.cluster_id}")
             file = partial
+            sync_directory(directory)  # the log will begin behind it, so a power cut must leave it
         return unpack(file, Path(job.state), _Pace().report)
     except OSError as error:
         raise StorageIO(f"cannot fetch {file}: {error.strerror or error}") from error

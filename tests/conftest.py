@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -27,6 +28,10 @@ MAY_NOT_SKIP = (
 # The machine is shared, so time per example means nothing; a failure prints how to repeat it.
 hypothesis.settings.register_profile("dengine", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("dengine")
+
+# A script that runs the tests in its background has SIGINT ignored, and what they start would
+# inherit that: some of it is told to end by just this signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def belongs(item: pytest.Item) -> bool:

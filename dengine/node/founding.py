@@ -84,6 +84,10 @@ class Founding:
         if self._me in hello.founders:
             self.adopted_cluster_id = hello.cluster_id  # we are one of them, only later
             return
+        if not hello.founders and hello.member.id in self.others:
+            # A founder that came late like us: it has been told of the cluster, and knows its
+            # members only when their log has come. Who knows them will speak to us as well.
+            return
         concerns_us = hello.expects == self._me.id or hello.member.id in self._addresses
         if not self.is_joiner and concerns_us:
             raise IdentityError(

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dengine.errors import DataCorruption, FatalError, InvariantBroken, TryAgain
@@ -232,7 +233,8 @@ class Installer:
                 return True
             await self._drop(state)
             if self._fetched is not None:
-                self._fetched.unlink(missing_ok=True)
+                with suppress(OSError):  # it is of no use; a later fetch or start removes it
+                    self._fetched.unlink(missing_ok=True)
             return False
         finally:
             self._installed = self._fetched = None

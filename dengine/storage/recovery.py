@@ -1,7 +1,8 @@
 """What a start makes of the data directory it finds: the log, and a state that agrees with it.
 
     the state in use can be trusted       it is opened as it is
-    it was just unpacked from a snapshot  the log is made to begin there: an install is finished
+    it was just unpacked from a snapshot  the snapshot gets its name and the log begins there: an
+                                          install is finished
     it cannot be trusted, or is damaged   the newest sound snapshot that the log continues, else
                                           an empty state; the log does the rest
     the log is damaged, lost, or older    this node has broken what it promised with it. With other
@@ -23,13 +24,21 @@ from typing import NamedTuple
 
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.raft.membership import Membership
-from dengine.raft.types import HardState, MemberId
+from dengine.raft.types import HardState, LogId, MemberId
 from dengine.storage.directory import DataDirectory, distrusted_log
 from dengine.storage.environment import DATA_FILE, sync_directory
 from dengine.storage.log_store import REMEDY, LogStore
 from dengine.storage.probe import probe_log, probe_state
-from dengine.storage.snapshot_file import parse_name, read_header, verify
+from dengine.storage.snapshot_file import (
+    name_durably,
+    parse_name,
+    read_header,
+    snapshot_name,
+    verify,
+)
+from dengine.storage.snapshot_frames import disk
 from dengine.storage.snapshots import (
+    list_fetched,
     list_files,
     put_all_aside,
     put_aside,
@@ -163,7 +172,9 @@ def _with_log(directory: DataDirectory, store: LogStore) -> Stores:
     if state is None:
         state = _rebuilt_state(directory, store)
     elif directory.installing:
-        _finish_install(directory, store, state)
+        if not _finish_install(directory, store, state):
+            state.close()
+            state = _rebuilt_state(directory, store)
     elif not _continues(store, state):
         if state.applied.index > store.last_index() or (
             state.applied.index >= store.first_index() - 1
@@ -226,13 +237,40 @@ def _continues(store: LogStore, state: StateStore) -> bool:
     return store.first_index() - 1 <= index <= store.last_index() and store.term(index) == term
 
 
-def _finish_install(directory: DataDirectory, store: LogStore, state: StateStore) -> None:
-    """The crash came after the switch to the unpacked state, perhaps before the log was reset."""
+def _finish_install(directory: DataDirectory, store: LogStore, state: StateStore) -> bool:
+    """The crash came after the switch to the unpacked state, perhaps before the log was reset.
+
+    False when the file it came from is gone: a log that began behind it would have lost everything
+    before with the next power cut. The old log still holds all that this node has promised.
+    """
     if not _continues(store, state):
         if state.membership is None:
             raise DataCorruption(f"{state.path} holds no membership", file=str(state.path))
+        if not _has_snapshot(directory, state.applied):
+            log.warning("the snapshot of entry %d is gone: not installed", state.applied.index)
+            return False
         store.reset(_hard_state(store, state), state.applied, state.membership)
     directory.finish_install()
+    return True
+
+
+def _has_snapshot(directory: DataDirectory, last: LogId) -> bool:
+    """Is there a snapshot up to `last` that a power cut leaves here? One that was fetched gets its
+    name now, where the crash came before that.
+    """
+    path = directory.snapshots_path
+    for file in list_files(path):
+        if parse_name(file.name) == last:
+            with disk(path):
+                sync_directory(path)
+            return True
+    for file in list_fetched(path):
+        with suppress(DataCorruption):
+            if read_header(file).log_id == last:
+                verify(file)
+                name_durably(file, snapshot_name(last))
+                return True
+    return False
 
 
 def _hard_state(store: LogStore, state: StateStore) -> HardState:
@@ -299,8 +337,8 @@ def _unpacked(directory: DataDirectory, file: Path) -> Path:
 def _has_room_for(file: Path, path: Path) -> bool:
     """Can the state in a snapshot, which is as large as that, be unpacked on the disk of `path`?"""
     try:
-        disk = os.statvfs(path)
-        return disk.f_bavail * disk.f_frsize >= file.stat().st_size + SMALL_FILES_BYTES
+        room = os.statvfs(path)
+        return room.f_bavail * room.f_frsize >= file.stat().st_size + SMALL_FILES_BYTES
     except OSError as error:
         raise StorageIO(f"cannot tell whether {path} has room: {error.strerror}") from error
 

@@ -77,7 +77,7 @@ def take(
             records=reader.records,
             taken_at_s=int(time.time()),
         )
-        _make_private(directory)
+        make_private(directory)
         file = directory / (name or snapshot_name(header.log_id))
         writer = SnapshotWriter(file, header, chunk_bytes, replace=name is None)
 
@@ -224,13 +224,18 @@ def fetched_path(directory: Path, sha256: str) -> Path:
     return directory / f"fetch-{sha256}{PARTIAL_SUFFIX}"
 
 
+def list_fetched(directory: Path) -> list[Path]:
+    """What fetches have left: complete, in part, or of no use."""
+    return sorted(directory.glob(f"fetch-*{PARTIAL_SUFFIX}"))
+
+
 def keep_fetched(directory: Path, sha256: str) -> int:
     """Remove what interrupted fetches of other files have left; how many bytes are here of the one
     with this SHA-256. Raises StorageIO.
     """
     ours = fetched_path(directory, sha256)
     with disk(directory):
-        for partial in directory.glob(f"fetch-*{PARTIAL_SUFFIX}"):
+        for partial in list_fetched(directory):
             if partial != ours:
                 partial.unlink(missing_ok=True)
         return ours.stat().st_size if ours.exists() else 0
@@ -248,7 +253,7 @@ def remove_overtaken(directory: Path, applied: int) -> bool:
     """
     left = True  # until all of it has been seen
     with suppress(OSError):
-        partial = list(directory.glob(f"fetch-*{PARTIAL_SUFFIX}"))
+        partial = list_fetched(directory)
         left = False
         for path in partial:
             with suppress(OSError, StorageIO):
@@ -267,10 +272,12 @@ def _brings(partial: Path) -> int:
         return 0
 
 
-def _make_private(directory: Path) -> None:
+def make_private(directory: Path) -> None:
+    """A directory that only we can read, durably. Raises StorageIO."""
     try:
         if not directory.exists():
             directory.mkdir(mode=0o700)
-            sync_directory(directory.parent)
+        with suppress(PermissionError):  # above one that we may not even read, we made nothing
+            sync_directory(directory.parent)  # always: whoever made it may have died before
     except OSError as error:
         raise StorageIO(f"cannot make {directory}: {error.strerror}") from error

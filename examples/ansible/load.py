@@ -6,14 +6,17 @@ import contextlib
 import http.client
 import itertools
 import json
+import select
 import socket
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 REQUEST_S = 10.0
 READY_EVERY_S = 0.2
+RESET_S = 1.0  # within that a reset is here
 
 
 def request(
@@ -59,6 +62,10 @@ class Clients:
                         self.ready.append(endpoint)
 
 
+class Unread(ConnectionError):
+    """The node closed the connection, and its process had not read the request."""
+
+
 class Link:
     """One connection that puts keys, in as few steps as can be: a client that is busy with itself
     would be taken for a slow cluster. Raises OSError when there is no connection.
@@ -75,11 +82,17 @@ class Link:
         self._lines = f"Host: {endpoint}\r\nAuthorization: Bearer {token}\r\n"
 
     def put(self, key: str, value: str) -> tuple[int, bytes]:
-        """The answer's status and body. Raises OSError: there is none."""
+        """The answer's status and body.
+
+        Raises:
+            Unread: the node closed the connection, which it may at any time between two requests.
+            OSError: it had read the request, or may have, and there is no whole answer.
+        """
         length = len(value.encode())
         head = f"PUT /v1/kv/{key} HTTP/1.1\r\n{self._lines}Content-Length: {length}\r\n\r\n"
-        self._socket.sendall((head + value).encode())
-        answer = b""
+        if self._happened(select.POLLIN, 0):  # nothing but its end can have come
+            raise Unread("the node closed the connection between two requests")
+        answer = self._first((head + value).encode())
         while b"\r\n\r\n" not in answer:
             answer += self._receive()
         head_bytes, _, body = answer.partition(b"\r\n\r\n")
@@ -88,6 +101,28 @@ class Link:
             body += self._receive()
         self.usable = fields.get(b"connection") != b"close"
         return int(head_bytes.split(b" ", 2)[1]), body
+
+    def _first(self, request_bytes: bytes) -> bytes:
+        """Send a request; the first bytes of the answer.
+
+        A connection closed by a process that has not read all that came is reset by its kernel, and
+        so is one to which more comes after that. With the request read it just ends.
+        """
+        try:
+            self._socket.sendall(request_bytes)
+            received = self._socket.recv(65536)
+        except (ConnectionResetError, BrokenPipeError) as error:
+            raise Unread(f"the node reset the connection: {error}") from None
+        if not received and self._happened(select.POLLERR, RESET_S):
+            raise Unread("the node closed the connection while the request was on its way")
+        if not received:
+            raise ConnectionResetError("the node read the request and closed the connection")
+        return received
+
+    def _happened(self, event: int, within_s: float) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, event & select.POLLIN)  # errors are told in any case
+        return any(mask & event for _, mask in poll.poll(1000 * within_s))
 
     def close(self) -> None:
         self._socket.close()
@@ -103,8 +138,13 @@ class Writer(threading.Thread):
     """Writes key after key, each to the next ready node, `per_second` at most.
 
     Without `patience_s` nothing is retried: every write that is not acknowledged with 200 is a
-    failure. With it a node that answers 503, or closes the connection, is left for the next one,
-    for that long.
+    failure. With it the write goes to the next node, for that long, after a 503 and where there is
+    no answer: a PUT may be repeated (RFC 9110, 9.2.2).
+
+    Attributes:
+        retries: how often, by endpoint and reason: "503"; "refused", where nobody listened, and
+            "unreachable", where no connection could be made otherwise; "closed" before the node's
+            process had read the request; "cut", when it had, or nobody knows.
     """
 
     def __init__(
@@ -114,7 +154,7 @@ class Writer(threading.Thread):
         self.failures: list[str] = []
         self.acknowledged: dict[str, str] = {}
         self.latencies_ms: list[float] = []
-        self.retries = 0
+        self.retries = Counter[tuple[str, str]]()
         self._clients = clients
         self._pause_s = 1 / per_second
         self._patience_s = patience_s
@@ -138,35 +178,39 @@ class Writer(threading.Thread):
         began = time.monotonic()
         while True:
             endpoint = self._clients.ready[next(self._turn) % len(self._clients.ready)]
-            failure, again = self._put(endpoint, key, value, token)
+            failure, reason = self._put(endpoint, key, value, token)
             seconds = time.monotonic() - began
             if failure is None:
                 self.acknowledged[key] = value
                 self.latencies_ms.append(1000 * seconds)
                 return
-            if not again or seconds >= self._patience_s:
+            if not reason or seconds >= self._patience_s:
                 self.failures.append(f"{key} to {endpoint}: {failure}")
                 return
-            self.retries += 1
+            self.retries[endpoint, reason] += 1
             self._clients.stopping.wait(0.02)
 
-    def _put(self, endpoint: str, key: str, value: str, token: str) -> tuple[str | None, bool]:
-        """What went wrong, if anything, and whether another node may do better."""
+    def _put(self, endpoint: str, key: str, value: str, token: str) -> tuple[str | None, str]:
+        """What went wrong, if anything, and the reason for which another node may do better."""
         link = self._links.pop(endpoint, None)
+        if link is None:
+            try:
+                link = Link(endpoint, token)
+            except OSError as error:
+                refused = isinstance(error, ConnectionRefusedError)
+                return repr(error), "refused" if refused else "unreachable"
         try:
-            link = link or Link(endpoint, token)
             status, body = link.put(key, value)
         except OSError as error:
-            if link is not None:
-                link.close()
-            return repr(error), True
+            link.close()
+            return repr(error), "closed" if isinstance(error, Unread) else "cut"
         if link.usable:
             self._links[endpoint] = link
         else:
             link.close()
         if status == 200:
-            return None, False
-        return f"{status} {body[:200]!r}", status == 503
+            return None, ""
+        return f"{status} {body[:500]!r}", "503" if status == 503 else ""
 
 
 class Watch(threading.Thread):

@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,25 +50,90 @@ class Task(NamedTuple):
 
     @property
     def takes_time(self) -> bool:
-        """Does it wait for something, or start it? Then a kill in its midst is another one."""
-        return self.acts and any(w in self.name for w in ("Wait", "All become", "process", "unit"))
+        """Does it wait for something, start it, or make it bit by bit? Then a kill in its midst is
+        another one than at its start or its end."""
+        return self.acts and any(words in self.name for words in TAKES_TIME)
+
+
+# Parts of the names of tasks; test_kill_points.py looks whether the roles still have them.
+TAKES_TIME = (
+    *("Wait", "All become", "process", ": The unit", "Take a snapshot"),
+    *(": The virtual environment", ": Install, from"),
+)
+# They run a program on a host that looks at something and leaves nothing.
+LOOKS_ONLY = (
+    "dengine.core.release : It starts, also for a user without any rights",
+    "dengine.core.node : The units are sound",
+)
+MIDST_S = 0.5
+
+
+class Kill(NamedTuple):
+    """SIGKILL `after_s` into a task. `behind` is the last task before that acted, `ahead` the first
+    from there on that acts, which a kill in its midst is about; "" where there is none."""
+
+    task: Task
+    after_s: float
+    behind: str
+    ahead: str
+
+    def __str__(self) -> str:
+        return f"{self.task.number}: {self.task.name}, {self.after_s} s in"
 
 
 def read_tasks(file: Path) -> list[Task]:
     """What callback/at_task.py has written."""
     lines = [line.split("\t") for line in file.read_text().splitlines()]
-    return [Task(int(number), name, acts == "acts") for number, _, name, acts in lines]
+    return [
+        Task(int(number), name, acts == "acts" and name not in LOOKS_ONLY)
+        for number, _, name, acts in lines
+    ]
 
 
-def kill_points(tasks: Sequence[Task]) -> list[Task]:
-    """Of all tasks those at whose start, or in whose midst, a kill leaves something of its own:
-    between the others nothing was done but on the controller, in memory."""
-    points, done = [], True
-    for task in tasks:
-        if done or task.takes_time:
-            points.append(task)
-        done = task.acts
+def kill_points(tasks: Sequence[Task]) -> list[Kill]:
+    """Every kill that leaves something of its own.
+
+    At the start of a task there is what the tasks before it did. Where the one before did nothing
+    but on the controller, in memory, that is what there was at its start as well: the same kill
+    again. So it is the start of the first, of each that follows one that acted, and the midst of
+    those that take time.
+    """
+    points, behind = list[Kill](), ""
+    changed = True  # since the last kill at a start
+    for index, task in enumerate(tasks):
+        ahead = next((later.name for later in tasks[index:] if later.acts), "")
+        if changed:
+            points.append(Kill(task, 0, behind, ahead))
+        if task.takes_time:
+            points.append(Kill(task, MIDST_S, behind, ahead))
+        changed = task.acts
+        if task.acts:
+            behind = task.name
     return points
+
+
+def chosen(points: Sequence[Kill], elsewhere: Set[str], step: int, turn: int) -> list[Kill]:
+    """Of `points` those to try where every one takes minutes.
+
+    Always each right before, in the midst of and right behind a task that no cheaper run has: whose
+    name is not in `elsewhere`, those of the tasks that act there. What is done once more for
+    another node is not among them. Of all others every `step`th, another part with each `turn`.
+    """
+    always, others, seen = set[Kill](), list[Kill](), set[tuple[str, str, float]]()
+    for kill in points:
+        names = {kill.ahead} if kill.after_s else {kill.ahead, kill.behind}
+        kind = (_any_node(kill.behind), _any_node(kill.ahead), kill.after_s)
+        if names - elsewhere - {""} and kind not in seen:
+            always.add(kill)
+        else:
+            others.append(kill)
+        seen.add(kind)
+    always.update(others[turn % step :: step])
+    return [kill for kill in points if kill in always]
+
+
+def _any_node(name: str) -> str:
+    return re.sub(r"node \d+$", "node", name)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 
 from examples.ansible.load import Watch, Writer, request
 from examples.ansible.run import stop_nodes
-from tests.ansible.local import Local, Task, kill_points, local, read_tasks
+from tests.ansible.local import Kill, Local, Task, kill_points, local, read_tasks
 from tests.ansible.server import run_module
 from tests.cluster import wait_for
 
@@ -252,14 +252,14 @@ class Single:
         wait_for(lambda: site.voters() == [1], "node 1 to serve")
 
 
-def kill_and_resume(site: Local, at: Task) -> None:
+def kill_and_resume(site: Local, at: Kill) -> None:
     """site.yml after a kill may find one voter or three, and never makes two of it: that is tried
     after every fourth."""
-    after_s = "0.5" if at.takes_time else "0"
-    killed = site.play("expand", KILL_AT=str(at.number), KILL_AFTER_S=after_s)
+    number = at.task.number
+    killed = site.play("expand", KILL_AT=str(number), KILL_AFTER_S=str(at.after_s))
     assert killed.code == -9, killed.output[-3000:]
     assert site.voters() in ([1], [1, 2, 3]), at
-    if not at.number % 4:
+    if not number % 4:
         site.play("site").ok()
         assert site.voters() in ([1], [1, 2, 3]), at
     site.play("expand").ok()
@@ -276,7 +276,8 @@ PARTS = 4  # as two processes do them side by side
 def test_the_kill_matrix(part: int, site: Local) -> None:
     """SIGKILL at the start of each task from the backup on, each time of a run that begins with one
     voter, and in the midst of those that wait or start something; the second run ends verified.
-    Where nothing was done since the task before, it would be the same kill again."""
+    Where nothing was done since the task before, it would be the same kill again: kill_points says
+    why, test_kill_points.py tests it. What only hosts with systemd do is killed in tests/lab."""
     single = Single(site)
     single.restore()
     tasks = tasks_of(site, "expand")
@@ -284,7 +285,7 @@ def test_the_kill_matrix(part: int, site: Local) -> None:
     points = kill_points(tasks[begin:])
     assert len(points) > 20, tasks
     for at in points[len(points) * part // PARTS : len(points) * (part + 1) // PARTS]:
-        print(f"killed at {at.number}: {at.name}", flush=True)
+        print(f"killed at {at}", flush=True)
         single.restore()
         first = site.pid("n1")
         kill_and_resume(site, at)

@@ -1,214 +1,149 @@
-"""Each guard of the playbooks, taken out once: the test that is named beside it must then fail.
+"""Each guard of guards.py, taken out alone: the test that is named beside it must then fail.
 
-A guard that nobody would miss is none. The pure ones are quick; those that need whole playbooks
-run in the long target. Everything happens in a copy.
+A guard that nobody would miss is none. Everything happens in a copy. The pure tests are quick;
+those that need whole playbooks run in the long target.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
+
+from tests.ansible.guards import IN_PLAYBOOKS, PURE, Guard
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = Path("ansible/collections/ansible_collections/dengine/core")
 COPIED = ("ansible", "examples", "inventories", "tests/ansible", "tests/cluster.py")
 LINKED = ("dengine", "scripts", "systemd", "tests/conftest.py", "pyproject.toml")
+BROKEN = {"ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "UsageError"}
+LONG_S = 1200
+BARE = ("--noconftest", "-p", "pytest_timeout")  # no other plugin: they take longer than the tests
+ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
-class Guard(NamedTuple):
-    file: str
-    text: str
-    instead: str
-    test: str
+class Copy:
+    """A copy of the tree, and a process that runs tests in it."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self._times = itertools.count(1_000_000_000, 10)
+        ignored = shutil.ignore_patterns("__pycache__", ".dengine")
+        for name in COPIED:
+            source, target = ROOT / name, place / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=ignored)
+            else:
+                shutil.copy(source, target)
+        for name in LINKED:
+            (place / name).symlink_to(ROOT / name)
+        (place / "ansible.cfg").symlink_to("ansible/ansible.cfg")
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(ROOT / "tests/ansible/without.py")],
+            cwd=place,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+
+    def run(self, tests: list[str], more: tuple[str, ...], **environment: str) -> dict[str, Any]:
+        """What became of these tests: `code`, `raised`, `output`."""
+        arguments = [
+            *("-q", "-x", "-p", "no:cacheprovider", *more),
+            *("--basetemp", str(self._place / "tmp"), *(f"tests/ansible/{t}" for t in tests)),
+        ]
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        ask = {"arguments": arguments, "environment": environment}
+        self._process.stdin.write(json.dumps(ask) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the process that runs the tests has ended"
+        return dict(json.loads(answer))
+
+    @contextlib.contextmanager
+    def without(self, guard: Guard) -> Iterator[None]:
+        file = self._place / CORE / guard.file
+        text = file.read_text(encoding="utf-8")
+        assert text.count(guard.text) == 1, f"{guard.text!r} is not once in {guard.file}"
+        self._write(file, text.replace(guard.text, guard.instead))
+        try:
+            yield
+        finally:
+            self._write(file, text)
+
+    def _write(self, file: Path, text: str) -> None:
+        """Never with a time that it had before, or what was compiled of it would still count."""
+        file.write_text(text, encoding="utf-8")
+        now = next(self._times)
+        os.utime(file, (now, now))
+
+    def misses(self, guard: Guard, *more: str, **environment: str) -> None:
+        """The named test fails without the guard, and not because that is no program any more."""
+        with self.without(guard):
+            said = self.run([guard.test], more, **environment)
+        assert said["code"] == 1, f"nobody misses {guard.text!r}:\n{said['output']}"
+        assert not BROKEN & {*said["raised"]}, f"{guard.instead!r} is no program: {said['output']}"
 
 
-PURE = (
-    Guard(
-        "plugins/plugin_utils/inventory.py",
-        'if options.get("limit") not in (None, "", "all"):',
-        "if False:",
-        "test_plan.py::test_each_guard_of_the_gate",
-    ),
-    Guard(
-        "plugins/plugin_utils/inventory.py",
-        "target < 1 or target % 2 == 0",
-        "target < 1",
-        "test_plan.py::test_each_guard_of_the_gate",
-    ),
-    Guard(
-        "plugins/plugin_utils/inventory.py",
-        "elif ids.setdefault(node_id, host) != host:",
-        "elif False:",
-        "test_plan.py::test_each_guard_of_the_gate",
-    ),
-    Guard(
-        "plugins/plugin_utils/plan.py",
-        "if survey.view or survey.unreachable or not self.nodes:",
-        "if survey.view or not self.nodes:",
-        "test_plan.py::test_a_host_that_cannot_be_reached_is_a_row_and_decides_nothing",
-    ),
-    Guard(
-        "plugins/plugin_utils/plan.py",
-        'if any(survey.belongs(n["host"]) for n in self.nodes):',
-        "if False:",
-        "test_plan.py::test_a_lost_first_host_founds_no_second_cluster",
-    ),
-    Guard(
-        "plugins/plugin_utils/plan.py",
-        "and len(chosen) < self.target",
-        'and (len(chosen) < self.target or node["id"] in survey.learners)',
-        "test_plan.py::test_learners_become_voters_only_where_the_target_has_room",
-    ),
-    Guard(
-        "plugins/plugin_utils/plan.py",
-        ' and node["id"] not in survey.readers',
-        "",
-        "test_plan.py::test_a_read_only_member_neither_joins_nor_votes",
-    ),
-    Guard(
-        "plugins/plugin_utils/plan.py",
-        "elif survey.view and voters % 2 == 0:",
-        "elif False:",
-        "test_plan.py::test_an_even_number_of_voters_is_never_the_target",
-    ),
-    Guard(
-        "plugins/plugin_utils/plan.py",
-        "for problem in crowded_zones(members, voters):",
-        "for problem in ():",
-        "test_plan.py::test_the_zones_of_the_chosen_nodes_count_whatever_is_to_spare",
-    ),
-    Guard(
-        "plugins/plugin_utils/plan.py",
-        "if len(survey.voters) > self.target:",
-        "if False:",
-        "test_plan.py::test_growing_does_not_shrink",
-    ),
-    Guard(
-        "plugins/plugin_utils/faults.py",
-        "        found += _lost(survey)",
-        "        pass",
-        "test_plan.py::test_an_earlier_cluster_whose_data_are_gone_is_not_replaced_by_a_new_one",
-    ),
-    Guard(
-        "plugins/plugin_utils/faults.py",
-        'if options.get("secrets", True):',
-        "if True:",
-        "test_plan.py::test_secrets_that_only_the_hosts_have_are_not_replaced",
-    ),
-    Guard(
-        "plugins/plugin_utils/faults.py",
-        'elif any(m["status"] == "active" for m in own) and not _is_known(identity, own):',
-        "elif False:",
-        "test_plan.py::test_a_lost_first_host_founds_no_second_cluster",
-    ),
-    Guard(
-        "plugins/plugin_utils/faults.py",
-        'elif survey.view and survey.belongs(host) not in ("", survey.view["cluster_id"]):',
-        "elif False:",
-        "test_plan.py::test_what_stops_a_run",
-    ),
-    Guard(
-        "plugins/plugin_utils/faults.py",
-        "    if len(found) > 1:",
-        "    if False:",
-        "test_plan.py::test_what_stops_a_run",
-    ),
-    Guard(
-        "plugins/modules/dengine_member.py",
-        "if len(after) % 2 == 0:",
-        "if False:",
-        "test_member_and_lock.py::test_member_never_makes_the_voters_even",
-    ),
-    Guard(
-        "plugins/modules/dengine_lock.py",
-        'if not holder or mine or taken or params["force"]:',
-        "if True:",
-        "test_member_and_lock.py::test_lock_has_one_holder_who_says_how_long_it_may_be_silent",
-    ),
-)
-
-IN_PLAYBOOKS = (
-    Guard(
-        "roles/gate/tasks/main.yml",
-        "that: gate_problems | length == 0",
-        "that: gate_problems is defined",
-        "test_gate.py::test_the_gate_refuses_within_seconds_and_touches_no_host",
-    ),
-    Guard(
-        "roles/gate/tasks/main.yml",
-        "when: gate_lock | bool",
-        "when: false",
-        "test_gate.py::test_a_second_operator_is_refused_while_the_first_is_at_work",
-    ),
-    Guard(
-        "roles/preflight/tasks/main.yml",
-        "that: preflight_failures | length == 0",
-        "that: preflight_failures is defined",
-        "test_gate.py::test_every_check_that_fails_is_a_row_of_one_table_and_nothing_is_changed",
-    ),
-    Guard(
-        "roles/rollout/tasks/guard.yml",
-        "that: rollout_marks | default([])",
-        "that: true or rollout_marks | default([])",
-        "test_gate.py::test_the_gate_refuses_within_seconds_and_touches_no_host",
-    ),
-)
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
+    copied = Copy(tmp_path_factory.mktemp("copy"))
+    yield copied
+    copied.close()
 
 
-def fails_without(guard: Guard, place: Path, *more: str) -> None:
-    """The named test passes as things are, which the run of all tests shows; so not without it."""
-    for name in COPIED:
-        source, target = ROOT / name, place / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(
-                source, target, ignore=shutil.ignore_patterns("__pycache__", ".dengine")
-            )
-        else:
-            shutil.copy(source, target)
-    for name in LINKED:
-        (place / name).symlink_to(ROOT / name)
-    (place / "ansible.cfg").symlink_to("ansible/ansible.cfg")
-    file = place / CORE / guard.file
-    text = file.read_text(encoding="utf-8")
-    assert text.count(guard.text) == 1, f"{guard.text!r} is not once in {guard.file}"
-    file.write_text(text.replace(guard.text, guard.instead), encoding="utf-8")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-            *("--basetemp", str(place / "tmp"), f"tests/ansible/{guard.test}", *more),
-        ],
-        cwd=place,
-        env={**os.environ, "DENGINE_LAB_TESTS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 1, f"nobody misses {guard.text!r}:\n{done.stdout[-3000:]}"
+def by_file(guards: list[Guard]) -> dict[str, list[str]]:
+    """The named tests, each once, by file."""
+    tests = sorted({guard.test for guard in guards})
+    return {f: list(found) for f, found in itertools.groupby(tests, lambda t: t.split("::")[0])}
 
 
-def test_a_sound_copy_passes(tmp_path: Path) -> None:
+def named(guard: Guard) -> str:
+    return f"{Path(guard.file).stem}: {' '.join(guard.text.split())} -> {guard.instead.strip()}"
+
+
+@pytest.mark.parametrize("tests", by_file(PURE).values(), ids=by_file(PURE))
+def test_a_sound_copy_passes(tests: list[str], sound: Copy) -> None:
     """Else the tests below would prove nothing."""
-    nothing = Guard(PURE[0].file, PURE[0].text, PURE[0].text, "test_plan.py")
-    with pytest.raises(AssertionError, match="nobody misses"):
-        fails_without(nothing, tmp_path, "--noconftest")
+    said = sound.run(tests, BARE, **ALONE)
+    assert said["code"] == 0, said["output"]
 
 
-@pytest.mark.parametrize("guard", PURE, ids=lambda g: f"{Path(g.file).stem}: {g.text.strip()}")
-def test_a_guard_that_is_gone_is_missed(guard: Guard, tmp_path: Path) -> None:
-    fails_without(guard, tmp_path, "--noconftest")
+@pytest.mark.parametrize("guard", PURE, ids=named)
+def test_a_guard_that_is_gone_is_missed(guard: Guard, sound: Copy) -> None:
+    sound.misses(guard, *BARE, **ALONE)
 
 
 @pytest.mark.playbooks
-@pytest.mark.timeout(1300)
-@pytest.mark.parametrize("guard", IN_PLAYBOOKS, ids=lambda g: g.file)
-def test_a_guard_of_a_playbook_that_is_gone_is_missed(guard: Guard, tmp_path: Path) -> None:
-    fails_without(guard, tmp_path)
+@pytest.mark.timeout(LONG_S)
+@pytest.mark.parametrize("tests", by_file(IN_PLAYBOOKS).values(), ids=by_file(IN_PLAYBOOKS))
+def test_a_sound_copy_passes_its_playbooks(tests: list[str], sound: Copy) -> None:
+    said = sound.run(tests, (), DENGINE_LAB_TESTS="1")
+    assert said["code"] == 0, said["output"]
+
+
+@pytest.mark.playbooks
+@pytest.mark.timeout(LONG_S)
+@pytest.mark.parametrize("guard", IN_PLAYBOOKS, ids=named)
+def test_a_guard_of_a_playbook_that_is_gone_is_missed(guard: Guard, sound: Copy) -> None:
+    sound.misses(guard, DENGINE_LAB_TESTS="1")

@@ -48,6 +48,7 @@ def test_a_sound_inventory_has_no_problems_and_an_order() -> None:
         ({}, {"limit": "n1"}, "--limit is refused"),
         ({}, {"target": 2}, "it must be odd"),
         ({}, {"target": 0}, "it must be odd"),
+        ({}, {"target": -1}, "it must be odd"),
         ({}, {"target": "many"}, "it must be odd"),
         ({}, {"target": 5}, "only 3 hosts"),
         ({"n2": {"dengine_node_id": 1}}, {}, "both have dengine_node_id 1"),
@@ -66,6 +67,7 @@ def test_a_sound_inventory_has_no_problems_and_an_order() -> None:
             {"paths": {"dengine_db_root": ["/data", "/var/lib/dengine"]}},
             "dengine_db_root is /data",
         ),
+        ({}, {"config": {"cluster": {"node_id": 7}}}, "dengine_config sets cluster.node_id"),
         ({}, {"secrets": {"token": "CHANGE-ME"}}, "dengine_token has fewer than 32 characters"),
     ],
 )
@@ -76,6 +78,12 @@ def test_each_guard_of_the_gate(
     for host, more in change.items():
         values[host].update(more)
     assert any(said in problem for problem in problems(values, **options)), problems(values)
+
+
+def test_a_short_secret_is_refused() -> None:
+    """Whatever it is, and not only those of the examples."""
+    for length, refused in ((31, True), (32, False)):
+        assert bool(problems(hostvars(), secrets={"token": "x" * length})) is refused
 
 
 def test_what_is_meant_is_let_through() -> None:
@@ -322,6 +330,8 @@ def test_a_lost_first_host_founds_no_second_cluster() -> None:
     running = World().has("n2").runs("n2").has("n3").runs("n3").sees((2, 1, 3))
     assert "n1 identity: node 1 is a voter, and its directory" in running.problem()
     assert "dengine remove 1" in running.problem()
+    unread = World().runs("n1").sees((1,))
+    assert unread.plan()["founder"] == "", "a cluster that answers is one, whatever the disks say"
 
 
 @pytest.mark.parametrize(
@@ -356,6 +366,13 @@ def test_growing_does_not_shrink() -> None:
     assert "growing does not remove" in three_voters().problem(target=1)
 
 
+def test_a_cluster_that_is_as_it_should_be_is_left_alone() -> None:
+    found = three_voters().plan()
+    assert (found["founder"], found["start"], found["join"]) == ("", [], [])
+    assert found["problems"] + found["goal_problems"] == []
+    assert found["done"]
+
+
 def test_an_earlier_cluster_whose_data_are_gone_is_not_replaced_by_a_new_one() -> None:
     """A lost disk, or one that is not mounted, on whichever host: no second cluster without a word.
     A directory that a killed first run left has no such trace."""
@@ -382,6 +399,11 @@ def test_secrets_that_only_the_hosts_have_are_not_replaced() -> None:
         assert "/etc/dengine/secrets on n2" in said
     stopped = World().has("n3")
     assert "n3 secrets" in stopped.problem(secrets=False)
+    shut = three_voters()  # nobody answers because of that, so one row says all
+    for i in (1, 2, 3):
+        silent = {"status": {}, "reason": "unauthorized"}
+        shut.infos[f"n{i}"]["nodes"] = {f"10.0.0.{i}:908{i}": silent}
+    assert [r["check"] for r in shut.plan(secrets=False)["problems"]] == ["secrets"]
 
 
 # --- tables and reports --------------------------------------------------------------------------
@@ -404,6 +426,11 @@ def test_ways_are_judged_in_both_directions() -> None:
     assert "n1 (10.0.0.1:9081) timed out" in text
     assert "-> open the port in the firewall" in text
     assert "skipped by name: rtt on n1 (12.5 ms to n2)" in rows.verdict(skipped)
+
+
+def test_only_a_failure_is_skipped() -> None:
+    good, bad = {"check": "rtt", "status": "ok"}, {"check": "rtt", "status": "FAILED"}
+    assert [r["status"] for r in rows.skipping([good, bad], ["rtt"])] == ["ok", "skipped"]
 
 
 def test_who_is_reached_by_all_others_has_no_firewall_in_the_way() -> None:

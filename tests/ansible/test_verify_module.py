@@ -6,6 +6,7 @@ import base64
 from typing import Any
 
 import pytest
+from ansible_collections.dengine.core.plugins.modules import dengine_verify
 
 from tests.ansible.server import Answers, Say, Server, run_module
 from tests.ansible.test_modules import member, view
@@ -103,6 +104,49 @@ def test_voters_are_spread_over_zones(zones: str, bad: str) -> None:
 def test_an_even_number_of_voters_is_a_problem_even_when_it_was_asked_for() -> None:
     found = problems({"GET /v1/cluster": cluster("a", "b")}, voters=[1, 2])
     assert found == ["2 voters: an even number tolerates no more failures than one less"]
+
+
+def membership(*members: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "cluster_id": "c1", "members": list(members), "joint": False,
+        "fault_tolerance": (len(members) - 1) // 2, **more,
+    }  # fmt: skip
+
+
+THREE = [member(i, zone=f"az-{i}") for i in (1, 2, 3)]
+SOUND = membership(*THREE)
+SILENT = {**THREE[2], "ready": False, "reason": "it does not answer"}
+
+
+@pytest.mark.parametrize(
+    ("views", "wanted", "said"),
+    [
+        ([SOUND, SOUND], [1, 2, 3], None),
+        ([SOUND, {**SOUND, "cluster_id": "c2"}], [1, 2, 3], "e2 belongs to cluster c2, not c1"),
+        ([SOUND, membership(*THREE[:2], fault_tolerance=1)], [1, 2, 3], "e2 sees the voters [1, 2"),
+        ([SOUND, {**SOUND, "joint": True}], [1, 2, 3], "e2 sees a change of members under way"),
+        ([membership(*THREE[:2], SILENT)], [1, 2, 3], "node 3: it does not answer"),
+        ([{**SOUND, "fault_tolerance": 0}], [1, 2, 3], "only 0 more voters may fail, not 1"),
+        ([membership(*THREE[:2])], [1, 2], "2 voters: an even number"),
+    ],
+)
+def test_each_fault_of_the_membership_is_a_problem(
+    views: list[dict[str, Any]], wanted: list[int], said: str | None
+) -> None:
+    found = dengine_verify.view_problems({f"e{i}": v for i, v in enumerate(views, 1)}, wanted)
+    assert len(found) == bool(said), found
+    assert (said or "") in "".join(found)
+
+
+def test_each_fault_of_the_zones_is_a_problem() -> None:
+    said = {str(i): f"az-{i}" for i in (1, 2, 3)}
+    assert dengine_verify.zone_problems(SOUND, said, False) == []
+    (problem,) = dengine_verify.zone_problems(SOUND, {**said, "2": "az-9"}, False)
+    assert "node 2 is in zone 'az-2', the inventory says 'az-9'" in problem
+    crowded = membership(*[{**m, "zone": "az-1"} for m in THREE])
+    (problem,) = dengine_verify.zone_problems(crowded, dict.fromkeys(said, "az-1"), False)
+    assert "zone 'az-1' has 3 of 3 voters" in problem
+    assert dengine_verify.zone_problems(crowded, dict.fromkeys(said, "az-1"), True) == []
 
 
 def test_check_mode_compares_and_writes_nothing() -> None:

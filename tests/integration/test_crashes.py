@@ -26,7 +26,7 @@ from tests.crash_sweep.strace import Fault, Injection
 
 IO_ERROR = 74  # the exit code for a disk that refused
 
-FULL = "20" if os.environ.get("DENGINE_CRASH_SWEEP") else "9"
+FULL = "20" if os.environ.get("DENGINE_CRASH_SWEEP") else "6"  # two of each kind
 ROUNDS = int(os.environ.get("DENGINE_CRASH_ROUNDS", FULL))
 
 

@@ -61,16 +61,22 @@ def lab() -> Iterator[Lab]:
 
 @contextlib.contextmanager
 def new_lab(letter: str) -> Iterator[Lab]:
-    """Machines that have just booted; `letter` tells the labs of one run of tests apart."""
+    """Machines that have just booted; `letter` tells the labs of one run of tests apart. With its
+    end no trace is left of them."""
     if reason := why_not():
         pytest.skip(reason)
     remove_orphans(letter)
     fresh = Lab(f"{letter}{os.getpid()}")
+    beside = (ROOT / ".vagrant").exists()  # somebody's own machines, of another provider
     try:
         fresh.up()
         yield fresh
     finally:
         fresh.down()
+    with contextlib.suppress(AssertionError):  # what was killed may take a moment to end
+        wait_for(lambda: not fresh.traces(), "no trace of the lab", 20)
+    assert fresh.traces() == {}
+    assert beside or not (ROOT / ".vagrant").exists()
 
 
 def remove_orphans(letter: str) -> None:

@@ -12,27 +12,30 @@ import itertools
 import json
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from examples.ansible.load import Clients, Watch, Writer
 
 WRITERS, CONNECTIONS = 4, 2
-PATIENCE_S = 5.0
+KEPT = 50  # of what each connection wrote, for a look whether it is there
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--patient", action="store_true", help="on a 503 try the next node")
+    parser.add_argument(
+        "--patience-s", type=float, default=0.0, help="how long a write may try node after node"
+    )
     parser.add_argument("--per-second", type=int, required=True, help="at most, of each writer")
     parser.add_argument("secrets", type=Path)
     parser.add_argument("endpoints", nargs="+")
     args = parser.parse_args()
-    patience_s = PATIENCE_S if args.patient else 0.0
     clients = Clients(args.endpoints, args.secrets)
     watch = Watch(clients, args.endpoints[0])
     per_second = args.per_second / CONNECTIONS
     names = [f"w{i}{chr(97 + j)}" for i in range(WRITERS) for j in range(CONNECTIONS)]
-    writers = [Writer(clients, name, per_second, patience_s) for name in names]
+    writers = [Writer(clients, name, per_second, args.patience_s) for name in names]
     for thread in (watch, *writers):
         thread.start()
     phases = [("start", time.monotonic(), [0] * len(writers))]
@@ -59,12 +62,29 @@ def main() -> None:
     answer = {
         "phases": found,
         "failures": [failure for w in writers for failure in w.failures],
-        "retries": sum(w.retries for w in writers),
+        "retries": by_endpoint(writers),
+        "acknowledged": sum(len(w.acknowledged) for w in writers),
+        "kept": dict(pair for w in writers for pair in evenly(sorted(w.acknowledged.items()))),
         "last": dict(max(w.acknowledged.items()) for w in writers if w.acknowledged),
         "voters": watch.voters(),
         "ready": clients.ready,
     }
     print(json.dumps(answer))
+
+
+def by_endpoint(writers: Sequence[Writer]) -> dict[str, Counter[str]]:
+    """How often they tried again, by the endpoint that was left for another and the reason."""
+    found: dict[str, Counter[str]] = {}
+    for writer in writers:
+        for (endpoint, reason), count in writer.retries.items():
+            found.setdefault(endpoint, Counter())[reason] += count
+    return found
+
+
+def evenly(pairs: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+    """All of them, or `KEPT` in equal steps up to the last one."""
+    count = min(len(pairs), KEPT)
+    return [pairs[len(pairs) * i // count - 1] for i in range(1, count + 1)]
 
 
 def percentile(ordered: list[float], share: float) -> float:

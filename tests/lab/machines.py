@@ -42,11 +42,14 @@ class Lab:
         self.peer_secret, self.token = secrets.token_hex(32), secrets.token_hex(32)
         self.machines = {i: Machine(self, i) for i in ADDRESSES}
         self._masters: list[subprocess.Popen[bytes]] = []
+        self._interfaces = interfaces()
+        self._network = 0  # the inode of the lab's network namespace
         # One thread that lives inside the lab's network and opens the connections.
         self._inside = ThreadPoolExecutor(1, initializer=self._enter)
 
     def up(self) -> None:
         self.script("up", timeout_s=UP_TIMEOUT_S)
+        self._network = self._namespace.stat().st_ino
         self._masters = [machine.connection() for machine in self.machines.values()]
 
     def down(self) -> None:
@@ -76,13 +79,52 @@ class Lab:
         """With which `scripts/lab` means this lab."""
         return {**os.environ, "DENGINE_LAB": self.name, "VAGRANT_DEFAULT_PROVIDER": "lxc"}
 
+    @property
+    def _namespace(self) -> Path:
+        return Path(f"/run/netns/dengine-{self.name}")
+
+    def traces(self) -> dict[str, set[str]]:
+        """What there is of this lab on this machine, by kind; nothing once it is down."""
+        state = LABS / self.name
+        named = (f"{state}/", f"dengine-{self.name}-")  # its files, its containers
+        processes, mounts = set[str](), set[str]()
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                line = (
+                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
+                where = (entry / "cgroup").read_text()
+                lines = (entry / "mountinfo").read_text().splitlines()
+                inside = (entry / "ns" / "net").stat().st_ino == self._network
+            except OSError:
+                continue  # it has ended
+            if inside or any(name in line or name in where for name in named):
+                processes.add(f"{entry.name} {line}")
+            mounts |= {mount for mount in lines if any(name in mount for name in named)}
+        groups = Path("/sys/fs/cgroup")
+        group = f"lxc.*.dengine-{self.name}-*"
+        found = {
+            "files": {str(path) for path in (state,) if path.exists()},
+            "namespace": {str(path) for path in (self._namespace,) if path.exists()},
+            "interfaces": interfaces() - self._interfaces,
+            "cgroups": {str(path) for at in (group, f"*/{group}") for path in groups.glob(at)},
+            "processes": processes,
+            "mounts": mounts,
+        }
+        return {kind: traces for kind, traces in found.items() if traces}
+
     def connect(self, address: tuple[str, int], timeout_s: float) -> socket.socket:
         return self._inside.submit(socket.create_connection, address, timeout_s).result()
 
     def _enter(self) -> None:
-        with open(f"/run/netns/dengine-{self.name}", "rb") as namespace:
+        with self._namespace.open("rb") as namespace:
             if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "cannot enter the lab's network")
+
+
+def interfaces() -> set[str]:
+    """Of the network of this machine, outside of all labs."""
+    return {path.name for path in Path("/sys/class/net").iterdir()}
 
 
 @dataclass

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,12 @@ class Site:
         found: dict[str, Any] = json.loads((self.state / "reports" / f"{name}.json").read_text())
         return found
 
-    def load(self, *, patient: bool = False, per_second: int = 250) -> Load:
-        """Start the clients of tests/lab/load.py; a writer writes `per_second` times at most."""
+    def load(self, *, patience_s: float = 0, per_second: int = 250) -> Load:
+        """Start the clients of tests/lab/load.py; a writer writes `per_second` times at most, and
+        tries node after node for `patience_s`."""
         endpoints = [f"{address}:{9080 + i}" for i, address in ADDRESSES.items()]
         command = [sys.executable, "-m", "tests.lab.load", "--per-second", str(per_second)]
-        command += ["--patient"] if patient else []
+        command += ["--patience-s", str(patience_s)]
         return Load(self, [*command, str(self.state / "secrets.json"), *endpoints])
 
 
@@ -111,6 +112,29 @@ class Grown:
     again: dict[str, int]
     stored: dict[str, dict[str, str]]  # what each host answered for the last keys written
     site: Site
+
+
+def losses(load: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """What the clients of a load lost connections to, by machine and reason; a 503 is no loss."""
+    names = {f"{address}:{9080 + i}": f"n{i}" for i, address in ADDRESSES.items()}
+    found = {
+        names[endpoint]: {reason: count for reason, count in reasons.items() if reason != "503"}
+        for endpoint, reasons in load["retries"].items()
+    }
+    return {name: reasons for name, reasons in found.items() if reasons}
+
+
+def missing(load: dict[str, Any], machines: Iterable[Machine]) -> list[tuple[str, str]]:
+    """(machine, key) of what was acknowledged and is not there: of each connection the last write
+    and others in equal steps."""
+    assert load["kept"], "nothing was acknowledged"
+    assert set(load["last"].items()) <= set(load["kept"].items())
+    return [
+        (machine.name, key)
+        for machine in machines
+        for key, value in load["kept"].items()
+        if machine.request("GET", f"/v1/kv/{key}").body != value.encode()
+    ]
 
 
 def written(machine: Machine) -> int:

@@ -45,6 +45,17 @@ def test_vagrant_finds_the_file_sound(grown: Grown, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_what_a_lab_leaves_would_be_found(grown: Grown) -> None:
+    """Every lab of the tests has to be gone when they are done with it: what looks for traces then
+    sees those of one that is up."""
+    found = grown.site.lab.traces()
+    assert set(found) == {"files", "namespace", "cgroups", "processes", "mounts"}, found
+    for machine in grown.site.machines.values():
+        container = f"dengine-{machine.lab.name}-{machine.name}"
+        for kind in ("cgroups", "processes"):
+            assert any(container in trace for trace in found[kind]), (kind, container)
+
+
 def test_one_becomes_three_while_clients_write(grown: Grown) -> None:
     """No write fails or is retried, node 1 stays the same process, and there are never two voters;
     a second run changes nothing."""

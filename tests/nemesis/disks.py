@@ -48,6 +48,12 @@ def mount_loop(path: Path, size_bytes: int, image: Path) -> None:
         raise NoLoopDevice(error.stderr.strip()) from None
 
 
+def made(made_by: Callable[[str], bool]) -> list[str]:
+    """The mount points and devices of every disk whose tag `made_by` accepts."""
+    paths, devices = _found(made_by)
+    return [*paths, *devices]
+
+
 def remove(made_by: Callable[[str], bool]) -> list[str]:
     """Unmount and detach every disk whose tag `made_by` accepts.
 
@@ -56,13 +62,18 @@ def remove(made_by: Callable[[str], bool]) -> list[str]:
     Returns:
         The mount points and devices.
     """
-    devices = [device for device, image in _attached() if made_by(image)]
-    paths = [path for source, path in _mounted() if made_by(source) or source in devices]
+    paths, devices = _found(made_by)
     for path in paths:
         subprocess.run(["umount", "--lazy", path], check=False, capture_output=True)
     for device in devices:
         _detach(device)
     return [*paths, *devices]
+
+
+def _found(made_by: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    devices = [device for device, image in _attached() if made_by(image)]
+    paths = [path for source, path in _mounted() if made_by(source) or source in devices]
+    return paths, devices
 
 
 @contextlib.contextmanager

@@ -30,13 +30,14 @@ class Link:
     delay_ms: float = 0.0  # with the same again as jitter; the order is kept, as TCP does
     bytes_per_s: float = 0.0  # 0: no limit
     open: asyncio.Event = field(default_factory=asyncio.Event)
+    touched: int = 0  # chunks that a fault has held up
 
     def __post_init__(self) -> None:
         self.open.set()
 
-    def heal(self) -> None:
-        self.delay_ms = self.bytes_per_s = 0.0
-        self.open.set()
+    @property
+    def faulty(self) -> bool:
+        return bool(self.delay_ms or self.bytes_per_s) or not self.open.is_set()
 
 
 class Links:
@@ -67,10 +68,6 @@ class Links:
     def between(self, source: int, target: int) -> Link:
         """The link on which `source` sends to `target`."""
         return self._links[source, target]
-
-    def heal(self) -> None:
-        for link in self._links.values():
-            link.heal()
 
     def _accepted(
         self, dialler: int, peer: int
@@ -141,6 +138,7 @@ class Links:
                 due, chunk = await queue.get()
                 if not chunk:
                     return
+                link.touched += link.faulty or due > loop.time()
                 await asyncio.sleep(due - loop.time())
                 await link.open.wait()
                 if link.bytes_per_s:

@@ -1,18 +1,22 @@
 """The machines of a run: a network namespace and a directory each, and what can be done to both.
 
 Everything that is made here carries a name with the pid and the start time of its maker. So the
-next run can tell what a killed one has left behind from what another one still uses.
+next run can tell what a killed one has left behind from what another one still uses, and runs that
+go on side by side have nothing in common: addresses and ports exist in the namespaces of one alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tests.namespaces import add_switch, inside, remove, wire
@@ -23,14 +27,18 @@ PORT = 9081
 CLIENTS = "10.77.0.100"
 PROXY_PORT = 20_000  # plus the id of the node behind it
 PROXY_MARK = 7  # of what the proxies send, which must not be led to them again
+COMMAND_S = 30.0  # for each command of the system's; the slowest takes a tenth of a second
+REMOVED_S = 15.0  # until the last of it is gone: the kernel takes its time with namespaces
+NODES = "nodes"  # in the folder of a run: what is kept of its machines
 
 Pair = tuple[int, int]  # who sends, who receives
 
-# Directed cuts drop what comes in. A closed connection is told by nobody: cables do not speak.
+# Directed cuts drop what comes in, and count it. A closed connection is told by nobody: cables do
+# not speak.
 RULES = """
 table inet nemesis {{
   set cut {{ type ipv4_addr; }}
-  chain input {{ type filter hook input priority 0; ip saddr @cut drop; }}
+  chain input {{ type filter hook input priority 0; ip saddr @cut counter drop; }}
   chain output {{ type nat hook output priority -100; {redirects} }}
 }}
 """
@@ -40,6 +48,9 @@ REDIRECT = "meta mark != {mark} ip daddr {host} tcp dport {port} redirect to :{p
 def host(node_id: int) -> str:
     """The address of a machine, in a private range that exists only inside the namespaces."""
     return f"10.77.0.{node_id}"
+
+
+DROPPED = re.compile(r"counter packets (\d+)")
 
 
 def _started(pid: int) -> str:
@@ -70,7 +81,8 @@ class Machines:
 
     Args:
         ids: of the nodes, 1 to 99.
-        work: where each machine gets a directory; removed in the end unless `keep` says otherwise.
+        work: where each machine gets a directory, named `own_tag()`. Removed in the end unless
+            `keep` says otherwise; then it becomes the directory NODES beside it.
         proxied: everything between nodes goes through the proxies of links.py.
     """
 
@@ -83,7 +95,6 @@ class Machines:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Machines:
-        remove_orphans(self.work.parent)
         try:
             self._make()
             # Clients and proxies live in this process, inside the clients' namespace.
@@ -126,23 +137,37 @@ class Machines:
                 )
                 for other in others
             )
-            self._nft(node_id, RULES.format(redirects=redirects))
+            self._change(node_id, RULES.format(redirects=redirects))
 
     def _remove(self) -> None:
-        disks.remove(_is_own)
-        for node_id in (*self.ids, 0):
-            remove(self.namespace(node_id))
-        if not self.keep:
-            shutil.rmtree(self.work, ignore_errors=True)
+        with uninterrupted():
+            try:
+                remove_made(_is_own)
+            finally:
+                if self.keep:
+                    put_away(self.work)
+                else:
+                    shutil.rmtree(self.work, ignore_errors=True)
 
-    def _nft(self, node_id: int, rules: str) -> None:
-        subprocess.run(
-            [*self.prefix(node_id), "nft", "-f", "-"],
+    def _nft(self, node_id: int, *arguments: str, rules: str = "") -> str:
+        """nft(8) on a machine; what it says. Raises CalledProcessError."""
+        done = subprocess.run(
+            [*self.prefix(node_id), "nft", *arguments],
             input=rules,
             check=True,
             capture_output=True,
             text=True,
+            timeout=COMMAND_S,
         )
+        return done.stdout
+
+    def _change(self, node_id: int, rules: str) -> None:
+        self._nft(node_id, "-f", "-", rules=rules)
+
+    def dropped(self, ids: Collection[int]) -> int:
+        """How many packets cuts have kept from these machines so far."""
+        chain = ("list", "chain", "inet", "nemesis", "input")
+        return sum(packets_dropped(self._nft(node_id, *chain)) for node_id in ids)
 
     @contextlib.contextmanager
     def cut(self, pairs: Iterable[Pair]) -> Iterator[None]:
@@ -156,13 +181,13 @@ class Machines:
                 made.append((source, target))
                 self._cuts[source, target] += 1
                 if self._cuts[source, target] == 1:
-                    self._nft(target, f"add element inet nemesis cut {{ {host(source)} }}")
+                    self._change(target, f"add element inet nemesis cut {{ {host(source)} }}")
             yield
         finally:
             for source, target in made:
                 self._cuts[source, target] -= 1
                 if not self._cuts[source, target]:
-                    self._nft(target, f"delete element inet nemesis cut {{ {host(source)} }}")
+                    self._change(target, f"delete element inet nemesis cut {{ {host(source)} }}")
 
     def mount_disk(self, path: Path, kind: str, size_bytes: int) -> None:
         """A file system of its own at `path`; `kind` is one of disks.KINDS.
@@ -177,33 +202,114 @@ class Machines:
             disks.mount_tmpfs(path, size_bytes, own_tag())
 
 
-def remove_orphans(work: Path | None = None) -> list[str]:
-    """End and remove what killed runs have left: nodes, namespaces, disks, directories in `work`.
+def packets_dropped(listed: str) -> int:
+    """The counter in what nft lists of the input chain."""
+    found = DROPPED.search(listed)
+    assert found is not None, f"nft lists no counter: {listed!r}"
+    return int(found[1])
+
+
+def remove_orphans(build: Path | None = None) -> list[str]:
+    """End and remove what killed runs have left: processes, namespaces and disks.
+
+    Args:
+        build: where runs have their folders; what nodes have written there is kept.
 
     Returns:
         The names of what was removed.
     """
-    names = subprocess.run(
-        ["ip", "netns", "list"], check=True, capture_output=True, text=True
-    ).stdout
+    found = remove_made(_is_orphan)
+    for directory in _work_directories(build) if build is not None else ():
+        if _is_orphan(directory.name):
+            found.append(str(put_away(directory)))
+    return found
+
+
+def _work_directories(build: Path) -> list[Path]:
+    """Of all runs in it, of other invocations as well."""
     found = []
-    for name in [line.split()[0] for line in names.splitlines() if line.strip()]:
-        if _is_orphan(name):
+    for depth in ("", "*/", "*/*/", "*/*/*/"):
+        with contextlib.suppress(FileNotFoundError):  # another run ends while we look
+            found += list(build.glob(f"{depth}{PREFIX}*"))
+    return found
+
+
+def remove_made(made_by: Callable[[str], bool]) -> list[str]:
+    """End and remove every process, namespace and disk whose tag `made_by` accepts.
+
+    Returns:
+        The names of what was there.
+
+    Raises:
+        RuntimeError: some of it is still there after REMOVED_S; says what.
+    """
+    found = left(made_by)
+    end = time.monotonic() + REMOVED_S
+    while remaining := left(made_by):
+        if time.monotonic() > end:
+            raise RuntimeError(f"cannot be removed: {', '.join(remaining)}")
+        for name in filter(made_by, _namespaces()):
             for pid in _processes(name):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             remove(name)
-            found.append(name)
-    found += disks.remove(_is_orphan)
-    for directory in work.glob(f"*{PREFIX}*") if work is not None else ():
-        if _is_orphan(directory.name[directory.name.index(PREFIX) :]):
-            shutil.rmtree(directory, ignore_errors=True)
-            found.append(str(directory))
+        disks.remove(made_by)
+        if left(made_by):
+            time.sleep(0.05)  # the pace of the polling
     return found
 
 
-def _processes(namespace: str) -> list[int]:
-    said = subprocess.run(
-        ["ip", "netns", "pids", namespace], check=False, capture_output=True, text=True
+def left(made_by: Callable[[str], bool]) -> list[str]:
+    """What there is of the runs whose tags `made_by` accepts: processes, namespaces and disks."""
+    found = []
+    for name in filter(made_by, _namespaces()):
+        found += [name, *(f"process {pid} in {name}" for pid in _processes(name))]
+    return found + disks.made(made_by)
+
+
+def put_away(work: Path) -> Path:
+    """Give what is left of a run's machines a name that nothing cleans up; without the images of
+    their disks. Returns it."""
+    for image in work.glob("*-disk"):
+        image.unlink(missing_ok=True)
+    kept, number = work.parent / NODES, 1
+    while kept.exists():
+        number += 1
+        kept = work.parent / f"{NODES}-{number}"
+    with contextlib.suppress(FileNotFoundError):  # another run did so first
+        work.rename(kept)
+    return kept
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within, SIGINT and SIGTERM wait: who cleans up is not stopped half way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _namespaces() -> list[str]:
+    names = subprocess.run(
+        ["ip", "netns", "list"], check=True, capture_output=True, text=True, timeout=COMMAND_S
     ).stdout
-    return [int(pid) for pid in said.split()]
+    return [line.split()[0] for line in names.splitlines() if line.strip()]
+
+
+def _processes(namespace: str) -> list[int]:
+    """All that work in it, but for this one."""
+    said = subprocess.run(
+        ["ip", "netns", "pids", namespace],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_S,
+    ).stdout
+    return [int(pid) for pid in said.split() if int(pid) != os.getpid()]

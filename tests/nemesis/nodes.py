@@ -1,42 +1,43 @@
 """The nodes of a run and their supervisor, which is to them what systemd is elsewhere.
 
-Only the supervisor starts nodes. A fault holds a node down or lets it go, and says which exit codes
-it explains; every other end of a process that nobody asked for is a failure of the run.
+Only the supervisor starts nodes. A fault holds a node down or lets it go, and says in its book
+which exit codes that explains; every other end of a process is a failure of the run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import json
 import re
 import secrets
 import shutil
 import signal
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.cluster import ServeProcess
+from tests.nemesis import resting
 from tests.nemesis.client import Unanswered, call
 from tests.nemesis.disks import NoLoopDevice
+from tests.nemesis.lives import KILLED, Book, Life, closing
 from tests.nemesis.machines import PORT, Machines, host
 from tests.nemesis.plan import Plan
+from tests.nemesis.resting import NOTHING, Usage
 
 LOOK_S = 0.05
 SAMPLE_S = 0.5
-LENIENT_S = 1.0  # an end is noticed a moment after it came
 RESTART_S = 1.0  # after an end that nobody asked for
 RESTARTS_MAX = 6  # in a row without having been ready, as the unit has it
 READY_S = 60.0  # for a busy machine; a quiet one takes a second or two
 SMALL_DISK_BYTES = 64_000_000  # while nothing fills it
 NO_LOOP_DEVICE = "no loop device can be had here"
-# What a node may need on this load: far above what it does, far below what a leak comes to.
-MEMORY_MAX_BYTES = 256 * 1024 * 1024  # its own, not what it has mapped
-DESCRIPTORS_MAX = 256
+# After these a node stays down, as the unit has it: a person is needed, or it must not come back.
+FINAL = (65, 70, 76, 78)
+DAMAGED, STORAGE_IO = 65, 74
 COMPLAINTS = re.compile(
     r"^Traceback|Fatal Python error|was never (retrieved|awaited)", re.MULTILINE
 )
@@ -47,16 +48,15 @@ class Node:
     """One node and what is expected of it."""
 
     serve: ServeProcess
+    book: Book
     wanted: bool = False
     held: int = 0  # faults that keep it down
-    boots: int = 0
-    excused: Counter[int] = field(default_factory=Counter)  # exit codes
-    lenient_until: dict[int, float] = field(default_factory=dict)
     failing: int = 0  # ends in a row
-    noted: bool = True  # the end of its last process
     restart_at: float = 0.0
-    memory_bytes: int = 0  # the most it has used
-    descriptors: int = 0
+    given_up: bool = False  # it has ended in a way after which nothing starts it again
+    fresh: Usage | None = None  # of this process, when its cluster was whole for the first time
+    peak: Usage = NOTHING  # of all its processes
+    spoilt_at: int = -1  # how much it had said when its files were damaged last
 
     @property
     def id(self) -> int:
@@ -66,47 +66,80 @@ class Node:
     def up(self) -> bool:
         return self.serve.running
 
+    @property
+    def boots(self) -> int:
+        return len(self.book.lives)
+
+    def start(self) -> None:
+        self.notice()
+        self.serve.start()
+        self.book.begin(time.monotonic())
+        self.fresh = None
+
+    def notice(self) -> Life | None:
+        """The process that has ended since the last look, if one has; it is in the book then."""
+        if self.book.running is None or self.up:
+            return None
+        code = self.serve.wait_exit()
+        return self.book.end(code, time.monotonic(), (self.serve.lines() or [""])[-1])
+
     @contextlib.contextmanager
-    def excuse(self, *codes: int) -> Iterator[None]:
-        """Within it, and a moment longer, the node may end like this; signals are negative."""
-        self.excused.update(codes)
-        try:
+    def excuse(self, codes: tuple[int, ...], why: str) -> Iterator[None]:
+        """Within it, and a moment longer, its processes may end like this."""
+        with closing(self.book.may_end(codes, why, time.monotonic()), time.monotonic):
             yield
-        finally:
-            self.excused.subtract(codes)
-            self.lenient_until.update(dict.fromkeys(codes, time.monotonic() + LENIENT_S))
-
-    def explains(self, code: int) -> bool:
-        """Does a fault of this moment, or of the one before, explain this exit code?"""
-        return self.excused[code] > 0 or time.monotonic() < self.lenient_until.get(code, 0.0)
 
     @contextlib.contextmanager
-    def down(self) -> Iterator[None]:
-        """kill -9, and nothing starts it within."""
+    def down(self) -> Iterator[bool]:
+        """kill -9, and nothing starts it within. False: there was no process to kill."""
         with self.kept_down():
-            if self.up:
-                self.serve.kill()
-            self.noted = True
-            yield
+            yield self.kill("kill -9")
+
+    def kill(self, why: str) -> bool:
+        """kill -9; False when there was no process, or it ended by itself a moment before."""
+        life = self.book.running
+        if life is None or not self.up:
+            return False
+        reason = self.book.may_end((KILLED,), why, time.monotonic(), life=life, asked=True)
+        with closing(reason, time.monotonic):
+            self.serve.kill()
+            self.notice()
+        return life.code == KILLED
 
     @contextlib.contextmanager
     def kept_down(self) -> Iterator[None]:
-        """However it ends, nothing starts it within, and nobody asks why it ended."""
+        """However it ends, nothing starts it within."""
         self.held += 1
         try:
             yield
         finally:
             self.held -= 1
 
+    def ask_to_end(self, deadline_s: float) -> Life | None:
+        """SIGTERM: that has to be the end, with 0, in time. None: there was no process."""
+        life, now = self.book.running, time.monotonic()
+        if life is None or not self.up:
+            return None
+        self.book.may_end((0,), "SIGTERM", now, life=life, asked=True, owed_by=now + deadline_s)
+        self.serve.signal(signal.SIGTERM)
+        return life
+
     def sample(self) -> None:
         """Look at memory and descriptors of the process."""
-        with contextlib.suppress(OSError):
-            status = Path(f"/proc/{self.serve.pid}/status").read_text(encoding="utf-8")
-            found = re.search(r"RssAnon:\s+(\d+) kB", status)
-            if found:
-                self.memory_bytes = max(self.memory_bytes, int(found[1]) * 1024)
-            count = len(os.listdir(f"/proc/{self.serve.pid}/fd"))
-            self.descriptors = max(self.descriptors, count)
+        usage = resting.look(self.serve.pid)
+        if usage is not None:
+            self.peak = self.peak.most(usage)
+
+    def damaged_now(self) -> bool:
+        """May it answer that its disk or its data is bad?"""
+        return bool(self.book.open_codes(time.monotonic()) & {DAMAGED, STORAGE_IO})
+
+    def incarnation(self) -> str:
+        """Of its data directory; "" when there is none."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            file = self.serve.directory / "identity.json"
+            return str(json.loads(file.read_text(encoding="utf-8"))["incarnation"])
+        return ""
 
 
 class Nodes:
@@ -116,6 +149,8 @@ class Nodes:
         problems: what no fault explains.
         spares: ids that were never used.
         exits: ends of processes that nobody asked for, as sentences, explained or not.
+        wiped: told of a node whose directory was removed.
+        watching: called a few times a second.
         lacking: what the plan asks for and this machine does not have.
     """
 
@@ -126,6 +161,8 @@ class Nodes:
         self.problems: list[str] = []
         self.exits: list[str] = []
         self.lacking: list[str] = []
+        self.wiped: Callable[[int], None] = lambda node_id: None
+        self.watching: Callable[[], object] = lambda: None
         self._peer_secret = secrets.token_hex(32)
         self.all = {node_id: self._make(node_id) for node_id in (*plan.ids, *plan.spares)}
         self.spares = list(plan.spares)
@@ -154,7 +191,7 @@ class Nodes:
             host=host(node_id),
             prefix=self._machines.prefix(node_id),
         )
-        node = Node(serve)
+        node = Node(serve, Book(node_id))
         self.configure(node, joins=joins)
         return node
 
@@ -202,6 +239,8 @@ class Nodes:
         assert not node.up, f"node {node.id} still runs"
         shutil.rmtree(node.serve.directory, ignore_errors=True)
         self.configure(node, joins=True)
+        node.given_up = False
+        self.wiped(node.id)
 
     async def supervise(self) -> None:
         """Start what is wanted, note what ends; until cancelled."""
@@ -212,48 +251,44 @@ class Nodes:
                 self._look_at(node, now)
             if now >= sample_at:
                 sample_at = now + SAMPLE_S
+                self.watching()
                 for node in self.all.values():
                     if node.up:
                         node.sample()
             await asyncio.sleep(LOOK_S)
 
     def _look_at(self, node: Node, now: float) -> None:
-        if node.up:
-            return
-        if not node.noted:
-            node.noted = True
-            if node.wanted and not node.held:
-                self._ended(node, now)
-        if node.wanted and not node.held and now >= node.restart_at:
-            node.serve.start()
-            node.boots += 1
-            node.noted = False
+        life = node.notice()
+        if life is not None and not node.book.asked(life):
+            self._ended(node, life)
+        idle = not node.up and not node.held and not node.given_up
+        if node.wanted and idle and now >= node.restart_at:
+            node.start()
 
-    def _ended(self, node: Node, now: float) -> None:
-        code = node.serve.wait_exit()
-        said = (node.serve.lines() or [""])[-1]
-        text = f"node {node.id} ended by itself with {code}: {said}"
+    def _ended(self, node: Node, life: Life) -> None:
+        text = node.book.describe(life)
         self.exits.append(text)
         self._say(text)
-        node.restart_at = now + RESTART_S
+        node.restart_at = life.ended + RESTART_S
         node.failing += 1
-        if not node.explains(code):
-            self.problems.append(f"no fault explains that {text}")
+        if life.code == DAMAGED and node.book.explained(life):
+            self._say(f"node {node.id} needs a person: its directory is removed, and it joins anew")
+            self.wipe(node)
+        elif life.code in FINAL:
+            node.given_up = True
         if node.failing > RESTARTS_MAX:
-            self.problems.append(f"node {node.id} ended {node.failing} times in a row: {said}")
-            node.wanted = False
+            self.problems.append(f"node {node.id} ended {node.failing} times in a row: {life.said}")
+            node.given_up = True
 
-    def asked_to_end(self, node: Node) -> None:
-        """A node has ended after SIGTERM: that has to be with 0."""
-        node.noted = True
-        code = node.serve.wait_exit()
-        if (
-            code != 0
-            and not (code == -signal.SIGKILL and node.held > 1)
-            and not node.explains(code)
-        ):
-            said = (node.serve.lines() or [""])[-1]
-            self.problems.append(f"node {node.id} ended with {code} when asked to: {said}")
+    def end_all(self) -> None:
+        """kill -9 for every process that is left, whatever state it is in."""
+        for node in self.all.values():
+            node.held += 1
+            try:
+                node.kill("the run is over")
+                node.notice()
+            except (AssertionError, OSError) as error:
+                self.problems.append(f"node {node.id} cannot be ended: {error}")
 
     # --- What they say.
 
@@ -301,12 +336,25 @@ class Nodes:
         members = view["members"]
         voting = sorted(m["id"] for m in members if m["status"] == "active")
         caught_up = all(m["ready"] and (m["lag"] or 0) < 1000 for m in members)
-        return (
+        found = (
             not view["joint"]
             and voting == sorted(self.voters)
             and len(members) == len(voting)
             and caught_up
         )
+        for node in self.wanted() if found else ():
+            if node.fresh is None:
+                node.fresh = resting.look(node.serve.pid)
+        return found
+
+    async def voting(self) -> set[int]:
+        """The voters as the leader says; nobody while there is none."""
+        leader = await self.leader()
+        with contextlib.suppress(Unanswered):
+            if leader is not None:
+                view = await call(leader, "GET", "/v1/cluster", timeout_s=1.0)
+                return {m["id"] for m in view["members"] if m["status"] == "active"}
+        return set()
 
     async def level(self) -> bool:
         """Has everybody applied the same log to its end, and does no write wait?"""
@@ -328,8 +376,39 @@ class Nodes:
         self.problems.append(f"waited {deadline_s:.0f} s for {what}; last seen: {seen}")
         return False
 
+    async def at_rest(self, deadline_s: float) -> dict[int, Usage]:
+        """What every node holds on to when nothing has happened for a while; a problem of the run
+        when that does not come in time."""
+        still, end = resting.Still(), time.monotonic() + deadline_s
+        while True:
+            position = [
+                (node_id, s["term"], s["last_index"], s["last_applied"], s["pending_writes"])
+                for node_id, s in sorted((await self.statuses()).items())
+            ]
+            await asyncio.sleep(resting.LOOK_S)  # and the connections of the question are gone
+            looks = {node.id: resting.look(node.serve.pid, children=True) for node in self.wanted()}
+            usages = {node_id: usage for node_id, usage in looks.items() if usage is not None}
+            if len(position) == len(looks) == len(usages) and still.see(position, usages):
+                return usages
+            if time.monotonic() > end:
+                self.problems.append(
+                    f"waited {deadline_s:.0f} s for the nodes to come to rest; what changed last: "
+                    f"{still.changed}"
+                )
+                return usages
+
+    def leaks(self, rest: dict[int, Usage]) -> list[str]:
+        """What `at_rest` has found, against what is stored."""
+        found = []
+        for node_id, usage in rest.items():
+            node = self.all[node_id]
+            stored = resting.stored_bytes(node.serve.directory)
+            fresh = node.fresh or usage
+            found += resting.leaks(node_id, fresh, usage, stored, len(rest))
+        return found
+
     def complaints(self) -> list[str]:
-        """What no log may hold, and who used more than a node needs."""
+        """What no log may hold, ends that are wrong, and who used more than any load explains."""
         found = []
         for node in self.all.values():
             output = node.serve.output()
@@ -337,10 +416,8 @@ class Nodes:
             if match is not None:
                 around = output[match.start() : match.start() + 3000]
                 found.append(f"node {node.id} printed a traceback:\n{around}")
-            if node.memory_bytes > MEMORY_MAX_BYTES:
-                found.append(f"node {node.id} used {node.memory_bytes} bytes of memory")
-            if node.descriptors > DESCRIPTORS_MAX:
-                found.append(f"node {node.id} had {node.descriptors} files open")
+            found += node.book.findings()
+            found += resting.too_much(node.id, node.peak)
         return found
 
 

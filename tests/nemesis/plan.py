@@ -31,7 +31,8 @@ class Kind:
         nodes: so many it takes at least.
         amount: what it also needs, at least and at most (see faults.py for the meaning).
         alone: it does damage for good. Nothing else happens meanwhile, and it begins when the
-            cluster is whole: with more than a minority damaged, nodes may only stop.
+            cluster is whole, and only where budget.py allows it: with more than a minority damaged,
+            nodes may only stop. So never on one node alone.
         proxied: it is done by the proxies between the nodes.
         traced: it is done by strace, and a process bears only one.
     """
@@ -59,7 +60,7 @@ KINDS = {
     "stuck links": Kind(("from leader", "to leader", "pair"), (1.0, 8.0), 2, proxied=True),
     "EIO": Kind(("any", "leader"), (2.0, 5.0), traced=True),
     "ENOSPC": Kind(("any", "leader"), (1.0, 4.0), traced=True),
-    "slow sync": Kind(("any", "leader"), (4.0, 9.0), 1, (5.0, 5.0), traced=True),
+    "slow sync": Kind(("any", "leader"), (6.0, 9.0), 1, (5.0, 5.0), traced=True),
     "small disk": Kind(("small",), (3.0, 8.0), 1, (16e3, 400e3)),
     "few descriptors": Kind(("any", "leader"), (2.0, 6.0), 1, (0.0, 6.0)),
     "transfer": Kind(("any",), (0.1, 1.0), 2),

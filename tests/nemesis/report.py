@@ -1,76 +1,192 @@
-"""What the runs have come to: a table for people, JSON, and a picture of each run."""
+"""What the runs have come to: a table for people, JSON, and a picture of each run.
+
+Everything but the pictures is made of facts, one dictionary per run, which JSON can carry: so the
+runs of several processes are reported together.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from tests.nemesis.trial import Outcome
+from tests.nemesis.outcome import BROKEN_OFF, FAILED, OK, Outcome
+
+Facts = dict[str, Any]
 
 HEADINGS = (
     *("seed", "shape", "links", "verdict", "operations", "acknowledged", "unknown", "load"),
-    *("longest gap", "leader after", "starts", "memory", "files", "faults"),
+    *("longest gap", "leader after", "leader changes", "starts", "peak", "at rest", "faults"),
 )
 BUCKET_S = 0.5
 LEFT, WIDTH, TOP, HEIGHT, LANE = 60, 1000, 50, 180, 20
 COLOURS = ("#e45756", "#f2a13c", "#8a6fb0", "#54a24b", "#b279a2", "#9d755d", "#4c78a8", "#72b7b2")
 
 
-def write(outcomes: Sequence[Outcome], directory: Path) -> Path:
-    """Write report.md, report.json and run-SEED.svg; returns the first."""
+def facts(outcome: Outcome) -> Facts:
+    """Of one run. Times are seconds since its clients began."""
+    plan, searched = outcome.plan, outcome.searched
+    kinds = sorted({*outcome.drawn, *outcome.effective})
+    return {
+        "seed": plan.seed,
+        "seconds": plan.seconds,
+        "shape": plan.shape,
+        "links": "proxied" if plan.proxied else "direct",
+        "plan": plan.describe().splitlines(),
+        "folder": str(outcome.folder),
+        "verdict": outcome.verdict,
+        "findings": outcome.problems,
+        "broken_off": outcome.broken,
+        "exits": outcome.exits,
+        "lacking": outcome.lacking,
+        "operations": outcome.operations,
+        "answers": outcome.counts,
+        "acknowledged_writes": len(outcome.acknowledged_at),
+        "faults": {
+            kind: {"drawn": outcome.drawn.get(kind, 0), "effective": outcome.effective.get(kind, 0)}
+            for kind in kinds
+        },
+        "seen": outcome.seen,
+        "leader_changes": outcome.leader_changes,
+        "load_s": round(outcome.load_s, 3),
+        "longest_gap_s": round(outcome.longest_gap_s, 3),
+        "leader_after_s": round(outcome.leader_after_s, 3),
+        "starts": outcome.boots,
+        "peak": outcome.peak._asdict(),
+        "at_rest": outcome.rest._asdict(),
+        "searched": {
+            "keys": searched.keys,
+            "operations": searched.operations,
+            "left_out": searched.left_out,
+        },
+        "bands": [
+            {
+                "began_s": round(band.began, 2),
+                "ended_s": round(band.ended, 2),
+                "fault": band.text,
+                "effective": band.effective,
+            }
+            for band in outcome.bands
+        ],
+    }
+
+
+def summary(runs: Sequence[Facts]) -> Facts:
+    """Of all runs together."""
+    faults: dict[str, Counter[str]] = {}
+    for run in runs:
+        for kind, counts in run["faults"].items():
+            faults.setdefault(kind, Counter({"drawn": 0, "effective": 0})).update(counts)
+    verdicts = Counter(run["verdict"] for run in runs)
+    return {
+        "runs": len(runs),
+        "failed": verdicts[FAILED],
+        "broken_off": verdicts[BROKEN_OFF],
+        "minutes_under_load": round(sum(run["load_s"] for run in runs) / 60, 2),
+        "operations": sum(run["operations"] for run in runs),
+        "acknowledged_writes": sum(run["acknowledged_writes"] for run in runs),
+        "faults": {kind: dict(counts) for kind, counts in sorted(faults.items())},
+        "leader_changes": sum(run["leader_changes"] for run in runs),
+        "searched_operations": sum(run["searched"]["operations"] for run in runs),
+        "findings": [
+            {"seed": run["seed"], "finding": finding} for run in runs for finding in run["findings"]
+        ],
+    }
+
+
+def passed(runs: Sequence[Facts]) -> bool:
+    return all(run["verdict"] == OK for run in runs)
+
+
+def write(runs: Sequence[Facts], directory: Path) -> Path:
+    """Write report.md and report.json, whole or not at all; returns the first."""
     directory.mkdir(parents=True, exist_ok=True)
-    for outcome in outcomes:
-        picture(outcome, directory / f"run-{outcome.plan.seed}.svg")
-    rows = json.dumps([_facts(outcome) for outcome in outcomes], indent=1)
-    (directory / "report.json").write_text(rows + "\n", encoding="utf-8")
-    report = directory / "report.md"
-    report.write_text(as_text(outcomes), encoding="utf-8")
-    return report
+    whole = {"summary": summary(runs), "runs": list(runs)}
+    _replace(directory / "report.json", json.dumps(whole, indent=1) + "\n")
+    return _replace(directory / "report.md", as_text(runs))
 
 
-def as_text(outcomes: Sequence[Outcome]) -> str:
-    failed = [outcome for outcome in outcomes if outcome.problems]
-    total_s = sum(outcome.load_s for outcome in outcomes)
-    operations = sum(outcome.operations for outcome in outcomes)
-    counts = sum((Counter(outcome.faults) for outcome in outcomes), Counter[str]())
+def _replace(path: Path, text: str) -> Path:
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    return draft.rename(path)
+
+
+def as_text(runs: Sequence[Facts]) -> str:
+    """For people: the sums, the runs, the faults, and what went wrong."""
+    total = summary(runs)
     lines = [
-        f"# Nemesis: {len(outcomes)} runs, {len(failed)} failed",
+        f"# Nemesis: {total['runs']} runs, {total['failed']} failed"
+        + (f", {total['broken_off']} broken off" if total["broken_off"] else ""),
         "",
-        f"{total_s / 60:.1f} minutes under load, {operations} operations.",
+        f"{total['minutes_under_load']:.1f} minutes under load, {total['operations']} operations, "
+        f"{total['acknowledged_writes']} acknowledged writes, {total['leader_changes']} leader "
+        f"changes, {len(total['findings'])} findings. {total['searched_operations']} operations "
+        "were judged by the general search as well.",
         "",
-        *_table([HEADINGS, *(_row(outcome) for outcome in outcomes)]),
+        *_table([HEADINGS, *(_row(run) for run in runs)]),
         "",
-        "Faults: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) + ".",
+        *_table([("fault", "drawn", "effective"), *_fault_rows(total["faults"])]),
     ]
-    for outcome in outcomes:
-        if outcome.problems or outcome.exits or outcome.lacking:
-            lines += ["", f"## Seed {outcome.plan.seed}", "", "```", outcome.plan.describe(), "```"]
-            lines += ["", *(f"- FAILED: {problem}" for problem in outcome.problems)]
-            lines += [f"- {text}" for text in (*outcome.lacking, *outcome.exits)]
+    for run in runs:
+        if run["verdict"] != OK or run["exits"] or run["lacking"]:
+            lines += ["", f"## Seed {run['seed']}: {run['verdict']}", ""]
+            lines += ["```", *run["plan"], "```", "", f"In {run['folder']}:", ""]
+            lines += [f"- FAILED: {_indented(finding)}" for finding in run["findings"]]
+            lines += [f"- broken off: {run['broken_off']}"] if run["broken_off"] else []
+            lines += [f"- {_indented(text)}" for text in (*run["lacking"], *run["exits"])]
     return "\n".join([*lines, ""])
 
 
-def _row(outcome: Outcome) -> tuple[str, ...]:
-    unknown = sum(outcome.counts.get(name, 0) for name in ("unanswered", "504"))
+def line(run: Facts) -> str:
+    """One run in one line, for who looks on."""
+    effective = sum(counts["effective"] for counts in run["faults"].values())
+    drawn = sum(counts["drawn"] for counts in run["faults"].values())
     return (
-        str(outcome.plan.seed),
-        outcome.plan.shape,
-        "proxied" if outcome.plan.proxied else "direct",
-        "FAILED" if outcome.problems else "ok",
-        str(outcome.operations),
-        str(len(outcome.acknowledged_at)),
-        str(unknown),
-        f"{outcome.load_s:.0f} s",
-        f"{outcome.longest_gap_s:.1f} s",
-        f"{outcome.leader_after_s:.1f} s",
-        str(outcome.boots),
-        f"{outcome.memory_bytes / 1e6:.0f} MB",
-        str(outcome.descriptors),
-        ", ".join(outcome.faults),
+        f"seed {run['seed']}: {run['verdict']}, {run['load_s']:.0f} s under load, "
+        f"{run['operations']} operations, {run['acknowledged_writes']} acknowledged writes, "
+        f"{drawn} faults ({effective} effective), {len(run['findings'])} findings"
     )
+
+
+def _indented(text: str) -> str:
+    """Of several lines, all of them belong to the item of a list."""
+    return text.replace("\n", "\n  ")
+
+
+def _fault_rows(faults: Mapping[str, Mapping[str, int]]) -> list[tuple[str, ...]]:
+    rows = [(kind, str(n["drawn"]), str(n["effective"])) for kind, n in faults.items()]
+    sums = [str(sum(n[what] for n in faults.values())) for what in ("drawn", "effective")]
+    return [*rows, ("all", *sums)]
+
+
+def _row(run: Facts) -> tuple[str, ...]:
+    unknown = sum(run["answers"].get(name, 0) for name in ("unanswered", "504"))
+    return (
+        str(run["seed"]),
+        run["shape"],
+        run["links"],
+        run["verdict"],
+        str(run["operations"]),
+        str(run["acknowledged_writes"]),
+        str(unknown),
+        f"{run['load_s']:.0f} s",
+        f"{run['longest_gap_s']:.1f} s",
+        f"{run['leader_after_s']:.1f} s",
+        str(run["leader_changes"]),
+        str(run["starts"]),
+        _usage(run["peak"]),
+        _usage(run["at_rest"]),
+        ", ".join(f"{kind} {n['effective']}/{n['drawn']}" for kind, n in run["faults"].items()),
+    )
+
+
+def _usage(usage: Mapping[str, int]) -> str:
+    return f"{usage['memory_bytes'] / 1e6:.0f} MB, {usage['descriptors']} files"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -82,35 +198,9 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
-def _facts(outcome: Outcome) -> dict[str, object]:
-    plan = outcome.plan
-    return {
-        "seed": plan.seed,
-        "seconds": plan.seconds,
-        "plan": plan.describe().splitlines(),
-        "problems": outcome.problems,
-        "exits": outcome.exits,
-        "lacking": outcome.lacking,
-        "operations": outcome.operations,
-        "answers": outcome.counts,
-        "acknowledged_writes": len(outcome.acknowledged_at),
-        "faults": outcome.faults,
-        "load_s": round(outcome.load_s, 3),
-        "longest_gap_s": round(outcome.longest_gap_s, 3),
-        "leader_after_s": round(outcome.leader_after_s, 3),
-        "starts": outcome.boots,
-        "memory_bytes": outcome.memory_bytes,
-        "descriptors": outcome.descriptors,
-        "bands": [
-            {"began_s": round(b.began, 2), "ended_s": round(b.ended, 2), "fault": b.text}
-            for b in outcome.bands
-        ],
-    }
-
-
 def picture(outcome: Outcome, path: Path) -> None:
     """Acknowledged writes and reads per second over time, and below each fault as a bar whose
-    shadow lies over the curves."""
+    shadow lies over the curves; one without effect is hollow and casts none."""
     lanes = _lanes(outcome)
     end_s = max([outcome.load_s, BUCKET_S, *(band.ended for band in outcome.bands)])
     writes, reads = (_rates(t, end_s) for t in (outcome.acknowledged_at, outcome.read_at))
@@ -127,24 +217,27 @@ def picture(outcome: Outcome, path: Path) -> None:
         )
         return f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
 
-    verdict = "FAILED" if outcome.problems else "ok"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 20}" height="{height}" '
         'font-family="sans-serif" font-size="11">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="10" y="18" font-size="14">seed {outcome.plan.seed}, {outcome.plan.shape}: '
-        f"{verdict}; {outcome.operations} operations</text>",
+        f"{outcome.verdict}; {outcome.operations} operations</text>",
         '<text x="10" y="36" fill="#4c78a8">acknowledged writes per second</text>',
         '<text x="210" y="36" fill="#54a24b">reads per second</text>',
     ]
     for lane, band in zip(lanes, outcome.bands, strict=True):
         left, width = x(band.began), max(x(band.ended) - x(band.began), 2.0)
         y, colour = TOP + HEIGHT + 30 + lane * LANE, COLOURS[hash_of(band.text) % len(COLOURS)]
+        if band.effective:
+            parts.append(
+                f'<rect x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{HEIGHT}" '
+                f'fill="{colour}" fill-opacity="0.12"/>'
+            )
+        filled = 0.5 if band.effective else 0.0
         parts += [
-            f'<rect x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{HEIGHT}" '
-            f'fill="{colour}" fill-opacity="0.12"/>',
             f'<rect x="{left:.1f}" y="{y}" width="{width:.1f}" height="{LANE - 5}" '
-            f'fill="{colour}" fill-opacity="0.5"/>',
+            f'fill="{colour}" fill-opacity="{filled}" stroke="{colour}" stroke-dasharray="3 2"/>',
             f'<text x="{left + 3:.1f}" y="{y + 11}">{escape(band.text)}</text>',
         ]
     parts += [curve(reads, "#54a24b"), curve(writes, "#4c78a8"), *_axes(end_s, top_rate)]

@@ -8,26 +8,30 @@ repeat it, and where its logs are.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cluster import wait_for
 from tests.nemesis import disks, report
-from tests.nemesis.machines import PREFIX, Machines, own_tag, remove_orphans
+from tests.nemesis.machines import NODES, PREFIX, Machines, own_tag, remove_orphans
 from tests.nemesis.nodes import NO_LOOP_DEVICE, SMALL_DISK_BYTES
 from tests.nemesis.plan import KINDS, SHAPES, Plan
 from tests.nemesis.run import ROOT, missing, one
+from tests.reporting import STOPPED
 from tests.simulation.rotation import commit_number
 
-BUDGET_S = float(os.environ.get("DENGINE_NEMESIS_SECONDS") or 60)
+BUDGET_S = float(os.environ.get("DENGINE_NEMESIS_SECONDS") or 180)
 BEGIN_S = 120.0  # of a run on a busy machine; a quiet one takes three seconds
-SAMPLE_S = 20.0  # of faults in a run; with the beginning and the end it takes twice that
+END_S = 120.0  # from a signal to the end of a run
+SAMPLE_S = 20.0  # of faults in a run; with the beginning and the end it takes more than twice that
 
 REASON = missing()
 needs_root = pytest.mark.skipif(bool(REASON), reason=REASON)
@@ -38,21 +42,19 @@ needs_root = pytest.mark.skipif(bool(REASON), reason=REASON)
 def test_nothing_is_lost_and_no_read_is_stale(tmp_path: Path) -> None:
     """Processes are killed and stopped, cables cut, disks fail and members come and go: what was
     acknowledged stays, every history is linearizable, and the cluster works again afterwards."""
-    end, outcomes = time.monotonic() + BUDGET_S, []
+    began, runs = time.monotonic(), []
     for seed in itertools.count(commit_number() % 10_000 * 1000):
-        plan = Plan(seed, SAMPLE_S)
-        outcomes.append(one(plan, tmp_path, quiet=True))
-        print(report.as_text(outcomes))
-        assert not outcomes[-1].problems, (
-            f"seed {seed} fails; logs are in {tmp_path}; repeat it with\n"
+        runs.append(one(Plan(seed, SAMPLE_S), tmp_path, quiet=True))
+        print(report.as_text(runs))
+        assert report.passed(runs), (
+            f"seed {seed} fails; logs are in {runs[-1]['folder']}; repeat it with\n"
             f"  python -m tests.nemesis.run --seed {seed} --seconds {SAMPLE_S:.0f} --runs 20 --same"
         )
-        if time.monotonic() > end:
-            break
-    assert report.write(outcomes, tmp_path / "report").exists()
-    assert sum(len(outcome.acknowledged_at) for outcome in outcomes) > BUDGET_S, (
-        "hardly anything was written"
-    )
+        spent_s = time.monotonic() - began
+        if spent_s + spent_s / len(runs) > BUDGET_S:
+            break  # one more would be too many
+    assert report.write(runs, tmp_path / "report").exists()
+    assert sum(run["acknowledged_writes"] for run in runs) > BUDGET_S, "hardly anything was written"
 
 
 def test_a_plan_follows_from_its_seed() -> None:
@@ -82,29 +84,26 @@ def left_behind() -> list[str]:
     return [line for line in lines if PREFIX in line]
 
 
-CHILD = """
-import signal, sys
-from pathlib import Path
-from tests.nemesis.plan import Plan
-from tests.nemesis.run import one
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-plans = map(lambda seed: Plan(seed, 60.0, ["kill"]), range(99))
-one(next(plan for plan in plans if plan.disk == sys.argv[2]), Path(sys.argv[1]))
-"""
+def command(into: Path, *options: str) -> list[str]:
+    """What an operator runs, with a directory of its own."""
+    return [sys.executable, "-m", "tests.nemesis.run", "--into", str(into), *options]
 
 
 def child(work: Path, disk: str) -> subprocess.Popen[str]:
     """Another process with a run, once its nodes have begun to fall."""
+    plans = (Plan(seed, 60.0, ["kill"]) for seed in itertools.count())
+    seed = next(plan.seed for plan in plans if plan.disk == disk)
+    options = ["--seed", str(seed), "--runs", "1", "--seconds", "60", "--only", "kill"]
     output = work / "child.log"
     with output.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(work), disk], cwd=ROOT, stdout=stream, stderr=stream
+            command(work, *options), cwd=ROOT, stdout=stream, stderr=stream, text=True
         )
     wait_for(lambda: "kill: node" in output.read_text(), "the first fault of a run", BEGIN_S)
     lacking = [line for line in output.read_text().splitlines() if NO_LOOP_DEVICE in line]
     if lacking:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(END_S)
         pytest.skip(lacking[0])
     return process
 
@@ -113,23 +112,41 @@ def mine(pid: int) -> list[str]:
     return [line for line in left_behind() if f"{PREFIX}{pid}-" in line]
 
 
+def reported(directory: Path) -> list[dict[str, Any]]:
+    """The runs in a report."""
+    runs: list[dict[str, Any]] = json.loads((directory / "report.json").read_text())["runs"]
+    return runs
+
+
 @needs_root
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("disk", disks.KINDS)
-def test_an_interrupted_run_removes_what_it_made(tmp_path: Path, disk: str) -> None:
-    """Ctrl-C leaves no namespace, no mount, no loop device and no process."""
+def test_an_interrupted_run_removes_what_it_made(
+    tmp_path: Path, disk: str, number: signal.Signals
+) -> None:
+    """Ctrl-C leaves no namespace, no mount, no loop device and no process. The logs are kept, and
+    the report says that the run broke off."""
     process = child(tmp_path, disk)
     assert any("/db " in line for line in mine(process.pid)), "a disk of its own"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) != 0
-    wait_for(lambda: not mine(process.pid), "all of it to be gone")
+    nodes = processes_of(process.pid)
+    process.send_signal(number)
+    assert process.wait(END_S) == STOPPED
+    assert mine(process.pid) == []
+    assert nodes
+    assert not any(Path(f"/proc/{pid}").exists() for pid in nodes)
+    (run,) = reported(tmp_path)
+    assert run["verdict"] == "broken off"
+    assert list(Path(run["folder"]).glob(f"{NODES}/n*.log"))
+    assert (Path(run["folder"]) / "run.log").stat().st_size
 
 
 @needs_root
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("disk", disks.KINDS)
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, disk: str) -> None:
-    """And nothing of a run that goes on beside it."""
+    """And nothing of a run that goes on beside it. What the killed one's nodes have written is
+    kept."""
     other, process = child_directory(tmp_path, "other"), child_directory(tmp_path, "killed")
     beside, killed = child(other, disk), child(process, disk)
     killed.kill()
@@ -139,14 +156,47 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, disk: str) 
     try:
         removed = remove_orphans(process)
         assert any(f"{PREFIX}{killed.pid}-" in name for name in removed)
-        # Its nodes were killed a moment ago, and keep the device until they are gone.
-        wait_for(lambda: not mine(killed.pid), "all of it to be gone")
+        assert mine(killed.pid) == []
         assert not any(Path(f"/proc/{pid}").exists() for pid in nodes)
+        assert list(process.glob(f"run-*/{NODES}/n*.log"))
         assert mine(beside.pid), "the other run goes on"
     finally:
         beside.send_signal(signal.SIGINT)
-        beside.wait(60)
-    wait_for(lambda: not mine(beside.pid), "all of it to be gone")
+        beside.wait(END_S)
+    assert mine(beside.pid) == []
+
+
+@needs_root
+@pytest.mark.timeout(600)
+def test_two_jobs_share_the_seeds_and_are_reported_together(tmp_path: Path) -> None:
+    """Each has machines of its own with the same addresses. --json prints the sums and nothing
+    else."""
+    options = ["--seed", "5", "--runs", "3", "--jobs", "2", "--seconds", "3", "--json"]
+    done = subprocess.run(
+        command(tmp_path, *options, "--only", "kill,pause"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout) == report.summary(reported(tmp_path))
+    assert [run["seed"] for run in reported(tmp_path)] == [5, 6, 7]
+    assert {path.name for path in tmp_path.glob("job-*/run-*")} == {"run-5", "run-6", "run-7"}
+    assert not [line for line in left_behind() if str(tmp_path) in line]
+
+
+@needs_root
+@pytest.mark.timeout(600)
+def test_jobs_end_with_who_started_them(tmp_path: Path) -> None:
+    """A signal to the one is passed on; each job removes what it made."""
+    options = ["--seed", "5", "--minutes", "10", "--jobs", "2", "--only", "kill"]
+    process = subprocess.Popen(command(tmp_path, *options), cwd=ROOT)
+    logs = [tmp_path / f"job-{job}" / f"run-{seed}" / "run.log" for job, seed in ((1, 5), (2, 6))]
+    wait_for(lambda: all("kill: node" in log.read_text() for log in logs), "both to begin", BEGIN_S)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(2 * END_S) == STOPPED
+    assert [run["verdict"] for run in reported(tmp_path)] == ["broken off"] * 2
+    assert not [line for line in left_behind() if str(tmp_path) in line]
 
 
 @needs_root

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from tests.linearizability.checker import FOREVER, Operation
 from tests.nemesis import verdicts
-from tests.nemesis.lists import NO_LIST, ListTxn, Version
+from tests.nemesis.histories import contradictions, search
 from tests.nemesis.workload import Eventual, Records
 
 
@@ -44,10 +42,11 @@ def sound() -> Records:
 def judged(records: Records, held: dict[str, str] | None = None) -> list[str]:
     held = {"s/1": "one", "s/2": "two"} if held is None else held
     return [
-        *verdicts.linearizable(records),
+        *map(str, contradictions(records)),
+        *map(str, search(records.history).contradictions),
         *verdicts.eventual_reads(records),
         *verdicts.nothing_lost(records, {1: held}),
-        *verdicts.refused_stays_undone(records, held),
+        *verdicts.refused_stays_undone(records, held.values()),
         *verdicts.counted(records, {"c/0": held.get("c/0", "2 y")}),
     ]
 
@@ -95,6 +94,34 @@ def counted_too_often(records: Records) -> None:
     records.history["c/0"].pop()
 
 
+def forgotten(records: Records) -> None:
+    records.eventual.append(Eventual(1, 1, 4, 5, 0, "r/0", 0, None))
+
+
+def behind_itself(records: Records) -> None:
+    records.eventual.append(Eventual(2, 1, 4, 5, 7, "r/0", 5, "a"))
+
+
+def behind_what_a_swap_has_found(records: Records) -> None:
+    records.eventual.append(Eventual(2, 1, 9, 10, 9, "r/0", 6, "b"))
+
+
+def ahead_of_itself(records: Records) -> None:
+    records.eventual.append(Eventual(2, 1, 4, 5, 5, "r/0", 6, "b"))
+
+
+def lost_when_all_was_healed(records: Records) -> None:
+    """What a node shows in the end is a read like any other."""
+    records.history["s/1"] = [
+        Operation(0, 0, 1, "write", "one", 3),
+        Operation(9, 90, 91, "read", None, (0, None)),
+    ]
+
+
+def old_when_all_was_healed(records: Records) -> None:
+    records.history["r/0"].append(Operation(9, 90, 91, "read", None, (6, "b")))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -104,6 +131,13 @@ def counted_too_often(records: Records) -> None:
         (happened_twice, "not linearizable"),
         (back_in_time, "process 1: revision 5"),
         (made_up, "which nobody wrote"),
+        (forgotten, "process 1: there was no r/0 at 4.000, and it had been read by 1.000"),
+        (behind_itself, "at revision 7 r/0 has revision 5, and it was changed at 6"),
+        (behind_what_a_swap_has_found, "has revision 6, and it was changed at 9"),
+        (ahead_of_itself, "at revision 5 r/0 has revision 6, and it was changed at 5"),
+        (lost_when_all_was_healed, "key s/1 is not linearizable, by search"),
+        (lost_when_all_was_healed, "key s/1 is not linearizable, by revision"),
+        (old_when_all_was_healed, "not linearizable"),
         (lost, "lost 1 of 2 acknowledged keys: s/3"),
         (refused_and_done, "outcome none, and happened"),
         (counted_too_often, "counter c/0 is 2"),
@@ -116,193 +150,42 @@ def test_every_breach_is_found(spoil: Callable[[Records], None], said: str) -> N
     assert said in "\n".join(judged(records))
 
 
-ENDS = {"l/0": "a b d", "l/1": "x y"}
-
-
-def append(
-    called: float,
-    appended: dict[str, str],
-    base: dict[str, Version],
-    found: dict[str, Version] | None = None,
-    **more: Any,
-) -> ListTxn:
-    """One that was answered; without `found` it succeeded, and all at revision 10 * `called`."""
-    unknown = ListTxn(0, called, list(appended), appended, base)
-    done = {key: (int(called) * 10, unknown.put(key)) for key in appended}
-    shown = done if found is None else found
-    answer = {"returned": called + 1, "succeeded": found is None, "found": shown}
-    return replace(unknown, **{**answer, **more})
-
-
-def look(called: float, found: dict[str, Version]) -> ListTxn:
-    return ListTxn(1, called, list(found), {}, {}, called + 1, True, found)
-
-
-NO_ANSWER = {"returned": FOREVER, "succeeded": None, "found": {}}
-REFUSED = {"succeeded": False, "found": {}}
-
-
-def sound_lists() -> Records:
-    """Appends to one list and to two at once: done, too late, refused, and two of unknown outcome,
-    of which one happened. Looks at one list and at two."""
-    records = Records()
-    one, both = (10, ("a",)), {"l/0": (30, ("a", "b")), "l/1": (30, ("x",))}
-    records.lists = [
-        append(1, {"l/0": "a"}, {"l/0": NO_LIST}),
-        append(2, {"l/0": "late"}, {"l/0": NO_LIST}, {"l/0": one}),
-        append(2.5, {"l/0": "never"}, {"l/0": one}, **REFUSED),
-        append(3, {"l/0": "b", "l/1": "x"}, {"l/0": one, "l/1": NO_LIST}),
-        look(5, both),
-        append(7, {"l/0": "c"}, {"l/0": both["l/0"]}, **NO_ANSWER),
-        append(8, {"l/0": "d", "l/1": "y"}, both, **NO_ANSWER),
-        look(9, both),
-        look(12, {"l/0": (85, ("a", "b", "d")), "l/1": (85, ("x", "y"))}),
+def test_a_key_may_be_missing_where_nobody_has_seen_it() -> None:
+    """Another process of the node, or another node, may be behind; so may one that was asked before
+    the answer that had the key was there."""
+    records = sound()
+    records.eventual += [
+        Eventual(1, 2, 2, 3, 0, "r/0", 0, None),
+        Eventual(2, 1, 6, 7, 0, "r/0", 0, None),
+        Eventual(1, 1, 0.5, 7, 0, "r/0", 0, None),
     ]
-    for txn in records.lists:
-        for key, op in txn.operations():
-            records.history.setdefault(key, []).append(op)
-    records.history["l/0"].append(Operation(2, 14, 15, "read", None, (85, "a b d")))
-    records.eventual = [
-        Eventual(1, 1, 20, 21, 30, "l/0", 30, "a b"),
-        Eventual(2, 1, 20, 21, 85, "l/1", 85, "x y"),
-    ]
-    return records
+    assert judged(records) == []
 
 
-def test_lists_that_only_grow_are_passed() -> None:
-    """By the judge of lists, and key by key by those of registers."""
-    records = sound_lists()
-    assert verdicts.lists_whole(records, ENDS) == []
-    assert verdicts.linearizable(records) == verdicts.eventual_reads(records) == []
+def test_nodes_that_differ_in_the_end_are_found() -> None:
+    """In a value, or in a key that one of them lacks."""
+    same = {1: {"r/0": "a"}, 2: {"r/0": "a"}, 3: {"r/0": "a"}}
+    assert verdicts.same_everywhere(same) == []
+    other = {**same, 3: {"r/0": "b"}}
+    assert verdicts.same_everywhere(other) == ["nodes 1 and 3 differ in 1 keys: r/0"]
+    assert verdicts.same_everywhere({**same, 2: {}}) == ["nodes 1 and 2 differ in 1 keys: r/0"]
+    assert verdicts.same_everywhere({}) == []
 
 
-def test_an_append_that_nobody_heard_of_may_have_happened_or_not() -> None:
-    """Also when the final lists are the first to show it, but then all of it."""
-    records = sound_lists()
-    base = {"l/0": (85, ("a", "b", "d")), "l/1": (85, ("x", "y"))}
-    records.lists.append(append(30, {"l/0": "e", "l/1": "z"}, base, **NO_ANSWER))
-    assert verdicts.lists_whole(records, ENDS) == []
-    assert verdicts.lists_whole(records, {"l/0": "a b d e", "l/1": "x y z"}) == []
-    assert "torn" in verdicts.lists_whole(records, {"l/0": "a b d e", "l/1": "x y"})[0]
+SAID = """
+2026-11-29T05:53:00Z INFO node 1: [Node 1] was here
+[Node 1] Follower → Candidate (term 1)
+[Node 1] Candidate → Leader (term 2)
+[Node 1] Leader → Follower (term 3)
+[Node 1] Candidate → Leader (term 5)
+"""
 
 
-def lost_append(records: Records, ends: dict[str, str]) -> None:
-    base = {"l/1": (85, ("x", "y"))}
-    records.lists.append(append(16, {"l/1": "z"}, base))
-
-
-def lost_list(records: Records, ends: dict[str, str]) -> None:
-    records.lists.append(append(16, {"l/2": "z"}, {"l/2": NO_LIST}))
-
-
-def append_in_the_middle(records: Records, ends: dict[str, str]) -> None:
-    ends["l/0"] = "a c b d"
-
-
-def appended_twice(records: Records, ends: dict[str, str]) -> None:
-    ends["l/1"] = "x y x"
-
-
-def appended_by_nobody(records: Records, ends: dict[str, str]) -> None:
-    ends["l/1"] = "x y z"
-
-
-def to_the_wrong_list(records: Records, ends: dict[str, str]) -> None:
-    ends["l/1"] = "x y c"
-
-
-def refused_and_appended(records: Records, ends: dict[str, str]) -> None:
-    ends["l/0"] = "a b d never"
-
-
-def late_and_appended(records: Records, ends: dict[str, str]) -> None:
-    ends["l/0"] = "a b d late"
-
-
-def refused_and_seen_once(records: Records, ends: dict[str, str]) -> None:
-    records.eventual.append(Eventual(1, 1, 22, 23, 40, "l/0", 40, "a b never"))
-
-
-def late_for_no_reason(records: Records, ends: dict[str, str]) -> None:
-    base = {"l/1": (85, ("x", "y"))}
-    records.lists.append(append(16, {"l/1": "z"}, base, base))
-
-
-def shown_something_else(records: Records, ends: dict[str, str]) -> None:
-    here = {"l/0": (30, ("a", "b")), "l/1": (30, ())}
-    records.lists[3] = replace(records.lists[3], found=here)
-
-
-def two_revisions_for_one(records: Records, ends: dict[str, str]) -> None:
-    here = {"l/0": (30, ("a", "b")), "l/1": (31, ("x",))}
-    records.lists[3] = replace(records.lists[3], found=here)
-
-
-def torn_at_a_look(records: Records, ends: dict[str, str]) -> None:
-    here = {"l/0": (85, ("a", "b", "d")), "l/1": (30, ("x",))}
-    records.lists.append(look(8.5, here))
-
-
-def torn_between_two_looks(records: Records, ends: dict[str, str]) -> None:
-    records.history["l/0"].append(Operation(3, 8.1, 8.2, "read", None, (85, "a b d")))
-    records.history["l/1"].append(Operation(3, 8.3, 8.4, "read", None, (30, "x")))
-
-
-def torn_in_the_end(records: Records, ends: dict[str, str]) -> None:
-    base = {"l/2": NO_LIST, "l/3": NO_LIST}
-    records.lists.append(append(16, {"l/2": "p", "l/3": "q"}, base, **NO_ANSWER))
-    ends["l/2"] = "p"
-
-
-def stale_look(records: Records, ends: dict[str, str]) -> None:
-    records.lists.append(look(4.5, {"l/0": (10, ("a",))}))
-
-
-def stale_read_of_a_list(records: Records, ends: dict[str, str]) -> None:
-    records.history["l/1"].append(Operation(3, 16, 17, "read", None, (30, "x")))
-
-
-def no_list_any_more(records: Records, ends: dict[str, str]) -> None:
-    records.history["l/1"].append(Operation(3, 16, 17, "read", None, (0, None)))
-
-
-def another_past(records: Records, ends: dict[str, str]) -> None:
-    records.eventual.append(Eventual(1, 1, 22, 23, 40, "l/0", 40, "a c"))
-
-
-def one_revision_for_two(records: Records, ends: dict[str, str]) -> None:
-    records.eventual.append(Eventual(1, 1, 22, 23, 85, "l/0", 85, "a b"))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lost_append, "lost 'z', an acknowledged append"),
-        (lost_list, "lost 'z', an acknowledged append"),
-        (append_in_the_middle, "list l/0 was 'a b d' at revision 85 and 'a c b d' at the end"),
-        (appended_twice, "has 'x' 2 times"),
-        (appended_by_nobody, "has 'z', which nobody appended"),
-        (to_the_wrong_list, "has 'c', which nobody appended to it"),
-        (refused_and_appended, "has 'never', and its append was refused"),
-        (late_and_appended, "has 'late', and its append was refused"),
-        (refused_and_seen_once, "has 'never', and its append was refused"),
-        (late_for_no_reason, "was refused, though nothing had changed"),
-        (shown_something_else, "and was shown"),
-        (two_revisions_for_one, "and was shown"),
-        (torn_at_a_look, "of one transaction were torn"),
-        (torn_between_two_looks, "of one transaction, had been seen at 8.200"),
-        (torn_in_the_end, "of one transaction were torn"),
-        (stale_look, "'a b' had been read by 4.000"),
-        (stale_read_of_a_list, "'x y' had been read by 13.000"),
-        (no_list_any_more, "list l/1 was '' for who asked at 16.000"),
-        (another_past, "list l/0 was 'a b' at revision 30 and 'a c' at revision 40"),
-        (one_revision_for_two, "'a b' at revision 85"),
-    ],
-)
-def test_every_breach_of_a_list_is_found(
-    spoil: Callable[[Records, dict[str, str]], None], said: str
-) -> None:
-    """Again one wrong answer, or one wrong list in the end, is enough."""
-    records, ends = sound_lists(), dict(ENDS)
-    spoil(records, ends)
-    assert said in "\n".join(verdicts.lists_whole(records, ends))
+def test_leaders_are_counted_from_what_nodes_say() -> None:
+    """And two in one term are the worst that there is (paper 5.2)."""
+    other = "[Node 2] Candidate → Leader (term 3)\n"
+    led = verdicts.leaders([SAID, other])
+    assert led == {2: [1], 3: [2], 5: [1]}
+    assert verdicts.one_leader_a_term(led) == []
+    led = verdicts.leaders([SAID, other, "[Node 3] Candidate → Leader (term 5)\n"])
+    assert verdicts.one_leader_a_term(led) == ["term 5 had 2 leaders: nodes 1, 3"]

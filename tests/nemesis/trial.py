@@ -6,25 +6,36 @@ import asyncio
 import contextlib
 import itertools
 import random
-import shutil
-import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 from dengine.errors import FatalError
 from dengine.storage.state_reader import StateReader
-from tests.nemesis import verdicts
+from tests.linearizability.checker import Operation
+from tests.nemesis import (
+    by_operators,
+    histories,
+    list_verdicts,
+    on_disks,
+    on_links,
+    on_processes,
+    verdicts,
+)
 from tests.nemesis.client import Unanswered, call
 from tests.nemesis.damage import file_of
-from tests.nemesis.faults import STOP_S, Band, Faults
+from tests.nemesis.faults import Faults
 from tests.nemesis.links import Links
-from tests.nemesis.machines import Machines
-from tests.nemesis.nodes import READY_S, Node, Nodes
+from tests.nemesis.machines import Machines, own_tag
+from tests.nemesis.nodes import READY_S, Node, Nodes, holds_within
+from tests.nemesis.on_processes import STOP_S
+from tests.nemesis.outcome import OK, Outcome
 from tests.nemesis.plan import Plan
-from tests.nemesis.workload import LEVELS, Workload
+from tests.nemesis.workload import CLIENTS, LEVELS, Workload
 
 # Bounds that tell a cluster that does not recover from one on a busy machine: a quiet one takes a
 # twentieth of them.
@@ -33,86 +44,86 @@ OPERATORS_S = 120.0
 LEVEL_S = 60.0
 ANSWER_S = 20.0
 CALM_S = 2.0  # of load without faults, before the end
+REST_S = 60.0  # until the nodes have come to rest, which takes five when all is well
 OVERHEAD_S = 600.0  # everything but the faults, at its very worst
+INTERRUPTED = "somebody interrupted it"
+PREFIXES = ("s/", "c/", "r/", "l/")
+HOW = {
+    **on_processes.FAULTS,
+    **on_links.FAULTS,
+    **on_disks.FAULTS,
+    **by_operators.FAULTS,
+}
 
 
-@dataclass
-class Outcome:
-    """What a run has come to. Times are seconds since its clients began."""
-
-    plan: Plan
-    problems: list[str] = field(default_factory=list)
-    exits: list[str] = field(default_factory=list)
-    lacking: list[str] = field(default_factory=list)  # what this machine does not have
-    bands: list[Band] = field(default_factory=list)
-    acknowledged_at: list[float] = field(default_factory=list)
-    read_at: list[float] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)  # answers, by status
-    faults: dict[str, int] = field(default_factory=dict)
-    operations: int = 0
-    load_s: float = 0.0
-    leader_after_s: float = 0.0  # from the last fault to a leader that everybody names
-    boots: int = 0
-    memory_bytes: int = 0
-    descriptors: int = 0
-
-    @property
-    def longest_gap_s(self) -> float:
-        """The longest time without an acknowledged write."""
-        times = [0.0, *self.acknowledged_at, self.load_s]
-        return max(b - a for a, b in itertools.pairwise(sorted(times)))
+def longest_s(plan: Plan) -> float:
+    """How much time a run has, all in all."""
+    return plan.seconds * 5 + OVERHEAD_S
 
 
-def run(plan: Plan, work: Path, say: Callable[[str], None]) -> Outcome:
-    """Carry out a plan. Needs root; leaves nothing but, after a failure, the directory `work`."""
-    with Machines([*plan.ids, *plan.spares], work, proxied=plan.proxied) as machines:
-        machines.keep = True  # until it is known that nobody needs to look at it
-        outcome = asyncio.run(_Trial(plan, machines, say).run())
-        machines.keep = bool(outcome.problems)
-    if outcome.problems:  # under a name that nothing cleans up
-        kept = work.parent / f"failed-{plan.seed}"
-        shutil.rmtree(kept, ignore_errors=True)
-        work.rename(kept)
+def run(plan: Plan, folder: Path, say: Callable[[str], None]) -> Outcome:
+    """Carry out a plan. Needs root. Whatever ends it, nothing is left in the system; what the nodes
+    have written is kept in `folder` unless all went well."""
+    outcome = Outcome(plan, folder)
+    machines = Machines([*plan.ids, *plan.spares], folder / own_tag(), proxied=plan.proxied)
+    try:
+        with machines:
+            machines.keep = True  # until it is known that nobody needs to look at it
+            trial = _Trial(plan, machines, say, outcome)
+            asyncio.run(trial.run())
+            trial.judge()
+            machines.keep = outcome.verdict != OK
+    except KeyboardInterrupt:
+        outcome.broken = INTERRUPTED
+    except Exception:
+        outcome.problems.append(f"the run broke off:\n{traceback.format_exc()}")
     return outcome
 
 
 class _Trial:
-    def __init__(self, plan: Plan, machines: Machines, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, plan: Plan, machines: Machines, say: Callable[[str], None], outcome: Outcome
+    ) -> None:
         self._plan = plan
         self._machines = machines
-        self._began = time.monotonic()
+        self._began, self._loaded = time.monotonic(), False  # with clients
         self._say = lambda text: say(f"{time.monotonic() - self._began:7.2f}  {text}")
         self.nodes = Nodes(plan, machines, self._say)
         self.workload = Workload(
             plan.seed,
             lambda: [node.id for node in self.nodes.wanted()],
             lambda node_id: self.nodes.all[node_id].boots,
-            lambda node_id: +self.nodes.all[node_id].excused != {},
+            lambda node_id: self.nodes.all[node_id].damaged_now(),
         )
-        self.outcome = Outcome(plan)
+        self.outcome = outcome
+        self._held: dict[int, dict[str, _Item]] = {}  # what each node holds in the end
 
-    async def run(self) -> Outcome:
+    async def run(self) -> None:
+        """The life of a cluster, to its end or until it breaks off; no node runs afterwards."""
         problems = self.nodes.problems
         supervisor = asyncio.create_task(self.nodes.supervise())
+        faults: Faults | None = None
         try:
-            async with asyncio.timeout(self._plan.seconds * 5 + OVERHEAD_S), self._links() as links:
-                faults = Faults(self._machines, self.nodes, links, self.workload, self._say)
+            async with asyncio.timeout(longest_s(self._plan)), self._links() as links:
+                faults = Faults(self._machines, self.nodes, links, self.workload, self._say, HOW)
                 try:
                     await _unless_it_ends(supervisor, self._whole_life(faults))
                 finally:
+                    if self._loaded:
+                        self.outcome.load_s = self.outcome.load_s or time.monotonic() - self._began
                     await self.workload.stop(0.0)
                     await faults.cancel()
-                    self._report(faults)
         except TimeoutError:
             problems.append("the run did not end in time")
+        except asyncio.CancelledError:
+            self.outcome.broken = INTERRUPTED
+        except Exception:
+            problems.append(f"the run broke off:\n{traceback.format_exc()}")
         finally:
             supervisor.cancel()
             await asyncio.gather(supervisor, return_exceptions=True)
-            for node in self.nodes.all.values():
-                if node.up:
-                    node.serve.kill()
-        self.outcome.problems = [*problems, *self.nodes.complaints()]
-        return self.outcome
+            self.nodes.end_all()
+        self._report(faults)
 
     @contextlib.asynccontextmanager
     async def _links(self) -> AsyncIterator[Links | None]:
@@ -128,7 +139,7 @@ class _Trial:
             self.nodes.all[node_id].wanted = True
         if not await self.nodes.wait(self.nodes.whole, "the cluster to begin", READY_S):
             return
-        self._began = time.monotonic()
+        self._began, self._loaded = time.monotonic(), True
         self.workload.start()
         await self._schedule(faults)
         if await self._healed(faults):
@@ -137,12 +148,12 @@ class _Trial:
     async def _schedule(self, faults: Faults) -> None:
         for number, step in enumerate(self._plan.steps):
             if number == self._plan.grows_at and self._plan.joiners:
-                faults.grow(self._plan.joiners)
+                by_operators.grow(faults, self._plan.joiners)
             await faults.carry_out(step.actions)
             if step is not self._plan.steps[-1]:
                 await asyncio.sleep(step.rest_s)
         if self._plan.grows_at >= len(self._plan.steps) and self._plan.joiners:
-            faults.grow(self._plan.joiners)
+            by_operators.grow(faults, self._plan.joiners)
 
     async def _healed(self, faults: Faults) -> bool:
         """All faults are over: the cluster has to find back by itself, in time."""
@@ -163,31 +174,25 @@ class _Trial:
         return await nodes.wait(nodes.level, "all nodes to have applied the same", LEVEL_S)
 
     async def _look_at_the_end(self) -> None:
-        nodes, records = self.nodes, self.workload.records
+        nodes = self.nodes
         for node in nodes.wanted():
             await self._last_requests(node)
         await nodes.wait(nodes.level, "all nodes to have applied the same", LEVEL_S)
-        held = {node.id: await self._items(node.id, "s/") for node in nodes.wanted()}
-        counters, registers, lists = [
-            await self._items(nodes.wanted()[0].id, prefix) for prefix in ("c/", "r/", "l/")
-        ]
-        everything = counters | registers | lists | next(iter(held.values()))
+        rest = await nodes.at_rest(REST_S)
+        nodes.problems += nodes.leaks(rest)
+        for usage in rest.values():
+            self.outcome.rest = self.outcome.rest.most(usage)
+        for node in nodes.wanted():
+            await self._read_all(node.id)
         await self._stop()
-        nodes.problems += [
-            *records.surprises[: verdicts.SHOWN_MAX],
-            *verdicts.linearizable(records),
-            *verdicts.refused_stays_undone(records, everything),
-            *verdicts.eventual_reads(records),
-            *verdicts.nothing_lost(records, held),
-            *verdicts.counted(records, counters),
-            *verdicts.lists_whole(records, lists),
-        ]
 
     async def _last_requests(self, node: Node) -> None:
         """Every node takes a write, and reads everything for the history."""
+        tries = itertools.count()
 
         async def written() -> bool:
-            return await self.workload.collect(node.id, f"s/last-{node.id}", f"last {node.id}")
+            key = f"s/last-{node.id}-{next(tries)}"  # a key is written once, whatever comes of it
+            return await self.workload.collect(node.id, key, key)
 
         async def read() -> bool:
             return await self.workload.read_all(node.id)
@@ -195,9 +200,22 @@ class _Trial:
         await self.nodes.wait(written, f"a write through node {node.id}", ANSWER_S)
         await self.nodes.wait(read, f"reads through node {node.id}", ANSWER_S)
 
-    async def _items(self, node_id: int, prefix: str) -> dict[str, str]:
-        """All keys under `prefix` as this node's own state holds them."""
-        found: dict[str, str] = {}
+    async def _read_all(self, node_id: int) -> None:
+        """All keys as this node holds them. Nothing happens meanwhile, so for the history that is a
+        read of each key, also of one that is not there."""
+        found: dict[str, _Item] = {}
+        called = time.monotonic()
+        for prefix in PREFIXES:
+            if not await self._list(node_id, prefix, found):
+                return
+        returned = time.monotonic()
+        for key, history in self.workload.records.history.items():
+            value, revision = found.get(key, _Item(None, 0))
+            result = (revision, value)
+            history.append(Operation(CLIENTS + node_id, called, returned, "read", None, result))
+        self._held[node_id] = found
+
+    async def _list(self, node_id: int, prefix: str, found: dict[str, _Item]) -> bool:
         after = ""
         query = f"/v1/kv?prefix={quote(prefix, safe='')}&limit=1000&consistency={LEVELS[2]}"
         while True:
@@ -205,10 +223,11 @@ class _Trial:
                 page = await call(node_id, "GET", query + after, timeout_s=ANSWER_S)
             except Unanswered as error:
                 self.nodes.problems.append(f"node {node_id} does not list {prefix}: {error}")
-                return found
-            found.update((item["key"], item["value"]) for item in page["items"])
+                return False
+            for item in page["items"]:
+                found[item["key"]] = _Item(item["value"], item["mod_revision"])
             if page["next"] is None:
-                return found
+                return True
             after = "&after=" + quote(page["next"], safe="")
 
     async def _stop(self) -> None:
@@ -216,17 +235,15 @@ class _Trial:
         stopped = self.nodes.wanted()
         for node in stopped:
             node.wanted = False
-            node.serve.signal(signal.SIGTERM)
+            node.ask_to_end(STOP_S)
 
         async def ended() -> bool:
             return not any(node.up for node in stopped)
 
-        await self.nodes.wait(ended, "all nodes to stop", STOP_S)
-        hashes = {}
+        await holds_within(ended, STOP_S)  # else the books say so
+        hashes = {node.id: self._state_of(node) for node in stopped if not node.up}
         for node in stopped:
-            if not node.up:
-                self.nodes.asked_to_end(node)
-                hashes[node.id] = self._state_of(node)
+            node.notice()
         if len(set(hashes.values())) > 1:
             self.nodes.problems.append(f"the nodes hold different states: {hashes}")
 
@@ -240,23 +257,73 @@ class _Trial:
         except FatalError as error:
             return error.message
 
-    def _report(self, faults: Faults) -> None:
+    def judge(self) -> None:
+        """What is wrong with what was seen; also with a run that broke off."""
+        records, outcome = self.workload.records, self.outcome
+        led = verdicts.leaders(node.serve.output() for node in self.nodes.all.values())
+        outcome.led = len(led)
+        outcome.problems += [
+            *self.nodes.problems,
+            *self.nodes.complaints(),
+            *verdicts.one_leader_a_term(led),
+            *records.surprises[: verdicts.SHOWN_MAX],
+            *verdicts.eventual_reads(records),
+            *self._judge_the_end(),
+        ]
+        outcome.searched = searched = histories.search(records.history)
+        wrong = [*histories.contradictions(records), *searched.contradictions]
+        for contradiction in wrong[: 2 * verdicts.SHOWN_MAX]:
+            drawn = contradiction.draw(outcome.folder)
+            outcome.problems.append(f"{contradiction}\ndrawn in {drawn}")
+        outcome.problems += searched.problems
+
+    def _judge_the_end(self) -> list[str]:
+        """Of a run that came so far."""
+        records = self.workload.records
+        held = {
+            node_id: {key: item.value or "" for key, item in items.items()}
+            for node_id, items in self._held.items()
+        }
+        one = next(iter(held.values()), None)  # the others are the same, or that is a finding
+        sets = {node_id: _under("s/", values) for node_id, values in held.items()}
+        found = [*verdicts.same_everywhere(held), *verdicts.nothing_lost(records, sets)]
+        found += verdicts.refused_stays_undone(records, one.values() if one else ())
+        if one is not None:
+            found += verdicts.counted(records, one)
+            found += list_verdicts.lists_whole(records, _under("l/", one))
+        return found
+
+    def _report(self, faults: Faults | None) -> None:
         outcome, records, began = self.outcome, self.workload.records, self._began
         outcome.exits, outcome.lacking = self.nodes.exits, self.nodes.lacking
-        outcome.bands = [
-            Band(band.began - began, band.text, (band.ended or time.monotonic()) - began)
-            for band in faults.bands
-        ]
         outcome.acknowledged_at = [at - began for at in records.acknowledged_at]
         outcome.read_at = [at - began for at in records.read_at]
         outcome.counts = dict(sorted(records.counts.items()))
-        outcome.faults = dict(sorted(faults.counts.items()))
         outcome.operations = records.operations
-        outcome.load_s = outcome.load_s or time.monotonic() - began
-        nodes = self.nodes.all.values()
-        outcome.boots = sum(node.boots for node in nodes)
-        outcome.memory_bytes = max(node.memory_bytes for node in nodes)
-        outcome.descriptors = max(node.descriptors for node in nodes)
+        for node in self.nodes.all.values():
+            outcome.boots += node.boots
+            outcome.peak = outcome.peak.most(node.peak)
+        if faults is None:
+            return
+        faults.look_back()
+        outcome.bands = [
+            replace(band, began=band.began - began, ended=(band.ended or time.monotonic()) - began)
+            for band in faults.bands
+        ]
+        outcome.drawn = dict(sorted(faults.drawn.items()))
+        outcome.effective = dict(sorted(faults.effective.items()))
+        outcome.seen = dict(sorted(faults.counts.items()))
+
+
+class _Item(NamedTuple):
+    """Of a list of keys."""
+
+    value: str | None
+    revision: int
+
+
+def _under(prefix: str, held: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in held.items() if key.startswith(prefix)}
 
 
 async def _unless_it_ends(other: asyncio.Task[None], life: Awaitable[None]) -> None:

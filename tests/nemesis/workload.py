@@ -8,11 +8,12 @@ whose it is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,8 @@ EXPECTED = {200, 404, 412, 429, 503, 504, 507}
 
 @dataclass(frozen=True, slots=True)
 class Eventual:
-    """A read of what one process of a node holds."""
+    """A read of what one process of a node holds. Without a key there the value is None, and both
+    revisions are 0: such an answer names none."""
 
     node_id: int
     boot: int  # number of the process of this node
@@ -44,7 +46,7 @@ class Eventual:
     state_revision: int
     key: str
     revision: int
-    value: str
+    value: str | None
 
 
 @dataclass
@@ -91,6 +93,7 @@ class Workload:
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self._lists_begun = [1] * LISTS  # keys by place
+        self.asked_for: list[str] = []  # keys of the set that may be there
 
     def start(self) -> None:
         for number in range(CLIENTS):
@@ -175,7 +178,8 @@ class _Client:
         if dice < 0.3:
             return await self._change("cas", register, self._value(), node_id)
         if dice < 0.55:
-            key = rng.choice(keys() + [self._list(n) for n in range(LISTS)])
+            collected = [rng.choice(self._owner.asked_for)] if self._owner.asked_for else []
+            key = rng.choice(keys() + [self._list(n) for n in range(LISTS)] + collected)
             return await self.read(key, node_id, rng.choices(LEVELS, (4, 3, 3))[0])
         if dice < 0.65:
             return await self._increment(f"c/{rng.randrange(COUNTERS)}", node_id)
@@ -205,8 +209,9 @@ class _Client:
         headers: dict[str, str] = {}
         if name == "cas":
             headers = {"If-None-Match": "*"} if expected is None else {"If-Match": f'"{expected}"'}
-        called = time.monotonic()
-        reply, outcome = await self._send("PUT", f"/v1/kv/{key}", value.encode(), headers, node_id)
+        with self._under_way(key, name, argument) as unknown:
+            body = value.encode()
+            reply, outcome = await self._send("PUT", f"/v1/kv/{key}", body, headers, node_id)
         returned = time.monotonic()
         result: Any = None
         if reply is not None and reply.status == 200:
@@ -222,9 +227,18 @@ class _Client:
         else:
             self._known.pop(key, None)
             returned = FOREVER
-        op = Operation(self._number, called, returned, name, argument, result)
-        self._records.history.setdefault(key, []).append(op)
+        op = unknown._replace(returned=returned, result=result)
+        self._records.history[key].append(op)
         return returned != FOREVER
+
+    @contextlib.contextmanager
+    def _under_way(self, key: str, name: str, argument: Any) -> Iterator[Operation]:
+        """Of unknown outcome, which it stays when the run breaks off before there is an answer."""
+        op = Operation(self._number, time.monotonic(), FOREVER, name, argument)
+        history = self._records.history.setdefault(key, [])
+        history.append(op)
+        yield op
+        history.remove(op)
 
     def _list(self, place: int) -> str:
         """The key of a list that is not full, as far as this client knows."""
@@ -257,11 +271,16 @@ class _Client:
     async def _transact(
         self, asked: Sequence[str], appended: Mapping[str, str], node_id: int
     ) -> ListTxn:
-        base = {key: self._seen(key) for key in appended}
+        records, base = self._records, {key: self._seen(key) for key in appended}
         txn = ListTxn(self._number, time.monotonic(), asked, appended, base)
         headers = {"Content-Type": "application/json"}
-        reply, outcome = await self._send("POST", "/v1/txn", txn.request(), headers, node_id)
-        returned, records = time.monotonic(), self._records
+        with contextlib.ExitStack() as under_way:
+            for key, op in txn.operations():
+                under_way.enter_context(self._under_way(key, op.name, op.argument))
+            records.lists.append(txn)  # as above
+            reply, outcome = await self._send("POST", "/v1/txn", txn.request(), headers, node_id)
+            records.lists.remove(txn)
+        returned = time.monotonic()
         if reply is not None and reply.status == 200:
             txn = txn.answered(returned, reply.json())
             changed = appended and txn.succeeded
@@ -289,8 +308,8 @@ class _Client:
         revision = int(reply.headers["etag"].strip('"')) if found else 0
         value = reply.body.decode() if found else None
         if level == "eventual":
-            if found and value is not None and boot == self._owner._boot(node_id):
-                seen = int(reply.headers["dengine-revision"])
+            if boot == self._owner._boot(node_id):
+                seen = int(reply.headers["dengine-revision"]) if found else 0
                 self._records.eventual.append(
                     Eventual(node_id, boot, called, returned, seen, key, revision, value)
                 )
@@ -305,16 +324,24 @@ class _Client:
 
     async def collect(self, key: str, value: str, node_id: int) -> bool:
         """Add a key that nobody else adds."""
-        reply, outcome = await self._send("PUT", f"/v1/kv/{key}", value.encode(), {}, node_id)
-        if reply is not None and reply.status == 200:
-            self._records.collected[key] = value
-            self._records.acknowledged_at.append(time.monotonic())
-            return True
+        records = self._records
+        self._owner.asked_for.append(key)
+        records.attempted[key] = value
+        with self._under_way(key, "write", value) as unknown:
+            reply, outcome = await self._send("PUT", f"/v1/kv/{key}", value.encode(), {}, node_id)
+        returned, result = time.monotonic(), None
         if outcome == "none":
-            self._records.refused.add(value)
+            del records.attempted[key]
+            records.refused.add(value)
+            return False
+        if reply is not None and reply.status == 200:
+            result = json.loads(reply.body)["revision"]
+            records.collected[key] = records.attempted.pop(key)
+            records.acknowledged_at.append(returned)
         else:
-            self._records.attempted[key] = value
-        return False
+            returned = FOREVER
+        records.history[key].append(unknown._replace(returned=returned, result=result))
+        return returned != FOREVER
 
     async def _send(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], node_id: int

@@ -15,6 +15,7 @@ from dengine.node.transfers import Report
 from dengine.raft.types import SnapshotRef
 from dengine.storage.snapshot_file import SnapshotInfo
 from dengine.storage.snapshot_jobs import Event, Fetch, Progress, Verify, encode_job
+from dengine.storage.snapshots import fetched_path
 from dengine.storage.state_store import StateStore
 from tests.storage.states import OTHER, history, membership, snapshot_of
 
@@ -65,6 +66,40 @@ def test_reading_what_is_here_shows_life(
     assert before[0] > chunks // 2, "while it was looked for what is here"
     assert after >= chunks, "while it was verified, and what is sound of it looked for"
     assert all(isinstance(event, Progress) and event.done_bytes == 0 for event in said)
+
+
+@pytest.mark.parametrize("came", ["now", "with an earlier attempt"])
+def test_a_received_file_is_durable_with_its_name_before_a_state_comes_of_it(
+    made: SnapshotInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, came: str
+) -> None:
+    """An install makes the log begin behind the file, and a power cut takes away what has a name in
+    no synced directory."""
+    here = tmp_path / "here"
+    partial = fetched_path(here, made.sha256)
+    steps: list[str] = []
+
+    def append(job: Fetch, path: Path, have: int) -> None:
+        path.write_bytes(made.path.read_bytes())
+        steps.append("came")
+
+    def sync(path: Path) -> None:
+        if path == here:
+            steps.append("name synced")
+
+    def unpack(file: Path, state: Path, progress: object) -> SnapshotInfo:
+        assert file == partial
+        steps.append("unpacked")
+        return made
+
+    monkeypatch.setattr(snapshot_writer, "_append", append)
+    monkeypatch.setattr(snapshot_writer, "sync_directory", sync)
+    monkeypatch.setattr(snapshot_writer, "unpack", unpack)
+    if came != "now":
+        here.mkdir()
+        partial.write_bytes(made.path.read_bytes())
+    job = Fetch("127.0.0.1:1", made.ref, 3, made.header.cluster_id, str(here), str(tmp_path / "n"))
+    snapshot_writer._fetch(job)
+    assert steps == ["came", "name synced", "unpacked"]
 
 
 def test_a_file_of_our_own_is_read_with_signs_of_life(

@@ -57,6 +57,13 @@ def test_a_pre_candidate_that_lags_learns_the_term() -> None:
     )
 
 
+def test_a_pre_vote_is_refused_for_a_term_that_was_entered_already() -> None:
+    """9.6: the vote itself may be given away in it, so this one would promise too much."""
+    node = past_grace(server(A, ABC, term=7))
+    node.step(PreVoteRequest(B, A, 7, 9, 2))
+    expect(node.take(), messages=[PreVoteResponse(A, B, 7, False)])
+
+
 def test_an_isolated_server_does_not_inflate_its_term() -> None:
     """9.6, failures E6: an hour alone, and its return disturbs nobody."""
     cluster = Cluster(ABC)

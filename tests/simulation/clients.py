@@ -1,15 +1,18 @@
 """Clients that write, compare-and-swap, delete, change two keys at once and read at three levels,
 and what they saw.
+
+Every answer is judged by itself, against the committed log: what a write has come to, and what a
+read saw at the index at which it was served. How the answers go together is judged at the end.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dengine.errors import DengineError
+from dengine.errors import DataCorruption, DengineError, StorageIO
 from dengine.kv.commands import (
     Command,
     Compare,
@@ -24,22 +27,23 @@ from dengine.kv.commands import (
     Result,
     Txn,
     TxnResult,
-    decode_batch,
 )
-from dengine.kv.machine import apply_batch
-from dengine.raft.types import Entry, EntryKind
-from tests.kv.twin import DictView
+from tests.linearizability import checker as search
 from tests.linearizability.by_revision import check
 from tests.linearizability.checker import FOREVER, Operation, Verdict
+from tests.linearizability.models import VERSIONED
 from tests.linearizability.timeline import as_text
-from tests.simulation.invariants import mark_of, violated
+from tests.simulation.invariants import violated
 from tests.simulation.loop import MS
+from tests.simulation.model import NOTHING, mark_of
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine, Process
     from tests.simulation.world import World
 
 LEVELS = ("linearizable", "lease", "eventual")
+SEARCHED = 50  # each so many-th seed is judged by the general search as well
+SEARCH_S = 600.0
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +59,8 @@ class Call:
     called: int
     floor: int = 0  # of the index that a read must have applied
     process: Process | None = None
+    timeout_s: float | None = None  # None: one of a few is drawn
+    told: Callable[[bool], None] | None = None  # that it has come to an end, and whether well
 
 
 class Clients:
@@ -66,9 +72,8 @@ class Clients:
         self.history: dict[bytes, list[Operation]] = {}
         self.pending: dict[Call, None] = {}
         self.operations = 0
-        self.acked_index = 0
-        self._refused: set[bytes] = set()  # marks of commands that will never happen
-        self._told: dict[bytes, Result] = {}  # mark -> the answer
+        self.shown_index = 0  # the newest entry of which anybody has seen what came of it
+        self.refused: set[bytes] = set()  # marks of commands that will never happen
         self._unknown: list[tuple[bytes, Operation, bytes]] = []
         self._eventual: dict[Process, int] = {}
         self._counter = 0
@@ -99,31 +104,41 @@ class Clients:
         if process is None or not process.serves:
             self.world.scheduler.after(20 * MS, self._call, slot)
             return
-        call = self._choose(slot, rng)
+        self._submit(self._choose(slot, rng), process, slot)
+
+    def _submit(self, call: Call, process: Process, slot: int | None = None) -> None:
         call.process = process
         self.pending[call] = None
         process.arrived(self._invoke, call, slot)
 
-    def burst(self, process: Process, count: int, rng: random.Random) -> None:
+    def burst(
+        self, process: Process, count: int, rng: random.Random, timeout_s: float | None = None
+    ) -> None:
         """So many writes at once to one node, by clients that are not heard of again."""
         for _ in range(count if process.serves else 0):
-            self._counter += 1
-            key, value = self._key(rng.randrange(self.world.plan.keys)), b"%d" % self._counter
-            now = self.world.scheduler.now
-            call = Call(
-                self._clients, key, "write", value, Put(key, value), "", now, process=process
-            )
-            self.pending[call] = None
-            process.arrived(self._invoke, call, None)
+            call = self._write(self._key(rng.randrange(self.world.plan.keys)))
+            call.timeout_s = timeout_s
+            self._submit(call, process)
+
+    def ask(self, process: Process, level: str, told: Callable[[bool], None]) -> None:
+        """One write (`level` is empty) or read of a node, by a client of its own."""
+        call = self._read(self._key(0), level) if level else self._write(self._key(0))
+        call.timeout_s, call.told = 0.5, told
+        self._submit(call, process)
+
+    def _write(self, key: bytes) -> Call:
+        self._counter += 1
+        value, now = b"%d" % self._counter, self.world.scheduler.now
+        return Call(self._clients, key, "write", value, Put(key, value), "", now)
+
+    def _read(self, key: bytes, level: str) -> Call:
+        return Call(self._clients, key, "read", None, None, level, self.world.scheduler.now)
 
     def read_once(self, process: Process, rng: random.Random) -> None:
         """By a client that asks this very node, if that believes to lead."""
         if process.serves and process.leads and not self.stopped:
             key = self._key(rng.randrange(self.world.plan.keys))
-            now, level = self.world.scheduler.now, rng.choice(LEVELS[:2])
-            call = Call(self._clients, key, "read", None, None, level, now, process=process)
-            self.pending[call] = None
-            process.arrived(self._invoke, call, None)
+            self._submit(self._read(key, rng.choice(LEVELS[:2])), process)
             if self.world.leader() is not process:
                 self.world.count("read at a deposed leader")
 
@@ -173,8 +188,10 @@ class Clients:
 
     def _invoke(self, call: Call, slot: int | None) -> None:
         assert call.process is not None
-        call.floor = self.acked_index
+        call.floor = self.shown_index
         call.called = self.world.scheduler.now
+        at = call.process.member.id
+        self.world.note("call", call.client, call.level, *_words(call), "at", at)
         task = call.process.loop.create_task(self._perform(call))
         task.add_done_callback(lambda done: self._answered(call, slot, done))
 
@@ -182,28 +199,40 @@ class Clients:
         assert call.process is not None
         node, loop = call.process.node, call.process.loop
         assert node is not None
-        timeout_s = self._rngs[call.client].choice((0.05, 0.1, 0.5))
+        timeout_s = call.timeout_s or self._rngs[call.client].choice((0.05, 0.1, 0.5))
         if call.command is not None:
             return await node.write(call.command, loop.time() + timeout_s)
         await node.read_barrier(call.level, loop.time() + timeout_s)
         record = node.state.get(call.key)
+        shown = NOTHING if record is None else (record.mod_revision, record.value)
+        self._judge_read(call, call.process, node.state.applied.index, shown)
+        return shown
+
+    def _judge_read(
+        self, call: Call, process: Process, index: int, shown: tuple[int, bytes | None]
+    ) -> None:
+        """Invariant 12: what was read is what the log says at the entry at which it was read, and
+        that entry is as new as was promised.
+        """
+        checker, what = self.world.checker, f"{process.member}, {call.level} read of {call.key!r}"
+        checker.look(process)  # in this very event it may have been committed
+        if index > len(checker.committed):
+            violated("12 future", f"{what}: entry {index} is not committed")
+        truth = checker.model.read(call.key, index)
+        if shown != truth:
+            violated("12 reads", f"{what}: {shown}, but after entry {index} it is {truth}")
         if call.level == "eventual":
-            self._check_monotonic(call, node.state.revision)
-        elif node.state.applied.index < call.floor:
+            before = self._eventual.get(process, 0)
+            if index < before:
+                violated("12 monotonic", f"{what}: went back from entry {before} to {index}")
+            self._eventual[process] = index
+        elif index < call.floor:
             violated(
                 "12 fresh reads",
-                f"a {call.level} read on {call.process.member} saw {node.state.applied.index}, "
-                f"although {call.floor} had been acknowledged before it began",
+                f"{what}: saw entry {index}, although somebody had seen {call.floor} before",
             )
+        self.shown_index = max(self.shown_index, index)
         self.world.count(f"{call.level} read")
-        return (0, None) if record is None else (record.mod_revision, record.value)
-
-    def _check_monotonic(self, call: Call, revision: int) -> None:
-        assert call.process is not None
-        before = self._eventual.get(call.process, 0)
-        if revision < before:
-            violated("12 monotonic", f"{call.process.member} went back from {before} to {revision}")
-        self._eventual[call.process] = revision
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -215,28 +244,39 @@ class Clients:
         assert call.process is not None
         self.world.checker.look(call.process)  # in this very event it may have been committed
         error = None if task.cancelled() else task.exception()
+        self.world.note("answer", call.client, *_words(call), *_answer(task, error))
         if task.cancelled():
             self._lost(call)
         elif error is None:
             self._succeeded(call, task.result())
         elif isinstance(error, DengineError):
             self.world.count(f"refused: {error.name}")
+            self.expected(error)
             if error.outcome == "none" and call.command is not None:
                 self._refuse(call)
             else:
                 self._lost(call)
-        elif isinstance(error, AssertionError):
-            call.process.loop.broken = error
-        else:
-            self._lost(call)
+        elif isinstance(error, Exception):
+            raise error
+        if call.told is not None:
+            call.told(error is None and not task.cancelled())
+
+    def expected(self, error: DengineError) -> None:
+        """Who asks is never told of an error inside of a node, but for a disk that gave a reason
+        for it.
+        """
+        world = self.world
+        reason = (isinstance(error, DataCorruption) and world.faults.ever_damaged) or (
+            isinstance(error, StorageIO) and world.disks_refused
+        )
+        if error.status == 500 and not reason:
+            violated("0 no surprise", f"an answer was {error.name}: {error.message}")
 
     def _succeeded(self, call: Call, result: Any) -> None:
         self.operations += 1
         seen: Any = None
         if call.command is not None:
-            self._told[mark_of(call.command)] = result
-        if isinstance(result, PutResult | DeleteResult | TxnResult):
-            self._acknowledged(call)
+            self._acknowledged(call, result)
         if isinstance(result, TxnResult):
             self.world.count("transaction")
             self._revision[(call.client, call.key)] = _revision_after(result)
@@ -263,20 +303,29 @@ class Clients:
             )
         self._record(call, self.world.scheduler.now, seen)
 
-    def _acknowledged(self, call: Call) -> None:
-        """Invariant 11: who is told "done" has had a committed entry behind it at that moment."""
-        mark = mark_of(call.command)
-        index = self.world.checker.index_of.get(mark)
+    def _acknowledged(self, call: Call, result: Result) -> None:
+        """Invariant 11: who is told what a write has come to has a committed entry behind it at
+        that moment, and is told the truth.
+        """
+        assert call.command is not None
+        mark, model = mark_of(call.command), self.world.checker.model
+        index = model.index_of.get(mark)
         if index is None:
             violated("11 acknowledged", f"{call.name}({mark!r}) was acknowledged uncommitted")
-        self.acked_index = max(self.acked_index, index)
+        if model.results[mark] != result:
+            violated("11 outcome", f"{mark!r} was answered {result}, not {model.results[mark]}")
+        self.shown_index = max(self.shown_index, index)
 
     def _record(self, call: Call, returned: float, result: Any) -> None:
         operation = Operation(call.client, call.called, returned, call.name, call.argument, result)
         self.history.setdefault(call.key, []).append(operation)
 
     def _refuse(self, call: Call) -> None:
-        self._refused.add(mark_of(call.command))
+        assert call.command is not None
+        mark = mark_of(call.command)
+        self.refused.add(mark)  # from here on the checker looks out for it
+        if mark in self.world.checker.model.index_of:
+            violated("11 outcome", f"{mark!r} was refused, although it is committed")
 
     def _lost(self, call: Call) -> None:
         """Nobody knows whether it happened, or will."""
@@ -290,7 +339,10 @@ class Clients:
         """Its clients see their connections break."""
         for call in [c for c in self.pending if c.process is process]:
             del self.pending[call]
+            self.world.note("answer", call.client, *_words(call), "connection lost")
             self._lost(call)
+            if call.told is not None:
+                call.told(False)
             if call.client < self._clients:
                 self._think(call.client)
 
@@ -298,58 +350,51 @@ class Clients:
 
     def verify(self) -> None:
         """At the end, when nothing is on its way any more. Raises Violation."""
-        index_of = self.world.checker.index_of
-        for mark in sorted(self._refused):
-            if mark in index_of:
-                where = index_of[mark]
-                violated("11 outcome", f"{mark!r} was refused, and is committed at {where}")
-        results = _replay(self.world.checker.committed)
-        for mark, answer in self._told.items():
-            if results.get(mark) != answer:
-                violated("11 outcome", f"{mark!r} was answered {answer}, not {results.get(mark)}")
-        finding = check(self.resolved_histories(results))
+        histories = self.resolved_histories()
+        finding = check(histories)
         if finding.verdict is not Verdict.LINEARIZABLE:
             violated("linearizability", f"key {finding.key!r}: {as_text(finding.window)}")
+        if self.world.seed % SEARCHED == 0:
+            self.world.count("searched")
+            finding = search.check(histories, VERSIONED, limit_s=SEARCH_S)
+            if finding.verdict is not Verdict.LINEARIZABLE:
+                text = as_text(finding.window)
+                violated("linearizability", f"{finding.verdict}: key {finding.key!r}: {text}")
 
-    def resolved_histories(
-        self, results: dict[bytes, Result] | None = None
-    ) -> dict[bytes, list[Operation]]:
+    def resolved_histories(self) -> dict[bytes, list[Operation]]:
         """What was done to each key, and what came of it, also where no client was told."""
-        if results is None:
-            results = _replay(self.world.checker.committed)
         histories = {key: list(operations) for key, operations in self.history.items()}
-        for key, operation in self._resolved(results):
+        for key, operation in self._resolved():
             histories.setdefault(key, []).append(operation)
         return histories
 
-    def _resolved(self, results: dict[bytes, Result]) -> Iterator[tuple[bytes, Operation]]:
+    def _resolved(self) -> Iterator[tuple[bytes, Operation]]:
         """What clients were not told of and was committed, with what came of it.
 
         It took effect when it was committed, for every read that covers it, acknowledged or not.
         """
-        checker = self.world.checker
+        checker, model = self.world.checker, self.world.checker.model
         for key, operation, mark in self._unknown:
-            if mark in results and _changed(results[mark]):
-                at = checker.committed_at[checker.index_of[mark] - 1]
+            result = model.results.get(mark)
+            if result is not None and _changed(result):
+                at = checker.committed_at[model.index_of[mark] - 1]
                 called = max(operation.called, at)
                 done = operation._replace(called=called, returned=at + 1)
-                result = results[mark]
                 if isinstance(result, TxnResult):
                     yield from _parts(key, done, result)
                 else:
                     yield key, done._replace(result=_seen(result))
 
 
-def _replay(entries: Sequence[Entry]) -> dict[bytes, Result]:
-    """What each write that was committed has come to, by its mark."""
-    records, revision = DictView(), 0
-    found: dict[bytes, Result] = {}
-    for entry in entries:
-        if entry.kind is EntryKind.NORMAL:
-            revision, results = apply_batch(entry.data, records, revision)
-            for command, result in zip(decode_batch(entry.data), results, strict=True):
-                found[mark_of(command)] = result
-    return found
+def _words(call: Call) -> tuple[object, ...]:
+    return call.name, call.key, *(() if call.argument is None else (call.argument,))
+
+
+def _answer(task: Any, error: BaseException | None) -> tuple[object, ...]:
+    if error is None:
+        return ("cancelled",) if task.cancelled() else ("->", task.result())
+    outcome = f", outcome {error.outcome}" if isinstance(error, DengineError) else ""
+    return (f"-> {type(error).__name__}{outcome}: {error}",)
 
 
 def _changed(result: Result) -> bool:

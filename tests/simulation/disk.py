@@ -5,6 +5,10 @@ its last fsync, and the changes since, in order. `lose_power` keeps a prefix of 
 each unsynced file the old content, the new one, a torn one or none. What a killed process has
 written stays: the kernel has it.
 
+Any operation that changes something may fail for want of room or with an input/output error. After
+an fsync of a file that has failed, its pages count as clean: a later fsync finds nothing wrong and
+saves nothing of what there was, and a later process may read the old content or the new.
+
 `SimPath`, `SimOs` and the functions below stand for pathlib, os and shutil in dengine.storage.
 """
 
@@ -24,17 +28,38 @@ from tests.simulation.environment import Environment
 from tests.simulation.loop import Crash
 
 FREE_BYTES: Final = 1 << 40
+NEEDS_ROOM: Final = frozenset(("file write", "new name", "commit"))
+OPERATIONS: Final = (
+    "commit",  # of LMDB, with or without an fsync
+    "sync",  # of an LMDB file whose commits had none
+    "file write",
+    "file sync",
+    "new name",
+    "rename",
+    "removal",
+    "directory sync",
+)
 
 
 class Inode:
     """A file, an LMDB file (`environment`) or a directory (`names`)."""
 
-    __slots__ = ("content", "environment", "journal", "names", "number", "synced", "synced_names")
+    __slots__ = (
+        "content",
+        "environment",
+        "journal",
+        "lies",
+        "names",
+        "number",
+        "synced",
+        "synced_names",
+    )
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.content = b""
         self.synced: bytes | None = None
+        self.lies = False  # an fsync has failed, and no later one saves what it should have
         self.environment: Environment | None = None
         self.names: dict[str, Inode] | None = None
         self.synced_names: dict[str, Inode] = {}
@@ -46,8 +71,12 @@ class Disk:
 
     Attributes:
         fuse: after so many more effects the process that uses it crashes; None: never.
-        full, eio: the next commit fails for that reason.
-        owner: told when the fuse has burnt.
+        full: there is no room.
+        eio: after so many more operations one fails; None: never.
+        eio_kind: only those of this kind count, and fail; empty: all.
+        refusals: operations that have failed so far.
+        burnt: called when the fuse has burnt.
+        hit: told what rare thing took place.
     """
 
     def __init__(self, name: str, rng: random.Random) -> None:
@@ -55,7 +84,9 @@ class Disk:
         self.rng = rng
         self.fuse: int | None = None
         self.full = False
-        self.eio = False
+        self.eio: int | None = None
+        self.eio_kind = ""
+        self.refusals = 0
         self.dead = False
         self.burnt: Callable[[], None] = lambda: None
         self.hit: Callable[[str], None] = lambda what: None
@@ -75,6 +106,22 @@ class Disk:
                 self.burnt()
                 raise Crash
 
+    def operation(self, kind: str) -> None:
+        """An effect on this disk. Raises Crash, OSError."""
+        self.effect()
+        if self.full and kind in NEEDS_ROOM:
+            self._refuse(kind, errno.ENOSPC)
+        if self.eio is not None and self.eio_kind in ("", kind):
+            self.eio -= 1
+            if self.eio < 0:
+                self.eio = None
+                self._refuse(kind, errno.EIO)
+
+    def _refuse(self, kind: str, number: int) -> None:
+        self.refusals += 1
+        self.hit(f"{errno.errorcode[number]} at a {kind}")
+        raise OSError(number, os.strerror(number))
+
     def free_bytes(self) -> int:
         return 0 if self.full else FREE_BYTES
 
@@ -88,6 +135,15 @@ class Disk:
             node = node.names.get(part)
         return node
 
+    def durable(self, parts: tuple[str, ...]) -> Inode | None:
+        """What is there now and after a power cut, whichever unsynced changes that keeps."""
+        node: Inode | None = self.root
+        for part in parts:
+            if node is None or node.names is None or any(part in c for c in node.journal):
+                return None
+            node = node.synced_names.get(part)
+        return node
+
     def need(self, path: SimPath) -> Inode:
         node = self.find(path.inside)
         if node is None:
@@ -96,7 +152,8 @@ class Disk:
 
     def change(self, path: SimPath, changes: dict[str, Inode | None]) -> None:
         """Change names in the directory `path`, as one operation."""
-        self.effect()
+        removes, adds = None in changes.values(), any(changes.values())
+        self.operation("rename" if removes and adds else "new name" if adds else "removal")
         directory = self.need(path)
         assert directory.names is not None
         for name, node in changes.items():
@@ -116,7 +173,7 @@ class Disk:
         node.names = {}
         return node
 
-    # --- descriptors ------------------------------------------------------------------------------
+    # --- content ----------------------------------------------------------------------------------
 
     def open(self, node: Inode) -> int:
         fd = next(self._fds)
@@ -126,15 +183,46 @@ class Disk:
     def by_fd(self, fd: int) -> Inode:
         return self._files[fd]
 
+    def close(self, fd: int) -> None:
+        self._files.pop(fd, None)
+
+    def write(self, node: Inode, content: bytes) -> None:
+        self.operation("file write")
+        if not content:
+            node.lies = False  # all of its pages are new ones from here on
+        node.content = content
+
     def sync(self, node: Inode) -> None:
-        self.effect()
-        if node.names is None:
-            node.synced = node.content
-        else:
+        try:
+            self.operation("directory sync" if node.names is not None else "file sync")
+        except OSError:
+            node.lies = node.names is None
+            raise
+        if node.names is not None:
             node.synced_names = dict(node.names)
             node.journal.clear()
+        elif node.lies:
+            self.hit("fsync that lied")
+        else:
+            node.synced = node.content
 
     # --- what may happen to a disk ----------------------------------------------------------------
+
+    def process_ended(self) -> None:
+        """What the kernel could not write may leave its memory before the next process reads it."""
+        if self.refusals:
+            self._forget(self.root)
+
+    def _forget(self, node: Inode) -> None:
+        if node.names is not None:
+            for name in sorted(node.names):
+                self._forget(node.names[name])
+        elif node.environment is not None:
+            if not node.environment.process_ended(self.rng):
+                self.hit("pages dropped")
+        elif node.lies and self.rng.random() < 0.7:
+            node.content, node.lies = node.synced or b"", False
+            self.hit("pages dropped")
 
     def lose_power(self) -> None:
         """Only what was synced is sure to be there."""
@@ -159,8 +247,9 @@ class Disk:
         elif node.synced != node.content:
             self.hit("file torn")
             torn = node.content[: self.rng.randint(0, len(node.content))]
-            node.content = self.rng.choice([node.synced or b"", node.content, torn])
-            node.synced = node.content
+            left = [node.synced or b""] if node.lies else [node.synced or b"", node.content, torn]
+            node.content = self.rng.choice(left)
+            node.synced, node.lies = node.content, False
 
 
 class SimPath(PurePosixPath):
@@ -183,6 +272,13 @@ class SimPath(PurePosixPath):
     def exists(self) -> bool:
         return len(self.parts) < 2 or self._find() is not None
 
+    def is_file(self) -> bool:
+        node = self._find()
+        return node is not None and node.names is None
+
+    def is_symlink(self) -> bool:
+        return False
+
     def stat(self) -> SimpleNamespace:
         node = self.disk.need(self)
         size = len(node.content) if node.environment is None else node.environment.size_bytes()
@@ -193,11 +289,6 @@ class SimPath(PurePosixPath):
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self.read_bytes().decode(encoding, errors)
-
-    def write_text(self, text: str, encoding: str = "utf-8") -> None:
-        node = self._find() or self.disk.make(self)
-        self.disk.effect()
-        node.content = text.encode(encoding)
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         if self.exists():
@@ -229,33 +320,60 @@ class SimPath(PurePosixPath):
         names = () if node is None or node.names is None else sorted(node.names)
         return iter([self / name for name in names if fnmatchcase(name, pattern)])
 
-    def write(self, content: bytes) -> None:
-        """As open, write, fsync, close of a new file."""
-        node = self._find() or self.disk.make(self)
-        self.disk.effect()
-        node.content = content
-        self.disk.sync(node)
 
+class Stream:
+    """An open file, as `open` and os.fdopen give it; without a buffer."""
 
-class _Stream:
-    """What os.fdopen gives for writing text."""
-
-    def __init__(self, disk: Disk, node: Inode) -> None:
+    def __init__(self, disk: Disk, fd: int, *, text: bool = False) -> None:
         self._disk = disk
-        self._node = node
+        self._fd = fd
+        self._node = disk.by_fd(fd)
+        self._text = text
+        self._place = 0
 
-    def write(self, text: str) -> None:
-        self._disk.effect()
-        self._node.content += text.encode()
+    def read(self, size: int = -1) -> bytes:
+        end = len(self._node.content) if size < 0 else self._place + size
+        data = self._node.content[self._place : end]
+        self._place += len(data)
+        return data
+
+    def write(self, data: Any) -> None:
+        raw: bytes = data.encode() if self._text else bytes(data)
+        old, end = self._node.content, self._place + len(raw)
+        self._disk.write(self._node, old[: self._place] + raw + old[end:])
+        self._place = end
+
+    def truncate(self, size: int) -> None:
+        if size < len(self._node.content):
+            self._disk.write(self._node, self._node.content[:size])
+
+    def seek(self, place: int) -> None:
+        self._place = place
+
+    def tell(self) -> int:
+        return self._place
 
     def flush(self) -> None:
         pass
 
-    def __enter__(self) -> _Stream:
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        self._disk.close(self._fd)
+
+    def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.close()
+
+
+def open_file(path: SimPath, mode: str) -> Stream:
+    """As `open`, for reading bytes."""
+    assert mode == "rb"
+    node = path.disk.need(path)
+    return Stream(path.disk, path.disk.open(node))
 
 
 class SimOs:
@@ -266,7 +384,7 @@ class SimOs:
         self.urandom = urandom
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("O_"):
+        if name.startswith(("O_", "POSIX_")):
             return getattr(os, name)
         raise AttributeError(f"the simulation has no os.{name}")
 
@@ -274,24 +392,33 @@ class SimOs:
         node = path._find()
         if node is None:
             node = path.disk.make(path)
+        elif flags & os.O_EXCL:
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
         elif flags & os.O_TRUNC:
-            path.disk.effect()
-            node.content = b""
+            path.disk.write(node, b"")
         return path.disk.open(node)
 
-    def fdopen(self, fd: int, mode: str, encoding: str = "") -> _Stream:
-        return _Stream(self._disk(), self._disk().by_fd(fd))
+    def fdopen(self, fd: int, mode: str, encoding: str = "") -> Stream:
+        return Stream(self._disk(), fd, text="b" not in mode)
 
     def fsync(self, fd: int) -> None:
         self._disk().sync(self._disk().by_fd(fd))
 
+    fdatasync = fsync
+
+    def posix_fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        """The cache of a simulated disk is asked for nothing."""
+
     def close(self, fd: int) -> None:
-        pass
+        self._disk().close(fd)
 
     def rename(self, old: SimPath, new: SimPath) -> None:
         old.rename(new)
 
     replace = rename
+
+    def truncate(self, path: SimPath, size: int) -> None:
+        path.disk.write(path.disk.need(path), path.read_bytes()[:size])
 
     def statvfs(self, path: SimPath) -> SimpleNamespace:
         return SimpleNamespace(f_bavail=path.disk.free_bytes(), f_frsize=1)
@@ -302,8 +429,18 @@ def sync_directory(path: SimPath) -> None:
 
 
 def rmtree(path: SimPath, ignore_errors: bool = False) -> None:
-    """As shutil.rmtree, in one operation."""
-    if path.exists():
-        path.unlink()
-    elif not ignore_errors:
+    """As shutil.rmtree: name by name, so that a crash leaves a part."""
+    node = path._find()
+    if node is None and not ignore_errors:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+    if node is None:
+        return
+    for name in sorted(node.names or ()):
+        rmtree(path / name, ignore_errors)
+    try:
+        if node.names:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        path.unlink()
+    except OSError:
+        if not ignore_errors:
+            raise

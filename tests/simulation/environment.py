@@ -3,7 +3,9 @@
 A durable environment keeps what it has committed. After a commit whose fsync has failed, all later
 ones of that process only seem to work, as with a kernel that drops the pages it could not write.
 An environment that is not synced may come back from a power cut with any mixture of old and new
-records, or unreadable.
+records, or unreadable; after a sync that has failed, also without one.
+
+A file that somebody has written and not LMDB, as a snapshot that is unpacked, is a `packed` image.
 """
 
 from __future__ import annotations
@@ -11,11 +13,31 @@ from __future__ import annotations
 import random
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import lmdb
+import msgspec
 
 Data = dict[bytes, bytes]
+PACKED_MAGIC: Final = b"simulated LMDB"
+
+
+def packed(tables: dict[bytes, Table]) -> bytes:
+    """All records as the bytes of a file."""
+    rows = [(name, sorted(table.data.items())) for name, table in sorted(tables.items())]
+    return PACKED_MAGIC + msgspec.msgpack.encode(rows)
+
+
+def unpacked(content: bytes) -> dict[bytes, Data] | None:
+    """Inverse of `packed`; None for any other bytes."""
+    if not content.startswith(PACKED_MAGIC):
+        return None
+    kind = list[tuple[bytes, list[tuple[bytes, bytes]]]]
+    try:
+        rows = msgspec.msgpack.decode(content[len(PACKED_MAGIC) :], type=kind)
+    except msgspec.MsgspecError:
+        return None
+    return {name: dict(data) for name, data in rows}
 
 
 class Table:
@@ -51,7 +73,7 @@ class Environment:
         self.unreadable = False
         self.synced: dict[bytes, Data] = {}  # of one that is not durable
         self.true_image: dict[bytes, Data] | None = None  # on the disk, while it lies
-        self.reader: Handle | None = None
+        self.lies = False  # of one that is not durable: a sync has failed
 
     def copy(self) -> dict[bytes, Data]:
         return {name: dict(table.data) for name, table in self.tables.items()}
@@ -72,11 +94,17 @@ class Environment:
         if self.true_image is None:
             self.true_image = self.copy()
 
-    def process_ended(self, rng: random.Random) -> None:
-        """The cache may or may not survive long enough for the next process to see it."""
-        if self.true_image is not None and rng.random() < 0.7:
+    def process_ended(self, rng: random.Random) -> bool:
+        """The cache may or may not survive long enough for the next process to see it; False when
+        it has not.
+        """
+        lost = (self.true_image is not None or self.lies) and rng.random() < 0.7
+        if lost and self.true_image is not None:
             self.load(self.true_image)
+        elif lost:
+            self.lose_power(rng)
         self.true_image = None
+        return not lost
 
     def lose_power(self, rng: random.Random) -> bool:
         """False when it is not what it was."""
@@ -85,6 +113,7 @@ class Environment:
                 self.load(self.true_image)
                 self.true_image = None
             return True
+        self.lies = False
         if self.synced == (now := self.copy()):
             return True
         if rng.random() < 0.2:
@@ -108,12 +137,12 @@ class Handle:
     """As lmdb.Environment.
 
     Args:
-        before_commit: raises what the disk has to say.
+        operation: tells the disk what comes; raises what it has to say.
     """
 
-    def __init__(self, environment: Environment, before_commit: Callable[[], None]) -> None:
+    def __init__(self, environment: Environment, operation: Callable[[str], None]) -> None:
         self.file = environment
-        self.before_commit = before_commit
+        self._operation = operation
 
     def open_db(self, name: bytes = b"", txn: Any = None) -> bytes:
         self.file.tables.setdefault(name, Table())
@@ -126,8 +155,22 @@ class Handle:
         return {"last_txnid": self.file.transaction}
 
     def sync(self, force: bool = False) -> None:
-        self.before_commit()
-        self.file.synced = self.file.copy()
+        try:
+            self._ask("sync")
+        except lmdb.Error:
+            self.file.lies = True
+            raise
+        if not self.file.lies:
+            self.file.synced = self.file.copy()
+
+    def before_commit(self) -> None:
+        self._ask("commit")
+
+    def _ask(self, kind: str) -> None:
+        try:
+            self._operation(kind)
+        except OSError as error:
+            raise lmdb.DiskError(f"mdb_txn_{kind}: {error.strerror}") from error
 
     def reader_check(self) -> int:
         return 0

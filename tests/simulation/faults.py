@@ -11,9 +11,10 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tests.simulation.disk import SimPath
+from tests.simulation.disk import OPERATIONS, SimPath
+from tests.simulation.displaced import Displaced
 from tests.simulation.environment import Environment
-from tests.simulation.loop import MS
+from tests.simulation.loop import MS, SECOND
 from tests.simulation.machine import Machine, Process
 from tests.simulation.operators import Operators
 
@@ -22,19 +23,28 @@ if TYPE_CHECKING:
 
 
 class Faults:
-    """Schedules every kind that the plan has on, until `stop`."""
+    """Schedules every kind that the plan has on, until `stop`.
+
+    Attributes:
+        quiet: one fault is under way that no other may disturb.
+        to_remove: node id of the member that the plan wants replaced.
+        damaged: the machine that has lost something last.
+        ever_damaged: ids of all that have.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.on = False
+        self.on = self.quiet = False
+        self.to_remove: int | None = None
         self.rngs = {
             kind: random.Random(f"{world.seed} fault {kind}")
             for kind in (*world.plan.faults, "join")
         }
         self._handing_over: Process | None = None
         self.operators = Operators(world, self)
+        self._displaced = Displaced(world, self)
         self.damaged: Machine | None = None
-        self.ever_damaged: set[int] = set()  # machine ids
+        self.ever_damaged: set[int] = set()
         self._still_damaged: Callable[[], bool] = lambda: False
         # kind -> (mean pause in ms, what is done)
         self._acts: dict[str, tuple[int, Callable[[random.Random], None]]] = {
@@ -52,6 +62,7 @@ class Faults:
             "stop": (1200, self._stop),
             "pause": (600, self._pause),
             "suspend": (900, self._suspend),
+            "jump": (700, self._jump),
             "stall": (700, self._stall),
             "eio": (900, self._eio),
             "full": (1500, self._full),
@@ -60,6 +71,7 @@ class Faults:
             "transfer": (500, self.operators.transfer),
             "churn": (600, self.operators.churn),
             "lag": (1500, self._lag),
+            "displaced": (500, self._displaced.begin),
         }
 
     def start(self) -> None:
@@ -72,12 +84,13 @@ class Faults:
             when = rng.randint(0, int(plan.seconds * 400)) * MS
             self.world.scheduler.after(when, self.world.start, self.world.machines[node_id])
         if plan.shape == "replace":
-            victim = rng.randint(1, plan.founders)
+            self.to_remove = rng.randint(1, plan.founders)
             when = rng.randint(int(plan.seconds * 300), int(plan.seconds * 600)) * MS
-            self.world.scheduler.after(when, self.operators.remove, victim, rng)
+            self.world.scheduler.after(when, self.operators.remove, self.to_remove, rng)
 
     def stop(self) -> None:
         self.on = False
+        self._displaced.end()
 
     def _plan(self, kind: str) -> None:
         mean_ms, act = self._acts[kind]
@@ -86,8 +99,20 @@ class Faults:
 
     def _act(self, kind: str, act: Callable[[random.Random], None]) -> None:
         if self.on:
-            act(self.rngs[kind])
+            if not self.quiet:
+                self.world.count(f"fault: {kind}")
+                act(self.rngs[kind])
             self._plan(kind)
+
+    def becomes_joint(self, node_id: int) -> None:
+        """This very moment `node_id` has appended a joint membership: that does not last long."""
+        machine = self.world.machines[node_id]
+        if self.on and not self.quiet and "fuse" in self.rngs and machine.rng.random() < 0.2:
+            machine.disk.fuse = machine.rng.randint(0, 15)
+
+    def leads(self, node_id: int) -> None:
+        """This very moment it is seen that `node_id` leads a new term."""
+        self._displaced.leads(node_id)
 
     # --- who --------------------------------------------------------------------------------------
 
@@ -118,25 +143,21 @@ class Faults:
     # --- the network ------------------------------------------------------------------------------
 
     def _cut(self, pairs: set[tuple[int, int]], rng: random.Random, lasting_ms: int = 0) -> None:
-        self.world.note("cut", sorted(pairs))
-        network = self.world.network
-        network.cut |= pairs
-        for one, other in sorted(pairs):
+        links = sorted(pairs)
+        self.world.note("cut", links)
+        self.world.network.cut(links)
+        for one, other in links:
             process = self.world.machines[one].process
             if process is not None and process.serves:
                 process.peers.cut(other)
         lasting_ms = lasting_ms or int(rng.choice((0.3, 0.6, 1.2)) * self._timeout_max_ms)
-        self.world.scheduler.after(lasting_ms * MS, self._reunite, pairs)
-
-    def _reunite(self, pairs: set[tuple[int, int]]) -> None:
-        self.world.network.cut -= pairs
+        self.world.scheduler.after(lasting_ms * MS, self.world.network.mend, links)
 
     def _one_way(self, rng: random.Random) -> None:
         ids = list(self.world.machines)
         if len(ids) > 1 and (machine := self._any(rng)):
             other = rng.choice([i for i in ids if i != machine.id])
             pair = (machine.id, other) if rng.random() < 0.5 else (other, machine.id)
-            self.world.count("one-way cut")
             self._cut({pair}, rng)
 
     def _isolate(self, rng: random.Random) -> None:
@@ -244,12 +265,12 @@ class Faults:
 
     def _slow_down(self, links: set[tuple[int, int]], lag_ms: int) -> None:
         self.world.note("slow", sorted(links), lag_ms)
-        for link in links:
+        for link in sorted(links):
             self.world.network.slow[link] = lag_ms * MS
         self.world.scheduler.after(3 * self._timeout_max_ms * MS, self._hurry, links)
 
     def _hurry(self, links: set[tuple[int, int]]) -> None:
-        for link in links:
+        for link in sorted(links):
             self.world.network.slow.pop(link, None)
 
     # --- processes and machines -------------------------------------------------------------------
@@ -264,7 +285,6 @@ class Faults:
 
     def _blackout(self, rng: random.Random) -> None:
         """All at once, or nearly."""
-        self.world.count("blackout")
         power = rng.random() < 0.5
         for machine in self._running():
             self.world.crash(machine, power=power)
@@ -273,20 +293,19 @@ class Faults:
         """A crash at the boundary of two effects: sends, syncs, renames, commits."""
         if machine := self._any(rng):
             machine.disk.fuse = rng.choice((0, 1, 2, 3, 5, 8, 13, 30))
+            self.world.note("fuse of", machine.id, "is", machine.disk.fuse)
 
     def _stop(self, rng: random.Random) -> None:
         """As systemd would: leadership is handed over, the state is synced."""
         machine = self._any(rng)
         if machine and machine.process and machine.process.serves:
-            process = machine.process
-            assert process.node is not None
-            self.world.count("clean stop")
-            node = process.node
-            process.run(lambda: process.loop.create_task(node.stop()))
+            self.world.note("stop", machine.id)
+            machine.process.stop()
 
     def _freeze(self, machine: Machine, ms: int) -> int:
         process = machine.process
         until = self.world.scheduler.now + ms * MS
+        self.world.note("freeze", machine.id, "for", ms, "ms")
         if process is not None:
             process.loop.frozen_until = max(process.loop.frozen_until, until)
         return until
@@ -306,6 +325,16 @@ class Faults:
                     machine.stalled_until, self.world.scheduler.now + ms * MS
                 )
 
+    def _jump(self, rng: random.Random) -> None:
+        """Somebody sets the time of day, by up to a day, and the clock by which a node counts its
+        deadlines may leap ahead. CLOCK_BOOTTIME, on which leases and votes rest, never does.
+        """
+        if machine := self._any(rng):
+            wrong_s, ahead_ms = rng.randint(-86400, 86400), rng.choice((0, 10, 1000))
+            self.world.note("clock of", machine.id, "set by", wrong_s, "s, ahead", ahead_ms, "ms")
+            machine.clock.wrong_ns += wrong_s * SECOND
+            machine.clock.suspended_ns -= ahead_ms * MS
+
     @property
     def _timeout_ms(self) -> int:
         return self.world.plan.election.timeout_ms_min
@@ -319,15 +348,22 @@ class Faults:
     def _stall(self, rng: random.Random) -> None:
         if machine := self._any(rng):
             ms = int(rng.uniform(0.1, 4) * self._timeout_ms)
+            self.world.note("disk of", machine.id, "stalls for", ms, "ms")
             machine.stalled_until = self.world.scheduler.now + ms * MS
 
     def _eio(self, rng: random.Random) -> None:
+        """At one of the next operations, or the next of a kind, for nearly all are commits."""
         if machine := self._any(rng):
-            machine.disk.eio = True
+            disk = machine.disk
+            disk.eio_kind = rng.choice(("", "", "", *OPERATIONS))
+            disk.eio = rng.choice((0, 0, 1, 2) if disk.eio_kind else (0, 0, 1, 2, 4, 8, 16))
+            what = disk.eio_kind or "operation"
+            self.world.note("disk of", machine.id, "fails at a", what, "after", disk.eio)
 
     def _full(self, rng: random.Random) -> None:
         if machine := self._any(rng):
             machine.disk.full = True
+            self.world.note("disk of", machine.id, "is full")
             self.world.scheduler.after(rng.randint(100, 1500) * MS, self._free, machine)
 
     @staticmethod
@@ -443,7 +479,4 @@ class Faults:
         if machine := self._any(rng):
             others = [i for i in self.world.machines if i != machine.id]
             pairs = {p for i in others for p in ((i, machine.id), (machine.id, i))}
-            self.world.network.cut |= pairs
-            for process in self.world.processes():
-                process.peers.cut(machine.id)
-            self.world.scheduler.after(int(1.2e9), self._reunite, pairs)
+            self._cut(pairs, rng, 1200)

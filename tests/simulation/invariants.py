@@ -2,8 +2,10 @@
 
 Named by number: 0 nothing unexpected, 1 election safety, 2 leader append-only,
 3 log matching, 4 state machine safety, 5 leader completeness, 6 commit by a durable quorum of
-voters, 7 one vote per term, 8 membership changes, 9 order of the log's positions, 10 equal states,
-11 acknowledged means committed, 12 fresh reads. 13 to 15 speak of sessions, watches and TTLs.
+voters, 7 one vote per term, by whom stays who it is, 8 membership changes, 9 order of the log's
+positions, and a durable snapshot behind what is purged (durability.py), 10 equal states, 11
+acknowledged means committed, 12 reads of what the log says, and fresh ones (clients.py), 13 nothing
+happens twice. What else the list of failures.md names speaks of sessions, watches and TTLs.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 from zlib import crc32
 
-from dengine.kv.commands import DeleteRange, Put, Txn, decode_batch
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.messages import (
     AppendResponse,
@@ -27,6 +28,7 @@ from dengine.raft.types import Entry, EntryKind, LogId, MemberId
 from dengine.storage.environment import CRC_RESIDUE
 from dengine.storage.log_store import ENTRY, ENTRY_KEY, HEAD, HEAD_KEY
 from tests.simulation.environment import Environment
+from tests.simulation.model import Model
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine, Process
@@ -48,17 +50,6 @@ def violated(invariant: str, text: str) -> NoReturn:
     raise Violation(invariant, text)
 
 
-def mark_of(command: object) -> bytes:
-    """Tells apart all commands of a run: a put by its value, a deletion by its limit, a transaction
-    by what it puts first."""
-    if isinstance(command, Put):
-        return command.value
-    if isinstance(command, Txn):
-        return b"t" + mark_of(command.success[0])
-    assert isinstance(command, DeleteRange), command
-    return b"-%d" % command.limit
-
-
 class _Head:
     """The durable head of a log, decoded once for each content."""
 
@@ -75,10 +66,11 @@ class _Head:
 class _Seen:
     """What was seen of one process last."""
 
-    __slots__ = ("acked", "applied", "commit", "key", "led_from", "terms")
+    __slots__ = ("acked", "applied", "commit", "key", "led_from", "role", "terms")
 
     def __init__(self) -> None:
         self.key: tuple[object, ...] = ()
+        self.role: tuple[int, str] = (0, "")  # and its term
         self.terms: list[int] = [0]  # of the entries in its log, by index
         self.commit = 0
         self.applied = 0
@@ -96,7 +88,7 @@ class Checker:
         self.committed_in: list[int] = []
         self.committed_at: list[int] = []
         self.committed_term = 0
-        self.index_of: dict[bytes, int] = {}  # mark of a command -> index of its entry
+        self.model = Model()
         self._entries: dict[tuple[int, int], tuple[Entry, int]] = {}
         self._seen: dict[Process, _Seen] = {}
         self._new_memberships: list[Entry] = []
@@ -122,6 +114,7 @@ class Checker:
                 violated("0 no surprise", f"{before} gave itself up without having lost anything")
         self._owner[me.id] = me
         self._seen[process] = _Seen()
+        self.world.durability.log_changed(process.machine)
         if raft.term < self._promised.get(me, 0):
             violated("7 votes", f"{me} came back in term {raft.term} from {self._promised[me]}")
         kept = self._kept.get(me, 0)
@@ -142,7 +135,7 @@ class Checker:
         if node.raft.membership.joint:
             count("joint state crashed")
         if node.raft._restore is not None:
-            count("install crashed")
+            count("crashed before an install")
         if process.job:
             count(f"{process.job.lower()} crashed")
         if node.raft.is_leader:
@@ -185,6 +178,9 @@ class Checker:
             return
         seen.key = key
         me = process.member
+        if seen.role != (raft.term, raft.role):
+            seen.role = (raft.term, raft.role)
+            self.world.note("node", me.id, "is", raft.role, "of term", raft.term)
         self._order(me, raft)
         self._log_matching(me, raft, seen)
         self._commitment(me, raft, seen)
@@ -265,6 +261,7 @@ class Checker:
             violated("8 membership", f"{me}: a learner that votes: {new}")
         if new.joint:
             self.world.count("joint state")
+            self.world.faults.becomes_joint(me.id)
         if len(new.voters) > len(old.voters):
             self.world.count("promoted")
         if len(new.tombstones) > len(old.tombstones):
@@ -311,13 +308,12 @@ class Checker:
         self.committed_in.append(raft.term)
         self.committed_at.append(self.world.scheduler.now)
         self.committed_term = max(self.committed_term, entry.term)
-        if entry.kind is EntryKind.NORMAL:
-            for command in decode_batch(entry.data):
-                mark = mark_of(command)
-                if mark in self.index_of:
-                    violated("13 once", f"{mark!r} is committed twice")
-                self.index_of[mark] = entry.index
-        elif entry.kind is EntryKind.CONFIG:
+        for mark in self.model.committed(entry):
+            if mark in self.model.index_of:
+                violated("13 once", f"{mark!r} is committed twice")
+            if mark in self.world.clients.refused:
+                violated("11 outcome", f"{mark!r} was refused, and is committed at {entry.index}")
+        if entry.kind is EntryKind.CONFIG:
             self.world.membership = decode_membership(entry.data)
             self._configs.append((entry.index, self.world.membership))
 
@@ -364,6 +360,7 @@ class Checker:
         other = self.leaders.setdefault(term, me)
         if other != me:
             violated("1 election safety", f"term {term} has two leaders: {other} and {me}")
+        self.world.faults.leads(me.id)
         for position in range(len(self.committed) - 1, -1, -1):
             if self.committed_in[position] < term:
                 entry = self.committed[position]
@@ -452,6 +449,12 @@ class Checker:
         if (known is None or known.raw is not raw) and crc32(raw, HEAD_SEED) == CRC_RESIDUE:
             known = self._heads[machine_id] = _Head(raw)
         return known
+
+    def purged(self, machine: Machine) -> int:
+        """Up to which entry the durable log of `machine` has lost its beginning."""
+        log = machine.log_file()
+        head = None if log is None else self._head(log, machine.id)
+        return head.purged if head is not None else 0
 
     def digest(self) -> int:
         """Of everything committed, for comparing two runs."""

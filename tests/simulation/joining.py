@@ -29,6 +29,9 @@ async def join(
             machine = world.machine_at(address)
             if machine is None or machine.process is None or not machine.process.serves:
                 continue
+            world.durability.says(
+                me.machine, int(request["incarnation"], 16), request["cluster_id"]
+            )
             answer: asyncio.Future[dict[str, Any]] = loop.create_future()
             network = world.network
             if network.up(me.machine.id, machine.id):

@@ -16,10 +16,15 @@ from typing import Any
 
 MS = 1_000_000  # simulated time is counted in ns
 SECOND = 1000 * MS
+EPOCH_NS = 1_700_000_000 * SECOND  # simulated time 0 as a time of day
 
 
 class Crash(BaseException):
     """The process died in the middle of what it was doing. Nothing may catch this."""
+
+
+class Unheard(Exception):
+    """Something went wrong in a task or a callback, and nobody was told."""
 
 
 class Handle:
@@ -65,6 +70,10 @@ class Clock:
     Args:
         offset_ns: what it shows at simulated time 0.
         rate: how fast it runs; 1.0 is right.
+
+    Attributes:
+        suspended_ns: for how long the machine was suspended; less where its clock has leapt ahead.
+        wrong_ns: by how much the time of day is wrong.
     """
 
     def __init__(self, scheduler: Scheduler, offset_ns: int = 0, rate: float = 1.0) -> None:
@@ -72,6 +81,7 @@ class Clock:
         self._offset_ns = offset_ns
         self.rate = rate
         self.suspended_ns = 0
+        self.wrong_ns = 0
 
     def boottime_ns(self) -> int:
         """CLOCK_BOOTTIME: goes on while the machine is suspended."""
@@ -80,6 +90,10 @@ class Clock:
     def monotonic_ns(self) -> int:
         """CLOCK_MONOTONIC: does not."""
         return self._offset_ns + int(self._scheduler.now * self.rate) - self.suspended_ns
+
+    def unix_ns(self) -> int:
+        """The time of day, which anybody may set."""
+        return EPOCH_NS + self._scheduler.now + self.wrong_ns
 
 
 class Scheduler:
@@ -90,6 +104,7 @@ class Scheduler:
         self.count = 0
         self._made = 0
         self.running: EventLoop | None = None  # asyncio is told only when it changes
+        self.unheard: BaseException | None = None  # the first thing that nobody was told of
         self._heap: list[tuple[int, int, Callable[..., Any], tuple[Any, ...]]] = []
 
     def at(self, when: int, fn: Callable[..., Any], *args: Any) -> None:
@@ -134,7 +149,6 @@ class EventLoop:
         self._numbers = 0
         self.dead = False
         self.frozen_until = 0
-        self.broken: BaseException | None = None
 
     # --- what asyncio asks of a loop --------------------------------------------------------------
 
@@ -192,7 +206,18 @@ class EventLoop:
         return False
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """A future nobody looked at. What matters ends the node by another way."""
+        """An error that nobody looked at, or a task that nobody waited for. Of a process that is
+        gone it means nothing: its tasks were in the middle of something.
+        """
+        if self.dead or self._scheduler.unheard is not None:
+            return
+        who = context.get("task") or context.get("future")
+        error = context.get("exception")
+        if isinstance(error, AssertionError):  # of an invariant
+            self._scheduler.unheard = error
+            return
+        self._scheduler.unheard = Unheard(f"{context['message']}: {who!r}: {error!r}")
+        self._scheduler.unheard.__cause__ = error
 
     # --- what the simulation asks of it -----------------------------------------------------------
 
@@ -233,8 +258,8 @@ class EventLoop:
                     handle.fn(*handle.args)
         except Crash:
             pass
-        if self.broken is not None:
-            raise self.broken
+        if self._scheduler.unheard is not None:
+            raise self._scheduler.unheard
         self._ran()
 
     def _arm(self, handle: Handle) -> None:

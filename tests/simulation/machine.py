@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import lmdb
-
 from dengine import config as settings
+from dengine.errors import StorageIO
 from dengine.node import node as node_module
 from dengine.raft.membership import Status
 from dengine.raft.types import MemberId, SnapshotRef
 from dengine.storage.environment import DATA_FILE, damaged
 from tests.simulation.disk import Disk, SimPath
-from tests.simulation.environment import Environment, Handle
+from tests.simulation.environment import Environment, Handle, unpacked
 from tests.simulation.loop import MS, Clock, EventLoop
 
 if TYPE_CHECKING:
@@ -90,13 +90,10 @@ class Machine:
         self.world.checker.crashed(process, power=power)
         process.end(silent=power)
         self.disk.dead = False
-        self.disk.fuse = None
-        log = self.log_file()
-        if log is not None:
-            log.process_ended(self.rng)
+        self.disk.fuse = self.disk.eio = None
+        self.disk.process_ended()
         if power:
             self.reboot()
-        self.disk.eio = False
 
     def reboot(self) -> None:
         """The power goes while no process runs."""
@@ -161,6 +158,7 @@ class Process:
         serves: it has opened its port.
         member: who it is.
         job: what its snapshot writer is doing.
+        refusals_before: of its disk, when it started.
     """
 
     peers: Peers
@@ -174,8 +172,10 @@ class Process:
         self.serves = False
         self.member = MemberId(machine.id, 0)
         self.job = ""
+        self.refusals_before = machine.disk.refusals
         self._inbox: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._life: Any = None
+        self._told_to_stop: Any = None
         self._random = machine.world.rng.random
 
     def start(self) -> None:
@@ -186,13 +186,29 @@ class Process:
         self._life.add_done_callback(self._ended)
 
     async def _live(self) -> None:
+        """As dengine.cli.serve."""
         node = node_module.Node(self.machine.config())
         await node.open()
         self.node = node
         self.member = node.raft.me
         self.serves = True
         self.machine.world.checker.started(self)
-        await node.run()
+        self._told_to_stop = self.loop.create_future()
+        running = self.loop.create_task(node.run(), name="node")
+        ends: set[Any] = {running, self._told_to_stop}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            await node.stop()
+        await running
+
+    def stop(self) -> None:
+        """As `systemctl stop` does."""
+        if self._told_to_stop is not None:
+            self.run(self._be_told_to_stop)
+
+    def _be_told_to_stop(self) -> None:
+        if not self._told_to_stop.done():  # else somebody has said so while it was frozen
+            self._told_to_stop.set_result(None)
 
     def _ended(self, life: Any) -> None:
         if not self.loop.dead and not life.cancelled():
@@ -238,19 +254,25 @@ class Process:
         if self.serves:
             self.machine.world.checker.look(self)
 
-    def serve_snapshot(self, ref: SnapshotRef, receiver: int) -> bytes | None:
-        """The bytes of a snapshot for another member, as the API gives them out."""
+    def serve_snapshot(self, ref: SnapshotRef, receiver: int, have: int) -> bytes | None:
+        """The bytes of a snapshot for another member, which has the first `have` of them, as the
+        API gives them out.
+        """
         assert self.node is not None
         snapshots = self.node.snapshots
         file: Any = snapshots.files.get(ref)
         if file is None or not file.exists():
             return None
         content: bytes = file.read_bytes()
-        again = with_loop(self.loop, snapshots.files.transfers.began, receiver, ref, 0)
-        with_loop(self.loop, snapshots.files.transfers.sent, receiver, ref.size_bytes)
+        again = with_loop(self.loop, snapshots.files.transfers.began, receiver, ref, have)
         if again:
             self.arrived(snapshots.suspect, ref)
         return content
+
+    def sent_snapshot(self, receiver: int, count: int) -> None:
+        """So many bytes more of it have left."""
+        assert self.node is not None
+        with_loop(self.loop, self.node.snapshots.files.transfers.sent, receiver, count)
 
 
 def with_loop(loop: EventLoop, fn: Callable[..., Any], *args: Any) -> Any:
@@ -266,27 +288,26 @@ def with_loop(loop: EventLoop, fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def open_environment(path: SimPath, *, durable: bool, remedy: str, databases: int = 0) -> Handle:
-    """As dengine.storage.environment.open_environment. Raises DataCorruption."""
-    path.mkdir(mode=0o700, exist_ok=True)
+    """As dengine.storage.environment.open_environment. Raises DataCorruption, StorageIO."""
     disk, file = path.disk, path / DATA_FILE
-    node = file._find() or disk.make(file)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        node = file._find() or disk.make(file)
+    except OSError as error:
+        raise StorageIO(f"cannot open {path}: {error.strerror}") from error
     if node.environment is None:
-        if node.content:
+        image = unpacked(node.content) if node.content else {}
+        if image is None:
             raise damaged(file, "it is no environment", remedy)  # type: ignore[arg-type]
         node.environment = Environment(durable)
+        node.environment.load({b"": {}} | image)
+        if node.content and node.synced == node.content:
+            node.environment.synced = node.environment.copy()
     if node.environment.unreadable:
         raise damaged(file, "MDB_INVALID", remedy)  # type: ignore[arg-type]
-    for directory in (path, path.parent):
-        disk.sync(disk.need(directory))
-
-    def before_commit() -> None:
-        disk.effect()
-        if disk.full:
-            disk.hit("disk full hit")
-            raise lmdb.DiskError("mdb_txn_commit: No space left on device")
-        if disk.eio and durable:
-            disk.eio = False
-            disk.hit("EIO hit")
-            raise lmdb.DiskError("mdb_txn_commit: Input/output error")
-
-    return Handle(node.environment, before_commit)
+    try:
+        for directory in (path, path.parent):
+            disk.sync(disk.need(directory))
+    except OSError as error:
+        raise StorageIO(f"cannot open {path}: {error.strerror}") from error
+    return Handle(node.environment, disk.operation)

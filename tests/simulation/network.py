@@ -3,19 +3,23 @@
 What travels is the encoded bytes. Raft's messages are treated worse than TCP would: they may be
 lost, repeated and overtaken on a stream that lives on. Every other frame arrives once and in order,
 or the stream breaks. The handshake is the real one: `Admission.hello` and `admit` on both ends.
+
+Every directed link has habits of its own, drawn from those of the run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dengine.node.peers import PeerStatus
 from dengine.node.wire import Frame, Hello, RaftFrame, Refused, decode, encode
 from dengine.raft.types import MemberId
+from tests.simulation.invariants import Violation
 from tests.simulation.loop import MS
 
 if TYPE_CHECKING:
@@ -28,7 +32,7 @@ SILENCE_MS = (300, 900)  # after which an end notices that nothing arrives any m
 
 @dataclass(slots=True)
 class Habits:
-    """How badly the links of this run behave."""
+    """How badly the links of a run behave, or one of them."""
 
     loss: float = 0.0
     repeat: float = 0.0
@@ -37,50 +41,88 @@ class Habits:
     slow_us: int = 400
     ordered: bool = True
 
+    def of_link(self, rng: random.Random) -> Habits:
+        """One way between two machines may be sound and the way back the worst of all."""
+        return Habits(
+            min(0.5, self.loss * rng.choice((0, 1, 1, 2))),
+            self.repeat * rng.choice((0, 1, 2)),
+            self.tail * rng.choice((0, 1, 3)),
+            self.tail_ms,
+            int(self.slow_us * rng.choice((0.25, 1, 1, 4))),
+            self.ordered,
+        )
+
 
 class Network:
-    """Delays, losses and cuts; `cut` holds directed pairs of machine ids."""
+    """Delays, losses and cuts.
+
+    Attributes:
+        habits: of the run; see `link`.
+        slow: further ns on a directed link.
+    """
 
     def __init__(self, world: World, rng: random.Random, habits: Habits) -> None:
         self.world = world
         self.rng = rng
         self.habits = habits
-        self.cut: set[tuple[int, int]] = set()
         self.messages = 0
-        self.slow: dict[tuple[int, int], int] = {}  # further ns on a link
+        self.slow: dict[tuple[int, int], int] = {}
+        self._cuts: Counter[tuple[int, int]] = Counter()  # by how many faults at once
+        self._links: dict[tuple[int, int], Habits] = {}
         self._last: dict[tuple[int, int], int] = {}
         self._last_sure: dict[tuple[int, int], int] = {}
 
-    def delay_ns(self) -> int:
-        rng, habits = self.rng, self.habits
-        if habits.tail and rng.random() < habits.tail:
-            return int(rng.random() ** 2 * habits.tail_ms * MS)
-        return 50_000 + int(rng.expovariate(1.0) * habits.slow_us * 1000)
+    def link(self, one: int, other: int) -> Habits:
+        found = self._links.get((one, other))
+        if found is None:
+            rng = random.Random(f"{self.world.seed} link {one} {other}")
+            found = self._links[(one, other)] = self.habits.of_link(rng)
+        return found
+
+    def _delay_ns(self, link: Habits) -> int:
+        rng = self.rng
+        if link.tail and rng.random() < link.tail:
+            return int(rng.random() ** 2 * link.tail_ms * MS)
+        return 50_000 + int(rng.expovariate(1.0) * link.slow_us * 1000)
 
     def up(self, one: int, other: int) -> bool:
-        return (one, other) not in self.cut
+        return not self._cuts or not self._cuts.get((one, other))
+
+    def cut(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Nothing gets from the first of a pair to the second, until as often mended as cut."""
+        for pair in pairs:
+            self._cuts[pair] += 1
+
+    def mend(self, pairs: Iterable[tuple[int, int]]) -> None:
+        for pair in pairs:
+            if self._cuts[pair] > 1:
+                self._cuts[pair] -= 1
+            else:
+                del self._cuts[pair]
 
     def heal(self) -> None:
-        self.cut.clear()
+        self._cuts.clear()
         self.slow.clear()
+        self._links.clear()
         self.habits = Habits()
 
     def raft_frame(self, sender: MemberId, to: MemberId, data: bytes, count: int) -> None:
         """Any number of copies arrive, in any order."""
-        link, habits, rng = (sender.id, to.id), self.habits, self.rng
-        if link in self.cut or (habits.loss and rng.random() < habits.loss):
+        one, other = sender.id, to.id
+        link, rng = self.link(one, other), self.rng
+        if not self.up(one, other) or (link.loss and rng.random() < link.loss):
             return
-        when = self.world.scheduler.now + self.delay_ns() + self.slow.get(link, 0)
-        if habits.ordered:
-            when = self._last[link] = max(when, self._last.get(link, 0))
+        when = self.world.scheduler.now + self._delay_ns(link) + self.slow.get((one, other), 0)
+        if link.ordered:
+            when = self._last[(one, other)] = max(when, self._last.get((one, other), 0))
         self.world.scheduler.at(when, self._arrive, sender, to, data, count)
-        if habits.repeat and rng.random() < habits.repeat:
-            again = when + self.delay_ns() * rng.choice((1, 20))
+        if link.repeat and rng.random() < link.repeat:
+            again = when + self._delay_ns(link) * rng.choice((1, 20))
             self.world.scheduler.at(again, self._arrive, sender, to, data, count)
 
     def _arrive(self, sender: MemberId, to: MemberId, data: bytes, count: int) -> None:
         process = self.world.machines[to.id].process
-        if process is None or (sender.id, to.id) in self.cut or not process.serves:
+        if process is None or not process.serves or not self.up(sender.id, to.id):
             return
         self.messages += count
         self.world.saw(sender.id, to.id, data)
@@ -90,7 +132,8 @@ class Network:
         """Call `fn` after the way from `one` to `other`, in the order of the calls."""
         last = self._last_sure.get((one, other), 0)
         slow_ns = self.slow.get((one, other), 0)
-        when = max(self.world.scheduler.now + self.delay_ns() + slow_ns, last)
+        delay_ns = self._delay_ns(self.link(one, other)) + slow_ns
+        when = max(self.world.scheduler.now + delay_ns, last)
         self._last_sure[(one, other)] = when
         self.world.scheduler.at(when, fn, *args)
 
@@ -203,8 +246,18 @@ class Peers:
     # --- streams ----------------------------------------------------------------------------------
 
     def take_frame(self, sender: MemberId, data: bytes) -> None:
-        """Raft's messages, which no stream holds back."""
-        self._on_frame(sender, decode(data))
+        """One frame has come; Raft's messages are held back by no stream."""
+        self._call(self._on_frame, sender, decode(data))
+
+    def _call(self, fn: Callable[..., None], *args: Any) -> None:
+        """As the tasks of the real ones do: an error ends the node."""
+        try:
+            fn(*args)
+        except Violation:
+            raise
+        except Exception as error:
+            if not self.failed.done():
+                self.failed.set_exception(error)
 
     @staticmethod
     def _deliver(stream: Stream, receiver: Process, data: bytes) -> None:
@@ -213,7 +266,8 @@ class Peers:
         def take() -> None:
             if stream.is_alive(receiver):
                 sender = stream.theirs(receiver).member
-                receiver.peers._on_frame(sender, decode(data))
+                receiver.machine.world.saw(sender.id, receiver.machine.id, data)
+                receiver.peers.take_frame(sender, data)
 
         receiver.arrived(take)
 
@@ -232,8 +286,14 @@ class Peers:
                     process.run(self._greet, node_id, address)
                 return
 
+    def _hello(self, expects: int | None, address: str) -> Hello:
+        hello = self.hello(expects, address)
+        machine = self.process.machine
+        self._world.durability.says(machine, hello.member.incarnation, hello.cluster_id)
+        return hello
+
     def _greet(self, expects: int, address: str) -> None:
-        hello = encode(self.hello(expects, address))
+        hello = encode(self._hello(expects, address))
         other = self._world.machine_at(address)
         assert other is not None
         network = self._world.network
@@ -255,7 +315,7 @@ class Peers:
         if refused is not None:
             self._tell(dialler.process, refused, expects)
             return
-        ours = encode(self.hello(None, ""))
+        ours = encode(self._hello(None, ""))
         self._world.network.sure(
             me, them.id, dialler.process.arrived, dialler._settle, self, theirs, ours
         )
@@ -287,8 +347,8 @@ class Peers:
             self.drop(old)
             self._over(old, old.other(self.process))
         self._streams[theirs.member] = stream
-        self._world.note("connected", self.process.machine.id, theirs.member.id, 0)
-        self.on_connected(theirs)
+        self._world.note("connected", self.process.machine.id, "to", theirs.member.id)
+        self._call(self.on_connected, theirs)
 
     def _tell(self, other: Process, refused: Refused, expected: int | None = None) -> None:
         """The other side learns why it is not wanted."""
@@ -297,7 +357,8 @@ class Peers:
         def learn() -> None:
             frame = decode(data)
             assert isinstance(frame, Refused)
-            other.peers.on_refused(me, frame)
+            self._world.note("node", me, "refuses", other.machine.id, frame.reason)
+            other.peers._call(other.peers.on_refused, me, frame)
 
         if self._world.network.up(me, other.machine.id):
             self._world.network.sure(me, other.machine.id, other.arrived, learn)
@@ -308,7 +369,7 @@ class Peers:
         member = stream.theirs(self.process).member
         if self._streams.get(member) is stream:
             del self._streams[member]
-            self._on_disconnected(member)
+            self._call(self._on_disconnected, member)
 
     @staticmethod
     def _over(stream: Stream, end: Process) -> None:

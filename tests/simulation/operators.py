@@ -45,7 +45,8 @@ class Operators:
                 assert process.node is not None
                 await make(process.node, process.loop.time() + 1.0)
             except DengineError as error:
-                self.world.note("operator", error.name)
+                self.world.note("operator", error.name, error.message)
+                self.world.clients.expected(error)
 
         process.run(lambda: process.loop.create_task(ask()))
 
@@ -80,9 +81,12 @@ class Operators:
             if self._faults.on:
                 after(300 * MS, self.remove, node_id, rng)
             return
-        self.world.count("removal asked")
         self.removing += 1
         after(3000 * MS, self._removed)
+        self.ask_removal(node_id, rng)
+
+    def ask_removal(self, node_id: int, rng: random.Random) -> None:
+        self.world.count("removal asked")
         self.ask(rng, lambda node, deadline: node.remove_member(node_id, deadline))
 
     def _removed(self) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+from dengine import snapshot_writer
 from dengine.node import (
     backoff,
     cycle,
@@ -32,11 +33,21 @@ from dengine.node import node as node_module
 from dengine.raft import log as raft_log
 from dengine.raft import progress
 from dengine.raft import raft as raft_module
-from dengine.storage import directory, log_store, marks, recovery, state_store
+from dengine.storage import (
+    directory,
+    log_store,
+    marks,
+    recovery,
+    snapshot_file,
+    snapshot_frames,
+    state_store,
+)
 from dengine.storage import environment as storage_environment
 from dengine.storage import snapshots as snapshots_storage
 from tests.simulation import disk, machine, network, writer
 from tests.simulation.joining import join
+
+_BUILTIN = object()  # a module has no name of its own for it, as for `open`
 
 
 class _Time:
@@ -51,6 +62,10 @@ class _Time:
     @staticmethod
     def monotonic() -> float:
         return _process().loop.time()
+
+    @staticmethod
+    def time() -> float:
+        return _process().machine.clock.unix_ns() / 1e9
 
     perf_counter = monotonic
 
@@ -127,8 +142,6 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (reader_watch, "time", _Time),
         (installing, "Path", disk.SimPath),
         (installing, "shutil", disk),
-        (installing, "read_header", writer.read_header),
-        (installing, "name_durably", writer.name_durably),
         (node_module, "os", simulated_os),
         (node_module, "NodeMetrics", _Metrics),
         (exchange, "Peers", network.Peers),
@@ -141,15 +154,27 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (directory, "BOOT_ID_FILE", _BootId),
         (recovery, "os", simulated_os),
         (recovery, "shutil", disk),
-        (recovery, "unpack", writer.unpack),
-        (recovery, "read_header", writer.read_header),
-        (recovery, "verify", writer.read_snapshot),
         (recovery, "sync_directory", disk.sync_directory),
         (recovery, "probe_log", lambda path: None),
         (recovery, "probe_state", lambda path: None),  # its damage never ends a process
-        (snapshots_storage, "read_header", writer.read_header),
+        (snapshot_file, "os", simulated_os),
+        (snapshot_file, "open", disk.open_file),
+        (snapshot_file, "lock_partial", lambda path, fd: None),
+        (snapshot_file, "sync_directory", disk.sync_directory),
+        (snapshot_frames, "os", simulated_os),
+        (snapshot_frames, "open", disk.open_file),
+        (snapshot_writer, "Path", disk.SimPath),
+        (snapshot_writer, "StateReader", writer.StateReader),
+        (snapshot_writer, "_Pace", writer.Pace),
+        (snapshot_writer, "_pieces", writer.pieces),
+        (snapshot_writer, "os", simulated_os),
+        (snapshots_storage, "StateReader", writer.StateReader),
+        (snapshots_storage, "check_state", writer.check_state),
+        (snapshots_storage, "os", simulated_os),
         (snapshots_storage, "shutil", disk),
         (snapshots_storage, "sync_directory", disk.sync_directory),
+        (snapshots_storage, "time", _Time),
+        (storage_environment, "os", simulated_os),
         (storage_environment, "sync_directory", disk.sync_directory),
         (log_store, "open_environment", machine.open_environment),
         (log_store, "padded", lambda path: nullcontext()),
@@ -173,10 +198,13 @@ def installed(limits: dict[str, int]) -> Iterator[None]:
     """
     before = []
     for module, name, replacement in _replacements(limits):
-        before.append((module, name, getattr(module, name)))
+        before.append((module, name, vars(module).get(name, _BUILTIN)))
         setattr(module, name, replacement)
     try:
         yield
     finally:
         for module, name, original in before:
-            setattr(module, name, original)
+            if original is _BUILTIN:
+                delattr(module, name)
+            else:
+                setattr(module, name, original)

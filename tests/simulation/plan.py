@@ -31,6 +31,7 @@ FAULTS: dict[str, float] = {
     "pause": 0.6,
     "suspend": 0.5,
     "skew": 0.6,
+    "jump": 0.5,
     "stall": 0.6,
     "eio": 0.6,
     "full": 0.4,
@@ -39,6 +40,7 @@ FAULTS: dict[str, float] = {
     "transfer": 0.7,
     "churn": 0.7,
     "lag": 0.6,
+    "displaced": 1.0,
 }
 
 

@@ -9,11 +9,8 @@ from pathlib import Path
 SEEDS_PER_COMMIT = 100_000
 
 
-def commit_number() -> int:
-    """A number that every commit has another of; 0 outside of a repository."""
-    wish = os.environ.get("DENGINE_SIM_ROTATION")
-    if wish:
-        return int(wish)
+def commit() -> str:
+    """What is checked out; "" outside of a repository."""
     found = subprocess.run(
         ["git", "rev-parse", "HEAD"],
         cwd=Path(__file__).parent,
@@ -21,7 +18,15 @@ def commit_number() -> int:
         text=True,
         check=False,
     )
-    return int(found.stdout.strip()[:8], 16) if found.returncode == 0 else 0
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def commit_number() -> int:
+    """A number that every commit has another of; 0 outside of a repository."""
+    wish = os.environ.get("DENGINE_SIM_ROTATION")
+    if wish:
+        return int(wish)
+    return int(commit()[:8] or "0", 16)
 
 
 def first_seed() -> int:

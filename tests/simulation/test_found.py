@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import Callable
 
 import pytest
 
+from dengine.config import Snapshot
 from dengine.node.forwarding import Forwarding
 from dengine.node.wire import ForwardReply, ForwardRequest, Frame
 from dengine.raft.types import MemberId
 from tests.simulation.loop import SECOND
+from tests.simulation.machine import Process
 from tests.simulation.plan import FAULTS, Plan
-from tests.simulation.run import run_seed
 from tests.simulation.world import World
 
 LEADER = MemberId(1, 16)
@@ -35,7 +38,47 @@ def test_a_power_cut_takes_no_data_directory_away(seed: int) -> None:
 
 def test_a_snapshot_is_fetched_from_a_leader_newer_than_our_log() -> None:
     """A member that slept while the cluster grew did not know where the new leader was."""
-    run_seed(340)
+    plan = Plan(0, tuple(FAULTS))
+    plan.shape, plan.founders, plan.joiners = "3->5", 3, 2
+    plan.snapshot = Snapshot(entries=20, retained_log_entries=0, keep=2, hold_bytes=0)
+    world = World(plan)
+    with world.alive():
+        for node_id in (1, 2, 3):
+            world.start(world.machines[node_id])
+        until(world, lambda: len(world.checker.committed) > 1)
+        sleeper = world.machines[3]
+        sleeper.crash()  # until it is started below
+        slept_at = len(world.checker.committed)
+        world.clients.start()
+        for node_id in (4, 5):
+            world.start(world.machines[node_id])
+        until(world, lambda: len(world.membership.voters) == 5)
+        rng = random.Random(0)
+
+        def leads(process: Process | None) -> bool:
+            return process is not None and process.machine.id == 4
+
+        while not leads(world.leader()):
+            world.faults.operators.ask(rng, lambda node, by: node.transfer_leader(4, by))
+            world.scheduler.run_until(world.scheduler.now + SECOND // 2)
+            assert world.scheduler.now < 60 * SECOND
+        until(world, lambda: world.checker.purged(world.machines[4]) > slept_at + 20)
+        world.start(sleeper)
+        until(world, lambda: sleeper.process is not None and is_up_to_date(world, sleeper.process))
+        assert world.counts["snapshot installed"]
+
+
+def is_up_to_date(world: World, process: Process) -> bool:
+    node = process.node
+    return node is not None and node.raft.log.applied_index > len(world.checker.committed) - 5
+
+
+def until(world: World, condition: Callable[[], bool]) -> None:
+    """Lets time pass in the world; a minute at most."""
+    end = world.scheduler.now + 60 * SECOND
+    while not condition():
+        assert world.scheduler.now < end, world.situation()
+        world.scheduler.run_until(world.scheduler.now + SECOND // 50)
 
 
 def test_an_answer_to_the_process_before_is_not_ours() -> None:

@@ -10,8 +10,12 @@ most defects of the past were between those parts, and because it is fast enough
 per message is the same code either way.
 
     Plan     what the seed draws
-    World    machines, network, clients, checker; runs, heals, gives the verdict
+    World    machines, network, clients, checker; runs, and gives the verdict
     Faults   what goes wrong meanwhile (faults.py)
+    Ending   what must be so once nothing goes wrong any more (ending.py)
+
+What nothing in the plan explains is a failure: an error that nobody was told of, a process that
+ends for the sake of a disk that did what it was asked.
 """
 
 from __future__ import annotations
@@ -26,21 +30,22 @@ from contextlib import contextmanager
 from typing import Any
 from zlib import crc32
 
-from dengine.errors import DataCorruption, FatalError, IdentityError, StorageIO, TryAgain
-from dengine.node.wire import decode
+import lmdb
+
+from dengine.errors import DataCorruption, IdentityError, StorageIO, TryAgain
 from dengine.raft.membership import Membership
-from dengine.raft.types import MemberId
 from tests.simulation.clients import Clients
+from tests.simulation.durability import Durability
+from tests.simulation.ending import Ending
 from tests.simulation.faults import Faults
-from tests.simulation.invariants import Checker, Violation, violated
+from tests.simulation.invariants import Checker, Violation
 from tests.simulation.loop import MS, SECOND, Scheduler
 from tests.simulation.machine import Machine, Process
 from tests.simulation.network import Habits, Network
 from tests.simulation.patches import installed
 from tests.simulation.plan import Plan
+from tests.simulation.words import told
 
-HEAL_TIMEOUTS = 10  # election timeouts within which a healed cluster has a leader and writes
-CATCH_UP_NS = 60 * SECOND  # within which everybody else has caught up, if need be by a snapshot
 RESTART_MS = (20, 400)
 
 
@@ -57,10 +62,10 @@ class World:
         self.digest = 0
         self.membership = Membership()  # as committed last
         self.graveyard: list[Process] = []  # what a dead process still holds must not run
-        self.broken: BaseException | None = None
         habits = self._habits()
         self.network = Network(self, random.Random(f"{plan.seed} network"), habits)
         self.checker = Checker(self)
+        self.durability = Durability(self)
         self.machines: dict[int, Machine] = {}
         founders = tuple(range(1, plan.founders + 1))
         for node_id in range(1, plan.founders + plan.joiners + 1):
@@ -98,7 +103,12 @@ class World:
         """A message arrived; as `note`, without the cost."""
         self.digest = crc32(data, self.digest ^ (self.scheduler.now & 0xFFFFFFFF))
         if self.trace is not None:
-            self.trace(f"{self.scheduler.now / 1e6:12.3f} ms  {sender} -> {to}  {decode(data)}")
+            self.trace(f"{self.scheduler.now / 1e6:12.3f} ms  {sender} -> {to}  {told(data)}")
+
+    @property
+    def disks_refused(self) -> bool:
+        """Has any disk not done what it was asked?"""
+        return any(machine.disk.refusals for machine in self.machines.values())
 
     def machine_at(self, address: str) -> Machine | None:
         host = address.rpartition(":")[0]
@@ -151,16 +161,25 @@ class World:
             machine.wipe()
             self.restart_later(machine)
             return
-        if error is not None and not isinstance(error, TryAgain | StorageIO):
-            raise error if isinstance(error, Violation) else self._died(machine, error)
-        unexpected = cause is not None and not isinstance(cause, FatalError | OSError)
-        if unexpected and type(error) is TryAgain:
-            raise self._died(machine, cause)
+        if error is not None and not self._is_for_the_disk(process, error):
+            raise self._died(machine, error)
         self.count("exit 75" if isinstance(error, TryAgain) else "exit 74" if error else "exit 0")
         if "power" in self.plan.faults and machine.rng.random() < (0.3 if error else 0.7):
             self.count("power lost while down")
             machine.reboot()
         self.restart_later(machine)
+
+    def _is_for_the_disk(self, process: Process, error: BaseException) -> bool:
+        """It said so, and this very disk has refused something to this very process, or has let
+        what was on it rot.
+        """
+        machine, cause = process.machine, error.__cause__
+        if type(error) is TryAgain and not isinstance(cause, OSError | lmdb.Error | StorageIO):
+            return False
+        if not isinstance(error, TryAgain | StorageIO):
+            return False
+        rotten = isinstance(cause, DataCorruption) and machine.id in self.faults.ever_damaged
+        return rotten or machine.disk.refusals > process.refusals_before
 
     def _was_removed(self, process: Process) -> bool:
         node_id = process.machine.id
@@ -168,8 +187,10 @@ class World:
 
     @staticmethod
     def _died(machine: Machine, error: BaseException | None) -> Violation:
+        if isinstance(error, Violation):
+            return error
         violation = Violation(
-            "0 no surprise", f"node {machine.id}: {type(error).__name__}: {error}"
+            "0 no surprise", f"node {machine.id} ended by itself: {type(error).__name__}: {error}"
         )
         violation.__cause__ = error
         return violation
@@ -179,7 +200,13 @@ class World:
     def run(self) -> None:
         """All of it. Raises Violation."""
         with self.alive():
-            self._run()
+            try:
+                self._run()
+            except Violation:
+                raise
+            except Exception as error:  # in a callback of a node, or in here
+                what = f"{type(error).__name__}: {error}"
+                raise Violation("0 no surprise", what) from error
 
     @contextmanager
     def alive(self) -> Iterator[None]:
@@ -205,35 +232,11 @@ class World:
         self.clients.start()
         self.faults.start()
         self.scheduler.run_until(self.scheduler.now + int(self.plan.seconds * SECOND))
-        self.heal()
+        Ending(self).run()
         self.clients.verify()
-
-    def heal(self) -> None:
-        """Everything works again: one leader, equal states, and every call is answered."""
-        self.note("heal")
-        self.faults.stop()
-        self.network.heal()
-        for machine in self.machines.values():
-            machine.stalled_until = 0
-            machine.disk.full = machine.disk.eio = False
-            machine.disk.fuse = None
-            if machine.process is not None:
-                machine.process.loop.frozen_until = 0
-            self.start(machine)
-        timeout_ns = self.plan.election.timeout_ms_max * MS
-        self._wait(HEAL_TIMEOUTS * timeout_ns, self._has_leader, "one leader")
-        self.clients.stopped = True
-        self._wait(CATCH_UP_NS, lambda: not self.clients.pending, "an answer to every call")
-        self._wait(CATCH_UP_NS, self._agrees, "equal states everywhere")
-
-    def _wait(self, limit_ns: int, condition: Callable[[], bool], what: str) -> None:
-        end = self.scheduler.now + limit_ns
-        while not condition():
-            if self.scheduler.now >= end:
-                violated(
-                    "liveness", f"no {what} after {limit_ns / SECOND:.1f} s; {self.situation()}"
-                )
-            self.scheduler.run_until(self.scheduler.now + 10 * MS)
+        gc.collect()  # what hung on to itself is heard of now
+        if self.scheduler.unheard is not None:
+            raise self.scheduler.unheard
 
     def processes(self) -> list[Process]:
         return [m.process for m in self.machines.values() if m.process and m.process.serves]
@@ -242,43 +245,6 @@ class World:
         """The one of the highest term."""
         leaders = [p for p in self.processes() if p.node and p.node.raft.is_leader]
         return max(leaders, key=lambda p: p.node.raft.term, default=None)  # type: ignore[union-attr]
-
-    def _has_leader(self) -> bool:
-        leader = self.leader()
-        if leader is None or leader.node is None:
-            return False
-        raft = leader.node.raft
-        return raft.committed_in_term and all(
-            other is leader or other.node is None or not other.node.raft.is_leader
-            for other in self.processes()
-        )
-
-    def _agrees(self) -> bool:
-        leader = self.leader()
-        if leader is None or leader.node is None:
-            return False
-        raft, members = leader.node.raft, leader.node.raft.committed_membership
-        if members.joint or raft.log.commit_index != raft.log.last_index:
-            return False
-        digest = leader.node.state.digest
-        if digest.index != raft.log.commit_index:
-            return False
-        for member in members.members:
-            process = self.machines[member.id.id].process
-            if process is None or process.node is None or process.member != member.id:
-                if self._replaced(members, member.id):
-                    continue
-                return False
-            if process.node.raft.state_lost or process.node.state.digest != digest:
-                return False
-            if process.node.raft.committed_membership != members:
-                return False
-        return True
-
-    @staticmethod
-    def _replaced(members: Membership, member: MemberId) -> bool:
-        """Its disk is gone, and its new self cannot take its place yet (an even number, say)."""
-        return any(m.id.id == member.id and m.id != member for m in members.members)
 
     def situation(self) -> str:
         """Who is where, for a person."""

@@ -1,45 +1,42 @@
 """What a node leaves to a thread and to a process of its own: log writes, and snapshot files.
 
-A simulated snapshot file is the content of the state's LMDB file and a header, in msgpack, with a
-CRC. Taking, verifying and unpacking check what the real ones check (dengine/storage/snapshots.py).
+The jobs are those of dengine.snapshot_writer, step by step and effect by effect, on the simulated
+disk. What is simulated is LMDB, of which a copy is the bytes of `environment.packed`, and the HTTP
+that brings the bytes of a file.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-import msgspec
-
+from dengine import snapshot_writer
 from dengine.errors import DataCorruption, FatalError, StorageIO, TryAgain
 from dengine.node.log_writer import Written
-from dengine.raft.membership import Membership, decode_membership
+from dengine.raft.membership import decode_membership
 from dengine.raft.raft import Ready
-from dengine.raft.types import LogId, SnapshotRef
-from dengine.storage.directory import UNPACKED_MARK
 from dengine.storage.environment import CRC_BYTES, CRC_RESIDUE, DATA_FILE
-from dengine.storage.snapshot_file import SnapshotHeader, parse_name, snapshot_name
-from dengine.storage.snapshot_jobs import Check, Done, Fetch, Job, Take, Unpack, Verify
+from dengine.storage.snapshot_jobs import Check, Done, Fetch, Job
 from dengine.storage.state_records import (
     APPLIED_KEY,
     DATABASES,
     MEMBERSHIP_KEY,
-    StateDigest,
     read_applied,
     record_hash,
     sum_bytes,
 )
-from tests.simulation.disk import SimPath, rmtree, sync_directory
-from tests.simulation.environment import Environment
+from tests.simulation.disk import SimPath
+from tests.simulation.environment import Table, packed, unpacked
 from tests.simulation.loop import MS, Crash
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Process
 
 PURGE_EVERY_NS = 20 * MS
+PIECES_MAX = 4  # in which a file arrives
+CUT = 0.05  # how often the connection breaks before one of them
 
 
 class LogWriter:
@@ -60,6 +57,7 @@ class LogWriter:
         self._restore = restore
         self._process: Process = loop.process
         self._process.log_writer = self
+        self._durability = self._process.machine.world.durability
         self._written = written
         self._failed = failed
         self._pending: Ready | None = None
@@ -94,10 +92,13 @@ class LogWriter:
             pass
 
     def _save(self, ready: Ready) -> None:
+        machine = self._process.machine
         if ready.snapshot is not None:
+            self._durability.installing(machine, ready.snapshot.log_id)
             self._restore(ready)
         else:
             self._store.save(ready.hard_state, ready.entries)
+        self._durability.log_changed(machine)
 
     def _wait_for_disk(self) -> None:
         machine, scheduler = self._process.machine, self._process.machine.world.scheduler
@@ -120,11 +121,13 @@ class LogWriter:
         try:
             self._save(ready)
         except Crash:
+            if ready.snapshot is not None:
+                machine.world.count("install crashed")
             raise
         except BaseException as caught:  # as the real one: carried to the loop
             error = caught
-        if ready.snapshot is not None:
-            self._process.machine.world.count("snapshot installed")
+        if ready.snapshot is not None and error is None:
+            machine.world.count("snapshot installed")
         self._written(ready, error, 0.001)
 
     def _look_for_purges(self) -> None:
@@ -137,6 +140,7 @@ class LogWriter:
     def _purge(self) -> None:
         try:
             self._store.purge_step()
+            self._durability.log_changed(self._process.machine)
             self._process.machine.world.count("log purged")
         except Crash:
             raise
@@ -165,8 +169,9 @@ class WriterProcess:
         watch: Callable[[], str | None] | None = None,
     ) -> Done:
         self._busy, self._killed_for = True, ""
-        self._process.job = type(job).__name__
-        rng = self._process.machine.rng
+        process, name = self._process, type(job).__name__
+        process.job = name
+        rng = process.machine.rng
         try:
             steps = rng.randint(1, 6)
             for step in range(steps):
@@ -177,190 +182,117 @@ class WriterProcess:
                 if reason:
                     raise TryAgain(reason)
             done = self._carry_out(job)
-            self._process.machine.world.count(f"{type(job).__name__.lower()} done")
+            process.machine.world.count(f"{name.lower()} done")
             return done
         finally:
             self._busy = False
-            self._process.job = ""
+            process.job = ""
 
-    def _carry_out(self, job: Job) -> Done:
-        match job:
-            case Take(state=state, directory=directory, node_id=node_id):
-                return _done(take(SimPath(state), SimPath(directory), node_id), self._process)
-            case Verify(file=file):
-                info = read_snapshot(SimPath(file))
-                return _done(info, self._process)
-            case Check(state=state):
-                header = check_state(SimPath(state))[0]
-                return Done(state, SnapshotRef(header.index, header.term, "", 0), 0)
-            case Unpack(file=file, state=state):
-                return _done(unpack(SimPath(file), SimPath(state), _ignore), self._process)
-            case Fetch():
-                return self._fetch(job)
-        raise AssertionError(job)
+    @staticmethod
+    def _carry_out(job: Job) -> Done:
+        """As dengine.snapshot_writer.main."""
+        try:
+            if isinstance(job, Check):
+                return snapshot_writer._check(job)
+            return snapshot_writer._done(snapshot_writer._carry_out(job))
+        except OSError as error:
+            raise StorageIO(f"{error.filename}: {error.strerror or error}") from error
 
-    def _fetch(self, job: Fetch) -> Done:
-        world, me = self._process.machine.world, self._process.machine.id
-        source = world.machine_at(job.address)
-        if source is None or source.process is None or not source.process.serves:
-            world.count("snapshot cut")
-            raise TryAgain("the source of the snapshot is gone")
-        network = world.network
-        if not (network.up(me, source.id) and network.up(source.id, me)):
+
+class Pace:
+    """Takes the place of dengine.snapshot_writer._Pace: a job takes no time of its own."""
+
+    def __init__(self, max_bytes_per_s: int | None = None) -> None:
+        pass
+
+    def report(self, done: int, total: int) -> None:
+        pass
+
+    def lives(self, _: int) -> None:
+        pass
+
+
+def pieces(job: Fetch, have: int) -> Iterator[tuple[int, bytes]]:
+    """As dengine.snapshot_writer._pieces."""
+    loop: Any = asyncio.get_running_loop()
+    process: Process = loop.process
+    world, me, rng = process.machine.world, process.machine.id, process.machine.rng
+    if have >= job.ref.size_bytes:
+        return
+    machine = world.machine_at(job.address)
+    source = None if machine is None else machine.process
+    if machine is None or source is None or not source.serves:
+        world.count("snapshot cut")
+        raise TryAgain("the source of the snapshot is gone")
+    network = world.network
+    if not (network.up(me, machine.id) and network.up(machine.id, me)):
+        world.count("snapshot cut")
+        raise TryAgain("the connection to the source of the snapshot broke")
+    content = source.serve_snapshot(job.ref, me, have)
+    if content is None:
+        raise TryAgain("the source has no such snapshot any more")
+    if have:
+        world.count("fetch resumed")
+    step = max(1, len(content) // rng.randint(1, PIECES_MAX))
+    for start in range(have, len(content), step):
+        if rng.random() < CUT:
             world.count("snapshot cut")
             raise TryAgain("the connection to the source of the snapshot broke")
-        content = source.process.serve_snapshot(job.ref, me)
-        if content is None:
-            raise TryAgain("the source has no such snapshot any more")
-        directory = SimPath(job.directory)
-        _make_directory(directory)
-        received = directory / "received.partial"
-        received.write(content)
-        info = read_snapshot(received, TryAgain)
-        if info.ref != job.ref:
-            received.unlink()
-            raise TryAgain("what was received is not the file that was offered")
-        file = directory / f"fetch-{job.ref.sha256}.partial"
-        received.rename(file)
-        done = unpack(file, SimPath(job.state), _ignore)
-        return _done(done, self._process)
+        data = content[start : start + step]
+        source.sent_snapshot(me, len(data))
+        yield start, data
 
 
-class Snapshot(NamedTuple):
-    """A sound file, as dengine.storage.snapshot_file.SnapshotInfo describes one."""
+class StateReader:
+    """As dengine.storage.state_reader.StateReader."""
 
-    path: SimPath
-    header: SnapshotHeader
-    ref: SnapshotRef
-    tables: dict[str, list[tuple[bytes, bytes]]]
+    def __init__(self, path: SimPath) -> None:
+        self._file = file = path / DATA_FILE
+        node, self.tables = file._find(), dict[bytes, Table]()
+        if node is not None and node.environment is not None:
+            if not node.environment.unreadable:
+                self.tables = {n: t for n, t in node.environment.tables.items() if n}
+        elif node is not None:
+            image = unpacked(node.content) or {}
+            self.tables = {name: Table(data) for name, data in image.items() if name}
+        self.records = sum(len(table.keys) for table in self.tables.values())
+        self.data_bytes = 4096 + 64 * self.records
+        meta = self.tables[b"meta"].data if b"meta" in self.tables else {}
+        found = read_applied(meta.get(APPLIED_KEY, b"0000"))
+        if found is None:
+            raise self._damaged("it does not say what it has applied")
+        self.applied, self.digest = found
+        raw = meta.get(MEMBERSHIP_KEY)
+        if raw is None or crc32(raw, crc32(MEMBERSHIP_KEY)) != CRC_RESIDUE:
+            raise self._damaged("its membership is missing or fails its CRC")
+        self.membership = decode_membership(raw[:-CRC_BYTES])
 
+    def __enter__(self) -> StateReader:
+        return self
 
-class _Content(msgspec.Struct):
-    header: SnapshotHeader
-    tables: dict[str, list[tuple[bytes, bytes]]]
+    def __exit__(self, *_: object) -> None:
+        pass
 
+    def check(self, progress: Callable[[int], None] | None = None) -> None:
+        total = 0
+        for name, table in sorted(self.tables.items()):
+            for key, raw in table.data.items():
+                if crc32(raw, crc32(key)) != CRC_RESIDUE:
+                    raise self._damaged(f"the record of {key!r} fails its CRC")
+                if name != b"meta" or key != APPLIED_KEY:
+                    total += record_hash(DATABASES[name], key, raw)
+        if sum_bytes(total) != self.digest.state_hash:
+            raise self._damaged("its records do not add up to its state hash")
 
-_decoder = msgspec.msgpack.Decoder(_Content)
+    def copy(self, write: Callable[[bytes], object]) -> None:
+        write(packed(self.tables))
 
-
-def _ignore(done: int, total: int) -> None:
-    pass
-
-
-def _done(info: Snapshot, process: Process) -> Done:
-    return Done(str(info.path), info.ref, info.header.taken_at_s)
-
-
-def _damaged(path: SimPath, what: str) -> DataCorruption:
-    return DataCorruption(f"{path} is damaged: {what}", file=str(path))
-
-
-def check_state(path: SimPath) -> tuple[SnapshotHeader, Environment]:
-    """Every record of a state, against their CRCs and the state hash. Raises DataCorruption."""
-    file = path / DATA_FILE
-    node = file._find()
-    if node is None or node.environment is None or node.environment.unreadable:
-        raise _damaged(file, "it is no state")
-    tables = {name: table.data for name, table in node.environment.tables.items() if name}
-    total, records = 0, 0
-    for name, data in sorted(tables.items()):
-        for key, raw in data.items():
-            if crc32(raw, crc32(key)) != CRC_RESIDUE:
-                raise _damaged(file, f"the record of {key!r} fails its CRC")
-            if name != b"meta" or key != APPLIED_KEY:
-                total += record_hash(DATABASES[name], key, raw)
-            records += 1
-    found = read_applied(tables.get(b"meta", {}).get(APPLIED_KEY, b"0000"))
-    if found is None:
-        raise _damaged(file, "what it has applied is unreadable")
-    applied, digest = found
-    if digest != StateDigest(applied.index, digest.revision, sum_bytes(total)):
-        raise _damaged(file, "its records do not have its hash")
-    raw = tables[b"meta"].get(MEMBERSHIP_KEY)
-    membership = decode_membership(raw[:-CRC_BYTES]) if raw is not None else Membership()
-    header = SnapshotHeader(
-        membership.cluster_id,
-        0,
-        applied.index,
-        applied.term,
-        digest.revision,
-        digest.state_hash,
-        membership,
-        records,
-        0,
-    )
-    return header, node.environment
+    def _damaged(self, what: str) -> DataCorruption:
+        return DataCorruption(f"{self._file} is damaged: {what}", file=str(self._file))
 
 
-def take(state: SimPath, directory: SimPath, node_id: int) -> Snapshot:
-    """As dengine.storage.snapshots.take. Raises DataCorruption, StorageIO."""
-    header, environment = check_state(state)
-    header = msgspec.structs.replace(header, node_id=node_id)
-    tables = {
-        name.decode(): sorted(table.data.items())
-        for name, table in environment.tables.items()
-        if name
-    }
-    body = msgspec.msgpack.encode(_Content(header, tables))
-    file = directory / snapshot_name(header.log_id)
-    _make_directory(directory)
-    if directory.disk.full:
-        raise StorageIO(f"cannot write {file}: No space left on device")
-    partial = file.with_name(file.name + ".partial")
-    partial.write(body + crc32(body).to_bytes(4, "big"))
-    partial.rename(file)
-    sync_directory(directory)
-    return read_snapshot(file)
-
-
-def read_snapshot(file: SimPath, error: type[FatalError] = DataCorruption) -> Snapshot:
-    """A whole file, checked. Raises `error`."""
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        raise error(f"{file} is gone", file=str(file)) from None
-    body, crc = content[:-4], content[-4:]
-    if crc32(body).to_bytes(4, "big") != crc:
-        raise error(f"{file} is damaged: it fails its CRC", file=str(file))
-    found = _decoder.decode(body)
-    header, sha256 = found.header, hashlib.sha256(content).hexdigest()
-    ref = SnapshotRef(header.index, header.term, sha256, len(content))
-    return Snapshot(file, header, ref, found.tables)
-
-
-def name_durably(file: SimPath, name: str) -> SimPath:
-    """As dengine.storage.snapshot_file.name_durably."""
-    file.rename(file.with_name(name))
-    sync_directory(file.parent)
-    return file.with_name(name)
-
-
-def read_header(file: SimPath) -> SnapshotHeader:
-    return read_snapshot(file).header
-
-
-def unpack(file: SimPath, state: SimPath, progress: Callable[[int, int], None]) -> Snapshot:
-    """As dengine.storage.snapshots.unpack. Raises DataCorruption."""
-    rmtree(state, ignore_errors=True)
-    info = read_snapshot(file)
-    state.mkdir(mode=0o700)
-    node = state.disk.make(state / DATA_FILE)
-    node.environment = Environment(durable=False)
-    node.environment.load({b"": {}} | {n.encode(): dict(rows) for n, rows in info.tables.items()})
-    node.environment.synced = node.environment.copy()
-    header, _ = check_state(state)
-    assert header.state_hash == info.header.state_hash
-    (state / UNPACKED_MARK).touch(mode=0o600)
-    sync_directory(state)
-    sync_directory(state.parent)
-    return info
-
-
-def _make_directory(directory: SimPath) -> None:
-    if not directory.exists():
-        directory.mkdir(mode=0o700)
-        sync_directory(directory.parent)
-
-
-def log_id_of(file: SimPath) -> LogId | None:
-    return parse_name(file.name)
+def check_state(path: SimPath, progress: Callable[[int], None] | None = None) -> StateReader:
+    """As dengine.storage.state_reader.check_state."""
+    with StateReader(path) as reader:
+        reader.check(progress)
+    return reader

@@ -19,11 +19,13 @@ import pytest
 
 from dengine.errors import DataCorruption, StorageIO, TryAgain
 from dengine.raft.types import HardState, LogId, MemberId
+from dengine.storage import recovery
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.marks import distrust_state
 from dengine.storage.recovery import Stores, after_damage, open_stores
-from dengine.storage.snapshots import list_files, unpack
+from dengine.storage.snapshot_file import name_durably, snapshot_name
+from dengine.storage.snapshots import fetched_path, list_files, unpack
 from dengine.storage.state_store import StateStore
 from tests.storage.states import (
     OTHER,
@@ -456,18 +458,29 @@ def test_every_step_of_going_on_anew_may_be_the_last(
     assert number > 20
 
 
-@pytest.mark.parametrize("crash_after", ["unpack", "adopt", "reset", "running", "finish"])
-def test_an_install_is_done_or_not(tmp_path: Path, crash_after: str) -> None:
-    """A crash between any two steps leaves the old state or the new one, with its log."""
-    source = lived(tmp_path / "source", 30, others=[OTHER])
-    file = snapshot_at(source, 25).path
+def fetched(root: Path, target: DataDirectory) -> Path:
+    """A snapshot up to entry 25, as another node's file lies here when all of it has come."""
+    source = lived(root / "source", 30, others=[OTHER])
+    made = snapshot_at(source, 25)
     source.close()
+    target.snapshots_path.mkdir(exist_ok=True)
+    file = fetched_path(target.snapshots_path, made.sha256)
+    return Path(shutil.copy(made.path, file))
+
+
+@pytest.mark.parametrize("crash_after", ["unpack", "adopt", "name", "reset", "running", "finish"])
+def test_an_install_is_done_or_not(tmp_path: Path, crash_after: str) -> None:
+    """A crash between any two steps leaves the old state or the new one, with its log. A log that
+    begins behind the snapshot has it: a power cut right afterwards takes nothing away."""
     directory = lived(tmp_path / "target", 9, others=[OTHER])
+    file = fetched(tmp_path, directory)
     path = directory.next_state_path()
     info = unpack(file, path, lambda done, total: None)
+    log_id = info.header.log_id
     steps: dict[str, Callable[[], object]] = {
         "unpack": lambda: None,
         "adopt": lambda: directory.adopt_state(path),
+        "name": lambda: name_durably(file, snapshot_name(log_id)),
         "reset": lambda: reset(directory, info.header.log_id),
         "running": directory.mark_running,
         "finish": directory.finish_install,
@@ -484,7 +497,62 @@ def test_an_install_is_done_or_not(tmp_path: Path, crash_after: str) -> None:
             opened(directory, has(25, 25, first=26))
         assert not directory.installing
         directory = restarted(directory)
+        if crash_after != "unpack":
+            lose_power(directory)
     assert len(list(directory.path.glob("state-*"))) == 1
+    directory.close()
+
+
+@pytest.mark.parametrize("file_is", ["gone", "cut", "rotten"])
+def test_an_install_whose_file_is_lost_before_its_end_leaves_the_old_log(
+    tmp_path: Path, file_is: str
+) -> None:
+    """Behind an entry that only the unsynced state holds, no log may begin."""
+    directory = lived(tmp_path / "target", 9, others=[OTHER])
+    file = fetched(tmp_path, directory)
+    path = directory.next_state_path()
+    unpack(file, path, lambda done, total: None)
+    directory.adopt_state(path)
+    if file_is == "gone":
+        file.unlink()
+    elif file_is == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        flip_body(file)
+    old = me(directory)
+    for _ in range(2):
+        directory = restarted(directory)
+        opened(directory, has(0, 9))
+        lose_power(directory)
+    assert me(directory) == old
+    directory.close()
+
+
+def test_the_name_of_a_finished_install_is_synced_before_the_log_is_reset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The crash may have come between the rename and its sync, which nothing on disk tells."""
+    directory = lived(tmp_path / "target", 9, others=[OTHER])
+    file = fetched(tmp_path, directory)
+    path = directory.next_state_path()
+    unpack(file, path, lambda done, total: None)
+    directory.adopt_state(path)
+    file.rename(file.with_name(snapshot_name(LogId(25, 1))))
+    steps: list[object] = []
+    real_reset, real_sync = LogStore.reset, recovery.sync_directory
+
+    def reset_log(store: LogStore, *args: Any) -> None:
+        steps.append("reset")
+        real_reset(store, *args)
+
+    def sync(path: Path) -> None:
+        steps.append(path)
+        real_sync(path)
+
+    monkeypatch.setattr(LogStore, "reset", reset_log)
+    monkeypatch.setattr(recovery, "sync_directory", sync)
+    opened(directory, has(25, 25, first=26))
+    assert steps.index(directory.snapshots_path) < steps.index("reset")
     directory.close()
 
 

@@ -1,7 +1,8 @@
 """Callback for the tests: writes down every task that starts, and kills the run at one of them.
 
 TASKS_FILE takes one line per started task: number, seconds since the start, name, and "acts" when
-it ran anything on a host: it was not skipped there, and its action is not one of the controller's.
+it ran anything on a host: it was not skipped there, and its action is none of those that leave
+nothing, being the controller's, or only looking at a file.
 KILL_AT is the number, or the name, at whose start the process kills itself with SIGKILL, as a power
 cut of the operator's machine would; KILL_AFTER_S lets so much of the task happen first.
 """
@@ -22,10 +23,11 @@ short_description: writes tasks down and kills the run at one of them
 description: For the tests of this repository.
 """
 
-# What decides and remembers, and leaves nothing behind when it is killed.
-CONTROLLERS = frozenset(
+# What decides, remembers or looks, and leaves nothing behind when it is killed.
+LEAVE_NOTHING = frozenset(
     {"add_host", "assert", "debug", "fail", "group_by", "include_role", "include_tasks"}
-    | {"include_vars", "meta", "set_fact", "set_stats", "validate_argument_spec"}
+    | {"include_vars", "meta", "set_fact", "set_stats", "stat"}
+    | {"validate_argument_spec"}
 )
 
 
@@ -65,7 +67,7 @@ class CallbackModule(CallbackBase):
         self.v2_runner_on_ok(result)
 
     def v2_runner_on_ok(self, result):
-        self._acts |= result.task.action.removeprefix("ansible.builtin.") not in CONTROLLERS
+        self._acts |= result.task.action.removeprefix("ansible.builtin.") not in LEAVE_NOTHING
 
     def v2_playbook_on_stats(self, stats):
         self._note()

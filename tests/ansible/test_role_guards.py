@@ -1,0 +1,293 @@
+"""The conditions of the roles, from their own files, with Ansible's own filters and tests.
+
+What a whole playbook would show in a minute: which state stops a run, and which does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import yaml
+from ansible.plugins.filter import core, mathstuff
+from ansible.plugins.test import core as tests
+from ansible_collections.dengine.core.plugins.filter import plan
+from jinja2.nativetypes import NativeEnvironment
+
+ROLES = Path(__file__).resolve().parents[2] / (
+    "ansible/collections/ansible_collections/dengine/core/roles"
+)
+ASSERT = "ansible.builtin.assert"
+
+
+@functools.cache
+def environment() -> NativeEnvironment:
+    """No lazy templates and no trust: the values of these tests are plain."""
+    made = NativeEnvironment(undefined=jinja2.StrictUndefined)
+    for module in (core, mathstuff):  # those of Jinja itself stay: Ansible's expect its templar
+        made.filters = {**module.FilterModule().filters(), **made.filters}
+    made.filters.update({f"dengine.core.{n}": f for n, f in plan.FilterModule().filters().items()})
+    made.tests.update(tests.TestModule().tests())
+    return made
+
+
+def task(role: str, file: str, name: str) -> dict[str, Any]:
+    tasks = yaml.safe_load((ROLES / role / "tasks" / f"{file}.yml").read_text(encoding="utf-8"))
+    (found,) = [t for t in tasks if t["name"] == name]
+    return dict(found)
+
+
+def value(text: Any, variables: dict[str, Any]) -> Any:
+    return environment().from_string(text).render(variables) if isinstance(text, str) else text
+
+
+def with_its_own(found: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables, and those of the task, which may name each other in any order."""
+    made, left = dict(variables), dict(found.get("vars", {}))
+    while left:
+        before = len(left)
+        for name, text in list(left.items()):
+            try:
+                made[name] = value(text, made)
+            except jinja2.UndefinedError:
+                continue
+            del left[name]
+        assert len(left) < before, f"what do {sorted(left)} need?"
+    return made
+
+
+def true(conditions: Any, variables: dict[str, Any]) -> bool:
+    given = conditions if isinstance(conditions, list) else [conditions]
+    return all(value("{{ " + c + " }}" if isinstance(c, str) else c, variables) for c in given)
+
+
+def stops(role: str, file: str, name: str, **variables: Any) -> bool:
+    """Would this `assert` end the run?"""
+    found = task(role, file, name)
+    if not true(found.get("when", True), variables):
+        return False
+    return not true(found[ASSERT]["that"], with_its_own(found, variables))
+
+
+def gate(**more: Any) -> bool:
+    nodes = [
+        {"host": f"n{i}", "id": i, "address": f"10.0.0.{i}", "port": 9080 + i, "zone": f"az-{i}",
+         "endpoint": f"10.0.0.{i}:908{i}"}
+        for i in (1, 2, 3)
+    ]  # fmt: skip
+    sound = {
+        "dengine_nodes": nodes, "gate_target": 3, "ansible_limit": "", "dengine_zones": [],
+        "dengine_shared_zones": False, "dengine_config": {}, "dengine_is_process": False,
+        "gate_paths": {}, "dengine_peer_secret": "", "dengine_token": "",
+    }  # fmt: skip
+    return stops("gate", "main", "The inventory is right", **{**sound, **more})
+
+
+def test_an_older_ansible_is_refused() -> None:
+    for version, refused in (("2.16.14", True), ("2.17.0", False), ("2.19.2", False)):
+        name = "This ansible-core is new enough"
+        assert stops("gate", "main", name, ansible_version={"full": version}) is refused
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gate_target": 2},
+        {"ansible_limit": "n1"},
+        {"dengine_zones": ["az-9"]},
+        {"dengine_config": {"cluster": {"node_id": 7}}},
+        {"gate_paths": {"dengine_db_root": ["/data", "/var/lib/dengine"]}},
+        {"dengine_peer_secret": "short"},
+        {"dengine_token": "short"},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_the_gate_asks_for_everything_that_may_be_wrong(wrong: dict[str, Any]) -> None:
+    assert not gate()
+    assert gate(**wrong)
+
+
+def test_only_who_has_the_run_lock_goes_on() -> None:
+    ask = {"gate_lock_host": "n1", "inventory_hostname": "n1"}
+    name = "Nobody else changes this cluster now"
+    assert stops("gate", "hold", name, **ask, gate_locked={"held": False})
+    assert stops("gate", "hold", name, **ask, gate_locked={"unreachable": True})
+    assert not stops("gate", "hold", name, **ask, gate_locked={"held": True})
+    locked = task("gate", "main", name)
+    assert true(locked["when"], {"gate_lock": True})
+
+
+# --- preflight -----------------------------------------------------------------------------------
+
+
+def bad(check: str) -> dict[str, Any]:
+    return {"host": "n1", "check": check, "status": "FAILED", "measured": "", "limit": "",
+            "hint": "", "name": check}  # fmt: skip
+
+
+def digest(secret: str) -> dict[str, Any]:
+    return {"stat": {"checksum": hashlib.sha256(f"{secret}\n".encode()).hexdigest()}}
+
+
+def test_every_kind_of_row_is_collected_and_one_failure_is_enough() -> None:
+    far = {"error": "", "rtt_ms": 99.0, "offset_ms": None}
+    hostvars = {
+        h: {
+            "preflight_host": {"rows": [{k: v for k, v in bad("memory").items() if k != "host"}]},
+            "preflight_ways": {"ways": {e: far}},
+            "discover_probe": {"facts": {"release": release}},
+            "preflight_secrets": {"results": [digest("x"), {"stat": {}}]},
+        }
+        for h, e, release in (
+            ("n1", "10.0.0.2:9082", "/opt/dengine/releases/1.2.0-01"),
+            ("n2", "10.0.0.1:9081", ""),
+        )
+    }
+    found = task("preflight", "main", "Collect all rows")
+    variables = {
+        "discover_plan": {"problems": [bad("identity")], "goal_problems": [bad("cluster")]},
+        "preflight_hosts": ["n1", "n2"],
+        "preflight_release": "1.3.0",
+        "hostvars": hostvars,
+        "dengine_nodes": [
+            {"host": "n1", "endpoint": "10.0.0.1:9081"},
+            {"host": "n2", "endpoint": "10.0.0.2:9082"},
+        ],
+        "dengine_rtt_limit_ms": 10,
+        "dengine_clock_offset_limit_ms": 100,
+        "dengine_release_enabled": True,
+        "dengine_peer_secret": "a",
+        "dengine_token": "b",
+        "dengine_skipped_checks": [],
+    }
+    names = {"identity", "cluster", "memory", "rtt", "release", "secrets"}
+
+    def rows(**more: Any) -> list[dict[str, Any]]:
+        own = with_its_own(found, {**variables, **more})
+        made: list[dict[str, Any]] = value(found["ansible.builtin.set_fact"]["preflight_rows"], own)
+        return made
+
+    assert {r["check"] for r in rows() if r["status"] == "FAILED"} == names
+    ask = {"dengine_nodes": variables["dengine_nodes"], "inventory_hostname": "n1"}
+    for name in names:
+        left = rows(dengine_skipped_checks=sorted(names - {name}))
+        assert {r["check"] for r in left if r["status"] == "FAILED"} == {name}
+        assert stops("preflight", "main", "Every check passes", **ask, preflight_rows=left)
+    none = rows(dengine_skipped_checks=sorted(names))
+    assert not stops("preflight", "main", "Every check passes", **ask, preflight_rows=none)
+
+
+# --- the steps of a rollout ----------------------------------------------------------------------
+
+
+def test_no_step_is_left_out() -> None:
+    def left_out(expected: int, *marks: str) -> bool:
+        noted = [{"name": name, "at": 1.0} for name in marks]
+        ask = {"rollout_expected": expected, "rollout_marks": noted}
+        return stops("rollout", "guard", "No step was left out", **ask)
+
+    assert not left_out(2, "start", "gate, discover, preflight")
+    assert left_out(2, "start")
+    assert left_out(3, "start", "gate, discover, preflight")
+    assert left_out(3, "start", "backup", "gate, discover, preflight")
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [("backup", 2), ("install", 3), ("begin", 4), ("join", 5), ("finish", 6)],
+)
+def test_each_step_begins_with_a_look_at_those_before(file: str, expected: int) -> None:
+    (first, *_) = yaml.safe_load((ROLES / "rollout/tasks" / f"{file}.yml").read_text("utf-8"))
+    assert first["ansible.builtin.import_tasks"] == "guard.yml"
+    assert first["vars"] == {"rollout_expected": expected}
+    assert "when" not in first
+
+
+def test_a_backup_comes_before_voters_get_company() -> None:
+    when = task("rollout", "backup", "Backup")["when"]
+    for join, voters, made in (([2], [1], True), ([2], [], False), ([], [1], False)):
+        assert true(when, {"discover_plan": {"join": join, "voters": voters}}) is made
+
+
+def test_a_backup_is_not_on_the_disk_that_it_is_of() -> None:
+    def refused(machine: str, device: int, same: Any = False) -> bool:
+        return stops(
+            "backup",
+            "main",
+            "The destination is outside the data disk",
+            inventory_hostname="n2",
+            backup_host="n2",
+            dengine_backup_same_disk=same,
+            backup_destination={"facts": {"machine": machine, "data_device": device}},
+            discover_probe={"facts": {"machine": "m2", "data_device": 8}},
+        )
+
+    assert refused("m2", 8)
+    assert not refused("m2", 9)
+    assert not refused("m1", 8), "another machine has another disk"
+    assert not refused("m2", 8, same="true")
+    assert refused("m2", 8, same="false")
+
+
+@pytest.mark.parametrize("kind", ["problems", "goal_problems"])
+def test_what_is_seen_after_the_start_is_judged_again(kind: str) -> None:
+    def stopped(skip: list[str], **found: Any) -> bool:
+        plan = {"problems": [], "goal_problems": [], **found}
+        name = "What it shows is sound"
+        ask = {"discover_plan": plan, "dengine_skipped_checks": skip}
+        return stops("rollout", "begin", name, **ask)
+
+    assert not stopped([])
+    assert stopped([], **{kind: [bad("identity")]})
+    assert not stopped(["identity"], **{kind: [bad("identity")]})
+
+
+def test_the_voters_to_be_are_never_even() -> None:
+    def refused(target: list[int], join: list[int], voters: list[int]) -> bool:
+        plan = {"target": target, "join": join, "voters": voters}
+        name = "The voters are to be an odd number"
+        return stops("rollout", "join", name, discover_plan=plan)
+
+    assert refused([1, 2], [2], [1])
+    assert not refused([1, 2, 3], [2, 3], [1])
+    assert not refused([1, 2], [], [1, 2]), "what is there already stops no run that adds nothing"
+
+
+def test_a_node_that_ran_is_the_same_process_at_the_end() -> None:
+    def stopped(before: Any, after: Any) -> bool:
+        return stops(
+            "rollout",
+            "finish",
+            "Node 1 was left alone",
+            inventory_hostname="n1",
+            rollout_first={"processes": {"n1": before}},
+            rollout_after={"facts": {"process": after}},
+        )
+
+    process = {"pid": 10, "started": 5}
+    assert not stopped(process, dict(process))
+    assert not stopped(None, process)
+    for other in ({"pid": 11, "started": 5}, {"pid": 10, "started": 6}, None):
+        assert stopped(process, other)
+
+
+def test_a_problem_of_the_verification_ends_the_run() -> None:
+    def stopped(host: str, **result: Any) -> bool:
+        ask = {"verify_host": "n1", "inventory_hostname": host, "verify_result": result}
+        return stops("verify", "verdict", "The cluster is as it should be", **ask)
+
+    assert stopped("n1", problems=["n2 differs"])
+    assert not stopped("n1", problems=[])
+    assert not stopped("n1", skipped=True), "check mode"
+    assert not stopped("n2", problems=["n2 differs"])
+
+
+def test_configuration_that_would_change_is_drift() -> None:
+    drift = task("node", "drift", "The configuration is that of the inventory")
+    assert drift["check_mode"] is True
+    assert true(drift["failed_when"], {"node_drift": {"changed": True}})
+    assert not true(drift["failed_when"], {"node_drift": {"changed": False}})

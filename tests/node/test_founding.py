@@ -1,0 +1,65 @@
+"""What a founder of a static list concludes from the Hello of another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dengine.config import read
+from dengine.errors import IdentityError
+from dengine.node.founding import Founding
+from dengine.node.wire import COMMAND_VERSION, PROTOCOL_VERSION, Hello
+from dengine.raft.types import MemberId
+from tests.cluster import config_text
+from tests.raft.harness import A, B, C
+
+
+def founding_of(tmp_path: Path, *ids: int) -> Founding:
+    """Node 1's, with an empty directory and a list of these founders."""
+    file = tmp_path / "n1.toml"
+    file.write_text(config_text(1, {i: 9080 + i for i in ids}, 0, 2), encoding="utf-8")
+    return Founding(read(file, {}), A)
+
+
+def hello(who: MemberId, *members: MemberId, expects: int | None = 1) -> Hello:
+    """A node of the cluster "c", whose members it knows to be these."""
+    return Hello(
+        PROTOCOL_VERSION,
+        COMMAND_VERSION,
+        "c",
+        who,
+        1,
+        "127.0.0.1:9",
+        1000,
+        0,
+        expects=expects,
+        founders=members,
+    )
+
+
+def test_two_founders_that_come_late_do_not_take_each_other_for_a_foreign_cluster(
+    tmp_path: Path,
+) -> None:
+    """The first of them has been told of the cluster, and not yet of its members. It must not end
+    the second one, which systemd would not start again."""
+    founding = founding_of(tmp_path, 1, 2, 3)
+    assert founding.offer(hello(B)) is None
+    assert founding.adopted_cluster_id is None
+    assert founding.membership() is None, "and it founds nothing meanwhile"
+    assert founding.offer(hello(C, A, B, C)) is None
+    assert founding.adopted_cluster_id == "c"
+
+
+def test_who_knows_the_members_ends_a_founder_that_is_none_of_them(tmp_path: Path) -> None:
+    wiped = MemberId(1, 0xDEAD)
+    founding = founding_of(tmp_path, 1, 2, 3)
+    with pytest.raises(IdentityError, match="set role = 3 to join"):
+        founding.offer(hello(B, wiped, B, C))
+
+
+def test_alone_a_founder_believes_whoever_expects_it(tmp_path: Path) -> None:
+    """It would found at once, and nobody else may ever speak to it."""
+    founding = founding_of(tmp_path, 1)
+    with pytest.raises(IdentityError, match="set role = 3 to join"):
+        founding.offer(hello(B))
