@@ -110,9 +110,7 @@ class RouteTable:
         for route in self.routes:
             calls = self._place(route.path)
             name = f"{route.method} {route.path}"
-            call = Call(
-                route.handler, name, route.query, route.streams, route.access, route.once
-            )
+            call = Call(route.handler, name, route.query, route.streams, route.access, route.once)
             calls[route.method] = call
             if route.has_head:
                 calls["HEAD"] = call

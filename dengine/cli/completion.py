@@ -91,7 +91,7 @@ complete -o default -o bashdefault -F _dengine dengine
 
 def _cases(levels: list[_Level]) -> dict[str, str]:
     """The branches that bash and zsh share."""
-    paths = [f"            {'|'.join(_paths(levels))}) path=\"$path/$word\" ;;"]
+    paths = [f'            {"|".join(_paths(levels))}) path="$path/$word" ;;']
     after = [
         f'        "{_joined(level.path)} {option}") words="{" ".join(choices)}" ;;'
         for level in levels

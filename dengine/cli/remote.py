@@ -187,9 +187,7 @@ class Remote:
         reasons = "; ".join(dict.fromkeys(problems))
         raise refusal or ClusterUnavailable(f"no endpoint answered: {reasons}")
 
-    def json(
-        self, method: str, target: str, body: object = None, *, key: str | None = None
-    ) -> Any:
+    def json(self, method: str, target: str, body: object = None, *, key: str | None = None) -> Any:
         """`call` with a JSON body (None: no body), and the JSON of the answer."""
         if body is None:
             return self.call(method, target, key=key).json()

@@ -132,7 +132,7 @@ class _Held(Generic[Held]):
 
     def __init__(self, loop: LoopThread, held: Held, owner: object) -> None:
         self._loop = loop
-        self._held = held
+        self._held: Held = held
         self._owner = owner
 
     @property

@@ -176,7 +176,7 @@ class Pursuit:
 
     def _pause_s(self) -> float:
         """Before the nodes are asked once more; longer from round to round."""
-        pause_s = min(PAUSE_S * 2**self._rounds, PAUSE_MAX_S) * random.uniform(0.5, 1.0)
+        pause_s = min(PAUSE_S * 2.0**self._rounds, PAUSE_MAX_S) * random.uniform(0.5, 1.0)
         self._rounds = min(self._rounds + 1, 8)
         patience_s, self._patience_s = self._patience_s, 0.0
         return max(pause_s, patience_s)
@@ -253,9 +253,9 @@ class Pursuit:
         """`error` with the outcome of all attempts together."""
         if self._request.kind == "read":
             error.outcome = "none"
-        elif isinstance(error, StaleRequest):
-            error.outcome = "unknown"
-        elif error.status not in VERDICTS and self._may_have_happened:
+        elif isinstance(error, StaleRequest) or (
+            error.status not in VERDICTS and self._may_have_happened
+        ):
             error.outcome = "unknown"
         return error
 

@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from types import TracebackType
+from types import AsyncGeneratorType, TracebackType
 from typing import Any
 
 import aiohttp
@@ -117,7 +117,7 @@ class Watch:
         self._ended = True
         if self._stream is None:
             return
-        if self._stream.ag_running:
+        if isinstance(self._stream, AsyncGeneratorType) and self._stream.ag_running:
             if self._response is not None:
                 self._response.close()
             return

@@ -1,5 +1,4 @@
-"""Taking hold of the data directory, or saying why this node cannot have it; what it says of time.
-"""
+"""Taking hold of the data directory, or why this node cannot have it; what it says of time."""
 
 from __future__ import annotations
 

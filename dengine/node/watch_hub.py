@@ -155,9 +155,7 @@ class Watch:
     def push(self, message: Message) -> bool:
         """Queue a message. False: too much waits already."""
         size = message.size
-        if self._queue and (
-            len(self._queue) >= QUEUE_MAX or self._bytes + size > QUEUE_BYTES_MAX
-        ):
+        if self._queue and (len(self._queue) >= QUEUE_MAX or self._bytes + size > QUEUE_BYTES_MAX):
             self._refused = True
             return False
         self._queue.append(message)

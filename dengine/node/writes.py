@@ -50,7 +50,6 @@ from dengine.node.proposals import BATCH_BYTES_MAX
 from dengine.node.room import Room
 from dengine.raft.types import MemberId
 
-
 _AnyPut = Put | ExpiringPut
 
 
@@ -233,5 +232,3 @@ def _require_size(data: bytes) -> None:
 
 def _fingerprint(data: bytes) -> bytes:
     return blake2b(data, digest_size=16).digest()
-
-

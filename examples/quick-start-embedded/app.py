@@ -1,7 +1,7 @@
 """A counter that survives its app and, with two more of it, the loss of any one.
 
-    python app.py         a cluster of one inside this process, without a port
-    python app.py 1       one of three: start 1, 2 and 3, in a terminal each
+`python app.py`: a cluster of one inside this process, without a port.
+`python app.py 1`: one of three; start 1, 2 and 3, in a terminal each.
 """
 
 import asyncio

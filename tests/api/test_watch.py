@@ -154,9 +154,7 @@ def test_too_many_watches_are_refused(small_node: ServeProcess) -> None:
         refused = third.request("GET", "/v1/watch?prefix=")
         assert assert_error(refused, 429, "watch_overflow")["retryable"] is True
     with wire(small_node) as again:
-        wait_for(
-            lambda: again.request("HEAD", "/readyz").status == 200, "the node to go on"
-        )
+        wait_for(lambda: again.request("HEAD", "/readyz").status == 200, "the node to go on")
 
 
 def test_a_watch_has_no_head(client: Wire) -> None:

@@ -92,9 +92,7 @@ class FakeNode:
     # --- requests ---------------------------------------------------------------------------------
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        asked = Asked(
-            request.method, request.raw_path, dict(request.headers), await request.read()
-        )
+        asked = Asked(request.method, request.raw_path, dict(request.headers), await request.read())
         self.asked.append(asked)
         await self._running.wait()
         if self.delay_s:
@@ -115,9 +113,7 @@ class FakeNode:
         if self.late_s:
             await asyncio.sleep(self.late_s)
         await self._running.wait()
-        return web.Response(
-            status=answer.status, body=answer.body, headers=dict(answer.headers)
-        )
+        return web.Response(status=answer.status, body=answer.body, headers=dict(answer.headers))
 
     @staticmethod
     def _abort(request: web.BaseRequest) -> None:

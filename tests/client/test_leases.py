@@ -146,7 +146,7 @@ def test_a_machine_that_slept_knows_it() -> None:
     async def scenario(cluster: FakeCluster, client: Client) -> None:
         async def owner() -> None:
             nonlocal slept
-            with mock.patch.object(leases, "_boot_time", lambda: slept):
+            with mock.patch.object(leases, "_boot_time", side_effect=lambda: slept):
                 async with client.lease(10) as lease:
                     slept = 8.0
                     lease.check()

@@ -280,9 +280,7 @@ def test_a_node_that_has_enough_watchers_is_passed_by() -> None:
 def test_what_no_node_will_answer_ends_it() -> None:
     async def scenario(cluster: FakeCluster, client: Client) -> None:
         for node in cluster.nodes:
-            node.refuse = lambda asked: (
-                InvalidRequest("no") if asked.path == "/v1/watch" else None
-            )
+            node.refuse = lambda asked: InvalidRequest("no") if asked.path == "/v1/watch" else None
         watch = client.watch("k")
         with pytest.raises(InvalidRequest):
             await anext(watch)

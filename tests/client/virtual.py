@@ -60,7 +60,7 @@ def run(work: Coroutine[Any, Any, T], limit_s: float = 600.0) -> T:
 
     # The time that a machine has slept is real time: here none of it passes.
     with (
-        mock.patch.object(leases, "_boot_time", lambda: 0.0),
+        mock.patch.object(leases, "_boot_time", return_value=0.0),
         asyncio.Runner(loop_factory=VirtualLoop) as runner,
     ):
         return runner.run(limited())

@@ -154,9 +154,9 @@ class Twin:
                     self._change(list(events.values()))
                 return TxnResult(self.revision, True, tuple(results))
             case Put() | ExpiringPut():
-                if isinstance(command, ExpiringPut) and command.lease:
-                    if command.lease not in self.leases:
-                        return NoLease(command.lease)
+                lease = command.lease if isinstance(command, ExpiringPut) else ""
+                if lease and lease not in self.leases:
+                    return NoLease(lease)
                 event = self._made(command, self.records.get(command.key))
                 self._change([event])
                 return PutResult(self.revision, event.prev is None)
