@@ -286,6 +286,10 @@ def routes(calls: ClusterCalls) -> list[Route]:
     ]
 
 
+def _takes(shape: type, example: dict[str, Any]) -> Body:
+    return Body("JSON object", example, shape=shape)
+
+
 def _changes(calls: ClusterCalls) -> list[Route]:
     member = "/v1/cluster/members/{id}"
     join = {
@@ -298,14 +302,21 @@ def _changes(calls: ClusterCalls) -> list[Route]:
     moved = {"id": 2, "address": "127.0.0.1:9092", "zone": "az-b", "status": "active"}
     promoted = {"promoted": [2, 3], "voters": [1, 2, 3]}
     settings = {"settings": {**_VIEW.example["settings"], "promotion": "odd"}}
-    table: list[tuple[str, str, Handler, str, dict[str, Any] | None, dict[str, Any]]] = [
-        ("POST", "/v1/cluster/members", calls.join, "Join as a learner", join, _JOINED),
+    table: list[tuple[str, str, Handler, str, Body | None, dict[str, Any]]] = [
+        (
+            "POST",
+            "/v1/cluster/members",
+            calls.join,
+            "Join as a learner",
+            _takes(Join, join),
+            _JOINED,
+        ),
         (
             "PUT",
             member,
             calls.update_member,
             "Change a member",
-            {"address": moved["address"]},
+            _takes(MemberUpdate, {"address": moved["address"]}),
             moved,
         ),
         ("DELETE", member, calls.remove_member, "Remove a member for good", None, _REMOVED),
@@ -314,7 +325,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             "/v1/cluster/promote",
             calls.promote,
             "Promote learners",
-            {"ids": [2, 3]},
+            _takes(Promote, {"ids": [2, 3]}),
             promoted,
         ),
         (
@@ -322,7 +333,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             "/v1/cluster/leader",
             calls.transfer_leader,
             "Transfer leadership",
-            {"id": 2},
+            _takes(Leader, {"id": 2}),
             {"leader": 2},
         ),
         (
@@ -330,7 +341,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             "/v1/cluster/settings",
             calls.change_settings,
             "Change replicated settings",
-            {"promotion": "odd"},
+            _takes(SettingsUpdate, {"promotion": "odd"}),
             settings,
         ),
     ]
@@ -342,9 +353,9 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             summary,
             {200: Body("done", reply)},
             (_ID,) if path is member else (),
-            None if example is None else Body("JSON object", example),
-            _CHANGE_ERRORS if example is None else (*_BODY_ERRORS, *_CHANGE_ERRORS),
+            body,
+            _CHANGE_ERRORS if body is None else (*_BODY_ERRORS, *_CHANGE_ERRORS),
             access="join" if handler == calls.join else "token",
         )
-        for method, path, handler, summary, example, reply in table
+        for method, path, handler, summary, body, reply in table
     ]

@@ -318,7 +318,6 @@ _CONSISTENCY = Parameter("consistency", "linearizable, lease or eventual", "line
 _IF_MATCH = Parameter("If-Match", "revisions that may be current, or *", '"7"', place="header")
 _ABSENT = Parameter("If-None-Match", "*: only if the key does not exist", "*", place="header")
 _KNOWN = Parameter("If-None-Match", "tags the client already has", '"7"', place="header")
-_LENGTH = Parameter("Content-Length", "size of the value", 4, True, place="header")
 _TTL = Parameter("ttl", "seconds until the key expires, 1 to 315360000", 60)
 _LEASE = Parameter("lease", "or the lease that it is attached to", "2f1-0-6c789e114b3c")
 IDEMPOTENT = Parameter(
@@ -332,7 +331,11 @@ _PREFIX = Parameter("prefix", "keys that begin with this", "config/")
 _START = Parameter("start", "first key of a range", "config/a")
 _END = Parameter("end", "first key behind the range", "config/n")
 
-_VALUE = Body("any bytes, up to 1 MiB", "blue", "application/octet-stream")
+_VALUE = Body(
+    "any bytes, up to 1 MiB, with their number in Content-Length",
+    "blue",
+    "application/octet-stream",
+)
 _FOUND = Body(
     "the value; Dengine-TTL is there where it expires",
     "blue",
@@ -378,7 +381,7 @@ def _single_key(calls: KvCalls) -> list[Route]:
             calls.put,
             "Store a value",
             {200: _WRITTEN},
-            (_KEY, _TTL, _LEASE, _LENGTH, _IF_MATCH, _ABSENT, IDEMPOTENT),
+            (_KEY, _TTL, _LEASE, _IF_MATCH, _ABSENT, IDEMPOTENT),
             _VALUE,
             _WRITE_ERRORS,
         ),
@@ -434,7 +437,6 @@ def _many_keys(calls: KvCalls) -> list[Route]:
                 replace(_KEY_BASE64, required=True),
                 _TTL,
                 _LEASE,
-                _LENGTH,
                 _IF_MATCH,
                 _ABSENT,
                 IDEMPOTENT,

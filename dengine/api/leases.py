@@ -114,7 +114,7 @@ def routes(calls: LeaseCalls) -> list[Route]:
             "Grant a lease",
             {200: _GRANTED},
             (IDEMPOTENT,),
-            Body("seconds of life, 1 to 315360000", {"ttl": 60}),
+            Body("seconds of life, 1 to 315360000", {"ttl": 60}, shape=Grant),
             (409, 411, 415, 422, *_ERRORS),
         ),
         Route(

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
+
 from dengine import __version__
 from dengine.api.routes import Access, Body, Parameter, Route
 from dengine.security import SCHEME
 
+_REF = "#/components/schemas/{name}"
 COMMON_ERRORS = (400, 404, 405, 414, 431)
 
 _TOKEN = {
@@ -56,7 +59,10 @@ _ERROR_SCHEMA: dict[str, Any] = {
 def document(routes: Iterable[Route]) -> dict[str, Any]:
     """The whole document for `routes`, ready for JSON."""
     paths: dict[str, dict[str, Any]] = {}
+    shapes: list[type] = []
     for route in routes:
+        if route.body is not None and route.body.shape is not None:
+            shapes.append(route.body.shape)
         operations = paths.setdefault(route.path, {})
         operations[route.method.lower()] = _operation(route)
         if route.has_head:
@@ -71,10 +77,16 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": {"Error": _ERROR_SCHEMA},
+            "schemas": {"Error": _ERROR_SCHEMA, **_schemas(shapes)},
             "securitySchemes": {"token": _TOKEN, "peer": _PEER},
         },
     }
+
+
+def _schemas(shapes: list[type]) -> dict[str, Any]:
+    """What the decoder itself takes, by name."""
+    _, schemas = msgspec.json.schema_components(shapes, ref_template=_REF)
+    return schemas
 
 
 def _operation(route: Route, prefix: str = "") -> dict[str, Any]:
@@ -117,7 +129,9 @@ _TIMEOUT = _parameter(
 
 
 def _content(body: Body) -> dict[str, Any]:
-    if body.media_type == "application/json":
+    if body.shape is not None:
+        schema = {"$ref": _REF.format(name=body.shape.__name__)}
+    elif body.media_type == "application/json":
         schema = _schema(body.example, body.nullable)
     else:
         schema = {"type": "string"}

@@ -33,7 +33,9 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What a call takes or answers. `example` is a JSON value, or text for other media types."""
+    """What a call takes or answers. `example` is a JSON value, or text for other media types.
+    `shape` is the struct that a JSON body is decoded as, where there is one.
+    """
 
     text: str
     example: Any = None
@@ -41,6 +43,7 @@ class Body:
     headers: tuple[str, ...] = ()
     otherwise: Body | None = None  # what the same status carries in another case
     nullable: frozenset[str] = frozenset()  # properties that may be null, at any depth
+    shape: type | None = None
 
 
 @dataclass(frozen=True, slots=True)

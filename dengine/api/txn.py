@@ -255,6 +255,7 @@ def routes(calls: TxnCalls) -> list[Route]:
                 "comparisons, and operations for each outcome (limits.txn_ops, 128): put, get, "
                 "delete, delete_range. A key that does not exist has mod_revision and version 0.",
                 _EXAMPLE,
+                shape=TxnJson,
             ),
             errors=(409, 411, 413, 415, 422, 429, 503, 504, 507),
         )

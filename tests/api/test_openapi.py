@@ -1,0 +1,100 @@
+"""Generated requests, well-formed and not, to every documented call of a running node."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from dengine.config import parse_address
+from tests.api.conftest import start_node
+from tests.cluster import Cluster, ServeProcess
+
+SEED = int(os.environ.get("DENGINE_OPENAPI_SEED", random.SystemRandom().randrange(2**32)))
+EXAMPLES = {GenerationMode.POSITIVE: 25, GenerationMode.NEGATIVE: 12}  # of each operation
+NOBODY = "127.0.0.1:1"  # a member that is dialled in vain, and on this machine
+PATIENCE_MS = 300  # of calls that wait for such a member
+UNAVAILABLE = (503, 504, 507)
+CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[ServeProcess]:
+    """A node of its own: strangers join it, and its settings change."""
+    with Cluster(tmp_path) as cluster:
+        yield start_node(cluster, "[raft.membership]\nstable_ms = 60000\n")
+        print(cluster.describe())
+
+
+def test_no_request_gets_an_answer_that_is_not_documented(target: ServeProcess) -> None:
+    """No 500, and no status, media type or shape but those of the served document. A failure is
+    found again with DENGINE_OPENAPI_SEED."""
+    print(f"DENGINE_OPENAPI_SEED={SEED}")
+    document = target.call("GET", "/v1/openapi.json").json()
+    schema = schemathesis.openapi.from_dict(document)
+    schema.config.base_url = f"http://{target.host}:{target.port}"
+    seen: set[int] = set()
+    with requests.Session() as session:
+        for found in schema.get_all_operations():
+            operation = found.ok()
+            for mode, count in EXAMPLES.items():
+
+                @seed(SEED)
+                @settings(
+                    max_examples=count,
+                    deadline=None,
+                    database=None,
+                    phases=[Phase.generate],
+                    suppress_health_check=list(HealthCheck),
+                )
+                @given(case=operation.as_strategy(generation_mode=mode))
+                def try_it(case: Case) -> None:
+                    seen.add(_exchange(case, session))
+
+                # Of some calls nothing can be wrong: any text is a name.
+                wrong = mode is GenerationMode.NEGATIVE
+                with contextlib.suppress(*((Unsatisfiable,) if wrong else ())):
+                    try_it()
+    assert {200, 400, 404} <= seen
+    assert target.running, target.tail()
+    assert target.ready()
+    assert "Traceback" not in target.output(), target.tail()
+
+
+def _exchange(case: Case, session: requests.Session) -> int:
+    """Send `case`, hold the answer against the document, and return its status."""
+    if isinstance(case.body, dict) and _is_address(case.body.get("address")):
+        case.body["address"] = NOBODY
+    case.headers.setdefault("Dengine-Timeout-Ms", str(PATIENCE_MS))
+    sent: dict[str, Any] = case.as_transport_kwargs()
+    with session.request(**sent, stream=True, timeout=30, allow_redirects=False) as response:
+        status, kind = response.status_code, response.headers.get("Content-Type", "")
+        assert status < 500 or status in UNAVAILABLE, (case.as_curl_command(), response.content)
+        if kind.startswith("text/event-stream"):  # it goes on, and has no end to wait for
+            assert str(status) in case.operation.definition.raw["responses"]
+        else:
+            case.validate_response(response, checks=CHECKS)
+    return status
+
+
+def _is_address(text: object) -> bool:
+    try:
+        parse_address(str(text))
+    except ValueError:
+        return False
+    return isinstance(text, str)
