@@ -8,8 +8,9 @@ import pytest
 
 from dengine.config import read
 from dengine.errors import IdentityError
+from dengine.kv.commands import COMMAND_VERSION
 from dengine.node.founding import Founding
-from dengine.node.wire import COMMAND_VERSION, PROTOCOL_VERSION, Hello
+from dengine.node.wire import PROTOCOL_VERSION, Hello
 from dengine.raft.types import MemberId
 from tests.cluster import config_text
 from tests.raft.harness import A, B, C

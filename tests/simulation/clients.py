@@ -33,9 +33,9 @@ from tests.linearizability.by_revision import check
 from tests.linearizability.checker import FOREVER, Operation, Verdict
 from tests.linearizability.models import VERSIONED
 from tests.linearizability.timeline import as_text
-from tests.simulation.invariants import violated
 from tests.simulation.loop import MS
 from tests.simulation.model import NOTHING, mark_of
+from tests.simulation.violation import violated
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine, Process
@@ -308,12 +308,16 @@ class Clients:
         that moment, and is told the truth.
         """
         assert call.command is not None
-        mark, model = mark_of(call.command), self.world.checker.model
+        self.acknowledged(mark_of(call.command), result)
+
+    def acknowledged(self, mark: bytes, result: Result) -> None:
+        """As `_acknowledged`, of any request."""
+        model = self.world.checker.model
         index = model.index_of.get(mark)
         if index is None:
-            violated("11 acknowledged", f"{call.name}({mark!r}) was acknowledged uncommitted")
-        if model.results[mark] != result:
-            violated("11 outcome", f"{mark!r} was answered {result}, not {model.results[mark]}")
+            violated("11 acknowledged", f"{mark!r} was acknowledged uncommitted")
+        if result not in model.answers[mark]:
+            violated("11 outcome", f"{mark!r} was answered {result}, not {model.answers[mark]}")
         self.shown_index = max(self.shown_index, index)
 
     def _record(self, call: Call, returned: float, result: Any) -> None:
@@ -375,7 +379,7 @@ class Clients:
         """
         checker, model = self.world.checker, self.world.checker.model
         for key, operation, mark in self._unknown:
-            result = model.results.get(mark)
+            result = model.result(mark)
             if result is not None and _changed(result):
                 at = checker.committed_at[model.index_of[mark] - 1]
                 called = max(operation.called, at)

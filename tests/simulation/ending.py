@@ -22,9 +22,9 @@ from dengine.storage.log_store import ENTRY, ENTRY_KEY
 from dengine.storage.snapshot_file import verify
 from tests.simulation.clients import LEVELS
 from tests.simulation.displaced import CLIENT_S
-from tests.simulation.invariants import violated
 from tests.simulation.loop import MS, SECOND
 from tests.simulation.machine import Machine, Process
+from tests.simulation.violation import violated
 from tests.simulation.writer import check_state
 
 if TYPE_CHECKING:

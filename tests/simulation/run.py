@@ -32,11 +32,11 @@ from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 from tests.reporting import STOPPED, stdout_apart
-from tests.simulation.invariants import Violation
 from tests.simulation.loop import Crash
 from tests.simulation.plan import Plan
 from tests.simulation.rotation import commit
 from tests.simulation.shrinking import shrink, write_trace
+from tests.simulation.violation import Violation
 from tests.simulation.workers import each
 from tests.simulation.world import World
 

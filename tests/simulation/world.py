@@ -38,12 +38,13 @@ from tests.simulation.clients import Clients
 from tests.simulation.durability import Durability
 from tests.simulation.ending import Ending
 from tests.simulation.faults import Faults
-from tests.simulation.invariants import Checker, Violation
+from tests.simulation.invariants import Checker
 from tests.simulation.loop import MS, SECOND, Scheduler
 from tests.simulation.machine import Machine, Process
 from tests.simulation.network import Habits, Network
 from tests.simulation.patches import installed
 from tests.simulation.plan import Plan
+from tests.simulation.violation import Violation
 from tests.simulation.words import told
 
 RESTART_MS = (20, 400)
