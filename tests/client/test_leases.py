@@ -144,9 +144,12 @@ def test_a_machine_that_slept_knows_it() -> None:
     slept = 0.0
 
     async def scenario(cluster: FakeCluster, client: Client) -> None:
+        def boot_time() -> float:
+            return slept
+
         async def owner() -> None:
             nonlocal slept
-            with mock.patch.object(leases, "_boot_time", side_effect=lambda: slept):
+            with mock.patch.object(leases, "_boot_time", boot_time):
                 async with client.lease(10) as lease:
                     slept = 8.0
                     lease.check()
