@@ -15,11 +15,16 @@ from dengine.kv.commands import (
     Command,
     Deferred,
     DeleteRange,
+    DeleteResult,
     Full,
+    LeaseRevoked,
     Once,
+    OperationResult,
     Put,
+    PutResult,
     Result,
     Txn,
+    TxnResult,
     batch_clock_ms,
     decode_batch,
 )
@@ -167,7 +172,7 @@ class Model:
         view.touched.clear()
         revisions = range(before + 1, self.revision + 1)
         new = {r: view.changes[r] for r in revisions if r in view.changes}
-        made = [getattr(result, "revision", 0) for result in results]
+        made = [_revision_made(result) for result in results]
         ended = new.pop(before + 1, None) if before + 1 not in made else None
         commands = decode_batch(entry.data)
         outcomes = [
@@ -209,3 +214,12 @@ class Model:
         """The newest revision that the history does not have any more."""
         totals = self._view.totals
         return self.revision if totals is None else totals.history_first - 1
+
+
+def _revision_made(result: Result | OperationResult) -> int:
+    """By the command that came to this, when it was carried out; 0: none."""
+    if isinstance(result, TxnResult):
+        return result.revision if any(map(_revision_made, result.results)) else 0
+    if isinstance(result, DeleteResult | LeaseRevoked):
+        return result.revision if result.deleted else 0
+    return result.revision if isinstance(result, PutResult) else 0

@@ -117,7 +117,7 @@ class Plan:
         self.window_s = rng.choice((1, 600, 600))
         self.limits |= {
             "tick_ms": rng.choice((100, 1000, 10_000)),
-            "expire_keys": rng.choice((1, 3, MANY, MANY)),
+            "expire_keys": rng.choice((2, 3, MANY, MANY)),
             "work_keys": rng.choice((2, 5, 10_000, 10_000)),
             "results": rng.choice((1, 3, MANY)),
             "opaque": rng.choice((3, 100_000)),
