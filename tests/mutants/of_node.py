@@ -96,8 +96,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "the second half of a transaction is one revision later",
         (
             "dengine.kv.machine",
-            "result = _operate(operation, overlay, revision, deleted)",
-            "result = _operate(operation, overlay, after, deleted)",
+            "result = _operate(operation, overlay, view, revision, deleted)",
+            "result = _operate(operation, overlay, view, after, deleted)",
         ),
     ),
     mutant(
@@ -123,8 +123,8 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "a deletion does not look at what it deletes",
         (
-            "dengine.storage.state_store",
-            "_decode_record(key, old, self._path, keys_only=True)",
+            "dengine.storage.state_view",
+            "sound_record(key, old, self._path, keys_only=True)",
             "pass",
         ),
     ),
@@ -140,8 +140,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "the state hash depends on the node",
         (
             "dengine.kv.machine",
-            "view.put(key, Record(old.create_revision, revision, old.version + 1, value))",
-            "view.put(key, Record(old.create_revision, revision, 1 + id(view) % 7, value))",
+            "version = old.version + 1",
+            "version = 1 + id(view) % 7",
         ),
     ),
     mutant(

@@ -4,7 +4,8 @@ decides here.
 It follows the committed log, command by command. 13: what comes under an idempotency key is carried
 out once, and says the same again for as long as results are remembered. 15: what has a TTL or a
 lease is there for all of its time, by the log's time and by the true one, and ends with the first
-entry that says that the time has come; what holds for a lease holds for all that hangs on it.
+entry that says that the time has come; what holds for a lease holds for all that hangs on it. And
+as a part of 14: each change is of what the one before has left.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dengine.kv.commands import (
     Stale,
     Txn,
 )
-from dengine.kv.store import DELETE, EXPIRE, PUT, Event
+from dengine.kv.store import DELETE, EXPIRE, PUT, Event, Record
 from tests.simulation.loop import MS
 from tests.simulation.model import Outcome, Step
 from tests.simulation.plan import MANY
@@ -78,6 +79,7 @@ class Promises:
         self._lives: dict[bytes, _Time | _Lease] = {}
         self._leases: dict[str, _Lease] = {}
         self._given_out: dict[str, None] = {}
+        self._last: dict[bytes, Record | None] = {}  # as events have it
         self._due: list[tuple[int, int, bytes | str]] = []
         self._first: dict[bytes, tuple[Result, int]] = {}  # by mark, and when
         self._numbers: dict[str, int] = {}  # of the newest request of each client
@@ -120,6 +122,7 @@ class Promises:
     def _end(self, events: Sequence[Event], at_ns: int) -> None:
         """What time has ended, at the beginning of an entry."""
         for event in events:
+            self._takes_place_of(event)
             life = self._lives.get(event.key)
             lease = life if isinstance(life, _Lease) else None
             time = lease.time if lease is not None else life
@@ -237,6 +240,7 @@ class Promises:
         for event in events:
             if event.kind == EXPIRE:
                 violated("15 expiry", f"{event.key!r} has ended by a command: {command}")
+            self._takes_place_of(event)
             self._let_go(event.key)
             if event.kind != PUT:
                 continue
@@ -252,6 +256,20 @@ class Promises:
                 time = self._lives[event.key] = self._time(put.ttl_s, at_ns)
                 self._remind(time.due_ms, event.key)
 
+    def _takes_place_of(self, event: Event) -> None:
+        """Of what the last event has left there; what was put before there were events is unknown.
+        A key begins with its first version, and each is one more."""
+        key, new, old = event.key, event.record, event.prev
+        if old != self._last.get(key) and key in self._last:
+            violated("14 previous value", f"{key!r} was {self._last[key]}, not {old}")
+        if new is not None and (
+            (new.create_revision, new.version) != (new.mod_revision, 1)
+            if old is None
+            else (new.create_revision, new.version) != (old.create_revision, old.version + 1)
+        ):
+            violated("14 previous value", f"{key!r} was {old}, and became {new}")
+        self._last[key] = new
+
     def _lease_command(self, command: Command, outcome: Outcome, at_ns: int) -> None:
         result = outcome.result
         if isinstance(command, LeaseGrant) and isinstance(result, LeaseResult):
@@ -262,13 +280,11 @@ class Promises:
             self._leases[result.lease] = _Lease(result.lease, time)
             self._remind(time.due_ms, result.lease)
             return
-        asked = getattr(command, "lease", "")
-        if not asked:
-            return
         if isinstance(result, NoLease):
-            if self._alive(asked):
-                violated("15 lease", f"{asked} is said to be gone, and it is not")
+            if self._alive(result.lease):
+                violated("15 lease", f"{result.lease} is said to be gone, and it is not")
             return
+        asked = getattr(command, "lease", "")
         if isinstance(command, LeaseKeepAlive):
             self._require(asked)
             lease = self._leases[asked]
