@@ -166,10 +166,12 @@ class Writes:
         if self._cycle.command_version >= COMMAND_VERSION:
             return
         members = self._raft.membership.members
+        if not members:
+            raise ClusterUnavailable("this node does not belong to a cluster yet")
         old = [str(m.id.id) for m in members if m.command_version < COMMAND_VERSION]
         raise ClusterUnavailable(
-            f"{what} needs a newer release on every member, and node {', '.join(old) or '?'} has "
-            "an older one: upgrade it and try again"
+            f"{what} needs a newer release on every member, and node {', '.join(old)} has an "
+            "older one: upgrade it and try again"
         )
 
     def _require_version(self, command: Command) -> None:
