@@ -125,19 +125,21 @@ def test_as_it_is_typed() -> None:
             found: list[bytes] = thread.do(lambda cluster: list(cluster.state.keys))
             return found
 
-        processes = [start("watch", "web"), start("register", "web", "a:1", "--instance", "one")]
+        def line(process: subprocess.Popen[str]) -> str:
+            assert process.stdout is not None
+            return process.stdout.readline().strip()
+
+        processes = [start("watch", "web")]
         try:
+            assert line(processes[0]) == "nobody"
+            processes.append(start("register", "web", "a:1", "--instance", "one"))
             until(lambda: keys() == [b"services/web/one"], "the registration")
             processes[1].terminate()
             out, _ = processes[1].communicate(timeout=WAIT_S)
             assert out == "registered services/web/one at a:1\n"
             assert processes[1].returncode == 0
             until(lambda: keys() == [], "the end of the registration")
-            assert processes[0].stdout is not None
-            lines = [processes[0].stdout.readline().strip()]
-            while lines[-1] != "nobody" or len(lines) == 1:
-                lines.append(processes[0].stdout.readline().strip())
-            assert lines in (["nobody", "one at a:1", "nobody"], ["one at a:1", "nobody"])
+            assert [line(processes[0]) for _ in range(2)] == ["one at a:1", "nobody"]
             processes[0].terminate()
             assert processes[0].wait(WAIT_S) == 0
         finally:
