@@ -44,11 +44,12 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# These start machines, or are about how long clients wait: one after the other. All others share
+# These start machines, are about how long clients wait, or record once for all tests of a file: one
+# after the other. All others share
 # both cores, and a process gets its next test when it has done one: some take very much longer.
 APART  := tests/crash_sweep tests/lab \
           $(patsubst %,tests/nemesis/test_%.py,faults machines nemesis) \
-          $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough)
+          $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough watch)
 SHARED := -n 2 --maxschedchunk 1
 
 test: lint test-packages ## Install what the tests need and run them all
@@ -78,9 +79,9 @@ soak: $(STAMP) test-packages ## Simulator, mutants and nemesis in turn until tol
 test-packages:
 	@scripts/system-packages.sh e2fsprogs iproute2 nftables strace util-linux
 
-crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (three quarters of an hour)
+crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths; 100 000 increments (an hour)
 	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/raft/test_random.py tests/crash_sweep \
-		$(patsubst %,tests/integration/test_%.py,crashes damage secrets snapshot_writer) -v $(SHARED)
+		$(patsubst %,tests/integration/test_%.py,crashes damage exactly_once secrets snapshot_writer) -v $(SHARED)
 
 ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to fail (hours)
 	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v $(SHARED)
