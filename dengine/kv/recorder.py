@@ -90,6 +90,10 @@ class Recorder:
         self._last_key, self._last = key, record
         return record
 
+    def recall(self, key: bytes, record: Record | None) -> None:
+        """What `get` has found there, and is there still: the next put need not read it again."""
+        self._last_key, self._last = key, record
+
     def put(self, key: bytes, record: Record) -> None:
         if self.totals is None:
             self.view.put(key, record)

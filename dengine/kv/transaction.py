@@ -71,9 +71,13 @@ class Overlay:
     def __init__(self, view: Recorder) -> None:
         self._view = view
         self._changes: dict[bytes, Record | None] = {}  # None: deleted
+        self._found: dict[bytes, Record | None] = {}  # in the store
 
     def get(self, key: bytes) -> Record | None:
-        return self._changes[key] if key in self._changes else self._view.get(key)
+        if key in self._changes:
+            return self._changes[key]
+        found = self._found[key] = self._view.get(key)
+        return found
 
     def put(self, key: bytes, record: Record) -> None:
         self._changes[key] = record
@@ -93,6 +97,8 @@ class Overlay:
         """Change the store."""
         for key, record in self._changes.items():
             if record is not None:
+                if key in self._found:
+                    self._view.recall(key, self._found[key])
                 self._view.put(key, record)
             elif self._view.get(key) is not None:  # else it was made and deleted on the way
                 self._view.delete(key)
