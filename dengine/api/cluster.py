@@ -17,6 +17,7 @@ from dengine.api.routes import Body, Handler, Parameter, Route
 from dengine.api.sse import COMMENT_INTERVAL_S, send
 from dengine.config import MAX_ZONE, parse_address
 from dengine.errors import InvalidRequest, Unauthorized, WatchOverflow
+from dengine.kv.commands import COMMAND_VERSION
 
 if TYPE_CHECKING:
     from dengine.config import Config
@@ -298,6 +299,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
         "address": "127.0.0.1:9082",
         "zone": "az-b",
         "status": "promotable",
+        "command_version": COMMAND_VERSION,
     }
     moved = {"id": 2, "address": "127.0.0.1:9092", "zone": "az-b", "status": "active"}
     promoted = {"promoted": [2, 3], "voters": [1, 2, 3]}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dengine.kv.commands import COMMAND_VERSION
 from tests.api.conftest import start_node
 from tests.api.raw import Wire, assert_error, wire
 from tests.cluster import Cluster, EventStream, ServeProcess, wait_for
@@ -68,6 +69,7 @@ JOIN = {
     "address": "127.0.0.1:9",
     "zone": "",
     "status": "promotable",
+    "command_version": COMMAND_VERSION,
 }
 
 
@@ -187,7 +189,8 @@ def test_of_joiners_with_one_id_the_first_stays(tmp_path: Path) -> None:
         node = start_node(cluster)
 
         def join(number: int) -> int:
-            body = {"id": 2, "incarnation": f"{number}", "address": f"127.0.0.1:{30_000 + number}"}
+            address = f"127.0.0.1:{30_000 + number}"
+            body = JOIN | {"incarnation": f"{number}", "address": address}
             return node.call("POST", "/v1/cluster/members", body).status
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
