@@ -65,6 +65,7 @@ class Lease:
         self._asked_ttl_s = as_seconds(ttl_s, "the TTL of a lease")
         self.ttl_s: float = self._asked_ttl_s
         self._id = ""
+        self._asked = False
         self.lost = asyncio.Event()
         self._why = ""
         self._held: _Stopwatch | None = None
@@ -125,8 +126,9 @@ class Lease:
 
     async def grant(self) -> None:
         """What entering does; `revoke` belongs to it."""
-        if self._id:
+        if self._asked:  # at once: two that enter it together would be granted two
             raise RuntimeError("a lease is granted once: make another one")
+        self._asked = True
         asked = _Stopwatch()
         info = await self._client.grant_lease(self._asked_ttl_s)
         self._id, self.ttl_s, self._held = info.id, info.ttl_s, asked

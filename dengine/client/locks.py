@@ -35,6 +35,8 @@ class Lock:
     does the same. `key` is what holds the place. `lost` is an event: set at once when the lock may
     belong to somebody else. Leaving raises LockLost then, unless another exception is on its way.
 
+    It is entered once, by one task: whoever else wants the lock makes a `Lock` of his own.
+
     Example:
         async with client.lock("reports", timeout_s=30) as lock:
             done = await client.txn([lock.guard], [Put("reports/last", b"today")])
@@ -50,6 +52,7 @@ class Lock:
         self._ttl_s = ttl_s
         self._timeout_s = timeout_s
         self._lease: Lease | None = None
+        self._entered = self._released = False
         self.lost = asyncio.Event()
         self.key = b""
         self.token = 0
@@ -83,7 +86,11 @@ class Lock:
         Raises:
             RequestTimeout: not within `timeout_s`; nothing is held, outcome none.
             DengineError: nodes refuse, as for `Client.put`; failures that may pass are waited out.
+            RuntimeError: it was entered before; whoever did that goes on holding it.
         """
+        if self._entered:  # outside of what follows: the lease to let go of is not ours
+            raise RuntimeError("a lock is entered once: make another one")
+        self._entered = True
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._acquire()
@@ -104,16 +111,20 @@ class Lock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._lease is None:  # released before
+        if self._released:
             return
+        self._released = True
         was_lost = self.lost.is_set() or self.remaining_s <= 0
         await self._let_go()
         if was_lost and error is None:
             raise LockLost(f"the lock {self._name!r} was lost before it was released")
 
     async def release(self) -> None:
-        """Let go before the end of the block, which is then quiet. Raises as that end would."""
-        await self.__aexit__(None, None, None)
+        """Let go before the end of the block, which is then quiet. Raises as that end would.
+        What is not held is left as it is.
+        """
+        if self.token:
+            await self.__aexit__(None, None, None)
 
     async def resign(self) -> None:
         """`release`, as leaders call it."""
@@ -138,8 +149,6 @@ class Lock:
 
     async def _acquire(self) -> None:
         """Queue until our key is the first. A place that is lost in an outage is taken anew."""
-        if self.token or self._lease is not None:
-            raise RuntimeError("a lock is entered once: make another one")
         while not await self._queue():
             if self._lease is not None:
                 await self._lease.revoke()

@@ -234,5 +234,11 @@ def test_a_lease_is_entered_once() -> None:
         with pytest.raises(RuntimeError, match="granted once"):
             async with lease:
                 pass
+        together = client.lease(10)
+        answers = await asyncio.gather(together.grant(), together.grant(), return_exceptions=True)
+        assert answers[0] is None
+        assert isinstance(answers[1], RuntimeError)
+        assert list(cluster.state.leases) == [together.id]
+        await together.revoke()
 
     over(scenario)

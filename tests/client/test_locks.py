@@ -416,3 +416,43 @@ def test_observing_outlives_nodes_and_history() -> None:
         await asyncio.gather(observer, return_exceptions=True)
 
     over(scenario)
+
+
+def test_who_enters_a_lock_a_second_time_leaves_its_holder_alone() -> None:
+    """Two tasks with one `Lock`: the second is told so, and the first goes on holding it."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        for lock in (client.lock("job"), client.election("e").campaign(b"a")):
+            entering = [asyncio.create_task(lock.__aenter__()) for _ in range(2)]
+            first, second = await asyncio.gather(*entering, return_exceptions=True)
+            assert first is lock
+            assert isinstance(second, RuntimeError)
+            with pytest.raises(RuntimeError, match="entered once"):
+                await lock.__aenter__()
+            assert not lock.lost.is_set()
+            assert lock.remaining_s > 0
+            assert lock.key in cluster.state.keys
+            await lock.__aexit__(None, None, None)
+        assert cluster.state.leases == {}
+
+    over(scenario)
+
+
+def test_a_lock_that_was_taken_away_is_not_left_in_silence() -> None:
+    """Only an explicit release makes the end of the block quiet."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        async with client.lock("job") as lock:
+            await lock.release()
+            await lock.release()
+        taken = await client.lock("job").__aenter__()
+        await client.revoke_lease(taken.key.rpartition(b"/")[2].decode())
+        await taken.lost.wait()
+        with pytest.raises(LockLost):
+            await taken.__aexit__(None, None, None)
+        unused = client.lock("job")
+        await unused.release()  # nothing is held, so nothing is let go
+        async with unused:
+            assert unused.token > 0
+
+    over(scenario)
