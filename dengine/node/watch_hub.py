@@ -333,6 +333,7 @@ class WatchHub:
 
     def _step(self) -> bool:
         """Serve those that wait, in turn, for a few milliseconds. False: no reader has room."""
+        self._notice_replacement()  # nobody may take an empty state for one that it has caught up
         until = time.monotonic() + CATCH_UP_S
         moved = False
         for _ in range(len(self._catching)):

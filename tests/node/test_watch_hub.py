@@ -369,6 +369,43 @@ def test_a_state_that_is_built_anew_ends_the_watches(tmp_path: Path) -> None:
     stage.state.close()
 
 
+@pytest.mark.parametrize("turns", [0, 10])
+def test_a_state_that_was_empty_for_a_moment_skips_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    """One that catches up while the state is thrown away, and had again from a snapshot: it goes on
+    where it was, or is told to go elsewhere. In between it must not be taken for up to date."""
+    monkeypatch.setattr(watch_hub, "CATCH_UP_S", 0.0)
+    stage = Stage(tmp_path / "state")
+    StateStore(tmp_path / "empty").close()
+    newer = StateStore(tmp_path / "newer")
+    newer.apply([config(1, content(1000))])
+    for index in range(2, 122):
+        apply(newer, index, [Put(b"k", b"")])
+    newer.close()
+
+    async def check() -> None:
+        hub = stage.open()
+        for _ in range(50):
+            stage.apply(Put(b"k", b""))
+        watch = hub.open(ALL, 10)
+        stage.state.replace(tmp_path / "empty")
+        for _ in range(turns):  # of the loop, before the cycle comes to tell of it
+            await asyncio.sleep(0)
+        stage.state.replace(tmp_path / "newer")
+        hub.applied()
+        got = await read(watch, 1)
+        while not isinstance(got[-1], Cancelled) and len(got) < 112:
+            got += await read(watch, 1)
+        assert isinstance(got[-1], Cancelled) == bool(turns)
+        revisions = [revision for revision, _ in seen(got)]
+        assert revisions == list(range(10, 10 + len(revisions)))
+        await hub.close()
+
+    on_loop(check)
+    stage.state.close()
+
+
 def test_closing_ends_them_all(stage: Stage) -> None:
     async def check() -> None:
         hub = stage.open()
