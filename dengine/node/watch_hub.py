@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 from dengine.errors import ClusterUnavailable, Compacted, FatalError, TryAgain, WatchOverflow
 from dengine.kv.store import Event
-from dengine.node.watch_index import Selection, WatchIndex
+from dengine.node.watch_index import Bucket, Selection, WatchIndex
 from dengine.storage.state_store import StateStore
 
 __all__ = ["Cancelled", "Changes", "Message", "Progress", "Selection", "Watch", "WatchHub"]
@@ -259,29 +259,42 @@ class WatchHub:
         """Entries were applied, or the state was replaced: tell whom it concerns."""
         self._notice_replacement()
         for revision, events in self._state.take_changes():
-            self._publish(revision, events)
+            for watch in self._deliver(self._live, revision, events):
+                self._sort_in(watch)
         self._state.keep_changes = bool(self._live)
         self._revision = self._state.revision
 
-    def _publish(self, revision: int, events: Sequence[Event]) -> None:
-        selected: dict[Watch, list[int]] = {}
+    def _deliver(
+        self, index: WatchIndex[Watch], revision: int, events: Sequence[Event]
+    ) -> list[Watch]:
+        """Give each in `index` what it selects of a revision. Returns those without room for it:
+        they are taken out of `index`, and their position is this revision.
+
+        What there is to do grows with the events, and with the watches, but not with the product:
+        a range that goes while thousands follow it must not keep this node from its heartbeats.
+        """
+        selected: dict[Bucket[Watch], list[int]] = {}
         for number, event in enumerate(events):
-            for watch in self._live.find(event.key):
-                selected.setdefault(watch, []).append(number)
+            for bucket in index.find(event.key):
+                selected.setdefault(bucket, []).append(number)
         shared: dict[tuple[int, ...], Changes] = {}
-        for watch, numbers in selected.items():
-            if revision < watch.position:
-                continue
+        refused: list[Watch] = []
+        for bucket, numbers in selected.items():
             which = tuple(numbers)
             changes = shared.get(which)
             if changes is None:
                 changes = shared[which] = Changes(revision, [events[n] for n in which])
-            if watch.push(changes):
-                watch.position = revision + 1
-            else:
-                watch.position = revision
-                self._live.discard(watch.selection, watch)
-                self._sort_in(watch)
+            for watch in bucket.things:
+                if revision < watch.position:
+                    continue
+                if watch.push(changes):
+                    watch.position = revision + 1
+                else:
+                    watch.position = revision
+                    refused.append(watch)
+        for watch in refused:
+            index.discard(watch.selection, watch)
+        return refused
 
     def _sort_in(self, watch: Watch) -> None:
         """Live, if there is nothing behind it."""

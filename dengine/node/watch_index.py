@@ -20,15 +20,24 @@ class Selection(NamedTuple):
         return key.startswith(self.key) if self.is_prefix else key == self.key
 
 
+class Bucket(Generic[T]):
+    """All things that select the same, in the order in which they came."""
+
+    __slots__ = ("things",)
+
+    def __init__(self) -> None:
+        self.things: dict[T, None] = {}
+
+
 class WatchIndex(Generic[T]):
-    """Things by what they select, in the order in which they came."""
+    """Things by what they select."""
 
     def __init__(self) -> None:
         self._empty()
 
     def _empty(self) -> None:
-        self._by_key: dict[bytes, dict[T, None]] = {}
-        self._by_prefix: dict[bytes, dict[T, None]] = {}
+        self._by_key: dict[bytes, Bucket[T]] = {}
+        self._by_prefix: dict[bytes, Bucket[T]] = {}
         self._lengths: list[int] = []  # of the prefixes there are, ascending
         self._of_length: dict[int, int] = {}  # how many prefixes have it
         self._count = 0
@@ -38,29 +47,29 @@ class WatchIndex(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         for table in (self._by_key, self._by_prefix):
-            for things in table.values():
-                yield from things
+            for bucket in table.values():
+                yield from bucket.things
 
     def add(self, selection: Selection, thing: T) -> None:
         """`thing`, which is not in here, selects this."""
         table = self._by_prefix if selection.is_prefix else self._by_key
-        things = table.get(selection.key)
-        if things is None:
-            things = table[selection.key] = {}
+        bucket = table.get(selection.key)
+        if bucket is None:
+            bucket = table[selection.key] = Bucket()
             if selection.is_prefix:
                 self._came(len(selection.key))
-        things[thing] = None
+        bucket.things[thing] = None
         self._count += 1
 
     def discard(self, selection: Selection, thing: T) -> None:
         """`thing` goes, if it is in here."""
         table = self._by_prefix if selection.is_prefix else self._by_key
-        things = table.get(selection.key)
-        if things is None or thing not in things:
+        bucket = table.get(selection.key)
+        if bucket is None or thing not in bucket.things:
             return
-        del things[thing]
+        del bucket.things[thing]
         self._count -= 1
-        if not things:
+        if not bucket.things:
             del table[selection.key]
             if selection.is_prefix:
                 self._went(len(selection.key))
@@ -71,17 +80,17 @@ class WatchIndex(Generic[T]):
         self._empty()
         return gone
 
-    def find(self, key: bytes) -> Iterator[T]:
-        """Whatever selects `key`."""
-        things = self._by_key.get(key)
-        if things is not None:
-            yield from things
+    def find(self, key: bytes) -> Iterator[Bucket[T]]:
+        """Whatever selects `key`: one bucket for each selection, however many things are in it."""
+        bucket = self._by_key.get(key)
+        if bucket is not None:
+            yield bucket
         for length in self._lengths:
             if length > len(key):
                 return
-            things = self._by_prefix.get(key[:length])
-            if things is not None:
-                yield from things
+            bucket = self._by_prefix.get(key[:length])
+            if bucket is not None:
+                yield bucket
 
     def _came(self, length: int) -> None:
         count = self._of_length.get(length, 0)

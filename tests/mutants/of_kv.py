@@ -154,8 +154,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "what finds no room is lost",
         (
             "dengine.node.watch_hub",
-            "                watch.position = revision\n                self._live",
-            "                watch.position = revision + 1\n                self._live",
+            "                    watch.position = revision\n",
+            "                    watch.position = revision + 1\n",
         ),
     ),
     mutant(

@@ -12,7 +12,7 @@ from dengine.errors import Compacted, FatalError, WatchOverflow
 from dengine.kv.commands import Command, Delete, Put, Txn, encode_batch, encode_command
 from dengine.node import watch_hub
 from dengine.node.watch_hub import Cancelled, Changes, Message, Progress, Selection, Watch, WatchHub
-from dengine.node.watch_index import WatchIndex
+from dengine.node.watch_index import Bucket, WatchIndex
 from dengine.raft.membership import Membership, Settings
 from dengine.raft.types import Entry, EntryKind, MemberId
 from dengine.storage.state_store import StateStore
@@ -304,6 +304,38 @@ def test_readers_of_the_same_share_one_message(stage: Stage) -> None:
     on_loop(check)
 
 
+def test_a_large_revision_is_looked_at_once_however_many_follow_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told in the very turn that applies it, and heartbeats wait for that."""
+    looked_up: list[bytes] = []
+    find = WatchIndex.find
+
+    def counted(index: WatchIndex[Watch], key: bytes) -> Iterator[Bucket[Watch]]:
+        looked_up.append(key)
+        for bucket in find(index, key):
+            looked_up.append(key)
+            yield bucket
+
+    monkeypatch.setattr(WatchIndex, "find", counted)
+
+    async def check() -> None:
+        hub = stage.open()
+        watches = [hub.open(Selection(b"a/", True), None) for _ in range(50)]
+        watches += [hub.open(Selection(b"a/7", False), None) for _ in range(50)]
+        stage.apply(Txn((), tuple(Put(b"a/%d" % n, b"") for n in range(100)), ()))
+        got = [(await read(watch, 2))[1] for watch in watches]
+        assert len(looked_up) == 201  # not 5050 and more
+        assert len(set(map(id, got))) == 2
+        assert seen([got[0], got[-1]]) == [
+            (1, [b"a/%d" % n for n in range(100)]),
+            (1, [b"a/7"]),
+        ]
+        await hub.close()
+
+    on_loop(check)
+
+
 def test_too_many_are_refused(tmp_path: Path) -> None:
     stage = Stage(tmp_path / "state", watchers=2)
 
@@ -419,6 +451,10 @@ def test_closing_ends_them_all(stage: Stage) -> None:
     on_loop(check)
 
 
+def found(index: WatchIndex[str], key: bytes) -> list[str]:
+    return sorted(name for bucket in index.find(key) for name in bucket.things)
+
+
 def test_the_index_finds_what_selects_a_key() -> None:
     """Exactly those, whatever came and went before."""
     index = WatchIndex[str]()
@@ -431,11 +467,12 @@ def test_the_index_finds_what_selects_a_key() -> None:
     }
     for name, selection in chosen.items():
         index.add(selection, name)
-    assert sorted(index.find(b"ab")) == ["a", "a again", "all", "key ab"]
-    assert sorted(index.find(b"abcd")) == ["a", "a again", "abc", "all"]
-    assert list(index.find(b"b")) == ["all"]
+    assert found(index, b"ab") == ["a", "a again", "all", "key ab"]
+    assert found(index, b"abcd") == ["a", "a again", "abc", "all"]
+    assert found(index, b"b") == ["all"]
     for key in (b"ab", b"abcd", b"", b"b"):
-        assert set(index.find(key)) == {n for n, s in chosen.items() if s.holds(key)}
+        assert found(index, key) == sorted(n for n, s in chosen.items() if s.holds(key))
+    assert len(list(index.find(b"abcd"))) == 3  # those that select the same are found at once
     for name, selection in chosen.items():
         assert index
         index.discard(selection, name)
