@@ -1,7 +1,7 @@
 """All mutants, by what must find them.
 
-of_raft.py, of_node.py and of_kv.py: the simulator, within 500 seeds; of_progress.py: the tests of
-the line.
+of_raft.py, of_node.py and of_kv.py: the simulator, within 500 seeds, where they name no test;
+of_progress.py: the tests of the line.
 """
 
 from __future__ import annotations

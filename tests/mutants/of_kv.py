@@ -97,6 +97,7 @@ MUTANTS: tuple[Mutant, ...] = (
             " or lease.expires_ms <= recorder.clock_ms:",
             ":",
         ),
+        tests="tests/kv/test_expiry.py::test_a_lease_whose_time_is_over_cannot_be_used",
     ),
     # --- exactly once -----------------------------------------------------------------------------
     mutant(
