@@ -19,8 +19,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from dengine.errors import ClusterUnavailable, Compacted, FatalError, TryAgain, WatchOverflow
+from dengine.errors import (
+    ClusterUnavailable,
+    Compacted,
+    FatalError,
+    InvariantBroken,
+    TryAgain,
+    WatchOverflow,
+)
 from dengine.kv.store import Event
+from dengine.node.watch_history import History
 from dengine.node.watch_index import Bucket, Selection, WatchIndex
 from dengine.storage.state_store import StateStore
 
@@ -28,8 +36,8 @@ __all__ = ["Cancelled", "Changes", "Message", "Progress", "Selection", "Watch", 
 
 QUEUE_MAX: Final = 1000  # messages that wait for the reader of a live watch
 QUEUE_BYTES_MAX: Final = 4 * 1024 * 1024  # and their size; a single larger one is let through
-CATCH_UP_BYTES: Final = 256 * 1024  # of history in one step of one watch, and waiting for it
-CATCH_UP_REVISIONS: Final = 100
+CATCH_UP_BYTES: Final = 256 * 1024  # of history that is read at once; and waiting for a watch
+CATCH_UP_REVISIONS: Final = 500
 CATCH_UP_S: Final = 0.005  # for all that catch up, and then a pause as long
 PROGRESS_S: Final = 10.0
 SLOW_TIMES: Final = 3  # in a row that nothing was taken since the last time: 20 to 30 s
@@ -193,7 +201,8 @@ class WatchHub:
         self._path = state.path
         self._revision = state.revision  # up to which live ones were served
         self._live = WatchIndex[Watch]()
-        self._catching: deque[Watch] = deque()
+        self._catching: dict[Watch, None] = {}  # whose turn is next comes first
+        self._history = History(state)
         self._all: dict[Watch, None] = {}
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -299,10 +308,11 @@ class WatchHub:
     def _sort_in(self, watch: Watch) -> None:
         """Live, if there is nothing behind it."""
         if watch.position > self._state.revision:
+            self._catching.pop(watch, None)
             self._live.add(watch.selection, watch)
             self._state.keep_changes = True
             return
-        self._catching.append(watch)
+        self._catching[watch] = None
         self._wake.set()
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(
@@ -314,6 +324,7 @@ class WatchHub:
         if self._state.path == self._path:
             return
         self._path = self._state.path
+        self._history.forget()
         self._state.take_changes()
         lost = self._state.revision < self._revision
         for watch in self._live.clear():
@@ -347,41 +358,61 @@ class WatchHub:
     def _step(self) -> bool:
         """Serve those that wait, in turn, for a few milliseconds. False: no reader has room."""
         self._notice_replacement()  # nobody may take an empty state for one that it has caught up
+        self._end_overtaken()
         until = time.monotonic() + CATCH_UP_S
         moved = False
-        for _ in range(len(self._catching)):
-            watch = self._catching.popleft()
-            if watch.over:
-                continue
-            if not watch.has_room:
-                self._catching.append(watch)
-                continue
+        while (watch := self._next_with_room()) is not None:
             moved = True
-            self._advance(watch)
+            self._advance(watch.position, until)
             if time.monotonic() >= until:
                 break
         return moved
 
-    def _advance(self, watch: Watch) -> None:
-        compact, applied = self.compact_revision, self._state.revision
-        if watch.position <= compact:
+    def _end_overtaken(self) -> None:
+        compact = self.compact_revision
+        for watch in [watch for watch in self._catching if watch.position <= compact]:
             self._cancel(
                 watch,
                 f"the history begins after revision {compact} by now, and this watch had come to "
                 f"{watch.position - 1}: read the keys anew",
                 compact,
             )
-            return
-        changes = self._state.history(watch.position, CATCH_UP_REVISIONS, CATCH_UP_BYTES)
-        for revision, events in changes:
-            selected = [event for event in events if watch.selection.holds(event.key)]
-            if selected and not watch.push(Changes(revision, selected)):
-                watch.position = revision
+
+    def _next_with_room(self) -> Watch | None:
+        for watch in list(self._catching):
+            del self._catching[watch]  # to the end of the line
+            self._catching[watch] = None
+            if watch.has_room:
+                return watch
+        return None
+
+    def _advance(self, position: int, until: float) -> None:
+        """Serve all that are in the same piece of the history as `position`, as far as time and
+        their room last; but one revision at least."""
+        piece = self._history.at(position, CATCH_UP_REVISIONS, CATCH_UP_BYTES)
+        if piece is None:
+            raise InvariantBroken(
+                f"{self._state.path}: the history begins after {self.compact_revision} and does "
+                f"not have revision {position} of {self._state.revision}"
+            )
+        here = {
+            watch: None
+            for watch in self._catching
+            if piece.first <= watch.position <= piece.last and watch.has_room
+        }
+        served = WatchIndex[Watch]()
+        for watch in here:
+            served.add(watch.selection, watch)
+        passed = 0
+        for revision, events in piece.from_revision(min(watch.position for watch in here)):
+            for watch in self._deliver(served, revision, events):
+                del here[watch]
+            passed = revision
+            if time.monotonic() >= until:
                 break
-            watch.position = revision + 1
-        if not changes:
-            watch.position = max(watch.position, applied + 1)
-        self._sort_in(watch)
+        for watch in here:
+            watch.position = max(watch.position, passed + 1)
+            self._sort_in(watch)
 
     # --- the readers' side --------------------------------------------------------------------
 
@@ -399,6 +430,7 @@ class WatchHub:
 
     def _forget(self, watch: Watch) -> None:
         self._all.pop(watch, None)
+        self._catching.pop(watch, None)
         self._live.discard(watch.selection, watch)
         if not self._live:
             self._state.keep_changes = False
@@ -414,10 +446,13 @@ class WatchHub:
         self._timer = loop.call_later(PROGRESS_S, self._tell_progress)
 
     def _tell_progress(self) -> None:
-        """To whoever has everything: idle ones learn a newer place from which to resume."""
+        """To whoever has taken everything: idle ones learn a newer place from which to resume."""
         self._arm_timer()
         self._notice_replacement()
         self._end_slow_ones()
+        for watch in self._catching:
+            if not watch.waiting:
+                watch.push(Progress(watch.position - 1))
         revision = self._state.revision
         for watch in list(self._live):
             if not watch.waiting and watch.position <= revision + 1:

@@ -307,22 +307,26 @@ class StateStore:
         rows = self._table_rows("attached", prefix, limit, PAGE_BYTES_MAX)
         return [data for key, data in rows if key.startswith(prefix)]
 
-    def history(self, first: int, revisions: int, size: int) -> list[Change]:
-        """What the revisions from `first` on have changed, as far as the history goes back.
+    def history(self, revision: int, revisions: int, size: int) -> tuple[list[Change], int]:
+        """Whole records of the history, the first one that in which `revision` is, or the first
+        one after it: what their revisions have changed, and how many bytes were read.
 
         Args:
-            revisions, size: so many at most, from records of about so many bytes; but never none.
+            revisions, size: they end with the one that comes to so many revisions, or so many
+                bytes; but there is never none where there are some.
         """
-        rows = self._table_rows("history", tables.number_key(first), revisions, size)
+        rows = self._table_rows("history", tables.number_key(revision), revisions, size)
         changes: list[Change] = []
+        read = 0
         for key, data in rows:
             try:
-                changes += [change for change in decode_changes(data) if change[0] >= first]
-                if len(changes) >= revisions:
-                    break
+                changes += decode_changes(data)
             except msgspec.MsgspecError as error:
                 raise damage(self._path, key, f"cannot be read ({error})") from error
-        return changes[:revisions]
+            read += len(data)
+            if len(changes) >= revisions:
+                break
+        return changes, read
 
     def _table_get(self, table: Table, key: bytes) -> bytes | None:
         try:

@@ -10,6 +10,7 @@ import pytest
 
 from dengine.errors import Compacted, FatalError, WatchOverflow
 from dengine.kv.commands import Command, Delete, Put, Txn, encode_batch, encode_command
+from dengine.kv.store import Change
 from dengine.node import watch_hub
 from dengine.node.watch_hub import Cancelled, Changes, Message, Progress, Selection, Watch, WatchHub
 from dengine.node.watch_index import Bucket, WatchIndex
@@ -331,6 +332,62 @@ def test_a_large_revision_is_looked_at_once_however_many_follow_it(
             (1, [b"a/%d" % n for n in range(100)]),
             (1, [b"a/7"]),
         ]
+        await hub.close()
+
+    on_loop(check)
+
+
+def test_all_that_catch_up_share_what_is_read(tmp_path: Path) -> None:
+    """Hundreds that resume at once, from here and there, cost little more than one: else those of
+    a busy cluster never catch up. What is not selected takes no room, and no time of others."""
+    stage = Stage(tmp_path / "state", kept=10_000)
+    reads: list[int] = []
+    history = stage.state.history
+
+    def counted(revision: int, revisions: int, size: int) -> tuple[list[Change], int]:
+        reads.append(revision)
+        return history(revision, revisions, size)
+
+    stage.state.history = counted  # type: ignore[method-assign]
+
+    async def check() -> None:
+        hub = stage.open()
+        for n in range(8):
+            stage.apply(*(Put(b"%d/%d" % (k % 5, n), b"") for k in range(500)))
+        firsts = [1 + 37 * n for n in range(100)]
+        watches = [hub.open(Selection(b"%d/" % (n % 6), True), firsts[n]) for n in range(100)]
+        for n, (watch, first) in enumerate(zip(watches, firsts, strict=True)):
+            wanted = [r for r in range(first, 4001) if (r - 1) % 5 == n % 6]
+            got = await read(watch, 1 + len(wanted))
+            assert got[0] == Progress(first - 1)
+            assert [revision for revision, _ in seen(got)] == wanted
+        assert len(reads) < 40  # it was one for each of them, and for every 100 revisions
+        await until(lambda: all(w.position == 4001 for w in watches), "all to be live")
+        await hub.close()
+
+    on_loop(check)
+    stage.state.close()
+
+
+def test_one_that_catches_up_is_told_how_far_it_is(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for a rare key has to know from where to resume, or begins at the start again
+    after each interruption."""
+    monkeypatch.setattr(watch_hub, "PROGRESS_S", 0.01)
+    monkeypatch.setattr(watch_hub, "CATCH_UP_S", 0.001)
+    monkeypatch.setattr(
+        WatchHub, "_sort_in", lambda hub, watch: hub._catching.update({watch: None})
+    )
+
+    async def check() -> None:
+        hub = stage.open()
+        for _ in range(20):
+            stage.apply(Put(b"a", b""))
+        watch = hub.open(Selection(b"b", False), 5)
+        assert await read(watch, 2) == [Progress(4), Progress(4)]
+        hub._advance(watch.position, 0.0)
+        assert await read(watch, 1) == [Progress(5)]
         await hub.close()
 
     on_loop(check)

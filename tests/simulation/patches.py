@@ -139,6 +139,7 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (watch_hub, "PROGRESS_S", 0.3),
         (watch_hub, "QUEUE_MAX", limits["watch_queue"]),
         (watch_hub, "CATCH_UP_REVISIONS", limits["watch_step"]),
+        (watch_hub, "CATCH_UP_S", 0.0 if limits["watch_step"] < 100 else 0.005),
         (status, "time", _Time),
         (transfers, "time", _Time),
         (snapshots, "time", _Time),
