@@ -77,7 +77,9 @@ class Retrying:
             problem: object
             try:
                 reply = exchange(self._link(node), method, path, body, headers)
-                if reply.status not in TRANSIENT:
+                # On a busy machine this process may stand still between connecting and sending.
+                late = reply.status == 400 and b"header was not complete" in reply.body
+                if reply.status not in TRANSIENT and not late:
                     return reply
                 problem = (reply.status, reply.body)
             except UNREACHABLE as error:
