@@ -92,10 +92,8 @@ def encode(message: Message, watch: Watch) -> bytes:
     """A message as a server-sent event, made once for all who get the same."""
     match message:
         case Changes():
-            text = message.shown.get(watch.prev)
-            if text is None:
-                text = message.shown[watch.prev] = _change(message, watch.prev)
-            return text
+            message.shown = message.shown or _change(message)
+            return message.shown
         case Progress(revision):
             # One that names less than the client has asked for is no place to resume from.
             bookmark = b"id: %d\n" % revision if revision >= watch.first - 1 else b""
@@ -107,18 +105,18 @@ def encode(message: Message, watch: Watch) -> bytes:
             return b"event: cancelled\ndata: %b\n\n" % orjson.dumps(told)
 
 
-def _change(changes: Changes, prev: bool) -> bytes:
-    events = [_shown(event, prev) for event in changes.events]
+def _change(changes: Changes) -> bytes:
+    events = [_shown(event) for event in changes.events]
     data = orjson.dumps({"revision": changes.revision, "events": events})
     return b"event: change\nid: %d\ndata: %b\n\n" % (changes.revision, data)
 
 
-def _shown(event: Event, prev: bool) -> dict[str, Any]:
+def _shown(event: Event) -> dict[str, Any]:
     shown: dict[str, Any] = {"type": KINDS[event.kind], **text_or_base64("key", event.key)}
     if event.record is not None:
         shown |= text_or_base64("value", event.record.value)
         shown["created"] = event.record.version == 1
-    if prev and event.prev is not None:
+    if event.prev is not None:
         shown |= text_or_base64("prev", event.prev.value)
     return shown
 

@@ -138,7 +138,7 @@ class Watch:
                     TYPES[event.kind],
                     event.key,
                     None if event.record is None else event.record.value,
-                    event.prev.value if self._prev and event.prev is not None else None,
+                    None if event.prev is None else event.prev.value,
                 )
                 for event in changes.events
             ),

@@ -17,7 +17,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from dengine.errors import (
     ClusterUnavailable,
@@ -30,59 +30,19 @@ from dengine.errors import (
 from dengine.kv.store import Event
 from dengine.node.watch_history import History
 from dengine.node.watch_index import Bucket, Selection, WatchIndex
+from dengine.node.watch_messages import Cancelled, Changes, Message, Progress
 from dengine.storage.state_store import StateStore
 
 __all__ = ["Cancelled", "Changes", "Message", "Progress", "Selection", "Watch", "WatchHub"]
 
 QUEUE_MAX: Final = 1000  # messages that wait for the reader of a live watch
 QUEUE_BYTES_MAX: Final = 4 * 1024 * 1024  # and their size; a single larger one is let through
+QUEUES_BYTES_MAX: Final = 128 * 1024 * 1024  # for all watches: what several wait for counts once
 CATCH_UP_BYTES: Final = 256 * 1024  # of history that is read at once; and waiting for a watch
 CATCH_UP_REVISIONS: Final = 500
 CATCH_UP_S: Final = 0.005  # for all that catch up, and then a pause as long
 PROGRESS_S: Final = 10.0
 SLOW_TIMES: Final = 3  # in a row that nothing was taken since the last time: 20 to 30 s
-
-
-class Changes:
-    """What one revision has changed of the keys that a watch selects. Watches share it.
-
-    `shown` is for whoever writes it out: the text is made once for all readers.
-    """
-
-    __slots__ = ("events", "revision", "shown", "size")
-
-    def __init__(self, revision: int, events: Sequence[Event]) -> None:
-        self.revision = revision
-        self.events = events
-        self.size = sum(_size(event) for event in events)
-        self.shown: dict[bool, bytes] = {}  # by whether what was before is shown too
-
-
-class Progress(NamedTuple):
-    """Everything up to `revision` is applied here, and was delivered if it was selected."""
-
-    revision: int
-    size: int = 16
-
-
-class Cancelled(NamedTuple):
-    """The watch has ended. `compact_revision`: so far the history is gone, if that is why."""
-
-    reason: str
-    compact_revision: int | None = None
-    size: int = 0
-
-
-Message = Changes | Progress | Cancelled
-
-
-def _size(event: Event) -> int:
-    size = 64 + len(event.key)
-    if event.record is not None:
-        size += len(event.record.value)
-    if event.prev is not None:
-        size += len(event.prev.value)
-    return size
 
 
 class Watch:
@@ -121,6 +81,7 @@ class Watch:
             await self._waiter
         message = self._queue.popleft()
         self._bytes -= message.size
+        self._hub.left_queue(message)
         self._taken += 1
         self._refused = self._refused and bool(self._queue)
         self._hub.drained(self)
@@ -132,7 +93,7 @@ class Watch:
     def close(self) -> None:
         """No more messages, and nothing kept."""
         self._over = True
-        self._queue.clear()
+        self._clear()
         self._hub.closed(self)
         self._awake()
 
@@ -150,8 +111,10 @@ class Watch:
     @property
     def has_room(self) -> bool:
         """Would another step of catching up not pile up?"""
+        if not self._queue:
+            return True
         roomy = self._bytes < CATCH_UP_BYTES and len(self._queue) < CATCH_UP_REVISIONS
-        return roomy and not self._refused
+        return roomy and not (self._refused or self._hub.is_full)
 
     def is_slow(self) -> bool:
         """Asked at intervals: has the reader let messages wait for too many of them?"""
@@ -163,21 +126,31 @@ class Watch:
     def push(self, message: Message) -> bool:
         """Queue a message. False: too much waits already."""
         size = message.size
-        if self._queue and (len(self._queue) >= QUEUE_MAX or self._bytes + size > QUEUE_BYTES_MAX):
+        if self._queue and (
+            len(self._queue) >= QUEUE_MAX
+            or self._bytes + size > QUEUE_BYTES_MAX
+            or self._hub.is_full
+        ):
             self._refused = True
             return False
         self._queue.append(message)
         self._bytes += size
+        self._hub.joined_queue(message)
         self._awake()
         return True
 
     def cancel(self, reason: str, compact_revision: int | None = None) -> None:
         """End it; the reader learns why. What it has not taken yet is dropped."""
-        self._queue.clear()
-        self._bytes = 0
+        self._clear()
         self._queue.append(Cancelled(reason, compact_revision))
         self._over = True
         self._awake()
+
+    def _clear(self) -> None:
+        for message in self._queue:
+            self._hub.left_queue(message)
+        self._queue.clear()
+        self._bytes = 0
 
     def _awake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -208,6 +181,7 @@ class WatchHub:
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._bytes = 0  # of all changes that wait for a reader
 
     @property
     def count(self) -> int:
@@ -286,16 +260,21 @@ class WatchHub:
         for number, event in enumerate(events):
             for bucket in index.find(event.key):
                 selected.setdefault(bucket, []).append(number)
-        shared: dict[tuple[int, ...], Changes] = {}
+        shared: dict[tuple[bool, tuple[int, ...]], Changes] = {}
         refused: list[Watch] = []
         for bucket, numbers in selected.items():
             which = tuple(numbers)
-            changes = shared.get(which)
-            if changes is None:
-                changes = shared[which] = Changes(revision, [events[n] for n in which])
+            mine: dict[bool, Changes] = {}
             for watch in bucket.things:
                 if revision < watch.position:
                     continue
+                changes = mine.get(watch.prev)
+                if changes is None:
+                    changes = shared.get((watch.prev, which))
+                    if changes is None:
+                        changes = Changes(revision, [events[n] for n in which], prev=watch.prev)
+                        shared[watch.prev, which] = changes
+                    mine[watch.prev] = changes
                 if watch.push(changes):
                     watch.position = revision + 1
                 else:
@@ -415,6 +394,25 @@ class WatchHub:
             self._sort_in(watch)
 
     # --- the readers' side --------------------------------------------------------------------
+
+    @property
+    def is_full(self) -> bool:
+        """Do slow readers keep so much that each may have only one message wait?"""
+        return self._bytes > QUEUES_BYTES_MAX
+
+    def joined_queue(self, message: Message) -> None:
+        """It waits for one reader more."""
+        if type(message) is Changes:
+            if not message.queues:
+                self._bytes += message.size
+            message.queues += 1
+
+    def left_queue(self, message: Message) -> None:
+        """It waits for one reader less."""
+        if type(message) is Changes:
+            message.queues -= 1
+            if not message.queues:
+                self._bytes -= message.size
 
     def drained(self, watch: Watch) -> None:
         """A reader has taken a message."""

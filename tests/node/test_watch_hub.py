@@ -103,7 +103,7 @@ def test_nothing_is_kept_where_nobody_watches(stage: Stage) -> None:
 
 def test_what_was_before_and_whether_it_is_new(stage: Stage) -> None:
     async def check() -> None:
-        watch = stage.open().open(Selection(b"k", False), None)
+        watch = stage.open().open(Selection(b"k", False), None, prev=True)
         stage.apply(Put(b"k", b"1"), Put(b"k", b"2"), Delete(b"k"), Put(b"kk", b""))
         _, one, two, three = await read(watch, 4)
         assert isinstance(one, Changes)
@@ -389,6 +389,62 @@ def test_one_that_catches_up_is_told_how_far_it_is(
         hub._advance(watch.position, 0.0)
         assert await read(watch, 1) == [Progress(5)]
         await hub.close()
+
+    on_loop(check)
+
+
+@pytest.mark.parametrize("first", [None, 1])
+def test_what_was_before_waits_only_for_those_who_want_it(stage: Stage, first: int | None) -> None:
+    """Live, and from the history: it may be as large as what is there now."""
+
+    async def check() -> None:
+        hub = stage.open()
+        with_prev = hub.open(ALL, first, prev=True)
+        without = [hub.open(ALL, first), hub.open(Selection(b"a", False), first)]
+        stage.apply(Put(b"a", b"1"))
+        stage.apply(Put(b"a", b"2"))
+        (told,) = [m for m in await read(with_prev, 3) if m.revision == 2]
+        assert isinstance(told, Changes)
+        assert told.events[0].prev is not None
+        for watch in without:
+            (told,) = [m for m in await read(watch, 3) if m.revision == 2]
+            assert isinstance(told, Changes)
+            assert [(e.key, e.prev) for e in told.events] == [(b"a", None)]
+        await hub.close()
+
+    on_loop(check)
+
+
+def test_what_waits_for_all_of_them_is_bounded(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand slow readers of a thousand keys keep no more than a few do; nobody misses
+    anything, and one that reads goes on. What several wait for is there once, and counts once."""
+    monkeypatch.setattr(watch_hub, "QUEUES_BYTES_MAX", 20_000)
+
+    async def check() -> None:
+        hub = stage.open()
+        watches = [hub.open(Selection(b"%d" % (n % 10), False), None) for n in range(20)]
+        quick = hub.open(ALL, None)
+        got: list[Message] = []
+        for turn in range(20):
+            for n in range(10):
+                stage.apply(Put(b"%d" % n, b"x" * 1000))
+                got += await read(quick, 1)
+                assert hub._bytes < 24_000
+            assert turn or hub._bytes > 10_000
+        got += await read(quick, 201 - len(got))
+        assert [revision for revision, _ in seen(got)] == list(range(1, 201))
+        for n, watch in enumerate(watches):
+            wanted = [(r, [b"%d" % (n % 10)]) for r in range(1 + n % 10, 201, 10)]
+            assert seen(await read(watch, 21)) == wanted
+        assert hub._bytes == 0
+        for watch in watches[:10]:
+            stage.apply(Put(watch.selection.key, b"x"))
+            watch.close()
+        watches[11].cancel("")
+        await hub.close()
+        assert hub._bytes == 0
 
     on_loop(check)
 

@@ -12,6 +12,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from dengine.errors import Compacted, DengineError
+from dengine.kv.store import Event
 from dengine.node.watch_hub import Cancelled, Changes, Message, Progress
 from dengine.node.watch_index import Selection
 from tests.simulation.loop import MS
@@ -162,7 +163,10 @@ class _Watcher:
 
     def _selected(self, revision: int) -> list[Any]:
         events = self._world.checker.model.changed_by(revision)
-        return [event for event in events if self.selection.holds(event.key)]
+        selected = [event for event in events if self.selection.holds(event.key)]
+        if self._prev:
+            return selected
+        return [Event(event.kind, event.key, event.record, None) for event in selected]
 
     def _compacted(self, revision: int) -> None:
         """It has to begin anew, and rightly so."""
