@@ -33,26 +33,45 @@ class Allowance:
 
 
 def expire(recorder: Recorder) -> None:
-    """End what is due at the recorder's log time: all keys that go are one revision."""
-    view, now_ms, allowance = recorder.view, recorder.clock_ms, Allowance()
+    """End what is due at the recorder's log time: all keys that go are one revision.
+
+    Keys and leases come first, however long the rest has been due: somebody waits for those.
+    """
+    allowance = Allowance()
     recorder.expiring = True
+    deleted = _end(recorder, allowance)
+    if deleted:
+        recorder.close(recorder.revision + 1)
+    recorder.expiring = False
+    _forget(recorder, allowance)
+
+
+def _end(recorder: Recorder, allowance: Allowance) -> int:
+    """Keys and leases. Returns how many keys went."""
+    view, now_ms = recorder.view, recorder.clock_ms
     deleted, start = 0, b""
-    while allowance.left and (due := tables.due_at(view, start)) is not None:
+    while allowance.left and (due := tables.due_at(view, tables.ENDING, start)) is not None:
         if due.at_ms > now_ms:
             break
         start = due.at + b"\0"
         if due.kind == tables.KEY:
             deleted += _delete(recorder, due.name, allowance)
-        elif due.kind == tables.LEASE:
+        else:
             deleted += _expire_lease(recorder, due, allowance)
-        elif due.kind == tables.CLIENT:
+    return deleted
+
+
+def _forget(recorder: Recorder, allowance: Allowance) -> None:
+    """What is remembered for exactly-once."""
+    view, now_ms = recorder.view, recorder.clock_ms
+    while allowance.left and (due := tables.due_at(view, tables.FORGETTING)) is not None:
+        if due.at_ms > now_ms:
+            break
+        if due.kind == tables.CLIENT:
             allowance.spend(1 + once.expire_client(recorder, due))
         else:
             allowance.spend(1)
             once.expire_opaque(recorder, due)
-    if deleted:
-        recorder.close(recorder.revision + 1)
-    recorder.expiring = False
 
 
 def end_lease(

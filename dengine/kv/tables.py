@@ -1,7 +1,7 @@
 """Keys and bytes of the machine's own tables.
 
     table     key                                  data
-    due       time (u64), kind, name               the name
+    due       group (u8), time (u64), kind, name   the name
     leases    id                                   TTL (u64, s), time (u64), going (u8)
     attached  id, 0, name of the user's key        the user's key
     history   last revision of an entry (u64)      all changes of that entry
@@ -24,6 +24,8 @@ from typing import Final, NamedTuple
 from dengine.kv.store import View
 
 KEY, LEASE, CLIENT, OPAQUE = b"k", b"l", b"c", b"o"
+ENDING, FORGETTING = b"\0", b"\1"  # groups of what is due: keys and leases; all that is remembered
+DUE_GROUPS: Final = (ENDING, FORGETTING)
 _SHORT: Final = 64
 
 _LEASE: Final = struct.Struct(">QQB")
@@ -59,20 +61,31 @@ class Due(NamedTuple):
     at: bytes
 
 
-def due_at(view: View, start: bytes) -> Due | None:
-    """The first that is due at or after the table's key `start`."""
-    found = view.first("due", start)
-    if found is None:
+def due_at(view: View, group: bytes, start: bytes = b"") -> Due | None:
+    """The first of a group that is due, at or after the table's key `start`."""
+    found = view.first("due", start or group)
+    if found is None or not found[0].startswith(group):
         return None
-    return Due(key_number(found[0]), found[0][8:9].lower(), found[1], found[0])
+    return Due(due_ms(found[0]), found[0][9:10].lower(), found[1], found[0])
+
+
+def due_ms(key: bytes) -> int:
+    """The time in a key of the table."""
+    at_ms: int = _NUMBER.unpack_from(key, 1)[0]
+    return at_ms
 
 
 def set_due(view: View, at_ms: int, kind: bytes, name: bytes) -> None:
-    view.write("due", _NUMBER.pack(at_ms) + _name(kind, name), name)
+    view.write("due", _due_key(at_ms, kind, name), name)
 
 
 def clear_due(view: View, at_ms: int, kind: bytes, name: bytes) -> None:
-    view.remove("due", _NUMBER.pack(at_ms) + _name(kind, name))
+    view.remove("due", _due_key(at_ms, kind, name))
+
+
+def _due_key(at_ms: int, kind: bytes, name: bytes) -> bytes:
+    group = ENDING if kind in (KEY, LEASE) else FORGETTING
+    return group + _NUMBER.pack(at_ms) + _name(kind, name)
 
 
 # --- leases ---------------------------------------------------------------------------------------

@@ -344,8 +344,10 @@ class StateStore:
             raise _state_error(error, self._path) from error
 
     def _find_next_due(self) -> None:
-        rows = self._table_rows("due", b"", 1, 1)
-        self.next_due_ms = tables.key_number(rows[0][0]) if rows else None
+        first = [self._table_rows("due", group, 1, 1) for group in tables.DUE_GROUPS]
+        self.next_due_ms = min(
+            (tables.due_ms(key) for ((key, _),) in filter(None, first)), default=None
+        )
 
     def page(self, start: bytes, end: bytes | None, limit: int, keys_only: bool) -> Page:
         """Records with `start <= key < end` in order, all from one transaction.

@@ -13,6 +13,7 @@ from dengine.kv.commands import (
     ConditionFailed,
     Delete,
     Effect,
+    ExpiringPut,
     Full,
     Get,
     Invalid,
@@ -117,6 +118,25 @@ def test_idle_clients_and_opaque_keys_expire_with_log_time(world: World) -> None
     assert (totals(world).clients, totals(world).remembered_bytes) == (0, 0)
     for table in ("due", "clients", "results", "opaque"):
         assert world.view.tables[table] == {}  # type: ignore[index]
+
+
+def test_keys_do_not_wait_for_what_is_to_be_forgotten(world: World) -> None:
+    """Thousands of results may have been due for long: a key or a lease goes with the first entry
+    that comes at its time, and they are forgotten with what that leaves of what an entry may do."""
+    lease = world.one(LeaseGrant(120))
+    assert isinstance(lease, LeaseResult)
+    world.one(ExpiringPut(b"leased", b"", None, 0, lease.lease))
+    world.one(ExpiringPut(b"timed", b"", None, 120))
+    for client in ("a", "b", "c"):
+        world.entry(*(numbered(n, Put(b"k", b""), client) for n in range(1, 601)))
+    world.entry(*(opaque(f"key{n}", Put(b"k", b"")) for n in range(5)))
+    world.entry(after_ms=120_001)
+    assert world.keys == [b"k"]
+    assert (totals(world).clients, totals(world).opaque) == (1, 5)
+    world.entry()
+    world.entry()
+    assert (totals(world).clients, totals(world).opaque) == (0, 0)
+    assert world.view.tables["due"] == {}
 
 
 def test_a_repetition_keeps_a_client_known(world: World) -> None:

@@ -42,7 +42,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "what is nearly due is ended, too",
-        ("dengine.kv.expiry", "if due.at_ms > now_ms:", "if due.at_ms > now_ms + 50:"),
+        (
+            "dengine.kv.expiry",
+            "if due.at_ms > now_ms:\n            break\n        start",
+            "if due.at_ms > now_ms + 50:\n            break\n        start",
+        ),
     ),
     mutant(
         "a new value goes with the time of the old one",
