@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 THINKS_MS = 15
+HEDGES = 0.15  # how often a request goes to two nodes at once
 PATIENCE_NS = 3 * SECOND  # with one request
 SHORT_NS = 400 * MS  # the same where results are soon forgotten
 PASSING = (b"t0", b"t1")  # keys that several clients put for a time
@@ -93,7 +94,7 @@ class _Session:
 
 
 class Sessions:
-    """All of them. `waiting` counts requests that a node has."""
+    """All of them."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -105,6 +106,7 @@ class Sessions:
 
     @property
     def waiting(self) -> int:
+        """Requests that some node has."""
         return sum(s.request is not None and s.request.process is not None for s in self._sessions)
 
     def start(self) -> None:
@@ -179,13 +181,20 @@ class Sessions:
             session.begin_anew()
             self._think(session)
             return
-        process = session.rng.choice(list(self._world.machines.values())).process
-        if process is None or not process.serves:
+        process = self._any(session)
+        if process is None:
             self._later(session, request)
             return
         request.attempt += 1
         request.process = process
         process.arrived(self._invoke, session, request, process)
+        hedge = self._any(session) if session.rng.random() < HEDGES else None
+        if hedge is not None:
+            hedge.arrived(self._invoke_also, session, request, hedge)
+
+    def _any(self, session: _Session) -> Process | None:
+        process = session.rng.choice(list(self._world.machines.values())).process
+        return process if process is not None and process.serves else None
 
     def _later(self, session: _Session, request: _Request) -> None:
         pause_ns = session.rng.randint(2, 30) * MS
@@ -198,6 +207,22 @@ class Sessions:
         self._world.note(who, request.what, request.mark, "at", process.member.id)
         task = process.loop.create_task(self._perform(session, request, process))
         task.add_done_callback(lambda done: self._answered(session, request, attempt, done))
+
+    def _invoke_also(self, session: _Session, request: _Request, process: Process) -> None:
+        """The same request at the same time. Nobody waits for the answer, but it must be true."""
+        self._world.note(f"session {session.slot}", request.mark, "also at", process.member.id)
+        task = process.loop.create_task(self._perform(session, request, process))
+        task.add_done_callback(lambda done: self._answered_also(request, process, done))
+
+    def _answered_also(self, request: _Request, process: Process, task: Any) -> None:
+        self._world.checker.look(process)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, DengineError):
+            self._world.clients.expected(error)
+        elif error is not None:
+            raise error
+        elif not task.cancelled():
+            self._world.clients.acknowledged(request.mark, task.result())
 
     @staticmethod
     async def _perform(session: _Session, request: _Request, process: Process) -> Result:
