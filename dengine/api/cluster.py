@@ -14,7 +14,7 @@ from dengine.api import params
 from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
 from dengine.api.protocol import Request, Response, json_response
 from dengine.api.routes import Body, Handler, Parameter, Route
-from dengine.api.sse import COMMENT_INTERVAL_S, send
+from dengine.api.sse import stream
 from dengine.config import MAX_ZONE, parse_address
 from dengine.errors import InvalidRequest, Unauthorized, WatchOverflow
 from dengine.kv.commands import COMMAND_VERSION
@@ -128,43 +128,12 @@ class ClusterCalls:
         if self._watchers >= self._max_watchers:
             raise WatchOverflow(f"{self._max_watchers} watchers are connected already")
         self._node.view_here()  # what it raises is an answer now, and would break a stream later
-        stream = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        )
+        following = _Following(self._node.membership_events(), self._closing)
         self._watchers += 1
         try:
-            await send(stream.prepare(request.as_aiohttp()))
-            await self._forward_events(request, stream, self._node.membership_events())
-            await send(stream.write_eof())
+            return await stream(request, following.next, following.end)
         finally:
             self._watchers -= 1
-        return cast(Response, stream)
-
-    async def _forward_events(
-        self,
-        request: Request,
-        stream: web.StreamResponse,
-        events: AsyncIterator[dict[str, Any]],
-    ) -> None:
-        """Write events until the client leaves, the node stops or the watcher is too slow."""
-        request.lost = lost = self._loop.create_future()
-        following = asyncio.ensure_future(anext(events))
-        ends: set[asyncio.Future[None]] = {lost, self._closing}
-        try:
-            while not (lost.done() or self._closing.done()):
-                waiting: set[asyncio.Future[Any]] = {following, *ends}
-                await asyncio.wait(
-                    waiting, timeout=COMMENT_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                text = b":\n\n"
-                if following.done():
-                    text = b"event: membership\ndata: %b\n\n" % orjson.dumps(following.result())
-                    following = asyncio.ensure_future(anext(events))
-                await send(stream.write(text))
-        except StopAsyncIteration:
-            await send(stream.write(_CANCELLED))
-        finally:
-            following.cancel()
 
     async def peer(self, request: Request) -> Response:
         """Hand the connection over to the peers, which speak WebSocket on it from here on."""
@@ -185,6 +154,44 @@ class ClusterCalls:
 
     def _deadline(self, request: Request) -> float:
         return self._loop.time() + params.timeout_s(request)
+
+
+class _Following:
+    """The views of the membership as events, until all is over."""
+
+    def __init__(self, views: AsyncIterator[dict[str, Any]], closing: asyncio.Future[None]) -> None:
+        self._views = views
+        self._next: asyncio.Task[dict[str, Any] | None] | None = None
+        self._left: asyncio.Future[None] = closing.get_loop().create_future()
+        self._ends = (self._left, closing)
+
+    async def next(self) -> bytes:
+        """See `stream`. What has been waited for outlives a cancelled wait: an iterator that is
+        cancelled has ended.
+        """
+        if any(end.done() for end in self._ends):
+            raise StopAsyncIteration
+        if self._next is None:
+            self._next = asyncio.ensure_future(_next(self._views))
+        waiting: set[asyncio.Future[Any]] = {self._next, *self._ends}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not self._next.done():
+            raise StopAsyncIteration
+        view, self._next = self._next.result(), None
+        if view is None:
+            self.end()
+            return _CANCELLED
+        return b"event: membership\ndata: %b\n\n" % orjson.dumps(view)
+
+    def end(self) -> None:
+        if not self._left.done():
+            self._left.set_result(None)
+        if self._next is not None:
+            self._next.cancel()
+
+
+async def _next(views: AsyncIterator[dict[str, Any]]) -> dict[str, Any] | None:
+    return await anext(views, None)
 
 
 def _node_id(text: str) -> int:

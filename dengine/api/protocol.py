@@ -15,7 +15,7 @@ import asyncio
 import logging
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,7 +48,8 @@ MAX_HEADER_FIELDS = 64
 HEADER_TIMEOUT_S = 5.0
 IDLE_TIMEOUT_S = 75.0
 LINGER_S = 2.0  # how long the rest of a refused request is read, so that the refusal arrives
-WRITE_STALL_S = 30.0
+WRITE_STALL_S = 30.0  # for a client to take
+SLICE_BYTES = 64 * 1024  # so much of its response
 MAX_CONNECTIONS = 16_384
 SPARE_FILES = 128  # descriptors kept for the disk and for peers when the limit is lower
 ALL_METHODS = "GET, HEAD, PUT, POST, DELETE, OPTIONS"
@@ -180,11 +181,15 @@ class Response:
         # A body nobody will read ends the connection: a client must not take it for reusable.
         hang_up = self.close or not request.payload.is_eof()
         last = hang_up or protocol.ending or request.message.should_close
-        transport.write(self._encode(request, last))
+        data = self._encode(request, last)
+        if hang_up or len(data) <= SLICE_BYTES:
+            transport.write(data)
+        else:
+            await _write_slices(protocol, transport, data)
         if hang_up:
             protocol.hang_up()
         elif protocol.writing_paused:
-            await _drain(protocol)
+            await taken(protocol, _drain(protocol))
 
     async def write_eof(self) -> None:
         """aiohttp's second hook; `prepare` has written all there is."""
@@ -211,14 +216,37 @@ class Response:
         )
 
 
-async def _drain(protocol: Connection) -> None:
-    """Wait until a slow reader took its response, at most WRITE_STALL_S."""
+async def taken(protocol: Connection, write: Awaitable[object]) -> None:
+    """Await one write of at most SLICE_BYTES, give or take, in WRITE_STALL_S.
+
+    A client that reads nothing is cut off: a connection that is only closed waits, for ever, until
+    the last byte has been taken.
+
+    Raises:
+        ConnectionResetError: it has been cut off, or has gone.
+    """
     try:
         async with asyncio.timeout(WRITE_STALL_S):
-            await StreamWriter(protocol, asyncio.get_running_loop()).drain()
+            await write
     except TimeoutError:
         protocol.abort()
         raise ConnectionResetError("the client stopped reading its response") from None
+
+
+async def _drain(protocol: Connection) -> None:
+    await StreamWriter(protocol, asyncio.get_running_loop()).drain()
+
+
+async def _write_slices(
+    protocol: Connection, transport: asyncio.WriteTransport, data: bytes
+) -> None:
+    view = memoryview(data)
+    for start in range(0, len(data), SLICE_BYTES):
+        if transport.is_closing():
+            raise ConnectionResetError("the client closed the connection")
+        transport.write(view[start : start + SLICE_BYTES])
+        if protocol.writing_paused:
+            await taken(protocol, _drain(protocol))
 
 
 _JSON = b"Content-Type: application/json\r\n"
@@ -351,6 +379,7 @@ class Connection(web.RequestHandler):
             self._task_handler = None
             if self.transport is not None:
                 self.transport.close()
+                self._bound_flush(self.transport)
 
     async def _next_message(self) -> None:
         self._waiter = self._loop.create_future()
@@ -423,6 +452,17 @@ class Connection(web.RequestHandler):
             transport.write_eof()
             self._resume_transport_reading()  # a half-read body may have paused it
             self._loop.call_later(LINGER_S, transport.abort)
+
+    def force_close(self) -> None:
+        """aiohttp's, which would wait for ever until everything written is taken."""
+        transport = self.transport
+        super().force_close()
+        if transport is not None:
+            self._bound_flush(transport)
+
+    def _bound_flush(self, closed: asyncio.Transport) -> None:
+        if closed.get_write_buffer_size():
+            self._loop.call_later(WRITE_STALL_S, closed.abort)
 
     def abort(self) -> None:
         """Drop the connection without waiting for what is still buffered."""

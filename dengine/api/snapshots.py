@@ -15,7 +15,7 @@ from aiohttp import web
 
 from dengine.api import params
 from dengine.api.params import BodyReader
-from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
+from dengine.api.protocol import Request, Response, json_response, taken
 from dengine.api.routes import Body, Parameter, Route
 from dengine.errors import (
     ClusterUnavailable,
@@ -86,14 +86,10 @@ class SnapshotCalls:
                 f"this node cannot open {file.name} now: {error.strerror}; ask another one"
             ) from error
         try:
-            async with asyncio.timeout(WRITE_STALL_S):
-                await response.prepare(request.as_aiohttp())
+            await taken(request.protocol, response.prepare(request.as_aiohttp()))
             if request.message.method == "GET":
                 await self._send(request, response, fd, ref, start, last + 1)
-            async with asyncio.timeout(WRITE_STALL_S):
-                await response.write_eof()
-        except TimeoutError:
-            raise ConnectionResetError("the client stopped reading the snapshot") from None
+            await taken(request.protocol, response.write_eof())
         finally:
             os.close(fd)
         return cast(Response, response)
@@ -126,8 +122,7 @@ class SnapshotCalls:
             if not piece:
                 snapshots.suspect(ref)
                 raise ConnectionResetError("the snapshot file is shorter than it was")
-            async with asyncio.timeout(WRITE_STALL_S):
-                await response.write(piece)
+            await taken(request.protocol, response.write(piece))
             position += len(piece)
             if receiver:
                 transfers.sent(receiver, len(piece))

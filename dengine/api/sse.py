@@ -8,7 +8,7 @@ from typing import cast
 
 from aiohttp import web
 
-from dengine.api.protocol import WRITE_STALL_S, Request, Response
+from dengine.api.protocol import SLICE_BYTES, Request, Response, taken
 
 COMMENT_INTERVAL_S = 15.0  # keeps proxies and clients sure that an idle stream is alive
 _COMMENT = b":\n\n"
@@ -33,7 +33,7 @@ async def stream(request: Request, following: Next, end: Callable[[], None]) -> 
     request.lost = lost = asyncio.get_running_loop().create_future()
     lost.add_done_callback(lambda _: end())
     try:
-        await send(response.prepare(request.as_aiohttp()))
+        await taken(request.protocol, response.prepare(request.as_aiohttp()))
         while not lost.done():
             try:
                 async with asyncio.timeout(COMMENT_INTERVAL_S):
@@ -42,18 +42,11 @@ async def stream(request: Request, following: Next, end: Callable[[], None]) -> 
                 event = _COMMENT
             except StopAsyncIteration:
                 break
-            await send(response.write(event))
+            for start in range(0, len(event), SLICE_BYTES):
+                part = event[start : start + SLICE_BYTES]
+                await taken(request.protocol, response.write(part))
         if not lost.done():
-            await send(response.write_eof())
+            await taken(request.protocol, response.write_eof())
     finally:
         end()
     return cast(Response, response)
-
-
-async def send(write: Awaitable[object]) -> None:
-    """Await one write of a stream; a client that takes nothing for WRITE_STALL_S is dropped."""
-    try:
-        async with asyncio.timeout(WRITE_STALL_S):
-            await write
-    except TimeoutError:
-        raise ConnectionResetError("the client stopped reading its stream") from None
