@@ -282,10 +282,11 @@ def refusal(result: Result) -> Exception:
             return TooLarge(
                 f"more than {limit} keys match and nothing was deleted: delete in smaller ranges"
             )
-        case TooMuch(limit_bytes):
+        case TooMuch(limit_bytes, limit_keys):
             return TooLarge(
                 f"the values that this reads, replaces or deletes have more than {limit_bytes} "
-                "bytes, and nothing was changed: do it in smaller parts"
+                f"bytes, or it looks at more than {limit_keys} keys (at one as often as an "
+                "operation meets it), and nothing was changed: do it in smaller parts"
             )
         case NoLease(lease):
             return NotFound(f"there is no lease {lease[:64]}: it never was, or it has ended")

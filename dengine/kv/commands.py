@@ -202,9 +202,11 @@ class TooMany(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="t"):
 
 
 class TooMuch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="b"):
-    """What the command reads, replaces and deletes has more than `limit_bytes`; it did nothing."""
+    """What the command reads, replaces and deletes has more than `limit_bytes`, or it looks at keys
+    more than `limit_keys` times; it did nothing."""
 
     limit_bytes: int
+    limit_keys: int
 
 
 class Deferred(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="w"):

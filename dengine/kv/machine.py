@@ -47,13 +47,14 @@ from dengine.kv.commands import (
     encode_result,
 )
 from dengine.kv.expiry import expire
-from dengine.kv.recorder import WORK_BYTES_MAX, Recorder
+from dengine.kv.recorder import COMMAND_KEYS_MAX, WORK_BYTES_MAX, Recorder
 from dengine.kv.store import KEY_BYTES_MAX, VALUE_BYTES_MAX, Record, Rules, Totals, View
 from dengine.kv.transaction import READ_BYTES_MAX, Overlay, flaw, holds
 
 __all__ = ["KEY_BYTES_MAX", "VALUE_BYTES_MAX", "Record", "View", "apply_batch"]
 
 _DEFAULT_RULES: Final = Rules()
+_TOO_MUCH: Final = TooMuch(WORK_BYTES_MAX, COMMAND_KEYS_MAX)
 _CHANGES: Final = (PutResult, DeleteResult, TxnResult, LeaseRevoked)
 
 Records = Recorder | Overlay
@@ -136,14 +137,20 @@ def _txn(txn: Txn, view: Recorder, revision: int, result_max: int | None) -> Res
     for compare in txn.compare:
         if not 1 <= len(compare.key) <= KEY_BYTES_MAX:
             return _bad_key(compare.key)
-    succeeded = all(holds(compare, view.get(compare.key)) for compare in txn.compare)
+    succeeded = True
+    for compare in txn.compare:
+        succeeded = holds(compare, view.get(compare.key))
+        if view.too_much:
+            return _TOO_MUCH
+        if not succeeded:
+            break
     overlay, after = Overlay(view), revision
     results: list[OperationResult] = []
     read = deleted = 0
     for operation in txn.success if succeeded else txn.failure:
         result = _operate(operation, overlay, view, revision, deleted)
         if view.too_much:
-            return TooMuch(WORK_BYTES_MAX)
+            return _TOO_MUCH
         if isinstance(result, GetResult):
             read += len(result.value)
             if read > READ_BYTES_MAX:
@@ -259,11 +266,13 @@ def _delete_range(
         if len(keys) == limit:
             return TooMany(limit)
         keys.append(key)
+    if recorder.too_much:  # then these are not all
+        return _TOO_MUCH
     if recorder.totals is not None:  # their values go into the history
         for key in keys:
             view.get(key)
             if recorder.too_much:
-                return TooMuch(WORK_BYTES_MAX)
+                return _TOO_MUCH
     for key in keys:
         view.delete(key)
     return DeleteResult(revision + 1 if keys else revision, len(keys))

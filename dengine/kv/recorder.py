@@ -27,6 +27,7 @@ from dengine.kv.store import (
 
 WORK_BYTES_MAX: Final = 16 * 1024 * 1024  # of values that one command, or one entry, meets
 WORK_KEYS_MAX: Final = 10_000
+COMMAND_KEYS_MAX: Final = 25_000  # a range of so many is looked through, then read; and some more
 PRUNED_MAX: Final = 256  # records that leave the history with an entry, beside as many as came
 
 
@@ -73,8 +74,11 @@ class Recorder:
 
     @property
     def too_much(self) -> bool:
-        """Has this command met more bytes than one may?"""
-        return self.totals is not None and self._bytes - self._bytes_before > WORK_BYTES_MAX
+        """Has this command met more than one may? Then `scan` ends."""
+        return self.totals is not None and (
+            self._bytes - self._bytes_before > WORK_BYTES_MAX
+            or self._keys - self._keys_before > COMMAND_KEYS_MAX
+        )
 
     def keys_limit(self, wanted: int) -> int:
         """How many keys a range may hold of which `wanted` are allowed."""
@@ -124,6 +128,8 @@ class Recorder:
     def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
         for key in self.view.scan(start, end):
             self._keys += 1
+            if self.too_much:
+                return
             yield key
 
     def _let_go(self, key: bytes, old: Record) -> None:

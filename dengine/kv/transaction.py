@@ -72,6 +72,7 @@ class Overlay:
         self._view = view
         self._changes: dict[bytes, Record | None] = {}  # None: deleted
         self._found: dict[bytes, Record | None] = {}  # in the store
+        self._made: set[bytes] = set()  # what was put, and not deleted again: never many
 
     def get(self, key: bytes) -> Record | None:
         if key in self._changes:
@@ -81,12 +82,14 @@ class Overlay:
 
     def put(self, key: bytes, record: Record) -> None:
         self._changes[key] = record
+        self._made.add(key)
 
     def delete(self, key: bytes) -> None:
         self._changes[key] = None
+        self._made.discard(key)
 
     def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
-        own = sorted(k for k in self._changes if k >= start and (end is None or k < end))
+        own = sorted(k for k in self._made if k >= start and (end is None or k < end))
         last = None
         for key in merge(self._view.scan(start, end), own):
             if key != last and self._changes.get(key, True) is not None:

@@ -89,7 +89,7 @@ RESULTS: list[Result] = [
     TxnResult(7, False, (PutResult(7, True), GetResult(), GetResult(1, 2, 3, b"v"))),
     LeaseResult("1f-0-abc", 60),
     LeaseRevoked(9, 3, True),
-    TooMuch(10),
+    TooMuch(10, 20),
     NoLease("x"),
     Deferred(),
     Stale(4),

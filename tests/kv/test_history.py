@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from dengine.kv import recorder
 from dengine.kv.commands import (
+    Compare,
     Deferred,
     Delete,
     DeleteRange,
@@ -18,9 +21,11 @@ from dengine.kv.commands import (
     TxnResult,
 )
 from dengine.kv.store import Event, Record, Rules, decode_changes
+from tests.kv.twin import DictView
 from tests.kv.world import World
 
 MIB = 1024 * 1024
+TOO_MUCH = TooMuch(recorder.WORK_BYTES_MAX, recorder.COMMAND_KEYS_MAX)
 
 
 def history(world: World) -> dict[int, list[Event]]:
@@ -119,10 +124,43 @@ def test_one_command_may_not_meet_more_than_an_entry() -> None:
         world.one(Put(b"%02d" % n, b"x" * MIB))
     txn = Txn((), tuple(Put(b"%02d" % n, b"") for n in range(20)), ())
     for command in (DeleteRange(b"", None, 100), txn):
-        assert world.one(command) == TooMuch(recorder.WORK_BYTES_MAX)
+        assert world.one(command) == TOO_MUCH
     assert len(world.keys) == 20
     assert world.revision == 20
     assert world.one(DeleteRange(b"", b"16", 100)) == DeleteResult(21, 16)
+
+
+def test_one_command_may_not_look_at_keys_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A range of as many keys as may be deleted at once fits, and what a transaction does besides;
+    but not the same ones again and again. Comparisons count too, by their keys and their bytes."""
+    count = recorder.WORK_KEYS_MAX
+    world = World()
+    for first in range(0, count, 1000):
+        world.entry(*(Put(b"%05d" % n, b"") for n in range(first, first + 1000)))
+    seen: list[bytes] = []
+    scan = DictView.scan
+
+    def counted(view: DictView, start: bytes, end: bytes | None) -> Iterator[bytes]:
+        for key in scan(view, start, end):
+            seen.append(key)
+            yield key
+
+    monkeypatch.setattr(DictView, "scan", counted)
+    all_of_it = DeleteRange(b"", None, count)
+    assert world.one(Txn((), (all_of_it,) * 128, ())) == TOO_MUCH
+    assert len(seen) < 2 * count
+    assert len(world.keys) == count
+    compares = tuple(Compare(b"%05d" % n, "exists", "=", True) for n in range(1000))
+    puts = tuple(Put(b"new%d" % n, b"") for n in range(1000))
+    result = world.one(Txn(compares, (all_of_it, *puts), ()))
+    assert isinstance(result, TxnResult)
+    assert result.results[0] == DeleteResult(count + 1, count)
+
+    for n in range(20):
+        world.one(Put(b"%02d" % n, b"x" * MIB))
+    large = tuple(Compare(b"%02d" % n, "version", "=", 1) for n in range(20))
+    assert world.one(Txn(large, (), ())) == TOO_MUCH
+    assert isinstance(world.one(Txn(large[:16], (), ())), TxnResult)
 
 
 def test_keys_looked_through_count_as_work(monkeypatch: pytest.MonkeyPatch) -> None:
