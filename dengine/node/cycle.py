@@ -204,22 +204,34 @@ class Cycle:
 
     def _tick_wanted(self) -> bool:
         """Has time alone something to end? Then an entry without commands carries it; any other
-        does so too, so there is one only where nothing else is under way.
+        does so too, so there is one only where nothing else is under way. One also tells, where all
+        members have come to understand it, that changes are recorded from there on.
         """
-        due_ms, raft = self._state.next_due_ms, self.raft
-        if due_ms is None or not (raft.may_propose and self.may_tick):
+        raft = self.raft
+        if not (raft.may_propose and self.may_tick):
             return False
         if raft.log.applied_index < raft.log.last_index:
             return False
+        if not self.records:
+            return self.command_version >= COMMAND_VERSION
+        due_ms = self._state.next_due_ms
+        if due_ms is None:
+            return False
         now_ms = raft.proposal_clock_ms(self._state.clock_ms)
         return now_ms >= due_ms or now_ms - self._state.clock_ms >= TICK_MS
+
+    @property
+    def records(self) -> bool:
+        """Has an entry of version 2 been applied here? From the first on the state has a history.
+        What lies before it, perhaps still unapplied, is told to nobody."""
+        return self._state.totals is not None
 
     @property
     def command_version(self) -> int:
         """The format of the entries that a leader makes: what every member can apply, and what
         was in use once stays in use.
         """
-        if self._state.totals is not None:
+        if self.records:
             return COMMAND_VERSION
         members = self.raft.membership.members
         return min((m.command_version for m in members), default=1)

@@ -267,7 +267,7 @@ class Node:
         Raises:
             Compacted, WatchOverflow, ClusterUnavailable: refused.
         """
-        self.writes.require_version_2("a watch")
+        await self.writes.version_2_applied("a watch", deadline)
         if first is None or first > self.state.revision:
             await self.read_barrier("linearizable", deadline)
         self.snapshots.require_trusted()

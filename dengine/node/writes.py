@@ -45,7 +45,7 @@ from dengine.kv.once import KEY_CHARACTERS_MAX, is_key
 from dengine.kv.tables import may_be_lease
 from dengine.node.cycle import Cycle
 from dengine.node.forwarding import Forwarding
-from dengine.node.leading import AtLeader
+from dengine.node.leading import RETRY_S, AtLeader
 from dengine.node.proposals import BATCH_BYTES_MAX
 from dengine.node.room import Room
 from dengine.raft.types import MemberId
@@ -151,9 +151,14 @@ class Writes:
         """Queue an encoded command on this node, which leads or is about to be refused.
 
         Raises:
-            DiskFull, TooLarge, RateLimited: nothing was queued.
+            DiskFull, TooLarge, RateLimited, ClusterUnavailable: nothing was queued.
         """
         _require_size(data)
+        if self._cycle.command_version < COMMAND_VERSION:
+            # Another node may know of a membership that allows it, and that this one never gets.
+            command = decode_command(data)
+            if command is not None:
+                self._require_version(command)
         if self._disk_low:
             self._require_room(data)
         future: asyncio.Future[Result] = self._loop.create_future()
@@ -161,7 +166,19 @@ class Writes:
         self._cycle.wake_to_propose()
         return future
 
-    def require_version_2(self, what: str) -> None:
+    async def version_2_applied(self, what: str, deadline: float) -> None:
+        """Return once this node has applied an entry of version 2, which a leader proposes as soon
+        as every member can apply it. Raises ClusterUnavailable."""
+        while not self._cycle.records:
+            self._require_version_2(what)
+            if self._loop.time() >= deadline:
+                raise ClusterUnavailable(
+                    f"{what} needs an entry of the new format, and no leader has committed one "
+                    "yet: try again"
+                )
+            await asyncio.sleep(RETRY_S)
+
+    def _require_version_2(self, what: str) -> None:
         """Raises ClusterUnavailable while not every member can do `what`."""
         if self._cycle.command_version >= COMMAND_VERSION:
             return
@@ -176,7 +193,7 @@ class Writes:
 
     def _require_version(self, command: Command) -> None:
         if type(command) is not Put and needs_version_2(command):
-            self.require_version_2("this request")
+            self._require_version_2("this request")
 
     def _require_room(self, data: bytes) -> None:
         command = decode_command(data)

@@ -29,15 +29,19 @@ from dengine.kv.commands import (
     LeaseResult,
     LeaseRevoke,
     LeaseRevoked,
+    Once,
     Put,
     PutResult,
     Result,
     Txn,
+    encode_command,
 )
 from dengine.kv.store import EXPIRE
 from dengine.node.node import Node
 from dengine.node.watch_hub import Changes, Progress, Selection
 from dengine.node.writes import OnceKey, parse_once
+from dengine.raft.membership import Membership
+from dengine.raft.raft import Raft
 from dengine.storage.state_store import StateStore
 from tests.node.alone import alone, deadline
 from tests.node.hosts import on_loop, until
@@ -197,17 +201,26 @@ def test_a_low_disk_lets_through_what_makes_room(
     on_loop(check)
 
 
+def members_are_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is undone, every node sees members that run the release before."""
+    membership = Raft.membership.fget  # type: ignore[attr-defined]
+
+    def older(raft: Raft) -> Membership:
+        now: Membership = membership(raft)
+        members = tuple(msgspec.structs.replace(m, command_version=1) for m in now.members)
+        return msgspec.structs.replace(now, members=members)
+
+    monkeypatch.setattr(Raft, "membership", property(older))
+
+
 def test_nothing_new_while_a_member_is_too_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cluster half way through an upgrade says who is missing, and goes on as it did."""
 
     async def check() -> None:
+        members_are_old(monkeypatch)
         async with alone(tmp_path) as node:
-            old = node.raft.membership
-            members = tuple(msgspec.structs.replace(m, command_version=1) for m in old.members)
-            older = msgspec.structs.replace(old, members=members)
-            monkeypatch.setattr(type(node.raft), "membership", property(lambda _: older))
             assert await write(node, Put(b"k", b"v")) == PutResult(1, True)
             assert node.state.totals is None
             for command, once in ((ExpiringPut(b"k", b"", None, 5), None), (Put(b"k", b""), "c:1")):
@@ -218,6 +231,54 @@ def test_nothing_new_while_a_member_is_too_old(
             monkeypatch.undo()
             assert await write(node, ExpiringPut(b"k", b"", None, 60)) == PutResult(2, False)
             assert node.state.totals is not None
+
+    on_loop(check)
+
+
+def test_a_leader_refuses_what_others_take_for_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A follower may know of a membership that this leader never gets: in an entry of version 1
+    what it forwards could not be read."""
+
+    async def check() -> None:
+        members_are_old(monkeypatch)
+        async with alone(tmp_path) as node:
+            for command in (
+                Once("c", 1, b"f" * 16, Put(b"k", b"")),
+                ExpiringPut(b"k", b"", None, 5),
+            ):
+                with pytest.raises(ClusterUnavailable) as caught:
+                    await node.write_here(encode_command(command), deadline())
+                assert caught.value.outcome == "none"
+
+    on_loop(check)
+
+
+def test_once_all_members_are_new_the_log_says_so_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has to write for that; and who would watch before it is so waits, or misses what is
+    still to be applied of the format that records no changes."""
+
+    async def check() -> None:
+        members_are_old(monkeypatch)
+        async with alone(tmp_path) as node:
+            await write(node, Put(b"k", b"v"))
+            node._cycle.may_tick = False
+            monkeypatch.undo()
+            opening = asyncio.create_task(
+                node.watch(Selection(b"", True), None, prev=False, deadline=deadline())
+            )
+            await node.read_barrier("linearizable", deadline())
+            await node.read_barrier("linearizable", deadline())
+            assert not opening.done()
+            with pytest.raises(ClusterUnavailable, match="try again"):
+                await node.watch(Selection(b"", True), None, prev=False, deadline=0)
+            node._cycle.may_tick = True
+            watch = await opening
+            assert node.state.totals is not None
+            assert (node.state.revision, await anext(watch)) == (1, Progress(1))
 
     on_loop(check)
 
