@@ -115,7 +115,7 @@ def _shown(event: Event) -> dict[str, Any]:
     shown: dict[str, Any] = {"type": KINDS[event.kind], **text_or_base64("key", event.key)}
     if event.record is not None:
         shown |= text_or_base64("value", event.record.value)
-        shown["created"] = event.record.version == 1
+        shown["created"] = event.created
     if event.prev is not None:
         shown |= text_or_base64("prev", event.prev.value)
     return shown

@@ -57,6 +57,12 @@ class Event(msgspec.Struct, frozen=True, array_like=True, gc=False):
     record: Record | None
     prev: Record | None
 
+    @property
+    def created(self) -> bool:
+        """A put that made the key, however often its transaction has put it."""
+        made = self.record
+        return made is not None and made.create_revision == made.mod_revision
+
 
 Change = tuple[int, Sequence[Event]]  # a revision, and what it has changed
 

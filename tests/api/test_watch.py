@@ -70,10 +70,11 @@ def test_a_transaction_is_one_message(client: Wire, node: ServeProcess) -> None:
     with wire(node, 20) as connection:
         stream = Stream(connection, "prefix=wt/")
         stream.next()
-        puts = [{"op": "put", "key": f"wt/{n}", "value": ""} for n in range(3)]
+        puts = [{"op": "put", "key": f"wt/{n}", "value": ""} for n in (0, 1, 1, 2)]
         client.json("POST", "/v1/txn", {"success": [*puts, {"op": "put", "key": "y", "value": ""}]})
         events = stream.next()["data"]["events"]
         assert [event["key"] for event in events] == ["wt/0", "wt/1", "wt/2"]
+        assert all(event["created"] for event in events)  # also the one that was put twice
 
 
 def test_an_expired_key_is_an_event(client: Wire, node: ServeProcess) -> None:

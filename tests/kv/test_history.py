@@ -45,6 +45,16 @@ def test_each_revision_has_its_events_with_what_was_before() -> None:
     assert dict(world.view.changes) == history(world)
 
 
+def test_whether_a_put_made_its_key() -> None:
+    """Also where the transaction has put it twice, or has deleted it before: it is another one."""
+    world = World()
+    world.one(Txn((), (Put(b"k", b"1"), Put(b"k", b"2")), ()))
+    world.entry(Put(b"k", b"3"), Delete(b"k"), Put(b"k", b"4"))
+    world.one(Txn((), (Delete(b"k"), Put(b"k", b"5")), ()))
+    created = [event.created for events in history(world).values() for event in events]
+    assert created == [True, False, False, True, True]
+
+
 def test_a_transaction_is_one_revision_of_the_history() -> None:
     """Also one whose operations undo each other: it has a revision, and so a record, which is
     empty."""

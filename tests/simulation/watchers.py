@@ -12,7 +12,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from dengine.errors import Compacted, DengineError
-from dengine.kv.store import Event
+from dengine.kv.store import Event, Record
 from dengine.node.watch_hub import Cancelled, Changes, Message, Progress
 from dengine.node.watch_index import Selection
 from tests.simulation.loop import MS
@@ -151,6 +151,12 @@ class _Watcher:
         truth = self._selected(revision)
         if list(message.events) != truth:
             violated("14 watch", f"{self}: {revision} was {truth}, and it sees {message.events}")
+        for event, (made, old) in zip(message.events, self._records(revision), strict=True):
+            is_new = made is not None and (
+                old is None or old.create_revision != made.create_revision
+            )
+            if event.created != is_new:
+                violated("14 watch", f"{self}: {revision} has {event}, and of before {old}")
         self.next = revision + 1
         self._world.count("change seen")
 
@@ -160,6 +166,11 @@ class _Watcher:
         for passed in range(self.next, revision):
             if self._selected(passed):
                 violated("14 watch", f"{self} has missed revision {passed}")
+
+    def _records(self, revision: int) -> list[tuple[Record | None, Record | None]]:
+        """Of what it selects: what is there since, and what was there before."""
+        events = self._world.checker.model.changed_by(revision)
+        return [(e.record, e.prev) for e in events if self.selection.holds(e.key)]
 
     def _selected(self, revision: int) -> list[Any]:
         events = self._world.checker.model.changed_by(revision)
