@@ -17,9 +17,17 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
-from dengine.errors import ClusterUnavailable, FatalError, InvariantBroken, NotLeader, TryAgain
+from dengine.errors import (
+    ClusterUnavailable,
+    DengineError,
+    FatalError,
+    InvariantBroken,
+    NotLeader,
+    TryAgain,
+)
 from dengine.kv.commands import COMMAND_VERSION, batch_clock_ms, encode_batch
 from dengine.node.log_writer import LogWriter
 from dengine.node.proposals import Proposals
@@ -28,7 +36,7 @@ from dengine.node.state_flusher import StateFlusher
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, Ready, Restore, Transition
-from dengine.raft.types import Entry, EntryKind, MemberId, SnapshotRef
+from dengine.raft.types import Entry, EntryKind, LogId, MemberId, SnapshotRef
 from dengine.storage.log_store import LogStore
 from dengine.storage.state_store import StateStore
 
@@ -38,6 +46,7 @@ GATHER_S = 0.002  # how long commands wait for an entry that is on its way to a 
 INBOX_MAX = 20_000  # messages; beyond it they are dropped, as a network may do
 APPLY_S = 0.05  # for which a turn applies at most, but for its first entry: heartbeats wait
 TICK_MS = 10_000  # while anything can expire, the log hears of the time so often at least
+TICK_ALONE_MS = 1_000  # the same where nobody else counts on while this node is down
 
 
 class Owner(Protocol):
@@ -218,7 +227,8 @@ class Cycle:
         if due_ms is None:
             return False
         now_ms = raft.proposal_clock_ms(self._state.clock_ms)
-        return now_ms >= due_ms or now_ms - self._state.clock_ms >= TICK_MS
+        tick_ms = min(TICK_ALONE_MS, TICK_MS) if len(raft.membership.voters) == 1 else TICK_MS
+        return now_ms >= due_ms or now_ms - self._state.clock_ms >= tick_ms
 
     @property
     def records(self) -> bool:
@@ -236,7 +246,29 @@ class Cycle:
         members = self.raft.membership.members
         return min((m.command_version for m in members), default=1)
 
-    def _propose(self) -> None:
+    async def keep_time(self, timeout_s: float) -> None:
+        """Before a leader stops from which nobody takes over: have the time until now in the log,
+        where anything can expire. On a node that is restarted all the time it would else hardly
+        pass, and what was put for a time would stay."""
+
+        def tick(raft: Raft) -> asyncio.Future[None] | None:
+            if not raft.may_propose or len(raft.membership.voters) > 1:
+                return None
+            if self.proposals.queued or raft.log.applied_index < raft.log.last_index:
+                return None  # what is under way tells the time, too
+            kept: asyncio.Future[None] = self._loop.create_future()
+            self.proposals.watch(self._propose(), kept, self._loop.time() + timeout_s)
+            return kept
+
+        if self._state.next_due_ms is None or not (self.may_tick and self._running):
+            return
+        with suppress(DengineError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                kept = await self.act(tick)
+                if kept is not None:
+                    await kept
+
+    def _propose(self) -> LogId:
         batch = self.proposals.take_batch()
         commands = [waiting.command for waiting in batch]
         new = self.command_version >= COMMAND_VERSION
@@ -245,6 +277,7 @@ class Cycle:
         if batch:
             self.proposals.appended(log_id, batch)
         self._proposed_at = self._loop.time()
+        return log_id
 
     def _carry_out(self, ready: Ready) -> None:
         self._send(ready.messages)

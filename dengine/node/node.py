@@ -219,6 +219,7 @@ class Node:
         """Hand leadership over, end the cycle, and leave a state that the next start trusts."""
         if self.raft.is_leader and len(self.raft.membership.voters) > 1:
             await self._members.hand_over(self._loop.time() + HANDOVER_S)
+        await self._cycle.keep_time(HANDOVER_S)
         await self._close(clean=True)
 
     def fail(self, error: FatalError) -> None:

@@ -37,6 +37,7 @@ from dengine.kv.commands import (
     encode_command,
 )
 from dengine.kv.store import EXPIRE
+from dengine.node import cycle
 from dengine.node.node import Node
 from dengine.node.watch_hub import Changes, Progress, Selection
 from dengine.node.writes import OnceKey, parse_once
@@ -104,6 +105,31 @@ def test_first_results_and_log_time_survive_a_restart(tmp_path: Path) -> None:
             assert record is not None
             assert record.version == 1
             await until(lambda: node.state.get(b"t") is None, "the key to expire")
+
+    on_loop(check)
+
+
+def test_a_node_alone_loses_little_time_by_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody counts on while it is down: so the log hears of the time more often than among
+    others, and of all of it at a clean stop."""
+
+    async def check() -> None:
+        monkeypatch.setattr(cycle, "TICK_ALONE_MS", 100)
+        async with alone(tmp_path) as node:
+            await write(node, ExpiringPut(b"k", b"", None, 600))
+            began = node.state.clock_ms
+            await until(lambda: node.state.clock_ms >= began + 200, "ticks")
+            monkeypatch.setattr(cycle, "TICK_ALONE_MS", 10_000)
+            before = node.state.clock_ms
+            await until(lambda: node.raft.clock_ms > before + 300, "time to pass")
+            stopped_ms = node.raft.clock_ms
+        async with alone(tmp_path) as node:
+            assert node.state.clock_ms >= stopped_ms
+            await write(node, Delete(b"k"))
+            last = node.raft.log.last_index
+        assert node.raft.log.last_index == last  # where nothing can expire, time does not matter
 
     on_loop(check)
 
