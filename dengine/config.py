@@ -31,6 +31,9 @@ HARD_KEY_BYTES = 511  # LMDB's longest key
 HARD_VALUE_BYTES = 1024 * 1024  # four of them fill the largest log entry
 MAX_DIRECTORY_BYTES = 3840  # of Linux's 4096 for a path; the rest is for the files in it
 HOUR_MS = 3_600_000
+# Clients send a write again for up to 300 s (client/attempts.py), and what they send last may be
+# under way for the 60 s that a request can take. It must still be remembered then.
+IDEMPOTENCY_WINDOW_MIN_S = 360
 
 
 class InitialRole(enum.IntEnum):
@@ -240,7 +243,7 @@ class Kv:
 
     history_revisions: int = _int(100_000, 0, 10**12)
     history_bytes: int = _int(268_435_456, 0, 2**50)
-    idempotency_window_s: int = _int(600, 1, 86_400)
+    idempotency_window_s: int = _int(600, IDEMPOTENCY_WINDOW_MIN_S, 86_400)
 
 
 @dataclass(frozen=True, slots=True)

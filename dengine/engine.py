@@ -418,7 +418,7 @@ class Engine:
             assert (await engine.keepalive_lease(granted.id)).ttl_s == 60
         """
         command = kv.LeaseKeepAlive(id)
-        done = await self._alive.calls.write(command, kv.LeaseResult, None, timeout_s)
+        done = await self._alive.calls.renew(command, kv.LeaseResult, timeout_s)
         return LeaseInfo(done.lease, done.ttl_s, None, ())
 
     async def revoke_lease(self, id: str, *, timeout_s: float | None = None) -> None:

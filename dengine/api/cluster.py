@@ -15,7 +15,7 @@ from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
 from dengine.api.protocol import Request, Response, json_response
 from dengine.api.routes import Body, Handler, Parameter, Route
 from dengine.api.sse import stream
-from dengine.config import MAX_ZONE, parse_address
+from dengine.config import IDEMPOTENCY_WINDOW_MIN_S, MAX_ZONE, parse_address
 from dengine.errors import InvalidRequest, Unauthorized, WatchOverflow
 from dengine.kv.commands import COMMAND_VERSION
 
@@ -61,7 +61,9 @@ class SettingsUpdate(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=T
     # The same ranges as those of [kv] in the configuration.
     history_revisions: Annotated[int, msgspec.Meta(ge=0, le=10**12)] | None = None
     history_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] | None = None
-    idempotency_window_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)] | None = None
+    idempotency_window_s: (
+        Annotated[int, msgspec.Meta(ge=IDEMPOTENCY_WINDOW_MIN_S, le=86_400)] | None
+    ) = None
 
 
 class ClusterCalls:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dengine.cli.remote import Remote
-from dengine.client.idempotency import single_key
+from dengine.client.idempotency import IdempotencyKeys, Key
 from dengine.client.targets import field_bytes, json_bytes, key_target, target
 from dengine.errors import DengineError, InvalidRequest, KeyNotFound
 
@@ -227,10 +227,10 @@ def _conditions(args: Namespace) -> dict[str, str]:
     return headers
 
 
-def write_key(args: Namespace) -> str:
+def write_key(args: Namespace) -> Key:
     """The Idempotency-Key of a write: the one that was given, else a new one."""
     given: str | None = args.idempotency_key
-    return single_key() if given is None else given
+    return IdempotencyKeys().take() if given is None else Key(given)
 
 
 def _selection(args: Namespace) -> dict[str, bytes]:

@@ -12,7 +12,6 @@ from typing import Any
 from dengine.cli import arguments
 from dengine.cli.commands import item_bytes, print_json, print_table, printable, write_key
 from dengine.cli.remote import Remote
-from dengine.client.idempotency import single_key
 from dengine.client.targets import lease_target
 from dengine.errors import DengineError, NotFound
 
@@ -167,7 +166,7 @@ def _keepalive(args: argparse.Namespace, remote: Remote) -> int:
     while True:
         asked = time.monotonic()
         try:
-            reply = remote.json("POST", f"{where}/keepalive", key=single_key())
+            reply = remote.json("POST", f"{where}/keepalive", kind="renewal")
         except NotFound:
             raise NotFound(f"lease {args.id} has ended") from None
         except DengineError as error:

@@ -1,8 +1,8 @@
 """One HTTP request to whichever node answers, for the client commands.
 
 Standard library only, and honest about writes: a request is sent again, to the next endpoint, only
-when it is a reading one, when it certainly did nothing, or when it carries an `Idempotency-Key`,
-under which it happens once. Redirects are not followed.
+when it is a reading one or a renewal, when it certainly did nothing, or when it carries an
+`Idempotency-Key`, under which it happens once (`client/attempts.py`). Redirects are not followed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dengine.client.attempts import Attempts, Kind
+from dengine.client.idempotency import Key
 from dengine.client.targets import parse_endpoint
 from dengine.errors import ClusterUnavailable, DengineError, RequestTimeout, from_dict
 from dengine.security import read_token
@@ -24,7 +26,6 @@ DEFAULT_ENDPOINT = "127.0.0.1:9081"
 SYSTEM_CONFIG = Path("/etc/dengine/dengine.toml")
 READING = ("GET", "HEAD")
 KEYED_ROUNDS = 2  # over the endpoints: a lost answer is asked for once more
-VERDICTS = (404, 412)  # the state machine's own word on a keyed write, whichever attempt it was
 REPLY_MARGIN_S = 1.0  # the node's own 504 says more than our timeout, so let it arrive first
 
 
@@ -134,28 +135,34 @@ class Remote:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         *,
-        key: str | None = None,
+        key: Key | None = None,
+        kind: Kind | None = None,
     ) -> Reply:
         """Send one request and return its 2xx answer.
 
         Args:
             key: the Idempotency-Key of a write, which may then be sent again.
+            kind: of a POST that is no write.
 
         Raises:
             ClusterUnavailable: no endpoint could be reached; nothing happened.
             RequestTimeout: a write was sent and no answer came; its outcome is unknown.
             DengineError: the cluster's own refusal, as the class that the node raised.
         """
-        keyed = {} if key is None else {"Idempotency-Key": key}
-        sending = {**(headers or {}), **keyed, **self.authorization}
+        kind = kind or ("read" if method in READING else "write")
+        attempts = Attempts(kind, key)
+        repeatable = kind != "write" or key is not None
         deadline = time.monotonic() + self.timeout_s
-        reading, repeatable = method in READING, method in READING or key is not None
-        tries = self.endpoints * (1 if key is None else KEYED_ROUNDS)
+        tries = self.endpoints * (KEYED_ROUNDS if repeatable and method not in READING else 1)
         problems: list[str] = []
         refusal: DengineError | None = None
-        maybe = False  # a write may have happened
         for position, endpoint in enumerate(tries):
-            left = max(deadline - time.monotonic(), 0.1)
+            if position and position % len(self.endpoints) == 0:
+                time.sleep(min(attempts.pause_s(), max(deadline - time.monotonic(), 0.0)))
+            now = time.monotonic()
+            if not attempts.may_send(now):
+                break
+            left = max(deadline - now, 0.1)
             share = left / (len(tries) - position)
             connection = http.client.HTTPConnection(endpoint, timeout=share)
             try:
@@ -163,43 +170,52 @@ class Remote:
             except OSError as error:
                 problems.append(f"{endpoint}: {_reason(error)}")
                 continue
+            attempts.sent(position, time.monotonic())
+            keyed = {} if key is None else {"Idempotency-Key": key.text}
+            sending = {**(headers or {}), **keyed, **self.authorization}
             wait = share if repeatable else left
             try:
                 return _exchange(connection, endpoint, method, target, body, sending, wait)
             except (OSError, http.client.HTTPException) as error:
                 problems.append(f"{endpoint}: {_reason(error)}")
-                maybe = maybe or not reading
                 if not repeatable:
                     break
             except DengineError as error:
-                again = error.retryable and (error.outcome == "none" or key is not None)
-                if not again:
-                    if maybe and error.status not in VERDICTS:
-                        error.outcome = "unknown"
-                    raise
-                maybe = maybe or (error.outcome == "unknown" and not reading)
+                attempts.refused(position, error)
+                if not error.retryable or not (repeatable or error.outcome == "none"):
+                    raise attempts.certain(error) from None
                 problems.append(f"{endpoint}: {error.message}")
                 refusal = error
             finally:
                 connection.close()
-        if maybe:
+        if attempts.outcome == "unknown":
             raise _unanswered(problems[-1], key)
         reasons = "; ".join(dict.fromkeys(problems))
         raise refusal or ClusterUnavailable(f"no endpoint answered: {reasons}")
 
-    def json(self, method: str, target: str, body: object = None, *, key: str | None = None) -> Any:
+    def json(
+        self,
+        method: str,
+        target: str,
+        body: object = None,
+        *,
+        key: Key | None = None,
+        kind: Kind | None = None,
+    ) -> Any:
         """`call` with a JSON body (None: no body), and the JSON of the answer."""
         if body is None:
-            return self.call(method, target, key=key).json()
+            return self.call(method, target, key=key, kind=kind).json()
         data = json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
-        return self.call(method, target, data, headers, key=key).json()
+        return self.call(method, target, data, headers, key=key, kind=kind).json()
 
 
-def _unanswered(problem: str, key: str | None) -> RequestTimeout:
+def _unanswered(problem: str, key: Key | None) -> RequestTimeout:
     advice = "read before you write again"
     if key is not None:
-        advice = f"the same command with --idempotency-key {key} tells, and does it at most once"
+        advice = (
+            f"the same command with --idempotency-key {key.text} tells, and does it at most once"
+        )
     return RequestTimeout(
         f"no answer came back ({problem}): the write may or may not have happened: {advice}"
     )

@@ -60,12 +60,17 @@ class Calls:
             ) from None
         key = Key(idempotency_key) if idempotency_key is not None else self._transport.keys.take()
         try:
-            keyed = {**headers, "Idempotency-Key": key.text}
-            request = Request(method, where, "write", body, keyed)
+            request = Request(method, where, "write", body, headers, key)
             return await self._pursue(request, deadline - loop.time())
         finally:
             key.done()
             self._turns.release()
+
+    async def renew(self, where: str, timeout_s: float | None) -> Reply:
+        """POST to `where`, which may be carried out any number of times, without a key that would
+        be remembered. Raises as `Pursuit.run`.
+        """
+        return await self._pursue(Request("POST", where, "renewal", b""), timeout_s)
 
     async def _pursue(self, request: Request, timeout_s: float | None) -> Reply:
         if self._transport.closed:

@@ -427,8 +427,7 @@ class Client:
             assert (await client.keepalive_lease(granted.id)).ttl_s == 60
         """
         where = f"{lease_target(id)}/keepalive"
-        reply = await self._calls.write("POST", where, b"", {}, None, timeout_s)
-        return reply.parse(LeaseInfo.parse)
+        return (await self._calls.renew(where, timeout_s)).parse(LeaseInfo.parse)
 
     async def revoke_lease(self, id: str, *, timeout_s: float | None = None) -> None:
         """End a lease now; its keys are deleted. Raises as `keepalive_lease`.

@@ -41,7 +41,13 @@ class IdempotencyKeys:
             self._begin()
         if self._single < SINGLE_KEYS:
             self._single += 1
-            return Key(single_key())
+            return Key(single_key(), self)
+        key = Key("", self)
+        self.renumber(key)
+        return key
+
+    def renumber(self, key: Key) -> None:
+        """Make `key` the next one of a client that numbers its requests."""
         session = self._session
         if session.waiting and session.issued - min(session.waiting) >= WINDOW:
             # One write waits for long while others go on. Its result must not be pushed out by
@@ -49,7 +55,8 @@ class IdempotencyKeys:
             session = self._session = _Session()
         session.issued += 1
         session.waiting.add(session.issued)
-        return Key(f"{session.client_id}:{session.issued}", session, session.issued)
+        key.text = f"{session.client_id}:{session.issued}"
+        key.session, key.number = session, session.issued
 
 
 def single_key() -> str:
@@ -59,13 +66,25 @@ def single_key() -> str:
 
 @dataclass(slots=True)
 class Key:
-    """The `Idempotency-Key` of one write, for all its attempts."""
+    """The `Idempotency-Key` of one write, for all its attempts.
+
+    Args:
+        keys: where it comes from; None: from the caller, who wants this very one.
+    """
 
     text: str
-    _session: _Session | None = None
-    _number: int = 0
+    keys: IdempotencyKeys | None = None
+    session: _Session | None = None
+    number: int = 0
+
+    def renumber(self) -> None:
+        """The cluster remembers as many keys that stand for themselves as it can (it says 429 to
+        them): use one of the other kind. Only for a write that certainly did not happen so far.
+        """
+        if self.keys is not None and self.session is None:
+            self.keys.renumber(self)
 
     def done(self) -> None:
         """The write has ended, whatever became of it."""
-        if self._session is not None:
-            self._session.waiting.discard(self._number)
+        if self.session is not None:
+            self.session.waiting.discard(self.number)

@@ -1,49 +1,44 @@
 """One request of a caller, pursued over the nodes until it is answered or its time is up.
 
-It may be sent more than once, because it is a read or carries an `Idempotency-Key`: a write without
-one never comes here. What is certain in the end is what the caller is told: an error says "none"
-only if no attempt can have happened, or may still happen.
+It may be sent more than once, because it is a read or a renewal, or carries an `Idempotency-Key`: a
+write without one never comes here. What is certain in the end is what the caller is told
+(`attempts.py`): an error says "none" only if no attempt can have happened, or may still happen.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dengine.client.attempts import Attempts, Kind
 from dengine.client.failures import ClientClosed
+from dengine.client.idempotency import Key
 from dengine.client.nodes import Node, Prefer
-from dengine.client.transport import Kind, Reply, Transport, Unanswered, closed
+from dengine.client.transport import Reply, Transport, Unanswered, closed
 from dengine.errors import (
     ClusterUnavailable,
     DengineError,
     NotLeader,
     RateLimited,
     RequestTimeout,
-    StaleRequest,
 )
 
-PAUSE_S = 0.05  # before the nodes are asked a second time; doubled with each round, up to
-PAUSE_MAX_S = 1.0
-RATE_LIMITED_S = 0.5  # at least, where a node asks for patience
 AT_ONCE = 3  # attempts under way
-# Under the key of this very request these are the state machine's own word on it (DESIGN 5: the
-# first result comes back), so no other attempt can have ended differently.
-VERDICTS = (404, 412)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to ask. `target` is the raw request target; `headers` include the idempotency key."""
+    """What to ask. `target` is the raw request target; `key` is sent with the `headers`."""
 
     method: str
     target: str
     kind: Kind
     body: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    key: Key | None = None
     prefer: Prefer = "leader"
 
 
@@ -68,10 +63,8 @@ class Pursuit:
         self._deadline = self._loop.time() + timeout_s
         self._flying: dict[asyncio.Task[Reply], _Attempt] = {}
         self._tried: list[Node] = []
-        self._rounds = 0
-        self._patience_s = 0.0
+        self._attempts = Attempts(request.kind, request.key)
         self._retry_at: float | None = None  # an attempt has failed while others are under way
-        self._maybe = False  # an attempt may have happened, or may still
         self._problems: dict[str, str] = {}
         self._refusal: DengineError | None = None
         self._hedging = transport.hedging[request.kind]
@@ -102,27 +95,31 @@ class Pursuit:
         now = self._loop.time()
         self._retry_at = None
         node = self._transport.nodes.choose(self._request.prefer, now, self._tried)
-        if node is None or self._patience_s:
-            pause_s, self._tried = self._pause_s(), []
+        if node is None or self._attempts.patience_s:
+            pause_s, self._tried = self._attempts.pause_s(), []
             if now + pause_s >= self._deadline:
                 raise self._failure()
             await asyncio.sleep(pause_s)
             now = self._loop.time()
             node = self._transport.nodes.choose(self._request.prefer, now)
-        if now >= self._deadline or node is None:
+        if now >= self._deadline or node is None or not self._attempts.may_send(now):
             raise self._failure()
         self._send(node)
 
     def _send(self, node: Node) -> None:
         if self._transport.closed:
-            raise closed("unknown" if self._maybe else "none")
+            raise closed(self._attempts.outcome)
         request, now = self._request, self._loop.time()
+        headers = dict(request.headers)
+        if request.key is not None:
+            headers["Idempotency-Key"] = request.key.text
         limit_s = max(min(self._hedging.attempt_s, self._deadline - now), 0.001)
         attempt = self._transport.attempt(
-            node, request.method, request.target, request.body, request.headers, limit_s
+            node, request.method, request.target, request.body, headers, limit_s
         )
         task = self._transport.spawn(attempt, "dengine-client-attempt")
         self._flying[task] = _Attempt(node, now)
+        self._attempts.sent(task, now)
         self._tried.append(node)
 
     async def _some_end(self) -> list[asyncio.Task[Reply]]:
@@ -162,7 +159,7 @@ class Pursuit:
         """Whom to ask beside those who have not answered yet, when, and whether that is one attempt
         more than there were: not so where it takes the place of one that has failed.
         """
-        if len(self._flying) >= AT_ONCE:
+        if len(self._flying) >= AT_ONCE or not self._attempts.may_send(now):
             return None, math.inf, False
         choose, prefer = self._transport.nodes.choose, self._request.prefer
         untried = choose(prefer, now, self._tried)
@@ -174,13 +171,6 @@ class Pursuit:
         busy = [attempt.node for attempt in self._flying.values()]
         return choose(prefer, now, busy), self._retry_at, False
 
-    def _pause_s(self) -> float:
-        """Before the nodes are asked once more; longer from round to round."""
-        pause_s = min(PAUSE_S * 2.0**self._rounds, PAUSE_MAX_S) * random.uniform(0.5, 1.0)
-        self._rounds = min(self._rounds + 1, 8)
-        patience_s, self._patience_s = self._patience_s, 0.0
-        return max(pause_s, patience_s)
-
     # --- answers ----------------------------------------------------------------------------------
 
     def _judge(self, task: asyncio.Task[Reply]) -> Reply | None:
@@ -189,13 +179,15 @@ class Pursuit:
         node, nodes = attempt.node, self._transport.nodes
         try:
             if task.cancelled():
-                self._maybe = self._maybe or self._request.kind == "write"
-                raise closed("unknown" if self._maybe else "none")
+                raise closed(self._attempts.outcome)
             reply = task.result()
         except ClientClosed:
-            raise closed("unknown" if self._may_have_happened else "none") from None
+            self._attempts.did_nothing(task)
+            raise closed(self._attempts.outcome) from None
         except Unanswered as failure:
-            self._note(node, failure.why, maybe=failure.sent)
+            if not failure.sent:
+                self._attempts.did_nothing(task)
+            self._note(node, failure.why)
             if failure.late:
                 self._hedging.timed_out()
             node.failed(now)
@@ -206,16 +198,15 @@ class Pursuit:
             self._answered(attempt, now)
             return reply
         error = reply.error()
+        self._attempts.refused(task, error)
         if error.status < 500 and not error.retryable:
             self._answered(attempt, now)
-            raise self._certain(error)
+            raise self._attempts.certain(error)
         if not error.retryable and not self._flying and self._all_tried(now):
-            raise self._certain(error)  # every node has failed at it
-        if isinstance(error, RateLimited):
-            self._patience_s = RATE_LIMITED_S
-        else:
+            raise self._attempts.certain(error)  # every node has failed at it
+        if not isinstance(error, RateLimited):
             node.failed(now)
-        self._note(node, error.message, maybe=error.outcome == "unknown")
+        self._note(node, error.message)
         self._refusal = error
         if isinstance(error, NotLeader):
             nodes.leads_no_more(node)
@@ -235,42 +226,26 @@ class Pursuit:
                 self._transport.learn(trouble=True)
         self._transport.learn()
 
-    def _note(self, node: Node, problem: str, *, maybe: bool) -> None:
+    def _note(self, node: Node, problem: str) -> None:
         self._problems[node.address] = problem
-        if maybe and self._request.kind == "write":
-            self._maybe = True
         if self._flying and self._retry_at is None:
-            self._retry_at = self._loop.time() + self._pause_s()
+            self._retry_at = self._loop.time() + self._attempts.pause_s()
 
     def _all_tried(self, now: float) -> bool:
         return self._transport.nodes.choose(self._request.prefer, now, self._tried) is None
 
-    @property
-    def _may_have_happened(self) -> bool:
-        return self._request.kind == "write" and (self._maybe or bool(self._flying))
-
-    def _certain(self, error: DengineError) -> DengineError:
-        """`error` with the outcome of all attempts together."""
-        if self._request.kind == "read":
-            error.outcome = "none"
-        elif isinstance(error, StaleRequest) or (
-            error.status not in VERDICTS and self._may_have_happened
-        ):
-            error.outcome = "unknown"
-        return error
-
     def _failure(self) -> DengineError:
-        """What to tell when the time is up."""
-        unknown = self._may_have_happened
-        outcome = "unknown" if unknown else "none"
+        """What to tell when the time is up, or a repetition would not be safe any more."""
+        outcome = self._attempts.outcome
         if self._refusal is not None and not self._flying and outcome == self._refusal.outcome:
             return self._refusal
         what = "; ".join(f"{address}: {problem}" for address, problem in self._problems.items())
         for attempt in self._flying.values():
             if attempt.node.address not in self._problems:
                 what += f"{'; ' if what else ''}{attempt.node.address}: no answer yet"
-        message = f"no answer within {self._timeout_s:g} s ({what or 'nobody to ask'})"
-        if unknown:
+        limit_s = self._timeout_s - max(self._deadline - self._loop.time(), 0.0)
+        message = f"no answer within {limit_s:.4g} s ({what or 'nobody to ask'})"
+        if outcome == "unknown":
             message += ": the write may or may not have happened, so read before you write again"
             return RequestTimeout(message, outcome="unknown")
         if self._flying or self._request.kind == "read":

@@ -13,12 +13,13 @@ import math
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import orjson
 from yarl import URL
 
+from dengine.client.attempts import Kind
 from dengine.client.failures import ClientClosed
 from dengine.client.hedging import Hedging
 from dengine.client.idempotency import IdempotencyKeys
@@ -33,7 +34,6 @@ LEARN_EVERY_S = 60.0
 LEARN_AGAIN_S = 1.0  # after something went wrong
 LEARN_WITHIN_S = 3.0
 
-Kind = Literal["read", "write"]
 T = TypeVar("T")
 
 
@@ -127,7 +127,12 @@ class Transport:
 
     def __init__(self, nodes: Nodes, token: str | None) -> None:
         self.nodes = nodes
-        self.hedging: dict[Kind, Hedging] = {"read": Hedging(), "write": Hedging()}
+        writes = Hedging()
+        self.hedging: dict[Kind, Hedging] = {
+            "read": Hedging(),
+            "renewal": writes,
+            "write": writes,
+        }
         self.keys = IdempotencyKeys()
         self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._session: _Session | None = None

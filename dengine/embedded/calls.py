@@ -7,23 +7,20 @@ so whoever waits is told here, and no call outlives its engine.
 from __future__ import annotations
 
 import asyncio
-import copy
-import random
+import itertools
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from dengine.api.kv import refusal
+from dengine.client.attempts import Attempts, Kind
 from dengine.client.calls import WRITES_AT_ONCE
-from dengine.client.idempotency import IdempotencyKeys
-from dengine.errors import DengineError, FatalError, Outcome, RateLimited, RequestTimeout
+from dengine.client.idempotency import IdempotencyKeys, Key
+from dengine.errors import DengineError, FatalError, Outcome, RequestTimeout
 from dengine.kv.commands import Effect, Full, Invalid, Mismatch, Result, Stale
 from dengine.node.node import Node
 from dengine.node.writes import OnceKey, parse_once
 
-PAUSE_S: Final = 0.05  # before a call is tried again; doubled each time, up to
-PAUSE_MAX_S: Final = 1.0
-RATE_LIMITED_S: Final = 0.5  # at least, where the node asks for patience
 SILENCE_S: Final = 1.0  # past its deadline the node answers within a tenth of that, if it ever does
 # These say nothing of other attempts, which may still be carried out. Any other result is the first
 # and final word of the state machine under that key.
@@ -89,7 +86,7 @@ class Calls:
                 self._node.fail(error)  # damage ends a node
                 raise
 
-        return await self.repeat(attempt, deadline, "none")
+        return await self.repeat(attempt, deadline, "read")
 
     async def write(
         self,
@@ -106,56 +103,67 @@ class Calls:
         Raises:
             DengineError: `outcome` counts all attempts together.
         """
-        given = None if idempotency_key is None else parse_once(idempotency_key)
+        if idempotency_key is not None:
+            parse_once(idempotency_key)  # before it waits for its turn
         deadline = self.deadline(timeout_s)
         if self._turns.locked():
             await self._wait_turn(deadline)
         else:
             await self._turns.acquire()  # which waits for nothing
-        own = self._keys.take() if given is None else None
+        key = self._keys.take() if idempotency_key is None else Key(idempotency_key)
         try:
-            once = given if own is None else parse_once(own.text)
             result = await self.repeat(
-                lambda: self._ask(command, deadline, once), deadline, "unknown"
+                lambda: self._ask(command, deadline, parse_once(key.text)), deadline, "write", key
             )
         finally:
-            if own is not None:
-                own.done()
+            key.done()
             self._turns.release()
         if not isinstance(result, success):
             raise refusal(result)
         return result
 
-    async def repeat(
-        self, attempt: Callable[[], Awaitable[T]], deadline: float, cut_off: Outcome
-    ) -> T:
-        """The first answer to `attempt`, which is made again while that may help.
+    async def renew(self, command: Effect, success: type[R], timeout_s: float | None) -> R:
+        """Have `command`, which may be carried out any number of times, carried out without a key
+        that would be remembered. Raises as `write`.
+        """
+        deadline = self.deadline(timeout_s)
+        result = await self.repeat(lambda: self._ask(command, deadline, None), deadline, "renewal")
+        if not isinstance(result, success):
+            raise refusal(result)
+        return result
 
-        That is safe for what changes nothing, and for what carries an idempotency key.
+    async def repeat(
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        deadline: float,
+        kind: Kind,
+        key: Key | None = None,
+    ) -> T:
+        """The first answer to `attempt`, which is made again while that may help and is safe.
 
         Args:
-            cut_off: the outcome of an attempt that got no answer: none if it changes nothing.
+            kind: of a write every attempt carries `key`.
 
         Raises:
             DengineError: the last refusal. Once an attempt may have happened the outcome is unknown
                 for good, for a later attempt says nothing of what is still on its way.
         """
-        maybe, pause_s = False, PAUSE_S
-        while True:
+        attempts = Attempts(kind, key)
+        for number in itertools.count():
+            attempts.sent(number, self._loop.time())
             try:
-                return await self.run(attempt, deadline, cut_off)
+                return await self.run(attempt, deadline, attempts.outcome)
             except DengineError as error:
-                maybe = maybe or (cut_off == "unknown" and error.outcome == "unknown")
-                wait_s = pause_s * random.uniform(0.5, 1.0)
-                if isinstance(error, RateLimited):
-                    wait_s = max(wait_s, RATE_LIMITED_S)
-                if not error.retryable or self._loop.time() + wait_s >= deadline:
-                    outcome: Outcome = "unknown" if maybe else "none"
-                    if error.outcome == outcome:
+                attempts.refused(number, error)
+                wait_s = attempts.pause_s()
+                again_at = self._loop.time() + wait_s
+                if not (error.retryable and again_at < deadline and attempts.may_send(again_at)):
+                    told = attempts.certain(error)
+                    if told is error:
                         raise
-                    raise _as_certain(error, outcome) from error
-            pause_s = min(2 * pause_s, PAUSE_MAX_S)
+                    raise told from error
             await asyncio.sleep(wait_s)
+        raise AssertionError("there is always a next number")
 
     async def run(
         self, attempt: Callable[[], Awaitable[T]], deadline: float, cut_off: Outcome
@@ -289,13 +297,3 @@ class Calls:
         self._limits.discard(limit)
         if not self._limits:
             self._idle.set()
-
-
-def _as_certain(error: DengineError, outcome: Outcome) -> DengineError:
-    """A copy with another outcome: the node may have given the same error to others."""
-    other = copy.copy(error)
-    other.outcome = outcome
-    if outcome == "unknown":
-        other.message = f"{error.message}; an earlier attempt may have happened"
-        other.args = (other.message,)
-    return other

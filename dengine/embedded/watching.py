@@ -122,7 +122,7 @@ class Watch:
                 self._selection, first, prev=self._prev, deadline=deadline
             )
 
-        source = await self._calls.repeat(attempt, deadline, "none")
+        source = await self._calls.repeat(attempt, deadline, "read")
         if not self._placed:
             self.revision = source.position - 1
         self._placed = self._begun = True

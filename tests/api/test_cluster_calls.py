@@ -114,6 +114,7 @@ JOIN = {
         ("PUT", "/v1/cluster/settings", {"promotion": "never"}),
         ("PUT", "/v1/cluster/settings", {"history_bytes": -1}),
         ("PUT", "/v1/cluster/settings", {"idempotency_window_s": 86_401}),
+        ("PUT", "/v1/cluster/settings", {"idempotency_window_s": 359}),
         ("PUT", "/v1/cluster/settings", {"pace": 1}),
     ],
 )
