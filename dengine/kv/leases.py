@@ -15,7 +15,7 @@ from dengine.kv.commands import (
 )
 from dengine.kv.expiry import Allowance, end_lease
 from dengine.kv.recorder import Recorder
-from dengine.kv.tables import ALIVE, REVOKED, Lease
+from dengine.kv.tables import REVOKED, Lease
 
 
 def expires_ms(recorder: Recorder, ttl_s: int) -> int:
@@ -34,13 +34,9 @@ def bad_ttl(ttl_s: int) -> Invalid | None:
 
 
 def alive(recorder: Recorder, lease_id: str) -> Lease | None:
-    """A lease that somebody may still use. One that is due has ended, also where the keys of
-    others that are due have to be deleted first.
-    """
+    """A lease that somebody may still use."""
     lease = tables.lease_of(recorder.view, lease_id)
-    if lease is None or lease.going != ALIVE or lease.expires_ms <= recorder.clock_ms:
-        return None
-    return lease
+    return lease if lease is not None and lease.is_alive(recorder.clock_ms) else None
 
 
 def missing(lease_id: str) -> NoLease:

@@ -100,6 +100,11 @@ class Lease(NamedTuple):
     expires_ms: int
     going: int = ALIVE
 
+    def is_alive(self, clock_ms: int) -> bool:
+        """May somebody still use it? One that is due has ended, also where the keys of others that
+        are due have to be deleted first."""
+        return self.going == ALIVE and clock_ms < self.expires_ms
+
 
 def encode_lease(lease: Lease) -> bytes:
     return _LEASE.pack(*lease)

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from dengine.errors import NotFound
 from dengine.kv.store import Record
-from dengine.kv.tables import ALIVE
+from dengine.kv.tables import Lease
 from dengine.raft.raft import Raft
 from dengine.storage.state_store import StateStore
 
@@ -36,15 +36,18 @@ class Lifetimes:
         if not record.lease:
             return None
         lease = self._state.lease(record.lease)
-        return 0 if lease is None or lease.going != ALIVE else self._until(lease.expires_ms)
+        return 0 if lease is None or self._is_over(lease) else self._until(lease.expires_ms)
 
     def lease(self, lease_id: str) -> LeaseView:
         """Raises NotFound: there is none, or it has ended."""
         lease = self._state.lease(lease_id)
-        if lease is None or lease.going != ALIVE:
+        if lease is None or self._is_over(lease):
             raise NotFound(f"there is no lease {lease_id[:64]}")
         keys = sorted(self._state.attached(lease_id, KEYS_SHOWN))
         return LeaseView(lease_id, lease.ttl_s, self._until(lease.expires_ms), keys)
+
+    def _is_over(self, lease: Lease) -> bool:
+        return not lease.is_alive(self._state.clock_ms)
 
     def _until(self, expires_ms: int) -> int:
         left_ms = expires_ms - 1 - self._raft.clock_ms  # 1: see kv/leases.py

@@ -97,9 +97,9 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "a lease is used after its time",
         (
-            "dengine.kv.leases",
-            " or lease.expires_ms <= recorder.clock_ms:",
-            ":",
+            "dengine.kv.tables",
+            "self.going == ALIVE and clock_ms < self.expires_ms",
+            "self.going == ALIVE",
         ),
         tests="tests/kv/test_expiry.py::test_a_lease_whose_time_is_over_cannot_be_used",
     ),
