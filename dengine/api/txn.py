@@ -161,6 +161,25 @@ def _either(text: str | None, encoded: str | None, name: str, where: str) -> byt
     return found
 
 
+def checked(txn: Txn) -> Txn:
+    """`txn`, which may enter a log. Raises InvalidRequest.
+
+    How large a number may be is decided here and not by the state machine, which knows no others:
+    a command is encoded with 64 bits.
+    """
+    wrong = flaw(txn)
+    if wrong is not None:
+        raise InvalidRequest(wrong)
+    for number, compare in enumerate(txn.compare):
+        operand = compare.operand
+        if isinstance(operand, int) and not -(2**63) <= operand < 2**63:
+            raise InvalidRequest(
+                f"compare[{number}]: {compare.target} is compared with a number from -2^63 to "
+                "2^63-1"
+            )
+    return txn
+
+
 # --- the call -------------------------------------------------------------------------------------
 
 
@@ -199,10 +218,7 @@ class TxnCalls:
             tuple(o.command(f"success[{n}]", limits) for n, o in enumerate(asked.success)),
             tuple(o.command(f"failure[{n}]", limits) for n, o in enumerate(asked.failure)),
         )
-        wrong = flaw(txn)
-        if wrong is not None:
-            raise InvalidRequest(wrong)
-        return txn
+        return checked(txn)
 
     def _answer(self, operation: Operation, result: OperationResult) -> dict[str, Any]:
         if isinstance(result, PutResult):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
+from dengine.api.txn import checked
 from dengine.client import operations, results
 from dengine.client.calls import Match, selection
 from dengine.client.client import NAME_BYTES
@@ -37,7 +38,6 @@ from dengine.kv.commands import (
     prefix_end,
 )
 from dengine.kv.store import Record
-from dengine.kv.transaction import flaw
 from dengine.node.lifetimes import Lifetimes
 from dengine.node.watch_hub import Selection
 
@@ -184,14 +184,13 @@ def txn(
             raise InvalidRequest(
                 f"{name} has {len(part)} items; at most {limits.txn_ops} are allowed"
             )
-    made = Txn(
-        tuple(_compare(item) for item in compare),
-        tuple(_operation(item, limits) for item in success),
-        tuple(_operation(item, limits) for item in failure),
+    made = checked(
+        Txn(
+            tuple(_compare(item) for item in compare),
+            tuple(_operation(item, limits) for item in success),
+            tuple(_operation(item, limits) for item in failure),
+        )
     )
-    wrong = flaw(made)
-    if wrong is not None:
-        raise InvalidRequest(wrong)
     size = len(encode_command(made))
     if size > limits.txn_bytes:
         raise TooLarge(

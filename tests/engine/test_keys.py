@@ -117,6 +117,7 @@ def test_transactions(tmp_path: Path) -> None:
             engine.txn([Compare("n", "value", "=", 1)]),
             engine.txn([Compare("n", "size", "=", 1)]),  # type: ignore[arg-type]
             engine.txn([Compare("n", "exists", "<", True)]),
+            engine.txn([Compare("n", "version", "<", 2**70)]),
             engine.txn(success=[Get("n")] * 129),
             engine.txn(success=[DeleteRange("")]),
         ):
