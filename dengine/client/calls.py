@@ -16,6 +16,7 @@ from dengine.errors import RequestTimeout
 # Fewer than the results that a node keeps for one client (see idempotency.py); more than that keep
 # a cluster busy.
 WRITES_AT_ONCE = 256
+READS_AT_ONCE = 256  # the rest of the connections of a client (transport.py)
 
 Match = int | Sequence[int] | Literal["*"]
 
@@ -30,11 +31,12 @@ class Calls:
     def __init__(self, transport: Transport, timeout_s: float) -> None:
         self._transport = transport
         self._timeout_s = timeout_s
-        self._turns = asyncio.Semaphore(WRITES_AT_ONCE)
+        self._writing = asyncio.Semaphore(WRITES_AT_ONCE)
+        self._reading = asyncio.Semaphore(READS_AT_ONCE)
 
     async def read(self, where: str, timeout_s: float | None, prefer: Prefer = "leader") -> Reply:
         """GET the target `where`. Raises DengineError, as `Pursuit.run`."""
-        return await self._pursue(Request("GET", where, "read", prefer=prefer), timeout_s)
+        return await self._read(Request("GET", where, "read", prefer=prefer), timeout_s)
 
     async def write(
         self,
@@ -46,37 +48,50 @@ class Calls:
         timeout_s: float | None,
     ) -> Reply:
         """Send a write under its key, or under one of this client. Raises as `Pursuit.run`."""
-        loop = asyncio.get_running_loop()
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
-        deadline = loop.time() + limit_s
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._turns.acquire()
-        except TimeoutError:
-            raise RequestTimeout(
-                f"{WRITES_AT_ONCE} writes of this client wait already, and none ended within "
-                f"{limit_s:g} s",
-                outcome="none",
-            ) from None
+        deadline = self._deadline(timeout_s)
+        await _turn(self._writing, deadline, f"{WRITES_AT_ONCE} writes")
         key = Key(idempotency_key) if idempotency_key is not None else self._transport.keys.take()
         try:
             request = Request(method, where, "write", body, headers, key)
-            return await self._pursue(request, deadline - loop.time())
+            return await self._pursue(request, deadline)
         finally:
             key.done()
-            self._turns.release()
+            self._writing.release()
 
     async def renew(self, where: str, timeout_s: float | None) -> Reply:
         """POST to `where`, which may be carried out any number of times, without a key that would
         be remembered. Raises as `Pursuit.run`.
         """
-        return await self._pursue(Request("POST", where, "renewal", b""), timeout_s)
+        return await self._pursue(Request("POST", where, "renewal", b""), self._deadline(timeout_s))
 
-    async def _pursue(self, request: Request, timeout_s: float | None) -> Reply:
+    async def _read(self, request: Request, timeout_s: float | None) -> Reply:
+        deadline = self._deadline(timeout_s)
+        await _turn(self._reading, deadline, f"{READS_AT_ONCE} reads")
+        try:
+            return await self._pursue(request, deadline)
+        finally:
+            self._reading.release()
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return asyncio.get_running_loop().time() + limit_s
+
+    async def _pursue(self, request: Request, deadline: float) -> Reply:
         if self._transport.closed:
             raise closed()
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
-        return await Pursuit(self._transport, request, limit_s).run()
+        left_s = deadline - asyncio.get_running_loop().time()
+        return await Pursuit(self._transport, request, left_s).run()
+
+
+async def _turn(turns: asyncio.Semaphore, deadline: float, those: str) -> None:
+    """Raises RequestTimeout: `those` wait already, and none has ended before the deadline."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            await turns.acquire()
+    except TimeoutError:
+        raise RequestTimeout(
+            f"{those} of this client wait already, and none ended in time", outcome="none"
+        ) from None
 
 
 def conditions(if_match: Match | None, if_none_match: bool) -> dict[str, str]:

@@ -42,7 +42,7 @@ class Request:
     prefer: Prefer = "leader"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Attempt:
     node: Node
     began: float
@@ -114,12 +114,17 @@ class Pursuit:
         if request.key is not None:
             headers["Idempotency-Key"] = request.key.text
         limit_s = max(min(self._hedging.attempt_s, self._deadline - now), 0.001)
-        attempt = self._transport.attempt(
-            node, request.method, request.target, request.body, headers, limit_s
+        attempt = _Attempt(node, now)
+        asking = self._transport.attempt(
+            node,
+            request.method,
+            request.target,
+            request.body,
+            headers,
+            limit_s,
+            lambda: self._attempts.sent(attempt, self._loop.time()),
         )
-        task = self._transport.spawn(attempt, "dengine-client-attempt")
-        self._flying[task] = _Attempt(node, now)
-        self._attempts.sent(task, now)
+        self._flying[self._transport.spawn(asking, "dengine-client-attempt")] = attempt
         self._tried.append(node)
 
     async def _some_end(self) -> list[asyncio.Task[Reply]]:
@@ -182,11 +187,11 @@ class Pursuit:
                 raise closed(self._attempts.outcome)
             reply = task.result()
         except ClientClosed:
-            self._attempts.did_nothing(task)
+            self._attempts.did_nothing(attempt)
             raise closed(self._attempts.outcome) from None
         except Unanswered as failure:
             if not failure.sent:
-                self._attempts.did_nothing(task)
+                self._attempts.did_nothing(attempt)
             self._note(node, failure.why)
             if failure.late:
                 self._hedging.timed_out()
@@ -198,7 +203,7 @@ class Pursuit:
             self._answered(attempt, now)
             return reply
         error = reply.error()
-        self._attempts.refused(task, error)
+        self._attempts.refused(attempt, error)
         if error.status < 500 and not error.retryable:
             self._answered(attempt, now)
             raise self._attempts.certain(error)

@@ -27,7 +27,7 @@ from dengine.client.nodes import Node, Nodes
 from dengine.errors import DengineError, Outcome, from_dict
 
 CONNECT_S = 2.0
-CONNECTIONS = 512
+CONNECTIONS = 512  # for calls; each stream has one of its own beside them
 PROBE_S = 2.0  # for a node to say that it is ready
 PROBED_FOR_S = 1.0  # how long that answer is good
 LEARN_EVERY_S = 60.0
@@ -99,10 +99,11 @@ def stranger(address: str, status: int) -> DengineError:
 
 @dataclass(slots=True)
 class _Session:
-    """aiohttp's session and where it may be used."""
+    """aiohttp's session, where it may be used, and its free connections."""
 
     http: aiohttp.ClientSession
     loop: asyncio.AbstractEventLoop
+    free: asyncio.Semaphore
 
 
 # What a parent process had under way when it forked: closing it here would disturb it there.
@@ -153,8 +154,12 @@ class Transport:
         body: bytes | None,
         headers: Mapping[str, str],
         limit_s: float,
+        sending: Callable[[], None] = lambda: None,
     ) -> Reply:
         """Ask `node` once.
+
+        Args:
+            sending: called when there is a connection for it; nothing has happened before that.
 
         Raises:
             Unanswered: no whole answer within `limit_s` seconds.
@@ -162,14 +167,21 @@ class Transport:
         """
         # The node's own 504 says more than our silence, so let it come first.
         timeout_ms = min(max(int(limit_s * 900), 100), 60_000)
-        sending = {**headers, **self._authorization, "Dengine-Timeout-Ms": str(timeout_ms)}
-        with unanswered():
-            async with asyncio.timeout(limit_s):
-                async with self._http().request(
-                    method, _url(node, target), data=body, headers=sending
-                ) as response:
-                    content = await response.read()
-                    return Reply(response.status, response.headers, content, node.address)
+        whole = {**headers, **self._authorization, "Dengine-Timeout-Ms": str(timeout_ms)}
+        session = self._open()
+        until = session.loop.time() + limit_s
+        await _acquire(session.free, until)
+        try:
+            sending()
+            with unanswered():
+                async with asyncio.timeout_at(until):
+                    async with session.http.request(
+                        method, _url(node, target), data=body, headers=whole
+                    ) as response:
+                        content = await response.read()
+                        return Reply(response.status, response.headers, content, node.address)
+        finally:
+            session.free.release()
 
     @contextlib.asynccontextmanager
     async def stream(
@@ -185,7 +197,7 @@ class Transport:
         sending = {**headers, **self._authorization, "Dengine-Timeout-Ms": timeout_ms}
         with unanswered():
             async with asyncio.timeout(limit_s):
-                response = await self._http().get(_url(node, target), headers=sending)
+                response = await self._open().http.get(_url(node, target), headers=sending)
         try:
             if response.status != 200 or response.content_type != "text/event-stream":
                 with unanswered():
@@ -252,17 +264,17 @@ class Transport:
 
     # --- its life ---------------------------------------------------------------------------------
 
-    def _http(self) -> aiohttp.ClientSession:
+    def _open(self) -> _Session:
         """The session of this process and loop, made when it is first needed."""
         if self.closed:
             raise closed()
         self._leave_parent()
         loop, held = asyncio.get_running_loop(), self._session
         if held is None:
-            held = self._session = _Session(_new_session(), loop)
+            held = self._session = _Session(_new_session(), loop, asyncio.Semaphore(CONNECTIONS))
         if held.loop is not loop:
             raise RuntimeError("a Client belongs to the event loop in which it was first used")
-        return held.http
+        return held
 
     def _leave_parent(self) -> None:
         """In a forked process: leave alone what belongs to its parent."""
@@ -288,13 +300,25 @@ class Transport:
         self._session = None
 
 
+async def _acquire(free: asyncio.Semaphore, until: float) -> None:
+    """Raises Unanswered: no connection was free before the time `until`."""
+    try:
+        async with asyncio.timeout_at(until):
+            await free.acquire()
+    except TimeoutError:
+        why = f"all {CONNECTIONS} connections of this client were in use"
+        raise Unanswered(why, sent=False) from None
+
+
 def closed(outcome: Outcome = "none") -> ClientClosed:
     return ClientClosed("this client is closed: make a new one", outcome=outcome)
 
 
 def _new_session() -> aiohttp.ClientSession:
     session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=CONNECTIONS, ttl_dns_cache=10),
+        # Calls wait for `_Session.free`, where it is known that nothing has been sent. Streams are
+        # open for long: counted together, waiters for locks would keep every call from its turn.
+        connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=10),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         auto_decompress=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
@@ -17,6 +18,8 @@ from dengine.client import (
     Put,
     PutResult,
     Value,
+    calls,
+    transport,
 )
 from dengine.errors import (
     DengineError,
@@ -280,5 +283,66 @@ def test_wrong_arguments_are_told_before_anything_is_sent() -> None:
                 client.lock("")
         assert cluster.asked == []
         await cluster.stop()
+
+    run(scenario())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, for a hundred virtual seconds at most."""
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def test_streams_take_no_connection_from_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watches are open for long; were they counted, the last of many would keep out all calls."""
+    monkeypatch.setattr(transport, "CONNECTIONS", 4)
+
+    async def scenario() -> None:
+        async with fake_cluster(3) as cluster, Client(cluster.endpoints) as client:
+            watches = [asyncio.create_task(anext(client.watch("k"))) for _ in range(20)]
+            await until(lambda: sum(node.streams for node in cluster.nodes) == len(watches))
+            await client.put("k", b"v", timeout_s=5)
+            changes = await asyncio.wait_for(asyncio.gather(*watches), 5)
+            assert {change.events[0].value for change in changes} == {b"v"}
+
+    run(scenario())
+
+
+def test_what_waits_for_a_connection_did_not_happen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "CONNECTIONS", 1)
+
+    async def scenario() -> None:
+        async with fake_cluster(1) as cluster, Client(cluster.endpoints) as client:
+            [node] = cluster.nodes
+            node.hang()
+            first = asyncio.create_task(client.put("a", b"", timeout_s=10))
+            await until(lambda: bool(node.writes()))
+            with pytest.raises(DengineError) as told:
+                await client.put("b", b"", timeout_s=1)
+            assert told.value.outcome == "none"
+            node.heal()
+            await first
+            await asyncio.sleep(5)
+            assert sorted(cluster.state.keys) == [b"a"]
+
+    run(scenario())
+
+
+def test_reads_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ever so many at once keep no write waiting."""
+    monkeypatch.setattr(transport, "CONNECTIONS", 4)
+    monkeypatch.setattr(calls, "READS_AT_ONCE", 2, raising=False)
+
+    async def scenario() -> None:
+        async with fake_cluster(1) as cluster, Client(cluster.endpoints) as client:
+            [node] = cluster.nodes
+            node.delay_s = 1.0
+            reads = [asyncio.create_task(client.get("k", timeout_s=60)) for _ in range(20)]
+            await asyncio.sleep(0.5)
+            await client.put("k", b"v", timeout_s=2)
+            await asyncio.gather(*reads)
 
     run(scenario())
