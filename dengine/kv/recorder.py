@@ -29,6 +29,7 @@ WORK_BYTES_MAX: Final = 16 * 1024 * 1024  # of values that one command, or one e
 WORK_KEYS_MAX: Final = 10_000
 COMMAND_KEYS_MAX: Final = 25_000  # a range of so many is looked through, then read; and some more
 PRUNED_MAX: Final = 256  # records that leave the history with an entry, beside as many as came
+PRUNED_BYTES_MAX: Final = 16 * 1024 * 1024  # and their bytes, beside as many as came
 
 
 class Recorder:
@@ -161,29 +162,34 @@ class Recorder:
         totals = self.totals
         if totals is None:
             return
+        came = 0
         if self._changes:
             data = encode_changes(self._changes)
             self.view.append("history", tables.number_key(self.revision), data)
-            totals.history_bytes += len(data)
+            came = len(data)
+            totals.history_bytes += came
+        gone = 0
         for _ in range(len(self._changes) + PRUNED_MAX):
-            if not self._prune(totals):
+            pruned = self._prune(totals)
+            gone += pruned
+            if not pruned or gone >= came + PRUNED_BYTES_MAX:
                 return
 
-    def _prune(self, totals: Totals) -> bool:
+    def _prune(self, totals: Totals) -> int:
         """Forget the oldest record, if `history_revisions` are kept without it or all are too
-        large."""
+        large. Returns its size; 0: it stays."""
         rules, first = self.rules, totals.history_first
         large = totals.history_bytes > rules.history_bytes
         count = self.revision + 1 - first
         if not count or (count <= rules.history_revisions and not large):
-            return False
+            return 0
         oldest = self.view.first("history", tables.number_key(first))
         if oldest is None:
-            return False
+            return 0
         last = tables.key_number(oldest[0])
         if self.revision - last < rules.history_revisions and not large:
-            return False
+            return 0
         self.view.remove("history", oldest[0])
         totals.history_first = last + 1
         totals.history_bytes -= len(oldest[1])
-        return True
+        return len(oldest[1])

@@ -101,6 +101,20 @@ def test_a_smaller_history_is_reached_little_by_little() -> None:
     assert len(history(world)) == 1
 
 
+def test_a_smaller_history_of_large_values_is_reached_little_by_little() -> None:
+    """256 records may be gigabytes. But no more is added with an entry than goes with it."""
+    world = World()
+    for n in range(40):
+        world.one(Put(b"%d" % n, b"v" * MIB))
+    world.rules = Rules(history_revisions=1)
+    world.entry()
+    assert len(history(world)) == 40 - recorder.PRUNED_BYTES_MAX // MIB
+    world.entry(*(Put(b"new%d" % n, b"v" * MIB) for n in range(4)))
+    assert len(world.view.tables["history"]) == 40 - 16 - 20 + 1
+    world.entry()
+    assert list(history(world)) == [41, 42, 43, 44]
+
+
 def test_the_changes_of_an_entry_are_kept_and_go_together() -> None:
     """One record for each entry; so up to an entry's changes more are kept than are asked for."""
     world = World(Rules(history_revisions=5))
