@@ -130,10 +130,13 @@ class StateStore:
             _distrusted(path, error)
             raise
         try:
+            before = self._environment.info()["last_txnid"]
             self._keys = self._environment.open_db(b"keys")
             self._meta = self._environment.open_db(b"meta")
             # Made where an older release left none: then they are empty, and change no hash.
             self._tables = {t: self._environment.open_db(t.encode()) for t in TABLES}
+            if self._environment.info()["last_txnid"] != before:
+                self.sync()  # what vouches for the state may have been written already
             self._read = self._environment.begin(self._keys)
             self._load()
         except lmdb.Error as error:
@@ -344,10 +347,8 @@ class StateStore:
             raise _state_error(error, self._path) from error
 
     def _find_next_due(self) -> None:
-        first = [self._table_rows("due", group, 1, 1) for group in tables.DUE_GROUPS]
-        self.next_due_ms = min(
-            (tables.due_ms(key) for ((key, _),) in filter(None, first)), default=None
-        )
+        rows = [self._table_rows("due", group, 1, 1) for group in tables.DUE_GROUPS]
+        self.next_due_ms = min((tables.due_ms(r[0][0]) for r in rows if r), default=None)
 
     def page(self, start: bytes, end: bytes | None, limit: int, keys_only: bool) -> Page:
         """Records with `start <= key < end` in order, all from one transaction.

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import lmdb
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -446,6 +447,20 @@ def test_a_state_of_the_release_before_opens_with_the_same_hash(tmp_path: Path) 
     digest = store.digest
     store.close()
     assert check_state(tmp_path / "state").digest == digest
+
+
+def test_databases_that_a_release_before_left_out_are_made_durably(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a state that was installed just now, the mark of the install vouches for what is there."""
+    synced: list[Path] = []
+    monkeypatch.setattr(StateStore, "sync", lambda store: synced.append(store.path))
+    _old_state(tmp_path / "state")
+    synced.clear()
+    StateStore(tmp_path / "state").close()
+    assert synced == [tmp_path / "state"]
+    StateStore(tmp_path / "state").close()
+    assert synced == [tmp_path / "state"]
 
 
 def test_a_restored_cluster_begins_with_an_empty_history(tmp_path: Path) -> None:
