@@ -255,7 +255,7 @@ class Limits:
     txn_bytes: int = _int(2_097_152, 1, 4 * 1024 * 1024)
     pending_writes: int = _int(10_000, 1, 1_000_000)
     pending_bytes: int = _int(67_108_864, HARD_VALUE_BYTES, 2**40)
-    range_delete: int = _int(10_000, 1, 100_000)
+    range_delete: int = _int(10_000, 1, 10_000)  # more is refused by the state machine
     watchers: int = _int(1000, 0, 100_000)
     reserve_bytes: int = _int(268_435_456, 0, 2**50)
 
