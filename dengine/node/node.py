@@ -195,12 +195,8 @@ class Node:
         self._exchange.set_targets()
         self.snapshots.start()
         entering = self._loop.create_task(self._entrance.enter(), name="enter the cluster")
-        ends: set[asyncio.Future[Any]] = {
-            self._cycle.failed,
-            self.peers.failed,
-            self._stopped,
-            entering,
-        }
+        ends: set[asyncio.Future[Any]] = {self._cycle.failed, self.peers.failed, self._stopped}
+        ends.add(entering)
         try:
             while not self._stopped.done():
                 done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

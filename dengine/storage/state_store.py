@@ -32,7 +32,6 @@ from dengine.kv.store import (
     Rules,
     Table,
     Totals,
-    decode_changes,
     decode_totals,
 )
 from dengine.raft.membership import Membership, decode_membership
@@ -66,6 +65,7 @@ from dengine.storage.state_view import (
     rules_of,
     scan,
     seek,
+    sound_changes,
     sound_data,
     sound_record,
     table_rows,
@@ -319,17 +319,7 @@ class StateStore:
                 bytes; but there is never none where there are some.
         """
         rows = self._table_rows("history", tables.number_key(revision), revisions, size)
-        changes: list[Change] = []
-        read = 0
-        for key, data in rows:
-            try:
-                changes += decode_changes(data)
-            except msgspec.MsgspecError as error:
-                raise damage(self._path, key, f"cannot be read ({error})") from error
-            read += len(data)
-            if len(changes) >= revisions:
-                break
-        return changes, read
+        return sound_changes(rows, revisions, self._path)
 
     def _table_get(self, table: Table, key: bytes) -> bytes | None:
         try:

@@ -10,10 +10,21 @@ from pathlib import Path
 from typing import Final
 
 import lmdb
+import msgspec
 
 from dengine.errors import ConfigError, DataCorruption, InvariantBroken
 from dengine.kv.commands import COMMAND_VERSION, batch_version
-from dengine.kv.store import KEY_BYTES_MAX, TABLES, Change, Event, Record, Rules, Table, Totals
+from dengine.kv.store import (
+    KEY_BYTES_MAX,
+    TABLES,
+    Change,
+    Event,
+    Record,
+    Rules,
+    Table,
+    Totals,
+    decode_changes,
+)
 from dengine.raft.membership import Membership
 from dengine.raft.types import Entry, EntryKind, LogId
 from dengine.storage.environment import CRC_BYTES, DATA_FILE, damaged
@@ -266,6 +277,24 @@ def sound_data(key: bytes, raw: bytes, path: Path) -> bytes:
     if not is_sound(key, raw):
         raise damage(path, key, "fails its CRC")
     return raw[:-CRC_BYTES]
+
+
+def sound_changes(
+    rows: list[tuple[bytes, bytes]], revisions: int, path: Path
+) -> tuple[list[Change], int]:
+    """What records of the history hold, whole ones until there are so many revisions; and how many
+    bytes these have. Raises as `sound_record`."""
+    changes: list[Change] = []
+    size = 0
+    for key, data in rows:
+        try:
+            changes += decode_changes(data)
+        except msgspec.MsgspecError as error:
+            raise damage(path, key, f"cannot be read ({error})") from error
+        size += len(data)
+        if len(changes) >= revisions:
+            break
+    return changes, size
 
 
 def damage(path: Path, key: bytes, what: str) -> DataCorruption:
