@@ -27,7 +27,7 @@ from dengine.client.elections import Election
 from dengine.client.leases import Lease
 from dengine.client.listing import Listing
 from dengine.client.locks import LOCKS, Lock
-from dengine.client.operations import Compare, Operation
+from dengine.client.operations import Compare, Operation, only_reads
 from dengine.client.results import DeleteResult, LeaseInfo, PutResult, TxnResult, Value
 from dengine.config import Config
 from dengine.embedded import commands
@@ -314,7 +314,7 @@ class Engine:
         """Compare, then do all of `success` if every comparison holds, else all of `failure`.
 
         It is one change with one revision, or none. Later operations see earlier ones. At most 128
-        of each (limits.txn_ops), and 64 KiB of values that it reads.
+        of each (limits.txn_ops), and 64 KiB of values that it reads; 4 MiB where it only reads.
 
         Raises:
             DengineError: as for `put`. Comparisons that do not hold are no error.
@@ -329,7 +329,10 @@ class Engine:
         """
         life = self._alive
         command = commands.txn(compare, success, failure, self._limits)
-        done = await life.calls.write(command, kv.TxnResult, idempotency_key, timeout_s)
+        if idempotency_key is None and only_reads((*success, *failure)):
+            done = await life.calls.without_key(command, kv.TxnResult, "read", timeout_s)
+        else:
+            done = await life.calls.write(command, kv.TxnResult, idempotency_key, timeout_s)
         return commands.txn_result(command, done, life.node.lifetimes)
 
     def watch(
@@ -418,7 +421,7 @@ class Engine:
             assert (await engine.keepalive_lease(granted.id)).ttl_s == 60
         """
         command = kv.LeaseKeepAlive(id)
-        done = await self._alive.calls.renew(command, kv.LeaseResult, timeout_s)
+        done = await self._alive.calls.without_key(command, kv.LeaseResult, "renewal", timeout_s)
         return LeaseInfo(done.lease, done.ttl_s, None, ())
 
     async def revoke_lease(self, id: str, *, timeout_s: float | None = None) -> None:

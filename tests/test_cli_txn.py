@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from dengine.cli.txn import parse
+from dengine.cli.txn import only_reads, parse
 from dengine.errors import InvalidRequest
 
 
@@ -65,3 +67,21 @@ def test_a_line_that_means_nothing_is_named(text: str, words: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse(text)
     assert words in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("asked", "reads"),
+    [
+        (parse("if k exists\nget a\nelse\nget b"), True),
+        (parse("get a\nput b v"), False),
+        (parse("get a\nelse\ndelete b"), False),
+        ({"success": [{"op": "get", "key": "a"}]}, True),
+        ({"compare": [{"key": "a", "target": "exists", "op": "=", "operand": True}]}, True),
+        ({"success": 1}, False),
+        ({"success": [1]}, False),
+        ([], False),
+    ],
+)
+def test_what_only_reads_goes_without_a_key(asked: Any, reads: bool) -> None:
+    """Under a key it could not read more than what is remembered."""
+    assert only_reads(asked) is reads

@@ -31,6 +31,7 @@ Lines: if KEY exists|absent, if KEY value|version|mod_revision =|!=|<|<=|>|>= OP
 VALUE, get KEY, delete KEY, delete-prefix PREFIX, delete-range START END; those after a line "else"
 are for the case that not all comparisons hold. Quotes as in a shell, # begins a comment. All of it
 happens as one change, or nothing. Input that begins with { is the JSON of POST /v1/txn.
+What is read has at most 64 KiB, and 4 MiB where all that is done is get.
 """
 
 
@@ -44,7 +45,10 @@ def txn(args: Namespace, remote: Remote) -> int:
             raise InvalidRequest(f"standard input is no JSON: {error}") from None
     else:
         asked = parse(text)
-    reply = remote.json("POST", "/v1/txn", asked, key=write_key(args))
+    if args.idempotency_key is None and only_reads(asked):
+        reply = remote.json("POST", "/v1/txn", asked, kind="read")
+    else:
+        reply = remote.json("POST", "/v1/txn", asked, key=write_key(args))
     if args.json:
         print_json(reply)
         return 0
@@ -54,6 +58,20 @@ def txn(args: Namespace, remote: Remote) -> int:
         rows = [_row(o, r) for o, r in zip(done, reply["results"], strict=True)]
         print_table(("OPERATION", "KEY", "RESULT"), rows)
     return 0
+
+
+def only_reads(asked: Any) -> bool:
+    """Does it change nothing? Then it is sent again without a key, under which what it reads would
+    have to be remembered. What is no transaction is left to the node, which says what is wrong.
+    """
+    if not isinstance(asked, dict):
+        return False
+    branches = [asked.get("success", []), asked.get("failure", [])]
+    return all(
+        isinstance(branch, list)
+        and all(isinstance(o, dict) and o.get("op") == "get" for o in branch)
+        for branch in branches
+    )
 
 
 def parse(text: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dengine.errors import RequestTimeout
 WRITES_AT_ONCE = 256
 READS_AT_ONCE = 256  # the rest of the connections of a client (transport.py)
 
+JSON = {"Content-Type": "application/json"}
 Match = int | Sequence[int] | Literal["*"]
 
 
@@ -34,9 +35,25 @@ class Calls:
         self._writing = asyncio.Semaphore(WRITES_AT_ONCE)
         self._reading = asyncio.Semaphore(READS_AT_ONCE)
 
-    async def read(self, where: str, timeout_s: float | None, prefer: Prefer = "leader") -> Reply:
-        """GET the target `where`. Raises DengineError, as `Pursuit.run`."""
-        return await self._read(Request("GET", where, "read", prefer=prefer), timeout_s)
+    async def read(
+        self,
+        where: str,
+        timeout_s: float | None,
+        prefer: Prefer = "leader",
+        body: bytes | None = None,
+    ) -> Reply:
+        """GET the target `where`, or POST the JSON `body` to it where that changes nothing. Raises
+        DengineError, as `Pursuit.run`.
+        """
+        request = Request("GET", where, "read", prefer=prefer)
+        if body is not None:
+            request = Request("POST", where, "read", body, JSON, prefer=prefer)
+        deadline = self._deadline(timeout_s)
+        await _turn(self._reading, deadline, f"{READS_AT_ONCE} reads")
+        try:
+            return await self._pursue(request, deadline)
+        finally:
+            self._reading.release()
 
     async def write(
         self,
@@ -63,14 +80,6 @@ class Calls:
         be remembered. Raises as `Pursuit.run`.
         """
         return await self._pursue(Request("POST", where, "renewal", b""), self._deadline(timeout_s))
-
-    async def _read(self, request: Request, timeout_s: float | None) -> Reply:
-        deadline = self._deadline(timeout_s)
-        await _turn(self._reading, deadline, f"{READS_AT_ONCE} reads")
-        try:
-            return await self._pursue(request, deadline)
-        finally:
-            self._reading.release()
 
     def _deadline(self, timeout_s: float | None) -> float:
         limit_s = self._timeout_s if timeout_s is None else timeout_s

@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import orjson
 
-from dengine.client.calls import Calls, Match, conditions, selection
+from dengine.client.calls import JSON, Calls, Match, conditions, selection
 from dengine.client.elections import Election
 from dengine.client.leases import Lease
 from dengine.client.listing import Listing
 from dengine.client.locks import LOCKS, Lock
 from dengine.client.nodes import Nodes, Prefer
-from dengine.client.operations import Compare, Operation
+from dengine.client.operations import Compare, Operation, only_reads
 from dengine.client.results import DeleteResult, LeaseInfo, Page, PutResult, TxnResult, Value
 from dengine.client.targets import (
     as_key,
@@ -310,7 +310,8 @@ class Client:
         """Compare, then do all of `success` if every comparison holds, else all of `failure`.
 
         It is one change with one revision, or none. Later operations see earlier ones. At most 128
-        of each (limits.txn_ops).
+        of each (limits.txn_ops). What it reads has at most 64 KiB, for it is remembered with the
+        idempotency key; 4 MiB where no operation is other than `Get`.
 
         Raises:
             DengineError: as for `put`; comparisons that do not hold are no error.
@@ -325,10 +326,12 @@ class Client:
         """
         parts = {"compare": compare, "success": success, "failure": failure}
         body = orjson.dumps({name: [p.to_json() for p in part] for name, part in parts.items()})
-        headers = {"Content-Type": "application/json"}
-        reply = await self._calls.write(
-            "POST", "/v1/txn", body, headers, idempotency_key, timeout_s
-        )
+        if idempotency_key is None and only_reads((*success, *failure)):
+            reply = await self._calls.read("/v1/txn", timeout_s, body=body)
+        else:
+            reply = await self._calls.write(
+                "POST", "/v1/txn", body, JSON, idempotency_key, timeout_s
+            )
         return reply.parse(TxnResult.parse)
 
     def watch(
@@ -362,10 +365,14 @@ class Client:
         chosen = {"key": as_key(key)} if key is not None else {"prefix": as_key(prefix or b"")}
 
         async def current_revision() -> int:
-            page = await anext(
-                self.list(start=b"\x00", end=b"\x00\x00", limit=1, keys_only=True).pages()
+            listing = self.list(
+                start=b"\x00",
+                end=b"\x00\x00",
+                limit=1,
+                keys_only=True,
+                consistency="linearizable",  # whatever the nodes are configured for
             )
-            return page.revision
+            return (await anext(listing.pages())).revision
 
         return Watch(self._transport, chosen, from_revision, prev, current_revision)
 
@@ -411,8 +418,7 @@ class Client:
             await client.put("session/7", b"anna", lease=granted.id)
         """
         body = orjson.dumps({"ttl": as_seconds(ttl_s, "the TTL of a lease")})
-        headers = {"Content-Type": "application/json"}
-        reply = await self._calls.write("POST", "/v1/leases", body, headers, None, timeout_s)
+        reply = await self._calls.write("POST", "/v1/leases", body, JSON, None, timeout_s)
         return reply.parse(LeaseInfo.parse)
 
     async def keepalive_lease(self, id: str, *, timeout_s: float | None = None) -> LeaseInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,3 +106,10 @@ class DeleteRange:
 
 
 Operation = Put | Get | Delete | DeleteRange
+
+
+def only_reads(operations: Sequence[Operation]) -> bool:
+    """Does a transaction of these change nothing? Then it is repeated without a key, under which
+    what it reads would have to be remembered.
+    """
+    return all(isinstance(operation, Get) for operation in operations)

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from dengine.api.kv import refusal
 from dengine.client.attempts import Attempts, Kind
@@ -122,12 +122,18 @@ class Calls:
             raise refusal(result)
         return result
 
-    async def renew(self, command: Effect, success: type[R], timeout_s: float | None) -> R:
+    async def without_key(
+        self,
+        command: Effect,
+        success: type[R],
+        kind: Literal["read", "renewal"],
+        timeout_s: float | None,
+    ) -> R:
         """Have `command`, which may be carried out any number of times, carried out without a key
-        that would be remembered. Raises as `write`.
+        under which its result would be remembered. Raises as `write`.
         """
         deadline = self.deadline(timeout_s)
-        result = await self.repeat(lambda: self._ask(command, deadline, None), deadline, "renewal")
+        result = await self.repeat(lambda: self._ask(command, deadline, None), deadline, kind)
         if not isinstance(result, success):
             raise refusal(result)
         return result

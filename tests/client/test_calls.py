@@ -346,3 +346,25 @@ def test_reads_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.gather(*reads)
 
     run(scenario())
+
+
+def test_a_transaction_that_only_reads_has_no_key() -> None:
+    """Under a key it could read no more than what is remembered. It is repeated as a read is."""
+
+    async def scenario() -> None:
+        async with fake_cluster(3) as cluster, Client(cluster.endpoints) as client:
+            await client.put("k", b"v")
+            for node in cluster.nodes[:2]:
+                node.drop_replies = 1
+            holds = Compare("k", "exists", "=", True)
+            done = await client.txn([holds], [Get("k")], [Get("other")])
+            assert [r.item.value for r in done.results if r.item] == [b"v"]
+            for node in cluster.nodes:
+                node.heal()
+            await client.txn(success=[Get("k"), Put("k", b"w")])
+            await client.txn(success=[Get("k")], idempotency_key="mine")
+            keyed = ["Idempotency-Key" in a.headers for a in cluster.asked if "txn" in a.target]
+            assert keyed[-2:] == [True, True]
+            assert not any(keyed[:-2])
+
+    run(scenario())

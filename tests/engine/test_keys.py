@@ -127,6 +127,24 @@ def test_transactions(tmp_path: Path) -> None:
     used(tmp_path, app)
 
 
+def test_a_transaction_that_only_reads_reads_much(tmp_path: Path) -> None:
+    """Nothing of it has to be remembered under a key."""
+
+    async def app(engine: dengine.Engine) -> None:
+        for number in range(3):
+            await engine.put(f"k/{number}", bytes(60_000))
+        gets = [Get(f"k/{number}") for number in range(3)]
+        exists = Compare("k/0", "exists", "=", True)
+        done = await engine.txn([exists], gets, gets[:1])
+        assert [len(r.item.value) for r in done.results if r.item] == [60_000] * 3
+        with pytest.raises(InvalidRequest, match="at most"):
+            await engine.txn(success=[Put("k", b""), *gets])
+        with pytest.raises(InvalidRequest, match="at most"):
+            await engine.txn(success=gets, idempotency_key="mine")
+
+    used(tmp_path, app)
+
+
 def test_time_to_live(tmp_path: Path) -> None:
     async def app(engine: dengine.Engine) -> None:
         await engine.put("k", b"v", ttl_s=60)
