@@ -96,7 +96,8 @@ class Election:
         """All of them by key, and the revision from which changes have to be followed."""
         found: dict[bytes, Leader] = {}
         revision = 0
-        async for page in self._client.list(prefix=self._prefix).pages():
+        listing = self._client.list(prefix=self._prefix, consistency="linearizable")
+        async for page in listing.pages():
             revision = revision or page.revision
             for item in waiting(page.items, self._prefix):
                 found[item.key] = Leader(item.value, item.create_revision)

@@ -3,7 +3,7 @@
 Who wants the lock creates `_lock/NAME/LEASE`. The key that was created first holds the lock, and
 its creation revision is the fencing token: it grows from holder to holder. Everybody else watches
 the one key before his own, so a release wakes one waiter and not all. A holder that dies, or is cut
-off, loses its key with its lease.
+off, loses its key with its lease. The holder watches his own key, which somebody may delete.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Lock:
         self.lost = asyncio.Event()
         self.key = b""
         self.token = 0
-        self._teller: asyncio.Task[bool] | None = None
+        self._teller: asyncio.Task[None] | None = None
 
     @property
     def guard(self) -> Compare:
@@ -68,7 +68,9 @@ class Lock:
     @property
     def remaining_s(self) -> float:
         """Seconds that the lock is held for certain, were the cluster out of reach from now on."""
-        return self._lease.remaining_s if self._lease is not None and self.token else 0.0
+        if self._lease is None or not self.token or self.lost.is_set():
+            return 0.0
+        return self._lease.remaining_s
 
     def check(self) -> None:
         """Say whether it is still held.
@@ -78,7 +80,9 @@ class Lock:
         """
         if self.remaining_s <= 0:
             self.lost.set()
-            raise LockLost(f"the lock {self._name!r} is lost: its lease could not be renewed")
+            raise LockLost(
+                f"the lock {self._name!r} is lost: its key is gone, or its lease was not renewed"
+            )
 
     async def __aenter__(self) -> Lock:
         """Wait for the lock.
@@ -155,8 +159,52 @@ class Lock:
                 self._lease = None
             await asyncio.sleep(PAUSE_S)
         assert self._lease is not None
-        self._teller = self._client.spawn(self._lease.lost.wait(), "dengine-client-lock")
-        self._teller.add_done_callback(lambda _: self.lost.set())  # also when the client is closed
+        self._teller = self._client.spawn(self._until_lost(self._lease), "dengine-client-lock")
+        self._teller.add_done_callback(self._told)
+
+    async def _until_lost(self, lease: Lease) -> None:
+        """Return when the lease has ended, or our key is gone while that goes on."""
+        gone = asyncio.create_task(self._until_deleted())
+        ended = asyncio.create_task(lease.lost.wait())
+        try:
+            await asyncio.wait({gone, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                gone.result()
+        finally:
+            for task in (gone, ended):
+                task.cancel()
+            await asyncio.gather(gone, ended, return_exceptions=True)
+
+    def _told(self, teller: asyncio.Task[None]) -> None:
+        """Lost is also what nobody watches over any more: the client was closed, or is refused."""
+        if not teller.cancelled():
+            teller.exception()
+        self.lost.set()
+
+    async def _until_deleted(self) -> None:
+        """Return when our key is no more what it was when we got the lock.
+
+        Raises:
+            DengineError: no node will ever tell.
+        """
+        revision = self.token
+        while True:
+            try:
+                await self._gone(self.key, revision)
+                return
+            except Compacted:
+                end = self.key + b"\x00"
+                listing = self._client.list(
+                    start=self.key, end=end, limit=1, keys_only=True, consistency="linearizable"
+                )
+                page = await anext(listing.pages())
+                if not any(item.create_revision == self.token for item in page.items):
+                    return
+                revision = page.revision
+            except DengineError as error:
+                if not error.retryable:
+                    raise
+                await asyncio.sleep(PAUSE_S)  # meanwhile the lease says what is certain
 
     async def _queue(self) -> bool:
         """Take a place and wait until it is the first; False when it is lost before."""
@@ -199,7 +247,9 @@ class Lock:
                 before = await self._before(ours)
                 if before is None:
                     return
-                await self._gone(*before)
+                await self._gone(before[0].key, before[1])
+            except Compacted:
+                continue  # so long ago that the queue has to be looked at anew
             except DengineError as error:
                 if not error.retryable:
                     raise
@@ -216,7 +266,7 @@ class Lock:
         """
         found: Item | None = None
         present, oldest = False, 0
-        listing = self._client.list(prefix=self._prefix, keys_only=True)
+        listing = self._client.list(prefix=self._prefix, keys_only=True, consistency="linearizable")
         async for page in listing.pages():
             oldest = oldest or page.revision
             for item in waiting(page.items, self._prefix):
@@ -229,15 +279,16 @@ class Lock:
             raise LeaseLost("our place in the queue is gone")
         return None if found is None else (found, oldest)
 
-    async def _gone(self, before: Item, revision: int) -> None:
-        """Wait until the key of `before` is deleted or expires."""
-        try:
-            async with self._client.watch(before.key, from_revision=revision + 1) as watch:
-                async for change in watch:
-                    if any(event.type != "put" for event in change.events):
-                        return
-        except Compacted:
-            return  # so long ago that the queue has to be looked at anew
+    async def _gone(self, key: bytes, revision: int) -> None:
+        """Wait until `key`, which was there at `revision`, is deleted or expires.
+
+        Raises:
+            Compacted: what has happened since is not known any more.
+        """
+        async with self._client.watch(key, from_revision=revision + 1) as watch:
+            async for change in watch:
+                if any(event.type != "put" for event in change.events):
+                    return
 
 
 def waiting(items: tuple[Item, ...], prefix: bytes) -> list[Item]:

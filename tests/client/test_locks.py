@@ -13,6 +13,7 @@ from dengine.client import Client, Lock, LockLost, Put
 from dengine.client.elections import Leader
 from dengine.errors import DengineError, InvalidRequest, RequestTimeout
 from tests.client.fake_server import FakeCluster, fake_cluster
+from tests.client.fake_state import Asked
 from tests.client.seeds import each_seed, seed_of
 from tests.client.virtual import run
 
@@ -454,5 +455,76 @@ def test_a_lock_that_was_taken_away_is_not_left_in_silence() -> None:
         await unused.release()  # nothing is held, so nothing is let go
         async with unused:
             assert unused.token > 0
+
+    over(scenario)
+
+
+def test_a_holder_whose_key_is_deleted_is_told() -> None:
+    """By somebody else, while the lease goes on: the next one holds the lock from then on. Also
+    when the watch of the holder was cut off, and the history that it missed is gone.
+    """
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        async with Client(cluster.endpoints) as other:
+            for missed in (False, True):
+                lock = await client.lock("job").__aenter__()
+                await until(lambda: sum(node.streams for node in cluster.nodes) == 1)
+                await client.put(lock.key, b"noted")  # no end of it
+                if missed:
+                    for node in cluster.nodes:
+                        node.partitioned, node.cut_after = True, 0
+                    await until(lambda: sum(node.streams for node in cluster.nodes) == 0)
+                    cluster.state.execute(Asked("DELETE", f"/v1/kv/{lock.key.decode()}", {}, b""))
+                    cluster.state.compact(cluster.state.revision + 1)
+                    for node in cluster.nodes:
+                        node.heal()
+                else:
+                    await asyncio.sleep(5)
+                    assert not lock.lost.is_set()
+                    await other.delete(lock.key)
+                await asyncio.wait_for(lock.lost.wait(), 5)
+                assert lock.remaining_s == 0
+                with pytest.raises(LockLost, match="its key is gone"):
+                    lock.check()
+                with pytest.raises(LockLost):
+                    await lock.__aexit__(None, None, None)
+                async with other.lock("job", timeout_s=5) as following:
+                    assert following.token > lock.token
+        assert cluster.state.leases == {}
+
+    over(scenario)
+
+
+def test_a_watch_that_cannot_go_on_yet_loses_no_lock() -> None:
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        async with client.lock("job", ttl_s=30) as lock:
+            await until(lambda: sum(node.streams for node in cluster.nodes) == 1)
+            cluster.state.compact(cluster.state.revision)
+            for node in cluster.nodes:
+                node.cut_after = 0
+            await asyncio.sleep(3)
+            for node in cluster.nodes:
+                node.heal()
+            await asyncio.sleep(20)
+            assert not lock.lost.is_set()
+
+    over(scenario)
+
+
+def test_who_leads_is_read_from_the_majority() -> None:
+    """Whatever the nodes are configured for: a node that is behind knows an earlier holder."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        async with client.lock("job"):
+            pass
+        election = client.election("e")
+        async with election.campaign(b"a"):
+            await election.leader()
+        watch = client.watch("job")
+        async with watch:
+            pass
+        listings = [a.target for a in cluster.asked if a.target.startswith("/v1/kv?")]
+        assert listings
+        assert all("consistency=linearizable" in target for target in listings)
 
     over(scenario)
