@@ -26,6 +26,11 @@ MARGIN_MAX_S = 1.0
 REVOKE_S = 2.0  # on leaving; an outage must not hold up its owner
 
 
+def margin_s(ttl_s: float) -> float:
+    """How long before the end of a lease its owner hears that it is lost."""
+    return min(MARGIN * ttl_s, MARGIN_MAX_S)
+
+
 class _Stopwatch:
     """Time that goes on while the machine sleeps, and is the loop's otherwise."""
 
@@ -87,7 +92,7 @@ class Lease:
     @property
     def _certain_s(self) -> float:
         """How long a renewal is good for, less the speed by which two clocks may differ."""
-        return self.ttl_s - min(MARGIN * self.ttl_s, MARGIN_MAX_S)
+        return self.ttl_s - margin_s(self.ttl_s)
 
     def check(self) -> None:
         """Say whether it still holds.
@@ -158,9 +163,9 @@ class Lease:
 
     async def _keep(self) -> None:
         """Renew it until it is lost."""
-        every_s = self.ttl_s / RENEWALS
+        pause_s = self.ttl_s / RENEWALS
         while True:
-            await asyncio.sleep(min(every_s, self.remaining_s))
+            await asyncio.sleep(min(pause_s, self.remaining_s))
             left_s = self.remaining_s
             if left_s <= 0:
                 self._lose(f"it could not be renewed for {self.ttl_s:g} s")
@@ -168,9 +173,7 @@ class Lease:
             asked = _Stopwatch()
             try:
                 async with asyncio.timeout(left_s):
-                    info = await self._client.keepalive_lease(
-                        self._id, timeout_s=max(min(every_s, left_s), 0.1)
-                    )
+                    info = await self._client.keepalive_lease(self._id, timeout_s=max(left_s, 0.1))
             except NotFound:
                 self._lose("the cluster has ended it")
                 return
@@ -178,12 +181,11 @@ class Lease:
                 if isinstance(error, DengineError) and not _may_pass(error):
                     self._lose(f"it cannot be renewed: {error.message}")
                     return
-                # The next try is due at once: every call pauses between its attempts.
-                every_s = min(every_s, max(0.1, self.ttl_s / 10))
+                pause_s = min(pause_s, max(0.1, self.ttl_s / 10))
                 continue
             self._held = asked
             self.ttl_s = info.ttl_s
-            every_s = self.ttl_s / RENEWALS
+            pause_s = self.ttl_s / RENEWALS
 
 
 def _may_pass(error: DengineError) -> bool:

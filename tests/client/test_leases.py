@@ -242,3 +242,21 @@ def test_a_lease_is_entered_once() -> None:
         await together.revoke()
 
     over(scenario)
+
+
+def test_a_renewal_has_all_the_time_that_is_left() -> None:
+    """Also the one after a failure: nodes that answer late are not given up too early for ever."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        async with client.lease(30) as lease:
+            await asyncio.sleep(9)
+            for node in cluster.nodes:
+                node.hang()
+            await asyncio.sleep(8)
+            for node in cluster.nodes:
+                node.heal()
+                node.late_s = 3.5
+            await asyncio.sleep(120)
+            assert not lease.lost.is_set()
+
+    over(scenario)
