@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from typing import IO
 
 import pytest
 
+from dengine.cli import holding
+from dengine.client.leases import margin_s
 from tests.client.fake_server import ClusterThread, FakeCluster, cluster_thread
 
 pytestmark = pytest.mark.timeout(600)
@@ -394,3 +397,21 @@ def test_the_other_shells_have_scripts(shell: str) -> None:
     ).stdout
     for word in ("keepalive", "transfer-leader", "idempotency-key", "linearizable"):
         assert word in script
+
+
+@pytest.mark.parametrize("ttl_s", [1, 2, 5, 10, 60, 86_400])
+def test_what_held_a_lock_is_gone_before_another_may_hold_it(ttl_s: int) -> None:
+    """Its end is heard `margin_s` before that; what ignores SIGTERM has half of that."""
+    assert 0 < holding.terminate_s(ttl_s) <= margin_s(ttl_s) / 2
+    assert holding.terminate_s(ttl_s) <= 0.5
+
+
+def test_what_cannot_be_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not waited for without end."""
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(holding, "GONE_S", 0.1)
+    monkeypatch.setattr(holding, "_descendants", lambda: iter([4_000_000]))
+    monkeypatch.setattr(os, "kill", lambda pid, number: signals.append((pid, number)))
+    assert asyncio.run(holding.end_descendants(0.05)) == [4_000_000]
+    assert signals[0] == (4_000_000, signal.SIGTERM)
+    assert signals[-1] == (4_000_000, signal.SIGKILL)

@@ -39,7 +39,9 @@ LOCK_EXAMPLES = """\
 Who waits is served in order. DENGINE_LOCK_TOKEN grows from one holder to the next: a storage that
 refuses lower ones is safe from holders that were stopped and do not know it. When the lock is lost,
 because the cluster was out of reach for too long, COMMAND and everything that it started are ended:
-SIGTERM, and half a second later SIGKILL.
+SIGTERM, and SIGKILL half a second later, or sooner with a --ttl below 10: a twentieth of it.
+That is the work of this process. Where it is killed itself, by SIGKILL, COMMAND is killed too, and
+what COMMAND has started goes on until it looks at its token.
 Exit code: that of COMMAND, 128 + N when signal N ended it, 127 when there is no such command, 1
 when the lock was lost or could not be had.
 """
@@ -225,7 +227,7 @@ def _lock(args: argparse.Namespace, remote: Remote) -> int:
     def take(client: Any) -> Any:
         return client.lock(os.fsencode(args.name), ttl_s=args.ttl, timeout_s=args.wait)
 
-    return run_holding(remote, f"lock {args.name!r}", args.command, take)
+    return run_holding(remote, f"lock {args.name!r}", args.command, args.ttl, take)
 
 
 def _elect(args: argparse.Namespace, remote: Remote) -> int:
@@ -244,4 +246,4 @@ def _elect(args: argparse.Namespace, remote: Remote) -> int:
         election = client.election(os.fsencode(args.name))
         return election.campaign(os.fsencode(args.value), ttl_s=args.ttl, timeout_s=args.wait)
 
-    return run_holding(remote, f"leadership of {args.name!r}", args.command, take)
+    return run_holding(remote, f"leadership of {args.name!r}", args.command, args.ttl, take)

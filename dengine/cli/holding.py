@@ -21,13 +21,14 @@ from pathlib import Path
 from dengine.cli.commands import print_json_line, printable, shortened
 from dengine.cli.remote import Remote
 from dengine.client import Change, Client, Lock
+from dengine.client.leases import margin_s
 from dengine.client.targets import json_bytes
 
 FAILED = 1
 NO_COMMAND = 127  # as a shell says it
 BY_SIGNAL = 128
-TERMINATE_S = 0.5  # for what is ended to clean up; within the margin of a lease (leases.py)
-GONE_S = 5.0
+TERMINATE_MAX_S = 0.5  # for what is ended to clean up
+GONE_S = 5.0  # for what was killed to be gone
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -99,28 +100,30 @@ def observe(args: Namespace, remote: Remote) -> int:
 
 
 def run_holding(
-    remote: Remote, what: str, command: list[str], take: Callable[[Client], Lock]
+    remote: Remote, what: str, command: list[str], ttl_s: int, take: Callable[[Client], Lock]
 ) -> int:
     """Run `command` while what `take` makes is held, or without one hold it until interrupted.
 
     Args:
         what: names it in messages, such as "lock 'nightly'".
+        ttl_s: of the lease of what is held.
 
     Returns: the exit code.
     """
     if command and shutil.which(command[0]) is None:
         print(f"dengine: {command[0]}: there is no such command", file=sys.stderr)
         return NO_COMMAND
-    return asyncio.run(_Holding(remote, what, command).run(take))
+    return asyncio.run(_Holding(remote, what, command, ttl_s).run(take))
 
 
 class _Holding:
     """One run of a command, and the signals that concern it."""
 
-    def __init__(self, remote: Remote, what: str, command: list[str]) -> None:
+    def __init__(self, remote: Remote, what: str, command: list[str], ttl_s: int) -> None:
         self._remote = remote
         self._what = what
         self._command = command
+        self._ttl_s = ttl_s
         self._process: asyncio.subprocess.Process | None = None
         self._ended_by: signal.Signals | None = None
         self._over = False  # the command has ended: what is left to do is quick
@@ -178,8 +181,15 @@ class _Holding:
             code = ended.result()
             return code if code >= 0 else BY_SIGNAL - code
         self._shout("; ending the command and everything that it started")
-        await _end_descendants()
-        await ended
+        survivors = await end_descendants(terminate_s(self._ttl_s))
+        await asyncio.wait({ended}, timeout=GONE_S)
+        if survivors:
+            print(
+                f"dengine: process {', '.join(map(str, survivors))} could not be ended and goes on "
+                f"without {self._what}",
+                file=sys.stderr,
+                flush=True,
+            )
         return FAILED
 
     def _shout(self, consequence: str) -> None:
@@ -198,11 +208,21 @@ def _end_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-async def _end_descendants() -> None:
-    """SIGTERM to everything below this process, then SIGKILL until nothing is left."""
+def terminate_s(ttl_s: float) -> float:
+    """From SIGTERM to SIGKILL: what ignores the first has to be gone before another may hold the
+    lock, which is `margin_s` after we hear that it is lost.
+    """
+    return min(TERMINATE_MAX_S, margin_s(ttl_s) / 2)
+
+
+async def end_descendants(terminate_s: float) -> list[int]:
+    """SIGTERM to everything below this process, then SIGKILL until nothing is left.
+
+    Returns: the processes that are still there, which the kernel holds up or which are not ours.
+    """
     _signal_all(signal.SIGTERM)
     loop = asyncio.get_running_loop()
-    until = loop.time() + TERMINATE_S
+    until = loop.time() + terminate_s
     while any(_descendants()):
         if loop.time() >= until:
             break
@@ -211,6 +231,7 @@ async def _end_descendants() -> None:
     while any(_descendants()) and loop.time() < until:
         _signal_all(signal.SIGKILL)
         await asyncio.sleep(0.02)
+    return list(_descendants())
 
 
 def _signal_all(number: signal.Signals) -> None:
