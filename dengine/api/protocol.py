@@ -17,6 +17,7 @@ import resource
 import time
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
@@ -54,33 +55,9 @@ MAX_CONNECTIONS = 16_384
 SPARE_FILES = 128  # descriptors kept for the disk and for peers when the limit is lower
 ALL_METHODS = "GET, HEAD, PUT, POST, DELETE, OPTIONS"
 
-_REASONS = {
-    200: b"OK",
-    202: b"Accepted",
-    204: b"No Content",
-    304: b"Not Modified",
-    400: b"Bad Request",
-    401: b"Unauthorized",
-    403: b"Forbidden",
-    404: b"Not Found",
-    405: b"Method Not Allowed",
-    409: b"Conflict",
-    410: b"Gone",
-    411: b"Length Required",
-    412: b"Precondition Failed",
-    413: b"Content Too Large",
-    414: b"URI Too Long",
-    415: b"Unsupported Media Type",
-    416: b"Range Not Satisfiable",
-    422: b"Unprocessable Content",
-    429: b"Too Many Requests",
-    431: b"Request Header Fields Too Large",
-    500: b"Internal Server Error",
-    503: b"Service Unavailable",
-    504: b"Gateway Timeout",
-    507: b"Insufficient Storage",
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
-_STATUS_LINES = {code: b"HTTP/1.1 %d %s\r\n" % (code, text) for code, text in _REASONS.items()}
 
 _date_second = 0
 _date_line = b""
