@@ -233,6 +233,21 @@ def test_a_listing_follows_its_pages(serving: Serving) -> None:
     assert (whole["count"], whole["revision"], whole["next"]) == (2, 6, None)
 
 
+def test_names_are_printed_page_by_page(serving: Serving) -> None:
+    """None of them is kept: what came before a page that fails is printed."""
+
+    def script(asked: Asked) -> Answer:
+        if "after" in asked.target:
+            return refusal("invalid_request", 400, retryable=False, outcome="none")
+        row = {"key": "a/1", "mod_revision": 1, "create_revision": 1, "version": 1}
+        return as_json({"revision": 5, "items": [row], "count": 1, "next": "dG9rZW4="})
+
+    server = serving(script)
+    done = dengine("list", "a/", "--keys-only", "--endpoint", server.endpoint)
+    assert done.returncode == 1
+    assert done.stdout.decode().splitlines() == ["a/1"]
+
+
 # --- Where a request goes, and whether it is sent again
 
 

@@ -143,7 +143,7 @@ def test_watch_for_programs(served: ClusterThread, commands: Commands) -> None:
     watching = commands.start("watch", "k", "--from-revision", "1", "--json")
     assert json.loads(line(watching.stdout)) == {
         "revision": 1,
-        "events": [{"type": "put", "key": "k", "value": "1"}],
+        "events": [{"type": "put", "key": "k", "value": "1", "created": True}],
     }
     served.do(lambda cluster: cluster.state.compact(100))
     refused = commands.run("watch", "k", "--from-revision", "1")
@@ -324,6 +324,9 @@ def test_an_election(served: ClusterThread, commands: Commands) -> None:
     first = commands.start("elect", "sched", "host-a")
     held = line(first.stdout)
     assert held.startswith("leadership of 'sched': held, token ")
+    as_json = commands.start("elect", "sched", "--observe", "--json")
+    token = int(held.split()[-1])
+    assert json.loads(line(as_json.stdout)) == {"leader": {"value": "host-a", "token": token}}
     assert line(observing.stdout) == f"host-a leads (token {held.split()[-1]})"
     second = commands.start("elect", "sched", "host-b", "--", "sh", "-c", "exit 3")
     first.send_signal(signal.SIGINT)
@@ -336,6 +339,7 @@ def test_an_election(served: ClusterThread, commands: Commands) -> None:
     assert observing.wait(WAIT_S) == 130
     assert commands.run("elect", "sched").returncode == 2
     assert commands.run("elect", "sched", "x", "--observe").returncode == 2
+    assert commands.run("elect", "sched", "x", "--json").returncode == 2
 
 
 def test_a_lost_leadership_is_loud(served: ClusterThread, commands: Commands) -> None:

@@ -83,15 +83,17 @@ def list_keys(args: Namespace, remote: Remote) -> int:
         else:
             print(reply["count"])
         return 0
+    if args.keys_only and not args.json:  # as many as there are, and none of them kept
+        for page in _pages(args, remote):
+            for item in page["items"]:
+                print(printable(item_bytes(item, "key")))
+        return 0
     items: list[dict[str, Any]] = []
-    page: dict[str, Any] = {}
+    page = {}
     for page in _pages(args, remote):
         items.extend(page["items"])
     if args.json:
         print_json({**page, "items": items, "count": len(items)})
-    elif args.keys_only:
-        for item in items:
-            print(printable(item_bytes(item, "key")))
     else:
         rows = [
             (

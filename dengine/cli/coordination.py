@@ -90,6 +90,7 @@ def add_commands(add: Add, subcommands: Subcommands, endpoints: str) -> None:
     elect.add_argument("name", type=arguments.lock_name)
     elect.add_argument("value", nargs="?", help="what others learn of the leader")
     elect.add_argument("--observe", action="store_true", help="only print who leads")
+    elect.add_argument("--json", action="store_true", help="with --observe: one object per line")
     _add_holding(elect)
     elect.set_defaults(run=_elect, command=[])
 
@@ -238,6 +239,9 @@ def _elect(args: argparse.Namespace, remote: Remote) -> int:
             print("dengine: --observe takes neither VALUE nor COMMAND", file=sys.stderr)
             return USAGE
         return observe(args, remote)
+    if args.json:
+        print("dengine: --json goes with --observe", file=sys.stderr)
+        return USAGE
     if args.value is None:
         print("dengine: VALUE is missing: what others learn of the leader", file=sys.stderr)
         return USAGE

@@ -17,6 +17,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dengine.cli.commands import print_json_line, printable, shortened
 from dengine.cli.remote import Remote
@@ -64,9 +65,9 @@ def _show(change: Change, *, as_json: bool) -> None:
     if as_json:
         events = []
         for event in change.events:
-            shown = {"type": event.type, **json_bytes("key", event.key)}
+            shown: dict[str, Any] = {"type": event.type, **json_bytes("key", event.key)}
             if event.value is not None:
-                shown |= json_bytes("value", event.value)
+                shown |= {**json_bytes("value", event.value), "created": event.created}
             if event.prev is not None:
                 shown |= json_bytes("prev", event.prev)
             events.append(shown)
@@ -87,7 +88,10 @@ def observe(args: Namespace, remote: Remote) -> int:
     async def follow() -> None:
         async with _client(remote) as client:
             async for leader in client.election(os.fsencode(args.name)).observe():
-                if leader is None:
+                if args.json:
+                    known = leader and {**json_bytes("value", leader.value), "token": leader.token}
+                    print_json_line({"leader": known})
+                elif leader is None:
                     print("nobody leads", flush=True)
                 else:
                     print(f"{printable(leader.value)} leads (token {leader.token})", flush=True)

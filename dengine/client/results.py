@@ -163,13 +163,14 @@ class LeaseInfo:
 @dataclass(frozen=True, slots=True)
 class Event:
     """One key changed. `value` is None unless it was put; `prev` is what it was before, if asked
-    for and if it was.
+    for and if it was. `created`: there was no such key before.
     """
 
     type: EventType
     key: bytes
     value: bytes | None
     prev: bytes | None = None
+    created: bool = False
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Event:
@@ -181,7 +182,7 @@ class Event:
             raise ValueError(f"an event of the unknown type {kind!r}")
         before = field_bytes(fields, "prev")
         value = (field_bytes(fields, "value") or b"") if kind == "put" else None
-        return Event(kind, key, value, before)
+        return Event(kind, key, value, before, bool(fields.get("created", False)))
 
 
 @dataclass(frozen=True, slots=True)

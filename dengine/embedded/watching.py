@@ -139,6 +139,7 @@ class Watch:
                     event.key,
                     None if event.record is None else event.record.value,
                     None if event.prev is None else event.prev.value,
+                    event.record is not None and event.record.version == 1,
                 )
                 for event in changes.events
             ),

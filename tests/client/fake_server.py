@@ -222,7 +222,7 @@ def change(revision: int, events: list[Happened], prev: bool) -> str:
     for event in events:
         fields: dict[str, Any] = {"type": event.type, **named("key", event.key)}
         if event.value is not None:
-            fields |= named("value", event.value)
+            fields |= {**named("value", event.value), "created": event.prev is None}
         if prev and event.prev is not None:
             fields |= named("prev", event.prev)
         shown.append(fields)

@@ -63,13 +63,16 @@ def test_what_happens_is_told_as_it_happened() -> None:
             await client.delete(prefix="a/1")
             await client.put("a/2", b"gone", ttl_s=5)
             assert await take(watch, 5) == [
-                Change(2, (Event("put", b"a/1", b"\xff", None),)),
+                Change(2, (Event("put", b"a/1", b"\xff", None, True),)),
                 Change(
                     4,
-                    (Event("put", b"a/1", b"2", b"\xff"), Event("put", b"a/\xfe", b"", None)),
+                    (
+                        Event("put", b"a/1", b"2", b"\xff"),
+                        Event("put", b"a/\xfe", b"", None, created=True),
+                    ),
                 ),
                 Change(5, (Event("delete", b"a/1", None, b"2"),)),
-                Change(6, (Event("put", b"a/2", b"gone", None),)),
+                Change(6, (Event("put", b"a/2", b"gone", None, True),)),
                 Change(7, (Event("expire", b"a/2", None, b"gone"),)),
             ]
             assert watch.revision == 7

@@ -57,6 +57,7 @@ def test_a_watch(tmp_path: Path) -> None:
         async with engine.watch("a/1", from_revision=1) as watch:
             seen = [await next_of(watch) for _ in range(3)]
         assert [change.revision for change in seen] == [1, 3, 4]
+        assert [change.events[0].created for change in seen] == [True, False, False]
         assert {event.prev for change in seen for event in change.events} == {None}
         with pytest.raises(ValueError, match="a key or a prefix"):
             engine.watch()
