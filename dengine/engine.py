@@ -27,7 +27,7 @@ from dengine.client.elections import Election
 from dengine.client.leases import Lease
 from dengine.client.listing import Listing
 from dengine.client.locks import LOCKS, Lock
-from dengine.client.operations import Compare, Operation, only_reads
+from dengine.client.operations import Compare, Operation
 from dengine.client.results import DeleteResult, LeaseInfo, PutResult, TxnResult, Value
 from dengine.config import Config
 from dengine.embedded import commands
@@ -329,10 +329,7 @@ class Engine:
         """
         life = self._alive
         command = commands.txn(compare, success, failure, self._limits)
-        if idempotency_key is None and only_reads((*success, *failure)):
-            done = await life.calls.without_key(command, kv.TxnResult, "read", timeout_s)
-        else:
-            done = await life.calls.write(command, kv.TxnResult, idempotency_key, timeout_s)
+        done = await life.calls.write(command, kv.TxnResult, idempotency_key, timeout_s)
         return commands.txn_result(command, done, life.node.lifetimes)
 
     def watch(
@@ -421,7 +418,7 @@ class Engine:
             assert (await engine.keepalive_lease(granted.id)).ttl_s == 60
         """
         command = kv.LeaseKeepAlive(id)
-        done = await self._alive.calls.without_key(command, kv.LeaseResult, "renewal", timeout_s)
+        done = await self._alive.calls.write(command, kv.LeaseResult, None, timeout_s)
         return LeaseInfo(done.lease, done.ttl_s, None, ())
 
     async def revoke_lease(self, id: str, *, timeout_s: float | None = None) -> None:

@@ -206,6 +206,9 @@ def test_a_node_that_fails_is_a_failed_request(serving: Serving, name: str) -> N
     server = serving(refusal(name, 500, retryable=False, outcome="unknown"))
     done = dengine("get", "k", "--endpoint", server.endpoint)
     assert done.returncode == 1
+    assert f"({name}, outcome none)" in done.stderr.decode(), "a read has done nothing"
+    done = dengine("put", "k", "v", "--endpoint", server.endpoint)
+    assert done.returncode == 1
     assert f"({name}, outcome unknown)" in done.stderr.decode()
 
 

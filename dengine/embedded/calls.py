@@ -10,14 +10,24 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 from dengine.api.kv import refusal
 from dengine.client.attempts import Attempts, Kind
 from dengine.client.calls import WRITES_AT_ONCE
 from dengine.client.idempotency import IdempotencyKeys, Key
 from dengine.errors import DengineError, FatalError, Outcome, RequestTimeout
-from dengine.kv.commands import Effect, Full, Invalid, Mismatch, Result, Stale
+from dengine.kv.commands import (
+    Effect,
+    Full,
+    Get,
+    Invalid,
+    LeaseKeepAlive,
+    Mismatch,
+    Result,
+    Stale,
+    Txn,
+)
 from dengine.node.node import Node
 from dengine.node.writes import OnceKey, parse_once
 
@@ -95,7 +105,8 @@ class Calls:
         idempotency_key: str | None,
         timeout_s: float | None,
     ) -> R:
-        """Have `command` carried out, once, under its key or under one of this engine.
+        """Have `command` carried out, once, under its key or under one of this engine; without any
+        where it may be carried out more often, for a result under a key has to be remembered.
 
         Args:
             success: the type of its result when it was done; any other is a refusal.
@@ -106,37 +117,30 @@ class Calls:
         if idempotency_key is not None:
             parse_once(idempotency_key)  # before it waits for its turn
         deadline = self.deadline(timeout_s)
+        kind = "write" if idempotency_key is not None else _kind(command)
+        if kind != "write":
+            result = await self.repeat(lambda: self._ask(command, deadline, None), deadline, kind)
+        else:
+            result = await self._write_once(command, idempotency_key, deadline)
+        if not isinstance(result, success):
+            raise refusal(result)
+        return result
+
+    async def _write_once(
+        self, command: Effect, idempotency_key: str | None, deadline: float
+    ) -> Result:
         if self._turns.locked():
             await self._wait_turn(deadline)
         else:
             await self._turns.acquire()  # which waits for nothing
         key = self._keys.take() if idempotency_key is None else Key(idempotency_key)
         try:
-            result = await self.repeat(
+            return await self.repeat(
                 lambda: self._ask(command, deadline, parse_once(key.text)), deadline, "write", key
             )
         finally:
             key.done()
             self._turns.release()
-        if not isinstance(result, success):
-            raise refusal(result)
-        return result
-
-    async def without_key(
-        self,
-        command: Effect,
-        success: type[R],
-        kind: Literal["read", "renewal"],
-        timeout_s: float | None,
-    ) -> R:
-        """Have `command`, which may be carried out any number of times, carried out without a key
-        under which its result would be remembered. Raises as `write`.
-        """
-        deadline = self.deadline(timeout_s)
-        result = await self.repeat(lambda: self._ask(command, deadline, None), deadline, kind)
-        if not isinstance(result, success):
-            raise refusal(result)
-        return result
 
     async def repeat(
         self,
@@ -303,3 +307,13 @@ class Calls:
         self._limits.discard(limit)
         if not self._limits:
             self._idle.set()
+
+
+def _kind(command: Effect) -> Kind:
+    """What may be carried out more than once, and what changes nothing at all?"""
+    if isinstance(command, LeaseKeepAlive):
+        return "renewal"
+    if isinstance(command, Txn):
+        operations = (*command.success, *command.failure)
+        return "read" if all(isinstance(o, Get) for o in operations) else "write"
+    return "write"
