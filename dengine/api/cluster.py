@@ -216,7 +216,7 @@ def _some(change: dict[str, Any]) -> dict[str, Any]:
     return change
 
 
-_ID = Parameter("id", "node id", 2, True, "path")
+_ID = Parameter("id", "node id", 2, True, "path", minimum=1, maximum=2**32 - 1)
 _VIEW = Body(
     "the cluster as its leader sees it",
     {

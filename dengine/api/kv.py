@@ -24,6 +24,7 @@ from dengine.errors import (
     TooLarge,
 )
 from dengine.kv.commands import (
+    TTL_S_MAX,
     ConditionFailed,
     Delete,
     DeleteRange,
@@ -62,6 +63,7 @@ class KvCalls:
     def __init__(self, node: Node, config: Config, bodies: BodyReader) -> None:
         self._node = node
         self._limits = config.limits
+        self.page_max = config.limits.page
         self._default_consistency = config.read.default
         self._bodies = bodies
         self._loop = asyncio.get_running_loop()
@@ -315,11 +317,18 @@ _KEY = Parameter(
     "key", "1 to 511 bytes (longer: 413), percent-decoded once", "config/color", True, "path"
 )
 _KEY_BASE64 = Parameter("key_base64", "the key in base64: addresses any key at all", "Y29uZmln")
-_CONSISTENCY = Parameter("consistency", "linearizable, lease or eventual", "linearizable")
+_CONSISTENCY = Parameter(
+    "consistency",
+    "what a read sees; else read.default of the configuration",
+    "linearizable",
+    values=("linearizable", "lease", "eventual"),
+)
 _IF_MATCH = Parameter("If-Match", "revisions that may be current, or *", '"7"', place="header")
-_ABSENT = Parameter("If-None-Match", "*: only if the key does not exist", "*", place="header")
+_ABSENT = Parameter(
+    "If-None-Match", "*: only if the key does not exist", "*", place="header", values=("*",)
+)
 _KNOWN = Parameter("If-None-Match", "tags the client already has", '"7"', place="header")
-_TTL = Parameter("ttl", "seconds until the key expires, 1 to 315360000", 60)
+_TTL = Parameter("ttl", "seconds until the key expires", 60, minimum=1, maximum=TTL_S_MAX)
 _LEASE = Parameter("lease", "or the lease that it is attached to", "2f1-0-6c789e114b3c")
 IDEMPOTENT = Parameter(
     "Idempotency-Key",
@@ -410,7 +419,7 @@ def _single_key(calls: KvCalls) -> list[Route]:
 def _many_keys(calls: KvCalls) -> list[Route]:
     path = "/v1/kv"
     page = (
-        Parameter("limit", "rows per page, 1 to 1000", 100),
+        Parameter("limit", "rows per page", 100, minimum=1, maximum=calls.page_max),
         Parameter("after", "the `next` of the page before", "Y29uZmlnL2M"),
         Parameter("keys_only", "leave the values out", True),
         Parameter("count_only", "count all keys of the selection, list none", True),

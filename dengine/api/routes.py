@@ -22,19 +22,25 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A query parameter or header; `example` also tells its type."""
+    """A query parameter, header or part of the path; `example` also tells its type.
+
+    A number is from `minimum` to `maximum`, a text one of `values`, where these are given.
+    """
 
     name: str
     text: str
     example: str | int | bool
     required: bool = False
     place: str = "query"
+    minimum: int | None = None
+    maximum: int | None = None
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
     """What a call takes or answers. `example` is a JSON value, or text for other media types.
-    `shape` is the struct that a JSON body is decoded as, where there is one.
+    `shape` is the struct that a JSON body is decoded as, or that a reply is one of.
     """
 
     text: str

@@ -242,6 +242,45 @@ class TxnCalls:
         return row(operation.key, record, self._node.lifetimes.remaining_s(record))
 
 
+# --- the JSON of a reply, as it is described ------------------------------------------------------
+
+
+class ItemReply(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    key: str | msgspec.UnsetType = msgspec.UNSET
+    key_base64: str | msgspec.UnsetType = msgspec.UNSET
+    value: str | msgspec.UnsetType = msgspec.UNSET
+    value_base64: str | msgspec.UnsetType = msgspec.UNSET
+    mod_revision: int
+    create_revision: int
+    version: int
+    ttl: int | None
+    lease: str | None
+
+
+class PutReply(msgspec.Struct, forbid_unknown_fields=True, tag_field="op", tag="put"):
+    created: bool
+
+
+class GetReply(msgspec.Struct, forbid_unknown_fields=True, tag_field="op", tag="get"):
+    item: ItemReply | None
+
+
+class DeleteReply(msgspec.Struct, forbid_unknown_fields=True, tag_field="op", tag="delete"):
+    deleted: int
+
+
+class DeleteRangeReply(
+    msgspec.Struct, forbid_unknown_fields=True, tag_field="op", tag="delete_range"
+):
+    deleted: int
+
+
+class TxnReply(msgspec.Struct, forbid_unknown_fields=True):
+    revision: int
+    succeeded: bool
+    results: list[PutReply | GetReply | DeleteReply | DeleteRangeReply]
+
+
 _EXAMPLE = {
     "compare": [{"key": "accounts/a", "target": "value", "op": "=", "operand": "5"}],
     "success": [
@@ -265,11 +304,12 @@ def routes(calls: TxnCalls) -> list[Route]:
             "/v1/txn",
             calls.txn,
             "Compare, then change several keys at once",
-            {200: Body("one branch was carried out, as one change", _DONE)},
+            {200: Body("one branch was carried out, as one change", _DONE, shape=TxnReply)},
             (IDEMPOTENT,),
             body=Body(
                 "comparisons, and operations for each outcome (limits.txn_ops, 128): put, get, "
-                "delete, delete_range. A key that does not exist has mod_revision and version 0.",
+                "delete, delete_range. A key that does not exist has mod_revision and version 0. "
+                "What it reads has at most 4 MiB, and 64 KiB with an Idempotency-Key.",
                 _EXAMPLE,
                 shape=TxnJson,
             ),

@@ -144,7 +144,11 @@ def routes(calls: WatchCalls) -> list[Route]:
                 Parameter("key", "this key", "config/color"),
                 Parameter("prefix", "or all keys that begin with this; empty: all", "config/"),
                 Parameter(
-                    "from_revision", "the first revision that is wanted; else from now on", 7
+                    "from_revision",
+                    "the first revision that is wanted; else from now on",
+                    7,
+                    minimum=1,
+                    maximum=REVISION_MAX,
                 ),
                 Parameter("prev", "with the values that were there before", True),
                 Parameter(

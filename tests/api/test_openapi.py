@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import requests
 import schemathesis
@@ -22,8 +23,10 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
+from dengine.api import txn
 from dengine.config import parse_address
 from tests.api.conftest import start_node
+from tests.api.raw import Wire
 from tests.cluster import Cluster, ServeProcess
 
 SEED = int(os.environ.get("DENGINE_OPENAPI_SEED", random.SystemRandom().randrange(2**32)))
@@ -80,6 +83,79 @@ def test_no_request_gets_an_answer_that_is_not_documented(target: ServeProcess) 
     assert target.running, target.tail()
     assert target.ready()
     assert "Traceback" not in target.output(), target.tail()
+
+
+def _operations(document: Any) -> Iterator[dict[str, Any]]:
+    for path in document["paths"].values():
+        yield from path.values()
+
+
+def test_parameters_say_what_they_may_be(client: Wire) -> None:
+    document = client.request("GET", "/v1/openapi.json").json()
+    found = {
+        parameter["name"]: parameter["schema"]
+        for operation in _operations(document)
+        for parameter in operation["parameters"]
+    }
+    assert found["consistency"]["enum"] == ["linearizable", "lease", "eventual"]
+    ranges = {
+        name: (schema.get("minimum"), schema.get("maximum"))
+        for name, schema in found.items()
+        if schema["type"] == "integer"
+    }
+    assert ranges == {
+        "Dengine-Timeout-Ms": (100, 60_000),
+        "from_revision": (1, 2**63 - 2),
+        "id": (1, 2**32 - 1),
+        "lag": (0, 2**63 - 1),
+        "limit": (1, 1000),
+        "ttl": (1, 315_360_000),
+    }
+    for value in (0, 1001):
+        assert client.request("GET", f"/v1/kv?limit={value}").status == 400
+    for value in (0, 315_360_001):
+        assert client.request("PUT", f"/v1/kv/k?ttl={value}", b"").status == 400
+
+
+def test_every_error_has_an_example_and_says_what_it_carries(client: Wire) -> None:
+    document = client.request("GET", "/v1/openapi.json").json()
+    known = set(document["components"]["schemas"]["Error"]["properties"])
+    for operation in _operations(document):
+        replies = operation["responses"]
+        assert {"429", "500"} <= set(replies)
+        for status, reply in replies.items():
+            if int(status) < 400:
+                continue
+            content = reply["content"]["application/json"]
+            assert set(content["example"]) <= known
+            assert content["example"]["message"]
+            details = {"410": "compact_revision", "412": "current_revision"}.get(status)
+            if details:
+                assert content["schema"]["allOf"][1]["required"] == [details]
+                assert details in content["example"]
+    client.request("PUT", "/v1/kv/k", b"")
+    failed = client.request("PUT", "/v1/kv/k", b"", "If-None-Match: *\r\n")
+    assert set(failed.json()) <= known
+
+
+def test_the_results_of_a_transaction_are_described(client: Wire) -> None:
+    """Of every operation, and nothing else comes: the described structs decode a real answer."""
+    operations = [
+        {"op": "put", "key": "described/a", "value": "v"},
+        {"op": "get", "key": "described/a"},
+        {"op": "get", "key": "described/none"},
+        {"op": "put", "key_base64": "/w==", "value_base64": "/w==", "ttl": 60},
+        {"op": "get", "key_base64": "/w=="},
+        {"op": "delete", "key_base64": "/w=="},
+        {"op": "delete_range", "prefix": "described/"},
+    ]
+    reply = client.json("POST", "/v1/txn", {"success": operations})
+    assert reply.status == 200
+    done = msgspec.json.decode(reply.body, type=txn.TxnReply)
+    assert len(done.results) == len(operations)
+    document = client.request("GET", "/v1/openapi.json").json()
+    schema = document["paths"]["/v1/txn"]["post"]["responses"]["200"]["content"]
+    assert schema["application/json"]["schema"] == {"$ref": "#/components/schemas/TxnReply"}
 
 
 def _exchange(case: Case, session: requests.Session) -> int:
