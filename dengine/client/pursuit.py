@@ -186,8 +186,7 @@ class Pursuit:
             if task.cancelled():
                 raise closed(self._attempts.outcome)
             reply = task.result()
-        except ClientClosed:
-            self._attempts.did_nothing(attempt)
+        except ClientClosed:  # before it was sent, or as it was cancelled just now
             raise closed(self._attempts.outcome) from None
         except Unanswered as failure:
             if not failure.sent:
