@@ -94,6 +94,7 @@ PURE = [
             "if value and (",
             "test_a_short_secret_is_refused",
         ),
+        ("if mode is not None and mode & 0o077:", "if False:", "test_each_guard_of_the_gate"),
     ),
     *of(
         "plugins/plugin_utils/faults.py",

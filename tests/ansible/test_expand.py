@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import stat
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,8 @@ def test_one_node_becomes_three_under_four_writers_through_three_kills_of_the_ru
     assert site.voters() == [1]
     first_pid = site.pid("n1")
 
+    arguments = Arguments()
+    arguments.start()
     clients = site.clients()
     watch = Watch(clients, site.endpoint("n1"))
     writers = [Writer(clients, f"w{i}", PER_SECOND) for i in range(WRITERS)]
@@ -92,9 +96,13 @@ def test_one_node_becomes_three_under_four_writers_through_three_kills_of_the_ru
     assert site.pid("n1") == first_pid
 
     said += again.output
+    arguments_seen = arguments.stop()
+    assert any(b"ansible-playbook" in line for line in arguments_seen)
+    assert any(line.startswith(b"/bin/sh\0-c\0") for line in arguments_seen), "nothing on a host"
     for name, secret in site.secrets.items():
         assert len(secret) >= 32
         assert secret not in said, f"{name} was shown"
+        assert not [line for line in arguments_seen if secret.encode() in line], name
         # Everything that a run leaves: the hosts, the controller's own directory, remote ones.
         files = [p for p in site.directory.rglob("*") if p.is_file() and "db" not in p.parts]
         holders = [p for p in files if secret.encode() in p.read_bytes()]
@@ -221,6 +229,26 @@ def tasks_of(site: Local, playbook: str) -> list[Task]:
     file = site.directory / "tasks.txt"
     site.play(playbook, TASKS_FILE=str(file)).ok()
     return read_tasks(file)
+
+
+class Arguments(threading.Thread):
+    """The command lines of all processes of this machine, looked at again and again."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen: set[bytes] = set()
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopping.wait(0.02):  # the pace of looking
+            for file in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):  # it has ended
+                    self.seen.add(file.read_bytes())
+
+    def stop(self) -> set[bytes]:
+        self._stopping.set()
+        self.join(20)
+        return self.seen
 
 
 class Single:

@@ -240,6 +240,17 @@ def test_the_gate_refuses_within_seconds_and_touches_no_host(site: Local) -> Non
     assert not site.state.exists()
 
 
+def test_secrets_that_others_can_read_are_not_used(site: Local) -> None:
+    """As ssh does with a key: whoever can log in to the controller would have the cluster."""
+    site.state.mkdir()
+    file = site.state / "secrets.json"
+    file.write_text(json.dumps({"peer_secret": "p" * 48, "token": "t" * 48}))
+    file.chmod(0o644)
+    output = site.play("expand").failed().output
+    assert f"Run: chmod 0600 {file}" in " ".join(output.split())
+    assert list(site.state.iterdir()) == [file]
+
+
 def test_one_zone_file_of_production_alone_is_refused(tmp_path: Path) -> None:
     """With one of the three files the quorum would be counted wrongly."""
     shutil.copytree(ROOT / "inventories" / "production", tmp_path / "production")

@@ -69,6 +69,8 @@ def test_a_sound_inventory_has_no_problems_and_an_order() -> None:
         ),
         ({}, {"config": {"cluster": {"node_id": 7}}}, "dengine_config sets cluster.node_id"),
         ({}, {"secrets": {"token": "CHANGE-ME"}}, "dengine_token has fewer than 32 characters"),
+        ({}, {"secrets_file": ["s.json", 0o640]}, "s.json has mode 0640"),
+        ({}, {"secrets_file": ["s.json", 0o604]}, "Run: chmod 0600 s.json"),
     ],
 )
 def test_each_guard_of_the_gate(
@@ -95,6 +97,8 @@ def test_what_is_meant_is_let_through() -> None:
     for host in values:
         values[host].update(dengine_address="127.0.0.1", dengine_zone=host)
     assert problems(values, zones=[], local=True) == []
+    for mode in (0o600, 0o400, None):
+        assert problems(hostvars(), secrets_file=["s.json", mode]) == []
 
 
 # --- the plan ----------------------------------------------------------------------------------

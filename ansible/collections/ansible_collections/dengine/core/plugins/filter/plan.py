@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 from ansible_collections.dengine.core.plugins.plugin_utils import inventory, plan, report, rows
+
+
+def file_mode(path):
+    """The permissions of a file on the controller; None where there is none."""
+    try:
+        return os.stat(path).st_mode & 0o7777
+    except FileNotFoundError:
+        return None
 
 
 class FilterModule:
     def filters(self):
         return {
+            "file_mode": file_mode,
             "topology": inventory.topology,
             "observed": inventory.observed,
             "inventory_problems": inventory.inventory_problems,

@@ -80,7 +80,8 @@ def inventory_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> 
 
     `options`: target, limit (what --limit said), zones (that must all be there), shared_zones,
     local (all on one machine), secrets (peer_secret and token where the inventory sets them),
-    paths (by variable what it is and what it has to be). No target: nothing is to grow.
+    secrets_file (where generated ones are kept, and its mode or None), paths (by variable what it
+    is and what it has to be). No target: nothing is to grow.
     """
     problems = []
     if options.get("limit") not in (None, "", "all"):
@@ -104,6 +105,12 @@ def inventory_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> 
                 f"dengine_{name} has fewer than {MIN_SECRET} characters: leave it out to have one "
                 "generated, or set it to the output of `openssl rand -hex 32` in the vault file"
             )
+    file, mode = options.get("secrets_file") or ("", None)
+    if mode is not None and mode & 0o077:
+        problems.append(
+            f"{file} has mode {mode:04o}: it holds the secrets of the cluster, and is for its "
+            f"owner only. Run: chmod 0600 {file}"
+        )
     return problems
 
 
