@@ -583,6 +583,11 @@ PURE = [
             "'token': ''",
             "test_the_gate_asks_for_everything_that_may_be_wrong",
         ),
+        (
+            "'secrets_file': [dengine_secrets_file, dengine_secrets_file | dengine.core.file_mode]",
+            "'secrets_file': none",
+            "test_the_gate_looks_at_the_file_of_the_secrets",
+        ),
         ("when: gate_lock | bool", "when: false", "test_only_who_has_the_run_lock_goes_on"),
     ),
     *of(

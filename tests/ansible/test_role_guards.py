@@ -83,6 +83,7 @@ def gate(**more: Any) -> bool:
         "dengine_nodes": nodes, "gate_target": 3, "ansible_limit": "", "dengine_zones": [],
         "dengine_shared_zones": False, "dengine_config": {}, "dengine_is_process": False,
         "gate_paths": {}, "dengine_peer_secret": "", "dengine_token": "",
+        "dengine_secrets_file": "/nowhere/secrets.json",
     }  # fmt: skip
     return stops("gate", "main", "The inventory is right", **{**sound, **more})
 
@@ -109,6 +110,14 @@ def test_an_older_ansible_is_refused() -> None:
 def test_the_gate_asks_for_everything_that_may_be_wrong(wrong: dict[str, Any]) -> None:
     assert not gate()
     assert gate(**wrong)
+
+
+def test_the_gate_looks_at_the_file_of_the_secrets(tmp_path: Path) -> None:
+    file = tmp_path / "secrets.json"
+    file.touch()
+    for mode, refused in ((0o600, False), (0o644, True)):
+        file.chmod(mode)
+        assert gate(dengine_secrets_file=str(file)) is refused
 
 
 def test_only_who_has_the_run_lock_goes_on() -> None:
