@@ -22,6 +22,7 @@ from tests.simulation.rotation import commit_number
 OLD_PYTHON = "import sys\nsys.version_info = (3, 9, 2, 'final', 0)\n"
 OLD_SYSTEMD = "import os\nos.environ['PATH'] = '/opt/test/bin:' + os.environ['PATH']\n"
 OTHER_MACHINE = "import platform\nplatform.machine = lambda: 'riscv64'\n"
+INTERPRETERS = {"python": OLD_PYTHON, "architecture": OTHER_MACHINE, "systemd": OLD_SYSTEMD}
 LIBFAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")  # Debian's faketime
 SLOW_CLOCK = "LD_PRELOAD=/opt/test/libfaketime.so.1 FAKETIME=-5s DONT_FAKE_MONOTONIC=1"
 
@@ -158,15 +159,12 @@ def test_a_clock_that_is_five_seconds_behind_fails_its_row(single: Site) -> None
     interpreter_fails_row(single, "clock_offset", SLOW_CLOCK, ("n1", "n2", "n3"))
 
 
-@pytest.mark.parametrize(
-    ("check", "code"),
-    [("python", OLD_PYTHON), ("architecture", OTHER_MACHINE), ("systemd", OLD_SYSTEMD)],
-)
-def test_a_wrong_interpreter_fails_its_row(single: Site, check: str, code: str) -> None:
+@pytest.mark.parametrize("check", INTERPRETERS)
+def test_a_wrong_interpreter_fails_its_row(single: Site, check: str) -> None:
     """A Python or a systemd too old, a machine nobody has wheels for."""
     machine = single.machines[3]
     machine.run("mkdir -p /opt/test/bin")
-    machine.write("/opt/test/sitecustomize.py", code)
+    machine.write("/opt/test/sitecustomize.py", INTERPRETERS[check])
     machine.write("/opt/test/bin/systemctl", "#!/bin/sh\necho systemd 241\n", "0755")
     interpreter_fails_row(single, check, "PYTHONPATH=/opt/test")
 
