@@ -23,7 +23,7 @@ from tests.simulation.run import Tally, examine, explain, narrow_down, run_seed,
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = float(os.environ.get("DENGINE_SIM_SECONDS") or 360)
 HALVES = (0, 1)  # each for one core
-RARE_SEEDS = range(300)  # the same in every run; it takes far fewer to see everything once
+RARE_SEEDS = range(600)  # the same in every run; it takes fewer to see everything once
 
 # What must have happened in some of them, or the faults do not reach where they should.
 SOMETIMES = (
