@@ -54,7 +54,13 @@ class Admission:
 
     @property
     def cluster_id(self) -> str:
-        return self._directory.identity.cluster_id
+        """Empty until this node has founded or joined one. A founder speaks of its cluster from the
+        moment that the founding entry is durable, which is before the identity on disk names it:
+        whoever it has let in meanwhile would otherwise meet an empty directory, and end it."""
+        known = self._directory.identity.cluster_id
+        if known or not self._raft.log.stable_index:
+            return known
+        return self._raft.committed_membership.cluster_id
 
     def hello(self, expects: int | None, dialled: str) -> Hello:
         """What this node says of itself in one handshake."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from dengine.config import read
 from dengine.errors import IdentityError
 from dengine.kv.commands import COMMAND_VERSION
+from dengine.node.addresses import AddressBook
+from dengine.node.admission import Admission
 from dengine.node.founding import Founding
 from dengine.node.wire import PROTOCOL_VERSION, Hello
 from dengine.raft.types import MemberId
+from dengine.storage.directory import DataDirectory
 from tests.cluster import config_text
-from tests.raft.harness import A, B, C
+from tests.raft.harness import A, B, C, leader, membership
 
 
 def founding_of(tmp_path: Path, *ids: int) -> Founding:
@@ -64,3 +68,27 @@ def test_alone_a_founder_believes_whoever_expects_it(tmp_path: Path) -> None:
     founding = founding_of(tmp_path, 1)
     with pytest.raises(IdentityError, match="set role = 3 to join"):
         founding.offer(hello(B))
+
+
+def test_a_founder_is_not_ended_by_whom_it_has_just_let_in(tmp_path: Path) -> None:
+    """With its founding entry durable it leads and lets others in; that its identity on disk names
+    the cluster comes a moment later, and somebody may be that fast."""
+    raft = leader(A, membership(A)).raft
+    (tmp_path / "n1.toml").write_text(config_text(1, {1: 9081}, 0, 2), encoding="utf-8")
+    config, ended = read(tmp_path / "n1.toml", {}), list[BaseException]()
+    admission = Admission(
+        config,
+        DataDirectory.open(tmp_path / "db", 1),
+        raft,
+        AddressBook(config),
+        Founding(config, A),
+        connected=lambda _: None,
+        fail=ended.append,
+    )
+    joined = msgspec.structs.replace(hello(B), cluster_id=raft.membership.cluster_id)
+    assert admission.admit(joined, "10.0.0.2") is None
+    assert admission.hello(2, "").cluster_id == raft.membership.cluster_id
+    assert not ended
+
+    assert admission.admit(hello(B), "10.0.0.2") is not None, "another cluster"
+    assert not ended
