@@ -124,7 +124,7 @@ class Watch:
 
         source = await self._calls.repeat(attempt, deadline, "read")
         if not self._placed:
-            self.revision = source.position - 1
+            self.revision = source.first - 1
         self._placed = self._begun = True
         if self._ended:  # closed meanwhile
             source.close()
@@ -139,7 +139,7 @@ class Watch:
                     event.key,
                     None if event.record is None else event.record.value,
                     None if event.prev is None else event.prev.value,
-                    event.record is not None and event.record.version == 1,
+                    event.created,
                 )
                 for event in changes.events
             ),

@@ -11,6 +11,7 @@ import pytest
 import uvloop
 
 import dengine
+from dengine.client.operations import Put
 from dengine.client.results import Change, Event
 from dengine.embedded import news
 from dengine.embedded.news import Leadership
@@ -52,6 +53,9 @@ def test_a_watch(tmp_path: Path) -> None:
             assert await next_of(watch) == Change(3, (Event("put", b"a/1", b"new", b"old"),))
             assert await next_of(watch) == Change(4, (Event("delete", b"a/1", None, b"new"),))
             assert watch.revision == 4
+            await engine.txn([], success=[Put("a/2", b"1"), Put("a/2", b"2")])
+            twice = Event("put", b"a/2", b"2", created=True)
+            assert await next_of(watch) == Change(5, (twice,)), "a key that was put twice is new"
         with pytest.raises(StopAsyncIteration):
             await anext(watch)
         async with engine.watch("a/1", from_revision=1) as watch:
