@@ -11,6 +11,7 @@ as a part of 14: each change is of what the one before has left.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -81,6 +82,7 @@ class Promises:
         self._given_out: dict[str, None] = {}
         self._last: dict[bytes, Record | None] = {}  # as events have it
         self._due: list[tuple[int, int, bytes | str]] = []
+        self._count = itertools.count()  # names are of two types, and cannot be compared
         self._first: dict[bytes, tuple[Result, int]] = {}  # by mark, and when
         self._numbers: dict[str, int] = {}  # of the newest request of each client
         self._ahead_ms = float("inf")  # the least that any entry's clock was ahead of the truth
@@ -176,7 +178,7 @@ class Promises:
         return _Time(ttl_s, self.clock_ms + ttl_s * 1000 + 1, at_ns)
 
     def _remind(self, due_ms: int, name: bytes | str) -> None:
-        heapq.heappush(self._due, (due_ms, len(self._due), name))
+        heapq.heappush(self._due, (due_ms, next(self._count), name))
 
     def _let_go(self, key: bytes) -> None:
         life = self._lives.pop(key, None)
