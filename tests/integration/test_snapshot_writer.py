@@ -16,8 +16,8 @@ from tests.cluster import Cluster, ServeProcess, Writer, static_cluster, wait_fo
 VALUE = "x" * 2000
 KEYS = 600
 KEYS_AT_ONCE = 100
-# Slow, so that there is time to attack: a megabyte takes several seconds. The history holds what was
-# overwritten last, and so takes as much room each time.
+# Slow, so that there is time to attack: a megabyte takes several seconds. The history holds what
+# was overwritten last, and so takes as much room each time.
 SLOW = f"""
 [raft.snapshot]
 chunk_bytes = 4096
