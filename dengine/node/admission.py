@@ -54,13 +54,7 @@ class Admission:
 
     @property
     def cluster_id(self) -> str:
-        """Empty until this node has founded or joined one. A founder speaks of its cluster from the
-        moment that the founding entry is durable, which is before the identity on disk names it:
-        whoever it has let in meanwhile would otherwise meet an empty directory, and end it."""
-        known = self._directory.identity.cluster_id
-        if known or not self._raft.log.stable_index:
-            return known
-        return self._raft.committed_membership.cluster_id
+        return self._directory.identity.cluster_id
 
     def hello(self, expects: int | None, dialled: str) -> Hello:
         """What this node says of itself in one handshake."""
@@ -109,6 +103,10 @@ class Admission:
         return self._admit_member(theirs, host)
 
     def _admit_unfounded(self, theirs: Hello) -> Refused | None:
+        if theirs.cluster_id and theirs.cluster_id == self._raft.membership.cluster_id:
+            # Our own: the founding entry is durable and somebody was let in, all before the
+            # identity on disk names the cluster. To anyone else this directory would be empty.
+            return Refused("again", f"node {self._raft.me.id} has only just founded this cluster")
         try:
             useless = self._founding.offer(theirs)
         except IdentityError as error:

@@ -159,7 +159,7 @@ class Exchange:
         self.forwarding.disconnected(member)
 
     def _on_frame(self, sender: MemberId, frame: Frame) -> None:
-        if not self.admission.cluster_id:
+        if not self._directory.identity.cluster_id:
             # It has founded the cluster already: a new handshake will tell us so.
             self.peers.disconnect(sender.id, Refused("again", "not part of the cluster yet"))
             return

@@ -76,9 +76,10 @@ def test_a_founder_is_not_ended_by_whom_it_has_just_let_in(tmp_path: Path) -> No
     raft = leader(A, membership(A)).raft
     (tmp_path / "n1.toml").write_text(config_text(1, {1: 9081}, 0, 2), encoding="utf-8")
     config, ended = read(tmp_path / "n1.toml", {}), list[BaseException]()
+    directory = DataDirectory.open(tmp_path / "db", 1)
     admission = Admission(
         config,
-        DataDirectory.open(tmp_path / "db", 1),
+        directory,
         raft,
         AddressBook(config),
         Founding(config, A),
@@ -86,9 +87,10 @@ def test_a_founder_is_not_ended_by_whom_it_has_just_let_in(tmp_path: Path) -> No
         fail=ended.append,
     )
     joined = msgspec.structs.replace(hello(B), cluster_id=raft.membership.cluster_id)
-    assert admission.admit(joined, "10.0.0.2") is None
-    assert admission.hello(2, "").cluster_id == raft.membership.cluster_id
+    refused = admission.admit(joined, "10.0.0.2")
+    assert refused is not None
+    assert refused.reason == "again"
     assert not ended
 
-    assert admission.admit(hello(B), "10.0.0.2") is not None, "another cluster"
-    assert not ended
+    directory.set_cluster_id(raft.membership.cluster_id)
+    assert admission.admit(joined, "10.0.0.2") is None
