@@ -47,7 +47,7 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 # These start machines, are about how long clients wait, or record once for all tests of a file: one
 # after the other. All others share
 # both cores, and a process gets its next test when it has done one: some take very much longer.
-APART  := tests/crash_sweep tests/lab \
+APART  := tests/lab \
           $(patsubst %,tests/nemesis/test_%.py,faults machines nemesis) \
           $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough watch)
 SHARED := -n 2 --maxschedchunk 1

@@ -13,10 +13,16 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
+from dengine.config import Config
+from dengine.node.addresses import AddressBook
+from dengine.node.admission import Admission
+from dengine.node.founding import Founding
 from dengine.node.peers import Peers
 from dengine.node.wire import ForwardRequest, Frame, Hello, Refused, encode
+from dengine.raft.raft import Raft
 from dengine.raft.types import MemberId
 from dengine.security import PeerSecret
+from dengine.storage.directory import DataDirectory
 
 WAIT_S = 10.0
 STRANGER = MemberId(9, 1009)
@@ -43,6 +49,16 @@ async def until(condition: Callable[[], object], what: str, timeout_s: float = W
             raise AssertionError(f"waited {timeout_s} s for {what}")
         await asyncio.sleep(0.002)
     return loop.time() - start
+
+
+def admission_of(
+    config: Config, directory: DataDirectory, raft: Raft, fail: Callable[[BaseException], None]
+) -> Admission:
+    """Who is let in at node 1, which is `raft`; `fail` is told what ends the node."""
+    founding = Founding(config, raft.me)
+    return Admission(
+        config, directory, raft, AddressBook(config), founding, connected=lambda _: None, fail=fail
+    )
 
 
 def local_address(listener: socket.socket) -> str:

@@ -10,13 +10,12 @@ import pytest
 from dengine.config import read
 from dengine.errors import IdentityError
 from dengine.kv.commands import COMMAND_VERSION
-from dengine.node.addresses import AddressBook
-from dengine.node.admission import Admission
 from dengine.node.founding import Founding
 from dengine.node.wire import PROTOCOL_VERSION, Hello
 from dengine.raft.types import MemberId
 from dengine.storage.directory import DataDirectory
 from tests.cluster import config_text
+from tests.node.hosts import admission_of
 from tests.raft.harness import A, B, C, leader, membership
 
 
@@ -77,15 +76,7 @@ def test_a_founder_is_not_ended_by_whom_it_has_just_let_in(tmp_path: Path) -> No
     (tmp_path / "n1.toml").write_text(config_text(1, {1: 9081}, 0, 2), encoding="utf-8")
     config, ended = read(tmp_path / "n1.toml", {}), list[BaseException]()
     directory = DataDirectory.open(tmp_path / "db", 1)
-    admission = Admission(
-        config,
-        directory,
-        raft,
-        AddressBook(config),
-        Founding(config, A),
-        connected=lambda _: None,
-        fail=ended.append,
-    )
+    admission = admission_of(config, directory, raft, ended.append)
     joined = msgspec.structs.replace(hello(B), cluster_id=raft.membership.cluster_id)
     refused = admission.admit(joined, "10.0.0.2")
     assert refused is not None
