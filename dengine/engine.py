@@ -21,14 +21,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
-from dengine.client.calls import Match
 from dengine.client.client import Client, Consistency
-from dengine.client.elections import Election
+from dengine.client.encoding import Match
 from dengine.client.leases import Lease
-from dengine.client.listing import Listing
-from dengine.client.locks import LOCKS, Lock
-from dengine.client.operations import Compare, Operation
-from dengine.client.results import DeleteResult, LeaseInfo, PutResult, TxnResult, Value
+from dengine.client.locks import Election, Lock, named_lock
+from dengine.client.types import (
+    Compare,
+    DeleteResult,
+    LeaseInfo,
+    Listing,
+    Operation,
+    PutResult,
+    TxnResult,
+    Value,
+)
 from dengine.config import Config
 from dengine.embedded import commands
 from dengine.embedded.calls import EngineClosed
@@ -250,9 +256,8 @@ class Engine:
             assert (await engine.delete("session/7")).deleted == 1
             assert (await engine.delete(prefix="session/")).deleted == 0
         """
-        calls, bounds = self._alive.calls, (prefix, start, end)
-        command = commands.delete(key, bounds, all, if_match, self._limits)
-        done = await calls.write(command, kv.DeleteResult, idempotency_key, timeout_s)
+        command = commands.delete(key, (prefix, start, end), all, if_match, self._limits)
+        done = await self._alive.calls.write(command, kv.DeleteResult, idempotency_key, timeout_s)
         return DeleteResult(done.revision, done.deleted)
 
     def list(
@@ -327,10 +332,9 @@ class Engine:
             )
             assert done.succeeded and done.results[1].item.value == b"5"
         """
-        life = self._alive
         command = commands.txn(compare, success, failure, self._limits)
-        done = await life.calls.write(command, kv.TxnResult, idempotency_key, timeout_s)
-        return commands.txn_result(command, done, life.node.lifetimes)
+        done = await self._alive.calls.write(command, kv.TxnResult, idempotency_key, timeout_s)
+        return commands.txn_result(command, done, self._alive.node.lifetimes)
 
     def watch(
         self,
@@ -360,8 +364,6 @@ class Engine:
             assert (change.revision, change.events[0].value) == (put.revision, b"blue")
         """
         selected = commands.watched(key, prefix, self._limits)
-        if from_revision is not None and from_revision < 1:
-            raise ValueError(f"revisions begin at 1, not {from_revision}")
         return Watch(self._alive.node, self._alive.calls, selected, from_revision, prev)
 
     # --- leases, locks ----------------------------------------------------------------------------
@@ -384,8 +386,7 @@ class Engine:
             async with engine.lock("nightly-report") as lock:
                 assert lock.token > 0
         """
-        place = LOCKS + commands.checked_name(name) + b"/"
-        return Lock(self._as_client, place, b"", ttl_s, timeout_s)
+        return named_lock(self._as_client, name, ttl_s, timeout_s)
 
     def election(self, name: str | bytes) -> Election:
         """The election of that name, among apps: it is not about which node leads the cluster.
@@ -393,7 +394,7 @@ class Engine:
         Example:
             assert await engine.election("scheduler").leader() is None
         """
-        return Election(self._as_client, commands.checked_name(name))
+        return Election(self._as_client, name)
 
     async def grant_lease(self, ttl_s: int, *, timeout_s: float | None = None) -> LeaseInfo:
         """A lease that nobody keeps alive: for those who do that themselves. Raises as `put`.

@@ -13,7 +13,7 @@ import aiohttp
 from yarl import URL
 
 from dengine.cli.remote import Remote
-from dengine.client.targets import target
+from dengine.client.encoding import target
 from dengine.errors import ClusterUnavailable, DengineError
 
 REQUEST_TIMEOUT_S = 5.0

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dengine.cli.remote import Remote
-from dengine.client.idempotency import IdempotencyKeys, Key
-from dengine.client.targets import field_bytes, json_bytes, key_target, target
+from dengine.client.attempts import IdempotencyKeys, Key
+from dengine.client.encoding import field_bytes, json_bytes, key_target, target
 from dengine.errors import DengineError, InvalidRequest, KeyNotFound
 
 SHOWN_VALUE_CHARACTERS = 60

@@ -12,7 +12,7 @@ from typing import Any
 from dengine.cli import arguments
 from dengine.cli.commands import item_bytes, print_json, print_table, printable, write_key
 from dengine.cli.remote import Remote
-from dengine.client.targets import lease_target
+from dengine.client.encoding import lease_target
 from dengine.errors import DengineError, NotFound
 
 USAGE = 2

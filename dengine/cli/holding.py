@@ -22,8 +22,8 @@ from typing import Any
 from dengine.cli.commands import print_json_line, printable, shortened
 from dengine.cli.remote import Remote
 from dengine.client import Change, Client, Lock
+from dengine.client.encoding import json_bytes
 from dengine.client.leases import margin_s
-from dengine.client.targets import json_bytes
 
 FAILED = 1
 NO_COMMAND = 127  # as a shell says it

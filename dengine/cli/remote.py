@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dengine.client.attempts import Attempts, Kind
-from dengine.client.idempotency import Key
-from dengine.client.targets import parse_endpoint
+from dengine.client.attempts import Attempts, Key, Kind
+from dengine.client.encoding import parse_endpoint
 from dengine.errors import ClusterUnavailable, DengineError, RequestTimeout, from_dict
 from dengine.security import read_token
 

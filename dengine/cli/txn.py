@@ -11,7 +11,7 @@ from typing import Any
 
 from dengine.cli.commands import item_bytes, print_json, print_table, printable, write_key
 from dengine.cli.remote import Remote
-from dengine.client.targets import json_bytes
+from dengine.client.encoding import json_bytes
 from dengine.errors import InvalidRequest
 
 RELATIONS = ("=", "!=", "<", "<=", ">", ">=")

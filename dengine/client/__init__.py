@@ -14,40 +14,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dengine.client.client import Client as Client
-    from dengine.client.elections import Election as Election
-    from dengine.client.elections import Leader as Leader
-    from dengine.client.failures import ClientClosed as ClientClosed
-    from dengine.client.failures import LeaseLost as LeaseLost
-    from dengine.client.failures import LockLost as LockLost
     from dengine.client.leases import Lease as Lease
-    from dengine.client.listing import Listing as Listing
+    from dengine.client.leases import LeaseLost as LeaseLost
+    from dengine.client.locks import Election as Election
+    from dengine.client.locks import Leader as Leader
     from dengine.client.locks import Lock as Lock
-    from dengine.client.operations import Compare as Compare
-    from dengine.client.operations import Delete as Delete
-    from dengine.client.operations import DeleteRange as DeleteRange
-    from dengine.client.operations import Get as Get
-    from dengine.client.operations import Put as Put
-    from dengine.client.results import Change as Change
-    from dengine.client.results import DeleteResult as DeleteResult
-    from dengine.client.results import Event as Event
-    from dengine.client.results import Item as Item
-    from dengine.client.results import LeaseInfo as LeaseInfo
-    from dengine.client.results import Page as Page
-    from dengine.client.results import PutResult as PutResult
-    from dengine.client.results import TxnResult as TxnResult
-    from dengine.client.results import Value as Value
+    from dengine.client.locks import LockLost as LockLost
+    from dengine.client.transport import ClientClosed as ClientClosed
+    from dengine.client.types import Change as Change
+    from dengine.client.types import Compare as Compare
+    from dengine.client.types import Delete as Delete
+    from dengine.client.types import DeleteRange as DeleteRange
+    from dengine.client.types import DeleteResult as DeleteResult
+    from dengine.client.types import Event as Event
+    from dengine.client.types import Get as Get
+    from dengine.client.types import Item as Item
+    from dengine.client.types import LeaseInfo as LeaseInfo
+    from dengine.client.types import Listing as Listing
+    from dengine.client.types import Page as Page
+    from dengine.client.types import Put as Put
+    from dengine.client.types import PutResult as PutResult
+    from dengine.client.types import TxnResult as TxnResult
+    from dengine.client.types import Value as Value
     from dengine.client.watching import Watch as Watch
 
 _MODULES = {
     "client": ("Client",),
-    "elections": ("Election", "Leader"),
-    "failures": ("ClientClosed", "LeaseLost", "LockLost"),
-    "leases": ("Lease",),
-    "listing": ("Listing",),
-    "locks": ("Lock",),
-    "operations": ("Compare", "Delete", "DeleteRange", "Get", "Put"),
-    "results": (
-        *("Change", "DeleteResult", "Event", "Item", "LeaseInfo", "Page", "PutResult"),
+    "leases": ("Lease", "LeaseLost"),
+    "locks": ("Election", "Leader", "Lock", "LockLost"),
+    "transport": ("ClientClosed",),
+    "types": (
+        *("Compare", "Delete", "DeleteRange", "Get", "Put"),
+        *("Change", "DeleteResult", "Event", "Item", "LeaseInfo", "Listing", "Page", "PutResult"),
         *("TxnResult", "Value"),
     ),
     "watching": ("Watch",),

@@ -17,28 +17,38 @@ from typing import Any, Literal
 
 import orjson
 
-from dengine.client.calls import JSON, Calls, Match, conditions, selection
-from dengine.client.elections import Election
-from dengine.client.leases import Lease
-from dengine.client.listing import Listing
-from dengine.client.locks import LOCKS, Lock
-from dengine.client.nodes import Nodes, Prefer
-from dengine.client.operations import Compare, Operation, only_reads
-from dengine.client.results import DeleteResult, LeaseInfo, Page, PutResult, TxnResult, Value
-from dengine.client.targets import (
+from dengine.client.calls import JSON, Calls
+from dengine.client.encoding import (
+    Match,
     as_key,
     as_seconds,
     as_value,
+    conditions,
     key_target,
     lease_target,
+    selection,
     target,
 )
+from dengine.client.leases import Lease
+from dengine.client.locks import Election, Lock, named_lock
+from dengine.client.nodes import Nodes, Prefer
 from dengine.client.transport import Transport
+from dengine.client.types import (
+    Compare,
+    DeleteResult,
+    LeaseInfo,
+    Listing,
+    Operation,
+    Page,
+    PutResult,
+    TxnResult,
+    Value,
+    only_reads,
+)
 from dengine.client.watching import Watch
 from dengine.errors import KeyNotFound
 
 TIMEOUT_S = 10.0
-NAME_BYTES = 400  # of a lock; with what is around it, it has to fit into a key
 
 Consistency = Literal["linearizable", "lease", "eventual"]
 
@@ -400,7 +410,7 @@ class Client:
             async with client.lock("nightly-report") as lock:
                 assert lock.token > 0
         """
-        return Lock(self, LOCKS + _name(name) + b"/", b"", ttl_s, timeout_s)
+        return named_lock(self, name, ttl_s, timeout_s)
 
     def election(self, name: str | bytes) -> Election:
         """The election of that name: `campaign`, `leader`, `observe`.
@@ -408,7 +418,7 @@ class Client:
         Example:
             assert await client.election("scheduler").leader() is None
         """
-        return Election(self, _name(name))
+        return Election(self, name)
 
     async def grant_lease(self, ttl_s: int, *, timeout_s: float | None = None) -> LeaseInfo:
         """A lease that nobody keeps alive: for those who do that themselves. Raises as `put`.
@@ -460,10 +470,3 @@ class Client:
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """A task that ends with this client at the latest: for the helpers that it makes."""
         return self._transport.spawn(work, name)
-
-
-def _name(name: str | bytes) -> bytes:
-    data = as_key(name)
-    if not 0 < len(data) <= NAME_BYTES:
-        raise ValueError(f"a name has 1 to {NAME_BYTES} bytes, not {len(data)}")
-    return data

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from dengine.client.targets import parse_endpoint
+from dengine.client.encoding import parse_endpoint
 
 MAX_NODES = 64  # what a confused answer may make us remember
 AVOID_S = 0.5  # after the first failure; doubled with each, up to

@@ -17,13 +17,19 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from dengine.client import client as asynchronous
-from dengine.client.calls import Match
+from dengine.client.blocking import Election, Holder, Lease, Listing, Lock, Lost, Watch
 from dengine.client.client import TIMEOUT_S, Consistency
-from dengine.client.handles import Election, Lease, Listing, Lock, Lost, Watch
+from dengine.client.encoding import Match
 from dengine.client.leases import Lease as AsyncLease
-from dengine.client.operations import Compare, Operation
-from dengine.client.results import DeleteResult, LeaseInfo, PutResult, TxnResult, Value
-from dengine.client.threads import Holder
+from dengine.client.types import (
+    Compare,
+    DeleteResult,
+    LeaseInfo,
+    Operation,
+    PutResult,
+    TxnResult,
+    Value,
+)
 
 __all__ = ["Client", "Election", "Lease", "Listing", "Lock", "Lost", "Watch"]
 

@@ -2,7 +2,7 @@
 
 `Transport` owns the connections, the nodes it knows of, and the tasks that go on behind a call
 (learning the members, asking whether a silent node is alive). Which node is asked, when and how
-often, is decided in `pursuit.py`.
+often, is decided in `calls.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ import aiohttp
 import orjson
 from yarl import URL
 
-from dengine.client.attempts import Kind
-from dengine.client.failures import ClientClosed
-from dengine.client.hedging import Hedging
-from dengine.client.idempotency import IdempotencyKeys
+from dengine.client.attempts import IdempotencyKeys
 from dengine.client.nodes import Node, Nodes
 from dengine.errors import DengineError, Outcome, from_dict
 
@@ -35,6 +32,12 @@ LEARN_AGAIN_S = 1.0  # after something went wrong
 LEARN_WITHIN_S = 3.0
 
 T = TypeVar("T")
+
+
+class ClientClosed(DengineError):
+    """The client was closed before or during the call. `outcome` says what became of that."""
+
+    name = "client_closed"
 
 
 class Unanswered(Exception):
@@ -128,12 +131,6 @@ class Transport:
 
     def __init__(self, nodes: Nodes, token: str | None) -> None:
         self.nodes = nodes
-        writes = Hedging()
-        self.hedging: dict[Kind, Hedging] = {
-            "read": Hedging(),
-            "renewal": writes,
-            "write": writes,
-        }
         self.keys = IdempotencyKeys()
         self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._session: _Session | None = None

@@ -1,7 +1,8 @@
 """A watch: every change of a key or prefix, in order, once, from whichever node can tell.
 
 It goes on by itself on another node when its own dies, hangs, is cut off from its cluster, or ends
-the stream. What it has seen is a revision, so nothing is lost and nothing comes twice.
+the stream. What it has seen is a revision, so nothing is lost and nothing comes twice. The stream
+is one of server-sent events.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
 from types import AsyncGeneratorType, TracebackType
 from typing import Any
 
 import aiohttp
 import orjson
 
-from dengine.client import sse
+from dengine.client.encoding import target
 from dengine.client.nodes import Node
-from dengine.client.results import Change
-from dengine.client.targets import target
 from dengine.client.transport import Transport, Unanswered, closed, unanswered
+from dengine.client.types import Change
 from dengine.errors import DengineError
 
 BEGIN_S = 3.0  # for a node to begin its answer
 QUIET_S = 3.0  # without a byte; then the node is asked whether it is ready
 PAUSE_S = 0.05
 PAUSE_MAX_S = 2.0
+MAX_MESSAGE_BYTES = 64 << 20  # a revision of a whole transaction, with previous values in base64
 
 
 class _Ended(Exception):
@@ -163,7 +165,7 @@ class Watch:
         )
         try:
             async with self._transport.stream(node, where, {}, BEGIN_S) as response:
-                self._response, self._greeted, parser = response, False, sse.Parser()
+                self._response, self._greeted, parser = response, False, Parser()
                 while True:
                     chunk = await self._chunk(node, response.content)
                     try:
@@ -220,7 +222,7 @@ class Watch:
                 raise _Ended(well=False)
             return data
 
-    def _take(self, message: sse.Message) -> None:
+    def _take(self, message: Message) -> None:
         if message.event == "cancelled":  # too slow, or the node stops: resume where we are
             raise _Ended(well=True)
         if message.event not in ("change", "progress"):
@@ -242,3 +244,53 @@ class Watch:
             self._ready.append(change)
         elif not self._ready:  # else the changes before it are still to be delivered
             self.revision = revision
+
+
+# --- server-sent events ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    event: str
+    data: bytes
+
+
+class Parser:
+    """`feed` returns the messages that are complete. The rest waits for more, and is lost with it:
+    a stream that is cut in a message has not delivered that message.
+    """
+
+    def __init__(self) -> None:
+        self._rest = bytearray()  # of a line whose end is still to come
+        self._event = ""
+        self._data: list[bytes] = []
+        self._size = 0
+
+    def feed(self, chunk: bytes) -> list[Message]:
+        """Raises ValueError for a message of more than MAX_MESSAGE_BYTES."""
+        found: list[Message] = []
+        self._rest += chunk
+        if b"\n" in chunk:
+            *lines, rest = bytes(self._rest).split(b"\n")
+            self._rest = bytearray(rest)
+            for line in lines:
+                message = self._line(line.removesuffix(b"\r"))
+                if message is not None:
+                    found.append(message)
+        if self._size + len(self._rest) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+        return found
+
+    def _line(self, line: bytes) -> Message | None:
+        if not line:
+            event, data = self._event, self._data
+            self._event, self._data, self._size = "", [], 0
+            return Message(event or "message", b"\n".join(data)) if data else None
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if name == b"event":
+            self._event = value.decode("utf-8", "replace")
+        elif name == b"data":
+            self._data.append(value)
+            self._size += len(value)
+        return None  # comments begin with a colon; what else there may be says nothing to us

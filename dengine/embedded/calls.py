@@ -13,9 +13,8 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from dengine.api.kv import refusal
-from dengine.client.attempts import Attempts, Kind
+from dengine.client.attempts import Attempts, IdempotencyKeys, Key, Kind
 from dengine.client.calls import WRITES_AT_ONCE
-from dengine.client.idempotency import IdempotencyKeys, Key
 from dengine.errors import DengineError, FatalError, Outcome, RequestTimeout
 from dengine.kv.commands import (
     Effect,
@@ -217,7 +216,7 @@ class Calls:
         return result
 
     async def _wait_turn(self, deadline: float) -> None:
-        """Bound the numbers that wait in one session of keys (see client/idempotency.py)."""
+        """Bound the numbers that wait in one session of keys (see client/attempts.py)."""
         try:
             async with asyncio.timeout_at(deadline):
                 await self._turns.acquire()

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from typing import get_args
 
 from dengine.api.txn import checked
-from dengine.client import operations, results
-from dengine.client.calls import Match, selection
-from dengine.client.client import NAME_BYTES
+from dengine.client import types
+from dengine.client.encoding import Match, as_key, as_seconds, as_value, selection
 from dengine.client.leases import Lease
-from dengine.client.targets import as_key, as_seconds, as_value
 from dengine.config import Limits
 from dengine.errors import InvalidRequest, TooLarge
 from dengine.kv.commands import (
@@ -51,14 +49,6 @@ def checked_key(key: str | bytes, limits: Limits) -> bytes:
         raise InvalidRequest("the key is empty: a key has 1 to 511 bytes")
     if len(data) > limits.key_bytes:
         raise TooLarge(f"the key has {len(data)} bytes; at most {limits.key_bytes} are allowed")
-    return data
-
-
-def checked_name(name: str | bytes) -> bytes:
-    """The bytes of the name of a lock or an election. Raises TypeError, ValueError."""
-    data = as_key(name)
-    if not 0 < len(data) <= NAME_BYTES:
-        raise ValueError(f"a name has 1 to {NAME_BYTES} bytes, not {len(data)}")
     return data
 
 
@@ -173,9 +163,9 @@ def put(
 
 
 def txn(
-    compare: Sequence[operations.Compare],
-    success: Sequence[operations.Operation],
-    failure: Sequence[operations.Operation],
+    compare: Sequence[types.Compare],
+    success: Sequence[types.Operation],
+    failure: Sequence[types.Operation],
     limits: Limits,
 ) -> Txn:
     """Raises TypeError, ValueError, InvalidRequest, TooLarge."""
@@ -199,7 +189,7 @@ def txn(
     return made
 
 
-def _compare(asked: operations.Compare) -> Compare:
+def _compare(asked: types.Compare) -> Compare:
     if asked.target not in get_args(Target) or asked.relation not in get_args(Relation):
         raise InvalidRequest(
             f"a comparison is of {', '.join(get_args(Target))} by {' '.join(get_args(Relation))}, "
@@ -211,15 +201,15 @@ def _compare(asked: operations.Compare) -> Compare:
     return Compare(as_key(asked.key), asked.target, asked.relation, operand)
 
 
-def _operation(asked: operations.Operation, limits: Limits) -> Operation:
+def _operation(asked: types.Operation, limits: Limits) -> Operation:
     match asked:
-        case operations.Put(key, value, ttl_s, lease):
+        case types.Put(key, value, ttl_s, lease):
             return put(key, value, None, ttl_s, lease)
-        case operations.Get(key):
+        case types.Get(key):
             return Get(as_key(key))
-        case operations.Delete(key):
+        case types.Delete(key):
             return Delete(as_key(key))
-        case operations.DeleteRange(prefix, start, end, all):
+        case types.DeleteRange(prefix, start, end, all):
             return delete_range(prefix, start, end, all, limits)
     raise TypeError(f"an operation is a Put, Get, Delete or DeleteRange, not {asked!r}")
 
@@ -227,33 +217,33 @@ def _operation(asked: operations.Operation, limits: Limits) -> Operation:
 # --- what it came to ------------------------------------------------------------------------------
 
 
-def txn_result(done: Txn, result: TxnResult, lifetimes: Lifetimes) -> results.TxnResult:
+def txn_result(done: Txn, result: TxnResult, lifetimes: Lifetimes) -> types.TxnResult:
     """What `done` came to, operation by operation of the branch that was carried out."""
     branch = done.success if result.succeeded else done.failure
     told = [
         _operation_result(operation, outcome, lifetimes)
         for operation, outcome in zip(branch, result.results, strict=True)
     ]
-    return results.TxnResult(result.revision, result.succeeded, tuple(told))
+    return types.TxnResult(result.revision, result.succeeded, tuple(told))
 
 
 def _operation_result(
     operation: Operation, outcome: OperationResult, lifetimes: Lifetimes
-) -> results.OperationResult:
+) -> types.OperationResult:
     match outcome:
         case PutResult():
-            return results.OperationResult("put", created=outcome.created)
+            return types.OperationResult("put", created=outcome.created)
         case DeleteResult():
             name = "delete" if isinstance(operation, Delete) else "delete_range"
-            return results.OperationResult(name, deleted=outcome.deleted)
+            return types.OperationResult(name, deleted=outcome.deleted)
         case GetResult():
             found = None
             if outcome.mod_revision and isinstance(operation, Get):
                 found = _item_of(operation.key, outcome, lifetimes)
-            return results.OperationResult("get", item=found)
+            return types.OperationResult("get", item=found)
 
 
-def _item_of(key: bytes, found: GetResult, lifetimes: Lifetimes) -> results.Item:
+def _item_of(key: bytes, found: GetResult, lifetimes: Lifetimes) -> types.Item:
     record = Record(
         found.create_revision,
         found.mod_revision,
@@ -265,9 +255,9 @@ def _item_of(key: bytes, found: GetResult, lifetimes: Lifetimes) -> results.Item
     return item(key, record, lifetimes)
 
 
-def item(key: bytes, record: Record, lifetimes: Lifetimes) -> results.Item:
+def item(key: bytes, record: Record, lifetimes: Lifetimes) -> types.Item:
     """A key as listings and transactions show it."""
-    return results.Item(
+    return types.Item(
         key,
         record.value,
         record.mod_revision,

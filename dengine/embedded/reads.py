@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from dengine.api.kv import CONSISTENCY_LEVELS, DEFAULT_BARRIER
-from dengine.client.listing import Listing
-from dengine.client.results import LeaseInfo, Page, Value
+from dengine.client.types import LeaseInfo, Listing, Page, Value
 from dengine.config import Config
 from dengine.embedded.calls import Calls
 from dengine.embedded.commands import checked_key, item

@@ -7,7 +7,7 @@ import random
 from types import TracebackType
 from typing import Final
 
-from dengine.client.results import Change, Event, EventType
+from dengine.client.types import Change, Event, EventType
 from dengine.embedded.calls import Calls
 from dengine.errors import Compacted, DengineError
 from dengine.kv.store import DELETE, EXPIRE, PUT
@@ -45,6 +45,8 @@ class Watch:
         from_revision: int | None,
         prev: bool,
     ) -> None:
+        if from_revision is not None and from_revision < 1:
+            raise ValueError(f"revisions begin at 1, not {from_revision}")
         self._node = node
         self._calls = calls
         self._selection = selection

@@ -13,8 +13,7 @@ import pytest
 
 from dengine.cli.remote import Remote
 from dengine.client import Client, attempts
-from dengine.client.attempts import REPEAT_FOR_S, Attempts
-from dengine.client.idempotency import SINGLE_KEYS, IdempotencyKeys, Key
+from dengine.client.attempts import REPEAT_FOR_S, SINGLE_KEYS, Attempts, IdempotencyKeys, Key
 from dengine.config import IDEMPOTENCY_WINDOW_MIN_S
 from dengine.embedded.calls import Calls
 from dengine.errors import (

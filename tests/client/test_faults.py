@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from dengine.client import Client, ClientClosed
-from dengine.client.idempotency import SINGLE_KEYS, WINDOW, IdempotencyKeys
+from dengine.client.attempts import SINGLE_KEYS, WINDOW, IdempotencyKeys
 from dengine.errors import (
     ClusterUnavailable,
     DengineError,

@@ -15,23 +15,13 @@ from typing import Any
 import pytest
 
 import dengine.client
-from dengine.client import (
-    client,
-    elections,
-    idempotency,
-    leases,
-    listing,
-    locks,
-    operations,
-    sync,
-    watching,
-)
+from dengine.client import attempts, client, leases, locks, sync, types, watching
 from tests.client.fake_server import cluster_thread, fake_cluster
 from tests.client.virtual import run
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parent.parent.parent
-MODULES = (client, elections, leases, listing, locks, operations, watching)
+MODULES = (client, leases, locks, types, watching)
 NAMES: dict[str, Any] = {name: getattr(dengine.client, name) for name in dir(dengine.client)}
 
 
@@ -68,7 +58,7 @@ def test_it_imports_what_it_says() -> None:
 
 def test_nothing_is_loaded_before_it_is_used() -> None:
     """The command line needs a few functions of it, and starts faster without aiohttp."""
-    code = "import sys, dengine.client.targets; print('aiohttp' in sys.modules)"
+    code = "import sys, dengine.client.encoding; print('aiohttp' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT
     )
@@ -128,7 +118,7 @@ def test_every_operation_has_an_example() -> None:
 
 def test_both_clients_have_the_same_names() -> None:
     """Who knows one knows the other: names, parameters and defaults agree."""
-    pairs = ((client.Client, sync.Client), (elections.Election, sync.Election))
+    pairs = ((client.Client, sync.Client), (locks.Election, sync.Election))
     for one, other in pairs:
         names = {n for n, v in vars(one).items() if not n.startswith("_")} - {"spawn"}
         assert names == {n for n, v in vars(other).items() if not n.startswith("_")}
@@ -172,6 +162,6 @@ def test_synchronous_examples(name: str) -> None:
 
 
 def test_modules_are_documented() -> None:
-    for module in (*MODULES, sync, idempotency):
+    for module in (*MODULES, sync, attempts):
         for name, item in documented(module):
             assert inspect.getdoc(item), f"{name} has no docstring"

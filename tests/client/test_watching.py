@@ -11,8 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dengine.client import Change, Client, ClientClosed, Event, Put
-from dengine.client.sse import Message, Parser
-from dengine.client.watching import QUIET_S, Watch
+from dengine.client.watching import QUIET_S, Message, Parser, Watch
 from dengine.errors import Compacted, DengineError, InvalidRequest, WatchOverflow
 from tests.client.fake_server import FakeCluster, FakeNode, fake_cluster
 from tests.client.fake_state import Asked

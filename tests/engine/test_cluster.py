@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 import dengine
-from dengine.client.results import PutResult
+from dengine.client.types import PutResult
 from dengine.engine import EngineClosed
 from dengine.errors import ConfigError, StorageIO
 from tests.cluster import free_port

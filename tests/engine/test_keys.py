@@ -12,7 +12,7 @@ import uvloop
 
 import dengine
 from dengine.client import Compare, Delete, DeleteRange, Get, Put
-from dengine.client.results import DeleteResult, Item, OperationResult, PutResult, TxnResult
+from dengine.client.types import DeleteResult, Item, OperationResult, PutResult, TxnResult
 from dengine.errors import (
     ClusterUnavailable,
     IdempotencyMismatch,

@@ -16,7 +16,7 @@ import pytest
 import uvloop
 
 import dengine
-from dengine.client.results import PutResult
+from dengine.client.types import PutResult
 from dengine.embedded.configuring import NOWHERE
 from dengine.engine import EngineClosed
 from dengine.errors import ConfigError, RequestTimeout, StorageIO, TooLarge, TryAgain

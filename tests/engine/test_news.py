@@ -11,8 +11,7 @@ import pytest
 import uvloop
 
 import dengine
-from dengine.client.operations import Put
-from dengine.client.results import Change, Event
+from dengine.client.types import Change, Event, Put
 from dengine.embedded import news
 from dengine.embedded.news import Leadership
 from dengine.engine import EngineClosed

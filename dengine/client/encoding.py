@@ -1,4 +1,4 @@
-"""Addresses, request targets and JSON fields: how bytes travel so that every one of them survives.
+"""How a call becomes a request and bytes survive the way: addresses, targets, headers, JSON fields.
 
 Standard library only.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 DEFAULT_PORT = 9081
+
+Match = int | Sequence[int] | Literal["*"]  # the revisions of a conditional write
 
 
 def parse_endpoint(text: str) -> str:
@@ -121,3 +123,28 @@ def as_seconds(ttl_s: float, what: str) -> int:
     if ttl_s < 1:
         raise ValueError(f"{what} is at least 1 second, not {ttl_s!r}")
     return int(ttl_s)
+
+
+def conditions(if_match: Match | None, if_none_match: bool) -> dict[str, str]:
+    """The headers of a conditional write."""
+    headers = {}
+    if if_match is not None:
+        revisions = [if_match] if isinstance(if_match, int) else if_match
+        headers["If-Match"] = "*" if if_match == "*" else ", ".join(f'"{r}"' for r in revisions)
+    if if_none_match:
+        headers["If-None-Match"] = "*"
+    return headers
+
+
+def selection(
+    prefix: str | bytes | None, start: str | bytes | None, end: str | bytes | None
+) -> dict[str, bytes]:
+    """The query fields that choose a range of keys.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if prefix is not None and (start is not None or end is not None):
+        raise ValueError("give a prefix, or start and end")
+    bounds = {"prefix": prefix, "start": start, "end": end}
+    return {name: as_key(bound) for name, bound in bounds.items() if bound is not None}
