@@ -38,14 +38,14 @@ from dengine.client.types import (
 from dengine.config import Config
 from dengine.embedded import commands
 from dengine.embedded.calls import EngineClosed
-from dengine.embedded.configuring import setup_of
-from dengine.embedded.life import Life, begin, end
-from dengine.embedded.news import Leadership, Member, Membership, News
-from dengine.embedded.watching import Watch
+from dengine.embedded.node import EmbeddedNode, setup_of, start, stop
+from dengine.embedded.notifications import Leadership, Member, Membership, Subscription
+from dengine.embedded.reads import Watch
 from dengine.errors import FatalError
 from dengine.kv import commands as kv
 
-__all__ = ["Engine", "EngineClosed", "Leadership", "Member", "Membership", "News", "Watch"]
+__all__ = ["Engine", "EngineClosed", "Leadership", "Member", "Membership"]
+__all__ += ["Subscription", "Watch"]
 
 TIMEOUT_S: Final = 10.0
 READY_S: Final = 30.0
@@ -96,9 +96,9 @@ class Engine:
         self._limits = self._setup.config.limits
         self._timeout_s = timeout_s
         self._entered = False
-        self._life: Life | None = None
+        self._embedded: EmbeddedNode | None = None
 
-    # --- life -------------------------------------------------------------------------------------
+    # --- start and end ----------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         """Lock the directory, bind the port and go on from there; see `wait_ready`.
@@ -110,7 +110,7 @@ class Engine:
         if self._entered:
             raise RuntimeError("an engine is entered once: make another one")
         self._entered = True
-        self._life = await begin(self._setup, self._timeout_s)
+        self._embedded = await start(self._setup, self._timeout_s)
         return self
 
     async def __aexit__(
@@ -125,7 +125,7 @@ class Engine:
         Raises:
             EngineClosed: the node had ended by itself, and nothing else is raised already.
         """
-        await end(self._alive, quietly=error is not None)
+        await stop(self._alive, quietly=error is not None)
 
     async def wait_ready(self, timeout_s: float = READY_S) -> Leadership:
         """Return once reads and writes can be answered: who leads then.
@@ -150,12 +150,12 @@ class Engine:
                 closed = asyncio.create_task(other.wait_closed())
             assert await closed is None
         """
-        return await self._alive.gone()
+        return await self._alive.wait_ended()
 
     @property
     def closed(self) -> bool:
         """Does it answer no more?"""
-        return self._life is not None and self._life.calls.closed
+        return self._embedded is not None and self._embedded.calls.closed
 
     @property
     def address(self) -> str | None:
@@ -449,20 +449,20 @@ class Engine:
     @property
     def is_leader(self) -> bool:
         """Does this node lead, as far as it knows? A node that has ended does not."""
-        return self._alive.news.leadership_now().is_leader
+        return self._alive.notifications.leadership_now().is_leader
 
     @property
     def leader(self) -> Member | None:
         """Who leads, as far as this node knows; None: nobody is known to."""
-        leader = self._alive.news.leadership_now().leader
+        leader = self._alive.notifications.leadership_now().leader
         return next((member for member in self.members if member.id == leader), None)
 
     @property
     def members(self) -> tuple[Member, ...]:
         """The committed members, as far as this node knows; () until it belongs to a cluster."""
-        return self._alive.news.membership_now().members
+        return self._alive.notifications.membership_now().members
 
-    def leadership(self) -> News[Leadership]:
+    def leadership(self) -> Subscription[Leadership]:
         """Who leads: now, and again whenever that changes.
 
         Example:
@@ -470,9 +470,9 @@ class Engine:
                 if now.is_leader:
                     break
         """
-        return self._alive.news.leadership()
+        return self._alive.notifications.leadership()
 
-    def membership(self) -> News[Membership]:
+    def membership(self) -> Subscription[Membership]:
         """The committed members: now, and again after every change.
 
         Example:
@@ -480,17 +480,17 @@ class Engine:
                 assert [member.id for member in now.members] == [1]
                 break
         """
-        return self._alive.news.membership()
+        return self._alive.notifications.membership()
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """A task that ends with this engine at the latest: for the helpers that it makes."""
         return self._alive.calls.spawn(work, name)
 
     @property
-    def _alive(self) -> Life:
-        if self._life is None:
+    def _alive(self) -> EmbeddedNode:
+        if self._embedded is None:
             raise RuntimeError("this engine does not run yet: enter it with `async with`")
-        return self._life
+        return self._embedded
 
     @property
     def _as_client(self) -> Client:

@@ -1,1 +1,1 @@
-"""What `dengine.engine` is made of: a node's life, and its calls as the client library has them."""
+"""What `dengine.engine` is made of: a node that an app runs, and its calls as a client has them."""

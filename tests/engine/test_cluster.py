@@ -137,7 +137,7 @@ def test_one_that_dies_does_not_take_the_others_along(tmp_path: Path) -> None:
         one, other = (engine for engine in engines if engine is not dying)
         writes = [asyncio.create_task(one.put(f"k/{n}", b"v", timeout_s=60)) for n in range(20)]
         await asyncio.sleep(0)
-        dying._life.node.fail(StorageIO("the disk is gone"))
+        dying._embedded.node.fail(StorageIO("the disk is gone"))
         assert isinstance(await dying.wait_closed(), StorageIO)
         assert not dying.is_leader
         assert sorted([(await write).revision for write in writes]) == list(range(1, 21))

@@ -14,14 +14,14 @@ import uvloop
 import dengine.client
 from dengine import engine as embedded_mode
 from dengine.client.client import Client
-from dengine.embedded import watching
+from dengine.embedded import reads
 from tests.client.test_package import documented, example
 from tests.engine.apps import PATIENT_S, alone, on
 
 NAMES: dict[str, Any] = {name: getattr(dengine.client, name) for name in dir(dengine.client)}
 EXAMPLES = {
     name: code
-    for module in (embedded_mode, watching)
+    for module in (embedded_mode, reads)
     for name, item in documented(module)
     if (code := example(item)) is not None
 }

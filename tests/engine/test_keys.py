@@ -204,7 +204,7 @@ def test_leases_locks_and_elections(tmp_path: Path) -> None:
 
 def test_limits_hold_before_anything_is_proposed(tmp_path: Path) -> None:
     async def app(engine: dengine.Engine) -> None:
-        last = engine._life.node.raft.log.last_index
+        last = engine._embedded.node.raft.log.last_index
         for key in ("", b""):
             with pytest.raises(InvalidRequest, match="the key is empty"):
                 await engine.put(key, b"")
@@ -228,7 +228,7 @@ def test_limits_hold_before_anything_is_proposed(tmp_path: Path) -> None:
             engine.list("k" * 512)
         with pytest.raises(TooLarge):
             engine.watch("k" * 512)
-        assert engine._life.node.raft.log.last_index == last
+        assert engine._embedded.node.raft.log.last_index == last
         with pytest.raises(TypeError, match="a value is bytes"):
             await engine.put("k", "text")  # type: ignore[arg-type]
         with pytest.raises(InvalidRequest, match="linearizable, lease, eventual"):
@@ -282,7 +282,7 @@ def test_every_increment_counts_once(tmp_path: Path) -> None:
     workers, each = 5, 40
 
     async def app(engine: dengine.Engine) -> None:
-        node = engine._life.node
+        node = engine._embedded.node
         whole, calls = node.write, 0
 
         async def write(*args: Any) -> Result:
@@ -324,7 +324,7 @@ class Script:
     """Stands in front of a node's `write`: one answer after the other, then the node's own."""
 
     def __init__(self, engine: dengine.Engine, *answers: Result | Exception) -> None:
-        self._node = engine._life.node
+        self._node = engine._embedded.node
         self._write = self._node.write
         self._answers = list(answers)
         self.keys: list[str] = []
@@ -408,7 +408,7 @@ def test_a_node_that_keeps_silent_is_not_waited_for(tmp_path: Path) -> None:
         async def silence(*_: Any) -> Any:
             await asyncio.Event().wait()
 
-        node = engine._life.node
+        node = engine._embedded.node
         node.write = node.read_barrier = silence
         with pytest.raises(RequestTimeout) as caught:
             await engine.put("k", b"v", timeout_s=0.1)
@@ -423,7 +423,7 @@ def test_a_node_that_keeps_silent_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_read_is_repeated(tmp_path: Path) -> None:
     async def app(engine: dengine.Engine) -> None:
         await engine.put("k", b"v")
-        node = engine._life.node
+        node = engine._embedded.node
         barrier, failures = node.read_barrier, [NO_LEADER, LOST]
 
         async def sometimes(*args: Any) -> None:

@@ -20,7 +20,7 @@ def test_a_directory_that_was_removed_from_its_cluster(tmp_path: Path) -> None:
     async def app() -> None:
         async with alone(tmp_path) as engine:
             await engine.wait_ready(PATIENT_S)
-            engine._life.node._directory.set_removed("by a person")
+            engine._embedded.node._directory.set_removed("by a person")
         for _ in range(2):
             with pytest.raises(IdentityError, match="was removed"):
                 await alone(tmp_path).__aenter__()
@@ -70,9 +70,9 @@ def test_a_node_that_has_failed_leads_no_more(tmp_path: Path) -> None:
         await engine.__aenter__()
         await engine.wait_ready(PATIENT_S)
         assert engine.is_leader
-        engine._life.node.fail(StorageIO("the disk is gone"))
+        engine._embedded.node.fail(StorageIO("the disk is gone"))
         assert not engine.is_leader
-        assert not engine._life.node.readiness().ready
+        assert not engine._embedded.node.readiness().ready
         with pytest.raises(EngineClosed):
             await engine.__aexit__(None, None, None)
 

@@ -12,8 +12,8 @@ import uvloop
 
 import dengine
 from dengine.client.types import Change, Event, Put
-from dengine.embedded import news
-from dengine.embedded.news import Leadership
+from dengine.embedded import notifications
+from dengine.embedded.notifications import Leadership
 from dengine.engine import EngineClosed
 from dengine.errors import Compacted, WatchOverflow
 from dengine.node import watch_hub
@@ -95,7 +95,7 @@ def test_a_slow_reader_misses_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
                 await engine.put("k", b"%d" % n)
             for n in range(50):
                 assert (await next_of(watch)).events[0].value == b"%d" % n
-            engine._life.node.hub._cancel(watch._source, "too slow")
+            engine._embedded.node.hub._cancel(watch._source, "too slow")
             for n in range(50, 100):
                 assert (await next_of(watch)).events[0].value == b"%d" % n
 
@@ -120,7 +120,7 @@ def test_what_is_gone_is_said(tmp_path: Path) -> None:
 
 def test_the_number_of_watches_is_bounded(tmp_path: Path) -> None:
     async def app(engine: dengine.Engine) -> None:
-        calls = engine._life.calls
+        calls = engine._embedded.calls
         async with engine.watch("a"), engine.watch("b"):
             calls._timeout_s = 0.3  # it may help to wait, so it waits that long
             with pytest.raises(WatchOverflow):
@@ -180,14 +180,14 @@ def test_a_slow_listener_gets_the_newest_state(tmp_path: Path) -> None:
     async def app(engine: dengine.Engine) -> None:
         slow, quick = engine.leadership(), engine.leadership()
         await anext(quick)
-        topic = engine._life.news._leadership
-        for term in range(1000, 1000 + 2 * news.STATES_MAX):
+        topic = engine._embedded.notifications._leadership
+        for term in range(1000, 1000 + 2 * notifications.STATES_MAX):
             topic.publish(Leadership(2, False, term))
             assert (await anext(quick)).term == term
-        newest = 1000 + 2 * news.STATES_MAX - 1
-        got = [await anext(slow) for _ in range(news.STATES_MAX)]
+        newest = 1000 + 2 * notifications.STATES_MAX - 1
+        got = [await anext(slow) for _ in range(notifications.STATES_MAX)]
         assert got[-1].term == newest
-        assert slow.skipped == news.STATES_MAX + 1
+        assert slow.skipped == notifications.STATES_MAX + 1
         assert quick.skipped == 0
 
     used(tmp_path, app)
@@ -199,13 +199,13 @@ def test_a_listener_that_is_forgotten_is_gone(tmp_path: Path) -> None:
     async def app(engine: dengine.Engine) -> None:
         async for _ in engine.leadership():
             break
-        readers = engine._life.news._leadership._readers
+        readers = engine._embedded.notifications._leadership._subscribers
         await until(lambda: not list(readers), "the listener to be forgotten")
 
     used(tmp_path, app)
 
 
-def test_listeners_hear_of_it_when_the_news_themselves_die(
+def test_listeners_hear_of_it_when_the_notifications_themselves_die(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bug there ends the engine; nobody goes on with a state that is long past."""
@@ -214,17 +214,17 @@ def test_listeners_hear_of_it_when_the_news_themselves_die(
         engine = alone(tmp_path)
         await engine.__aenter__()
         await engine.wait_ready(PATIENT_S)
-        topic = engine._life.news._leadership
+        topic = engine._embedded.notifications._leadership
 
         def fail(_: Leadership) -> None:
             monkeypatch.undo()
             raise KeyError("a bug")
 
         monkeypatch.setattr(topic, "publish", fail)
-        engine._life.node._leaders.publish({})  # as if the leader were another one
+        engine._embedded.node._leaders.publish({})  # as if the leader were another one
         reason = await engine.wait_closed()
         assert reason is not None
-        assert "news died of KeyError" in reason.message
+        assert "notifications died of KeyError" in reason.message
         with pytest.raises(EngineClosed):
             await engine.__aexit__(None, None, None)
 

@@ -17,7 +17,7 @@ import uvloop
 
 import dengine
 from dengine.client.types import PutResult
-from dengine.embedded.configuring import NOWHERE
+from dengine.embedded.node import NOWHERE
 from dengine.engine import EngineClosed
 from dengine.errors import ConfigError, RequestTimeout, StorageIO, TooLarge, TryAgain
 from dengine.storage.log_store import LogStore
@@ -128,7 +128,7 @@ def test_a_port_that_is_lost_to_somebody_at_the_last_moment(
             raise TryAgain("somebody was faster")
 
         with monkeypatch.context() as taken:
-            taken.setattr("dengine.embedded.life.HttpServer.start", refuse)
+            taken.setattr("dengine.embedded.node.HttpServer.start", refuse)
             with pytest.raises(TryAgain, match="somebody was faster"):
                 async with founder(tmp_path, free_port()):
                     pass
@@ -217,7 +217,7 @@ def test_an_error_of_the_app_is_not_hidden_by_that_of_the_node(tmp_path: Path) -
         engine = alone(tmp_path)
         await engine.__aenter__()
         await engine.wait_ready(PATIENT_S)
-        engine._life.node.fail(StorageIO("the disk is gone"))
+        engine._embedded.node.fail(StorageIO("the disk is gone"))
         await engine.wait_closed()
         assert await engine.__aexit__(ValueError, ValueError("of the app"), None) is None
 
@@ -233,7 +233,7 @@ def test_a_lease_ends_with_its_engine(tmp_path: Path) -> None:
         await engine.wait_ready(PATIENT_S)
         lease = engine.lease(3600)
         await lease.grant()
-        engine._life.node.fail(StorageIO("the disk is gone"))
+        engine._embedded.node.fail(StorageIO("the disk is gone"))
         async with asyncio.timeout(PATIENT_S):
             await lease.lost.wait()
         with pytest.raises(EngineClosed):

@@ -59,7 +59,7 @@ class Membership:
     joint: bool
 
 
-class News(Generic[T]):
+class Subscription(Generic[T]):
     """The state now, and then each that follows: an asynchronous iterator for one reader.
 
     `skipped`: states that this reader was too slow for, at most 64 wait. The newest always arrives.
@@ -74,7 +74,7 @@ class News(Generic[T]):
         self._over = False
         self.skipped = 0
 
-    def __aiter__(self) -> News[T]:
+    def __aiter__(self) -> Subscription[T]:
         return self
 
     async def __anext__(self) -> T:
@@ -105,32 +105,32 @@ class _Topic(Generic[T]):
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self._readers: WeakSet[News[T]] = WeakSet()
+        self._subscribers: WeakSet[Subscription[T]] = WeakSet()
         self._newest: T | None = None
         self._over = False
 
     def publish(self, state: T) -> None:
         if state != self._newest and not self._over:
             self._newest = state
-            for reader in list(self._readers):
+            for reader in list(self._subscribers):
                 reader.push(state)
 
-    def follow(self) -> News[T]:
-        reader = News[T](self._calls)
+    def follow(self) -> Subscription[T]:
+        reader = Subscription[T](self._calls)
         if self._newest is not None:
             reader.push(self._newest)
         if self._over:
             reader.end()
-        self._readers.add(reader)
+        self._subscribers.add(reader)
         return reader
 
     def end(self) -> None:
         self._over = True
-        for reader in list(self._readers):
+        for reader in list(self._subscribers):
             reader.end()
 
 
-class Newsroom:
+class Notifier:
     """What one node knows of leader and members, now and as it changes."""
 
     def __init__(self, node: Node, calls: Calls) -> None:
@@ -162,11 +162,11 @@ class Newsroom:
         )
         return Membership(tuple(members), committed.joint)
 
-    def leadership(self) -> News[Leadership]:
+    def leadership(self) -> Subscription[Leadership]:
         self._tell_leadership()
         return self._leadership.follow()
 
-    def membership(self) -> News[Membership]:
+    def membership(self) -> Subscription[Membership]:
         self._tell_membership()
         return self._membership.follow()
 
@@ -203,7 +203,7 @@ class Newsroom:
                     async for _ in events():
                         tell()
                 await asyncio.sleep(POLL_S)
-        except Exception as error:  # nobody may wait for news that never come
-            died = TryAgain(f"the engine's news died of {type(error).__name__}: {error}")
+        except Exception as error:  # nobody may wait for what never comes
+            died = TryAgain(f"the engine's notifications died of {type(error).__name__}: {error}")
             died.__cause__ = error
             self._node.fail(died)
