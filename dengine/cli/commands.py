@@ -15,7 +15,7 @@ from typing import Any
 
 from dengine.cli.remote import Remote
 from dengine.client.attempts import IdempotencyKeys, Key
-from dengine.client.encoding import field_bytes, json_bytes, key_target, target
+from dengine.client.encoding import Paging, field_bytes, json_bytes, key_target, target
 from dengine.errors import DengineError, InvalidRequest, KeyNotFound
 
 SHOWN_VALUE_CHARACTERS = 60
@@ -110,29 +110,24 @@ def list_keys(args: Namespace, remote: Remote) -> int:
 
 def _pages(args: Namespace, remote: Remote) -> Iterator[dict[str, Any]]:
     """The pages of a listing, until its end or until `--limit` items came."""
-    after, left, most = None, args.limit, 1000
-    while True:
+    paging = Paging(args.limit)
+    while not paging.over:
         where = target(
             "/v1/kv",
             **_selection(args),
-            after=after,
-            limit=None if left is None else min(left, most),
+            after=paging.after,
+            limit=paging.limit,
             keys_only="true" if args.keys_only else None,
             consistency=args.consistency,
         )
         try:
             page = remote.call("GET", where).json()
-        except InvalidRequest as error:  # limits.page is smaller there
-            maximum = error.details.get("maximum")
-            if left is None or not isinstance(maximum, int) or not 0 < maximum < min(left, most):
+        except InvalidRequest as error:
+            if not paging.take_less(error):
                 raise
-            most = maximum
             continue
+        paging.took(len(page["items"]), page["next"])
         yield page
-        after = page["next"]
-        left = None if left is None else left - len(page["items"])
-        if after is None or left == 0:
-            return
 
 
 def status(args: Namespace, remote: Remote) -> int:

@@ -1,6 +1,6 @@
 """How a call becomes a request and bytes survive the way: addresses, targets, headers, JSON fields.
 
-Standard library only.
+Little to load, for the command line uses it too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
+from dengine.errors import InvalidRequest
+
 DEFAULT_PORT = 9081
+PAGE_ITEMS = 1000  # what a node gives at once, unless its limits.page is smaller
 
 Match = int | Sequence[int] | Literal["*"]  # the revisions of a conditional write
 
@@ -148,3 +151,36 @@ def selection(
         raise ValueError("give a prefix, or start and end")
     bounds = {"prefix": prefix, "start": start, "end": end}
     return {name: as_key(bound) for name, bound in bounds.items() if bound is not None}
+
+
+class Paging:
+    """Which page of a listing to ask for next, until its end or until `limit` items came.
+
+    `limit` is that of the next page, None for as many as the node gives, and `after` where it
+    begins. `over`: there is no next one.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._left = limit
+        self._most = PAGE_ITEMS
+        self.after: str | None = None
+        self.over = False
+
+    @property
+    def limit(self) -> int | None:
+        return None if self._left is None else min(self._left, self._most)
+
+    def took(self, items: int, after: str | None) -> None:
+        """A page of `items` came, which the page `after` continues; None: it was the last."""
+        self.after = after
+        if self._left is not None:
+            self._left -= items
+        self.over = after is None or (self._left is not None and self._left <= 0)
+
+    def take_less(self, refusal: InvalidRequest) -> bool:
+        """Does the node only give fewer at once (its limits.page)? Then ask for so many."""
+        maximum = refusal.details.get("maximum")
+        if self.limit is None or not isinstance(maximum, int) or not 0 < maximum < self.limit:
+            return False
+        self._most = maximum
+        return True

@@ -10,13 +10,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dengine.client.encoding import as_key, as_value, field_bytes, json_bytes
+from dengine.client.encoding import Paging, as_key, as_value, field_bytes, json_bytes
 from dengine.errors import InvalidRequest
 
 EventType = Literal["put", "delete", "expire"]
 Target = Literal["mod_revision", "version", "value", "exists"]
 Relation = Literal["=", "!=", "<", "<=", ">", ">="]
-PAGE_ITEMS = 1000  # what a node gives at once, unless its limits.page is smaller
 
 
 # --- a transaction --------------------------------------------------------------------------------
@@ -337,23 +336,16 @@ class Listing:
 
     async def pages(self) -> AsyncIterator[Page]:
         """The pages as they come; there is always at least one. Errors are those of `list`."""
-        left, most = self._limit, PAGE_ITEMS
-        after: str | None = None
-        while True:
+        paging = Paging(self._limit)
+        while not paging.over:
             try:
-                page = await self._fetch(None if left is None else min(left, most), after)
+                page = await self._fetch(paging.limit, paging.after)
             except InvalidRequest as error:
-                maximum = error.details.get("maximum")  # limits.page is smaller there
-                asked = None if left is None else min(left, most)
-                if asked is None or not isinstance(maximum, int) or not 0 < maximum < asked:
+                if not paging.take_less(error):
                     raise
-                most = maximum
                 continue
+            paging.took(len(page.items), page.next)
             yield page
-            after = page.next
-            left = None if left is None else left - len(page.items)
-            if after is None or (left is not None and left <= 0):
-                return
 
     async def all(self) -> list[Item]:
         """All items. As large as the range: iterate instead where that may be much."""
