@@ -334,7 +334,7 @@ def test_what_waits_for_a_connection_did_not_happen(monkeypatch: pytest.MonkeyPa
 def test_reads_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ever so many at once keep no write waiting."""
     monkeypatch.setattr(transport, "CONNECTIONS", 4)
-    monkeypatch.setattr(calls, "READS_AT_ONCE", 2, raising=False)
+    monkeypatch.setattr(calls, "READS_AT_ONCE", 2)
 
     async def scenario() -> None:
         async with fake_cluster(1) as cluster, Client(cluster.endpoints) as client:
