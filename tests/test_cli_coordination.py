@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -42,14 +45,19 @@ class Commands:
         }
         self._started: list[subprocess.Popen[str]] = []
 
-    def start(self, *args: str) -> subprocess.Popen[str]:
+    def start(
+        self, *args: str, terminal: int | None = None, redirected: bool = True
+    ) -> subprocess.Popen[str]:
+        """`terminal`: the one whose foreground it is; `redirected`: it does not read from it."""
         process = subprocess.Popen(
             [sys.executable, "-m", "dengine", *args],
             env=self._environ,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if redirected else terminal,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=terminal is not None,
+            preexec_fn=terminal and partial(fcntl.ioctl, terminal, termios.TIOCSCTTY, 0),
         )
         self._started.append(process)
         return process
@@ -285,6 +293,47 @@ def test_a_killed_lock_ends_its_command(
     until(lambda: pid_file.exists() and pid_file.read_text().strip() != "", "the command")
     holding.kill()
     until(lambda: not alive(int(pid_file.read_text())), "the command to end")
+
+
+def test_a_command_whose_lock_was_killed_before_it_began_does_not_begin() -> None:
+    """The kernel tells only of a death that comes after it was asked to. Here another process is
+    the parent by then."""
+    begun = subprocess.run(["true"], preexec_fn=partial(holding.end_with_parent, os.getpid()))
+    assert begun.returncode == 0
+    late = subprocess.run(["true"], preexec_fn=partial(holding.end_with_parent, os.getppid()))
+    assert late.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+def test_ctrl_c_reaches_the_command_once(
+    served: ClusterThread, commands: Commands, tmp_path: Path, redirected: bool
+) -> None:
+    """The terminal tells all of the foreground, wherever its standard input comes from."""
+    heard, ready = tmp_path / "heard", tmp_path / "ready"
+    script = (
+        "import signal, sys, time, pathlib\n"
+        f"heard = open({str(heard)!r}, 'a', buffering=1)\n"
+        "signal.signal(signal.SIGINT, lambda *_: heard.write('INT\\n'))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "while True: time.sleep(0.05)\n"
+    )
+    ours, theirs = os.openpty()
+    try:
+        process = commands.start(
+            *("lock", "job", "--", sys.executable, "-c", script),
+            terminal=theirs,
+            redirected=redirected,
+        )
+        until(ready.exists, "the command")
+        os.write(ours, b"\x03")
+        until(lambda: heard.read_text() != "", "Ctrl-C")
+        process.terminate()  # handled after what came before, here and in the command
+        assert process.wait(WAIT_S) == 9
+        assert heard.read_text().split() == ["INT"]
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

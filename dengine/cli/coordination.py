@@ -38,10 +38,12 @@ LOCK_EXAMPLES = """\
 
 Who waits is served in order. DENGINE_LOCK_TOKEN grows from one holder to the next: a storage that
 refuses lower ones is safe from holders that were stopped and do not know it. When the lock is lost,
-because the cluster was out of reach for too long, COMMAND and everything that it started are ended:
-SIGTERM, and SIGKILL half a second later, or sooner with a --ttl below 10: a twentieth of it.
-That is the work of this process. Where it is killed itself, by SIGKILL, COMMAND is killed too, and
-what COMMAND has started goes on until it looks at its token.
+because the cluster was out of reach for too long, COMMAND and everything that it started are ended,
+in its process group or not: SIGTERM, and SIGKILL half a second later, or sooner with a --ttl below
+10: a twentieth of it. What changed to another user is ended only if this process may; else named.
+That is the work of this process. Where it is killed itself, by SIGKILL, COMMAND is killed too, but
+nothing that COMMAND has started, which goes on without the lock until it looks at its token; nor
+COMMAND itself where it is set-user-ID, as sudo is.
 Exit code: that of COMMAND, 128 + N when signal N ended it, 127 when there is no such command, 1
 when the lock was lost or could not be had.
 """

@@ -16,6 +16,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ class _Holding:
             if self._process is None:  # nothing runs yet: leave the queue
                 self._ended_by = number
                 task.cancel()
-            elif number != signal.SIGINT or not os.isatty(0):  # a terminal told it already
+            elif number != signal.SIGINT or not in_foreground():  # a terminal told it already
                 with contextlib.suppress(ProcessLookupError):
                     self._process.send_signal(number)
 
@@ -174,7 +175,7 @@ class _Holding:
         self._process = process = await asyncio.create_subprocess_exec(
             *self._command,
             env={**os.environ, "DENGINE_LOCK_TOKEN": str(lock.token)},
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(end_with_parent, os.getpid()),
         )
         ended = asyncio.create_task(process.wait())
         lost = asyncio.create_task(lock.lost.wait())
@@ -205,11 +206,27 @@ class _Holding:
         )
 
 
-def _end_with_parent() -> None:
-    """In the child, before it becomes COMMAND: when this process is killed, nobody holds the lock
-    for it any more, so it ends, too.
+def end_with_parent(parent: int) -> None:
+    """In the child of `parent`, before it becomes COMMAND: when `parent` is killed, nobody holds
+    the lock for it any more, so it ends, too. Also where that happened before this call.
     """
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_foreground() -> bool:
+    """Is this process one of those that its terminal, wherever it reads from, sends Ctrl-C to?"""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:  # it has none
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
 
 
 def terminate_s(ttl_s: float) -> float:
