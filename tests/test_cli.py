@@ -226,8 +226,8 @@ def test_a_listing_follows_its_pages(serving: Serving) -> None:
     server = serving(script)
     done = dengine("list", "a/", "--endpoint", server.endpoint)
     assert done.stdout.decode().splitlines() == [
-        "KEY   REVISION  VERSION  VALUE",
-        "a/1          1        1  \\x1b[31mred",
+        "KEY  REVISION  VERSION  VALUE",
+        "a/1         1        1  \\x1b[31mred",
         "\\xff         1        1  v",
     ]
     assert server.asked[0].target == "/v1/kv?prefix=a%2F"
@@ -236,9 +236,63 @@ def test_a_listing_follows_its_pages(serving: Serving) -> None:
     assert (whole["count"], whole["revision"], whole["next"]) == (2, 6, None)
 
 
-def test_names_are_printed_page_by_page(serving: Serving) -> None:
-    """None of them is kept: what came before a page that fails is printed."""
+@pytest.mark.parametrize("form", [(), ("--keys-only",), ("--json",)])
+def test_a_listing_is_printed_page_by_page(serving: Serving, form: tuple[str, ...]) -> None:
+    """However long it is, it begins at once, and nothing of it is kept: the last page is only
+    there once the first was read. Widths grow, and the JSON is one object."""
+    first_read = threading.Event()
+    row = {"mod_revision": 1, "create_revision": 1, "version": 1, "ttl": None, "lease": None}
 
+    def script(asked: Asked) -> Answer:
+        if "after" not in asked.target:
+            items = [{"key": "a/1", "value": "é", **row}]
+            return as_json({"revision": 5, "items": items, "count": 1, "next": "dG9rZW4="})
+        if not first_read.wait(60):
+            return refusal("internal", 500, retryable=False, outcome="none")
+        items = [{"key": f"a/{n}" * 3, "value": "v", **row} for n in (2, 3)]
+        return as_json({"revision": 6, "items": items, "count": 2, "next": None})
+
+    at = ("--endpoint", serving(script).endpoint)
+    with subprocess.Popen(
+        [sys.executable, "-m", "dengine", "list", "a/", *form, *at],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"},
+        stdout=subprocess.PIPE,
+    ) as listing:
+        assert listing.stdout is not None
+        out = b""
+        while b"a/1" not in out:
+            data = os.read(listing.stdout.fileno(), 65536)
+            assert data, "it has ended without the first page"
+            out += data
+        first_read.set()
+        out += listing.stdout.read()
+    assert listing.returncode == 0
+    lines = out.decode().splitlines()
+    if form == ("--json",):
+        whole = json.loads(out)
+        assert [item["key"] for item in whole["items"]] == ["a/1", "a/2a/2a/2", "a/3a/3a/3"]
+        assert {**whole, "items": []} == {"revision": 6, "items": [], "count": 3, "next": None}
+        by_line = json.dumps({"items": whole["items"]}, ensure_ascii=False, indent=2).splitlines()
+        assert lines[: len(by_line) - 2] == by_line[:-2], "as one page is printed"
+    elif form:
+        assert lines == ["a/1", "a/2a/2a/2", "a/3a/3a/3"]
+    else:
+        assert lines == [
+            "KEY  REVISION  VERSION  VALUE",
+            "a/1         1        1  é",
+            "a/2a/2a/2         1        1  v",
+            "a/3a/3a/3         1        1  v",
+        ]
+
+
+def test_an_empty_listing_is_one_too(serving: Serving) -> None:
+    empty: dict[str, Any] = {"revision": 5, "items": [], "count": 0, "next": None}
+    at = ("--endpoint", serving(as_json(empty)).endpoint)
+    assert json.loads(dengine("list", "--json", *at).stdout) == empty
+    assert dengine("list", *at).stdout == b"KEY  REVISION  VERSION  VALUE\n"
+
+
+def test_what_came_before_a_page_that_fails_is_printed(serving: Serving) -> None:
     def script(asked: Asked) -> Answer:
         if "after" in asked.target:
             return refusal("invalid_request", 400, retryable=False, outcome="none")

@@ -83,29 +83,48 @@ def list_keys(args: Namespace, remote: Remote) -> int:
         else:
             print(reply["count"])
         return 0
-    if args.keys_only and not args.json:  # as many as there are, and none of them kept
-        for page in _pages(args, remote):
+    if args.json:
+        _print_json_pages(_pages(args, remote))
+        return 0
+    table = Table(("KEY", "REVISION", "VERSION", "VALUE"))
+    for page in _pages(args, remote):  # as many as there are, and none of them kept
+        if args.keys_only:
             for item in page["items"]:
                 print(printable(item_bytes(item, "key")))
-        return 0
-    items: list[dict[str, Any]] = []
-    page = {}
-    for page in _pages(args, remote):
-        items.extend(page["items"])
-    if args.json:
-        print_json({**page, "items": items, "count": len(items)})
-    else:
-        rows = [
-            (
-                printable(item_bytes(item, "key")),
-                item["mod_revision"],
-                item["version"],
-                shortened(printable(item_bytes(item, "value"))),
+        else:
+            table.print(
+                [
+                    (
+                        printable(item_bytes(item, "key")),
+                        item["mod_revision"],
+                        item["version"],
+                        shortened(printable(item_bytes(item, "value"))),
+                    )
+                    for item in page["items"]
+                ]
             )
-            for item in items
-        ]
-        print_table(("KEY", "REVISION", "VERSION", "VALUE"), rows)
+        sys.stdout.flush()
     return 0
+
+
+def _print_json_pages(pages: Iterator[dict[str, Any]]) -> None:
+    """One object as for a single page, written while they come: what is known of the last page
+    only follows the items.
+    """
+    count = 0
+    last: dict[str, Any] = {}
+    print('{\n  "items": [', end="")
+    for page in pages:
+        for item in page.pop("items"):
+            text = json.dumps(item, ensure_ascii=False, indent=2).replace("\n", "\n    ")
+            print(f"{',' if count else ''}\n    {text}", end="")
+            count += 1
+        sys.stdout.flush()
+        last = page
+    print("\n  ]" if count else "]", end="")
+    for name, value in {**last, "count": count}.items():
+        print(f",\n  {json.dumps(name)}: {json.dumps(value)}", end="")
+    print("\n}")
 
 
 def _pages(args: Namespace, remote: Remote) -> Iterator[dict[str, Any]]:
@@ -270,15 +289,31 @@ def print_json_line(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
+class Table:
+    """A table that is printed in parts. Its columns are as wide as their widest cell so far."""
+
+    def __init__(self, heads: Sequence[str]) -> None:
+        self._heads = heads
+        self._widths = [len(head) for head in heads]
+        self._right: list[bool] | None = None  # columns of numbers, as its first part has them
+
+    def print(self, rows: Sequence[Sequence[object]]) -> None:
+        """The next part, behind the heads if it is the first."""
+        cells = [[_cell(value) if value != "" else "" for value in row] for row in rows]
+        for row in cells:
+            self._widths = [max(w, len(text)) for w, text in zip(self._widths, row, strict=True)]
+        if self._right is None:
+            columns = [[row[n] for row in cells if row[n] != "-"] for n in range(len(self._heads))]
+            self._right = [bool(column) and all(map(str.isdigit, column)) for column in columns]
+            cells.insert(0, [*self._heads])
+        for row in cells:
+            parts = [
+                text.rjust(width) if right else text.ljust(width)
+                for text, width, right in zip(row, self._widths, self._right, strict=True)
+            ]
+            print("  ".join(parts).rstrip())
+
+
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Columns as wide as their widest cell, numbers to the right."""
-    cells = [[_cell(value) if value != "" else "" for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    columns = [[row[n] for row in cells if row[n] != "-"] for n in range(len(heads))]
-    numeric = [bool(column) and all(map(str.isdigit, column)) for column in columns]
-    for row in ([*heads], *cells):
-        parts = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        print("  ".join(parts).rstrip())
+    Table(heads).print(rows)
