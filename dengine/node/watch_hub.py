@@ -453,7 +453,7 @@ class WatchHub:
                 watch.push(Progress(watch.position - 1))
         revision = self._state.revision
         for watch in list(self._live):
-            if not watch.waiting and watch.position <= revision + 1:
+            if not watch.waiting:
                 watch.push(Progress(revision))
 
     def _end_slow_ones(self) -> None:
