@@ -14,16 +14,18 @@ class Changes:
     Attributes:
         events: with what was there before only if that is wanted: it would wait in vain.
         shown: for whoever writes it out: the text is made once for all readers.
+        parts: of that text, as far as it is made.
         queues: in how many of them it waits.
     """
 
-    __slots__ = ("events", "queues", "revision", "shown", "size")
+    __slots__ = ("events", "parts", "queues", "revision", "shown", "size")
 
     def __init__(self, revision: int, events: Sequence[Event], *, prev: bool) -> None:
         self.revision = revision
         self.events = events if prev else [_without_prev(event) for event in events]
         self.size = sum(_size(event) for event in self.events)
         self.shown = b""
+        self.parts: list[bytes] = []
         self.queues = 0
 
 
