@@ -306,7 +306,8 @@ def refusal(result: Result) -> Exception:
         case Full(what):
             return RateLimited(
                 f"no more {what} can be remembered for exactly-once: try again later, or without "
-                "an Idempotency-Key"
+                "an Idempotency-Key",
+                full=what,
             )
         case Invalid(message):
             return InvalidRequest(message)

@@ -61,6 +61,10 @@ _ERROR_SCHEMA: dict[str, Any] = {
             "type": "integer",
             "description": "of 410: the newest revision that is not kept any more",
         },
+        "full": {
+            "enum": ["keys", "clients", "bytes"],
+            "description": "of 429 for an Idempotency-Key: what there is no more room to remember",
+        },
         "maximum": {"type": "integer", "description": "of 400: the most that a number may be"},
         "reasons": {
             "type": "array",

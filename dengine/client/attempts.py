@@ -70,7 +70,8 @@ class Attempts:
             self.did_nothing(attempt)
         if isinstance(error, RateLimited):
             self.patience_s = RATE_LIMITED_S
-            if self._key is not None and self.outcome == "none":
+            full = error.details.get("full") == "keys"
+            if full and self._key is not None and self.outcome == "none":
                 self._key.renumber()
 
     @property

@@ -6,6 +6,9 @@ import secrets
 
 import pytest
 
+from dengine.api.kv import refusal
+from dengine.errors import RateLimited
+from dengine.kv.commands import Full
 from tests.api.raw import Answer, Wire, assert_error
 
 
@@ -89,3 +92,11 @@ def test_other_calls_take_none(client: Wire) -> None:
     head = "Idempotency-Key: k\r\nContent-Type: application/json\r\n"
     answer = client.request("PUT", "/v1/cluster/settings", b'{"promotion":"immediate"}', head)
     assert_error(answer, 400, "invalid_request")
+
+
+@pytest.mark.parametrize("what", ["keys", "clients", "bytes"])
+def test_no_room_to_remember_is_told_from_other_429s(what: str) -> None:
+    """Only another kind of key helps where there is no room for keys."""
+    told = refusal(Full(what))
+    assert isinstance(told, RateLimited)
+    assert told.to_dict()["full"] == what

@@ -181,11 +181,11 @@ class State:
         if numbered is None:
             results, number = self._single, key
             if key not in results and len(results) >= SINGLE_KEYS:
-                raise RateLimited("too many idempotency keys")
+                raise RateLimited("too many idempotency keys", full="keys")
         else:
             client, number = numbered[1], int(numbered[2])
             if client not in self._clients and len(self._clients) >= CLIENTS:
-                raise RateLimited("too many clients")
+                raise RateLimited("too many clients", full="clients")
             results = self._clients.setdefault(client, {})
             if number not in results and results and number <= max(results) - RESULTS_OF_A_CLIENT:
                 raise StaleRequest("the result of this number is no longer kept")

@@ -83,16 +83,16 @@ def test_a_key_changes_its_kind_only_while_nothing_can_have_happened() -> None:
     tried = Attempts("write", key)
     tried.sent(1, 0.0)
     tried.sent(2, 0.0)
-    tried.refused(1, RateLimited("no more keys can be remembered"))
+    tried.refused(1, RateLimited("no more can be remembered", full="keys"))
     assert key.text == single
-    tried.refused(2, RateLimited("no more keys can be remembered"))
+    tried.refused(2, RateLimited("no more can be remembered", full="keys"))
     client_id, number = key.text.split(":")
     assert number == "1"
     tried.sent(3, 0.0)
-    tried.refused(3, RateLimited("again"))
+    tried.refused(3, RateLimited("again", full="keys"))
     assert key.text == f"{client_id}:1"
     given = Key("mine")
-    Attempts("write", given).refused(1, RateLimited("no more keys can be remembered"))
+    Attempts("write", given).refused(1, RateLimited("no more can be remembered", full="keys"))
     assert given.text == "mine"
 
 
@@ -142,7 +142,7 @@ def test_a_full_table_of_single_keys_keeps_no_write_waiting() -> None:
     async def scenario() -> None:
         def full(asked: Asked) -> DengineError | None:
             key = asked.headers.get("Idempotency-Key", "")
-            return RateLimited("no more keys") if key.startswith("once-") else None
+            return RateLimited("no more", full="keys") if key.startswith("once-") else None
 
         async with fake_cluster(3) as cluster, Client(cluster.endpoints) as client:
             for node in cluster.nodes:

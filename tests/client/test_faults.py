@@ -243,6 +243,30 @@ def test_who_is_asked_for_patience_has_it() -> None:
 # --- exactly once
 
 
+def test_a_busy_node_makes_no_key_change_its_kind() -> None:
+    """Only where there is no more room for keys that stand for themselves is it given up: a client
+    that numbers its requests takes one of the few places that there are for those."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        refusals = itertools.count()
+        asked_with: list[str] = []
+
+        def busy(asked: Asked) -> DengineError | None:
+            if asked.method != "PUT":
+                return None
+            asked_with.append(asked.headers["Idempotency-Key"])
+            return RateLimited("10000 writes wait already") if next(refusals) < 3 else None
+
+        for node in cluster.nodes:
+            node.refuse = busy
+        await client.put("k", b"1")
+        assert len(asked_with) == 4
+        assert set(asked_with) == {asked_with[0]}
+        assert ":" not in asked_with[0]
+
+    over(scenario)
+
+
 def test_a_lost_reply_counts_once() -> None:
     """The write was carried out, its answer is lost, another node is asked: one change."""
 
