@@ -192,7 +192,9 @@ class Writes:
         )
 
     def _require_version(self, command: Command) -> None:
-        if type(command) is not Put and needs_version_2(command):
+        if type(command) is Put or self._cycle.command_version >= COMMAND_VERSION:
+            return
+        if needs_version_2(command):
             self._require_version_2("this request")
 
     def _require_room(self, data: bytes) -> None:
@@ -220,10 +222,14 @@ class Writes:
         elif isinstance(command, LeaseKeepAlive | LeaseRevoke):
             self._check_lease(command.lease)
         elif isinstance(command, Txn):
+            key_bytes, value_bytes = self._limits.key_bytes, self._limits.value_bytes
             for part in (*command.compare, *command.success, *command.failure):
-                if isinstance(part, Compare | Get):
+                if type(part) is Put:  # one that is in order needs no words
+                    if not 1 <= len(part.key) <= key_bytes or len(part.value) > value_bytes:
+                        self._check(part)
+                elif isinstance(part, Compare | Get):
                     self._check_key(part.key)
-                elif isinstance(part, Put | ExpiringPut | Delete):
+                elif isinstance(part, ExpiringPut | Delete):
                     self._check(part)
 
     @staticmethod
