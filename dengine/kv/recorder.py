@@ -8,7 +8,7 @@ values would hold up the node for seconds, and with it the heartbeats.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from dengine.kv import tables
@@ -112,6 +112,30 @@ class Recorder:
             tables.attach(self.view, record.lease, key)
         self._events.append(Event(PUT, key, record, old))
         self.view.put(key, record)
+        self._last_key = b""
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Record | None]:
+        """As `get` for each of `keys`; when that is `too_much`, not for all."""
+        left = None
+        if self.totals is not None:
+            left = WORK_BYTES_MAX - (self._bytes - self._bytes_before)
+        found = self.view.get_many(keys, left)
+        self._keys += len(found)
+        self._bytes += sum([len(record.value) for record in found if record is not None])
+        return found
+
+    def put_many(
+        self, keys: Sequence[bytes], records: Sequence[Record], olds: Sequence[Record | None]
+    ) -> None:
+        """As `put` for each of `keys`, which all differ: of records that stay, where `get_many` has
+        found `olds`, and they are there still."""
+        if self.totals is not None:
+            for key, old in zip(keys, olds, strict=True):
+                if old is not None and old.expires_ms | len(old.lease):
+                    self._let_go(key, old)
+            made = zip(keys, records, olds, strict=True)
+            self._events += [Event(PUT, key, record, old) for key, record, old in made]
+        self.view.put_many(keys, records)
         self._last_key = b""
 
     def delete(self, key: bytes) -> None:

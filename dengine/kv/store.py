@@ -133,6 +133,15 @@ class View(Protocol):
 
     def put(self, key: bytes, record: Record) -> None: ...
 
+    def get_many(self, keys: Sequence[bytes], size: int | None) -> list[Record | None]:
+        """What `get` finds for each of `keys`. It ends early, with the one that does it, when the
+        values have more than `size` bytes; None: never."""
+        ...
+
+    def put_many(self, keys: Sequence[bytes], records: Sequence[Record]) -> None:
+        """`put` for each of `keys`, which all differ."""
+        ...
+
     def delete(self, key: bytes) -> None:
         """Removes `key`, which exists."""
         ...

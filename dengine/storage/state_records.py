@@ -49,6 +49,8 @@ _APPLIED: Final = struct.Struct("<QQQ16s")
 _TIME: Final = struct.Struct("<Q")
 _PLAIN, _EXPIRES, _LEASED = 0, 1, 2  # layouts
 
+_VALUE: Final = slice(_RECORD.size, -CRC_BYTES)  # where a plain record has it
+
 _pack_record = _RECORD.pack
 _unpack_record = _RECORD.unpack_from
 
@@ -76,6 +78,11 @@ def record_hash(database: int, key: bytes, raw: bytes) -> int:
     return xxh3_128_intdigest(key + raw, database << 16 | len(key))
 
 
+def row_hash(key: bytes, row: bytes) -> int:
+    """`record_hash` of an `encode_row`."""
+    return xxh3_128_intdigest(row, len(key))  # for KEYS is 0
+
+
 def sum_bytes(record_hashes: int) -> bytes:
     """A sum of `record_hash`es, which may be negative or large, as the state hash: 16 bytes."""
     return (record_hashes & _HASH_MASK).to_bytes(16, "big")
@@ -91,23 +98,25 @@ def is_sound(key: bytes, raw: bytes | memoryview) -> bool:
     return crc32(raw, crc32(key)) == CRC_RESIDUE
 
 
-def encode_record(key: bytes, record: Record) -> bytes:
-    """The whole record in the database `keys`."""
-    value, layout = record.value, _PLAIN
+def encode_row(key: bytes, record: Record) -> bytes:
+    """The key, and right after it the whole record in the database `keys`: what its hash is made
+    of, so that nothing needs to be copied for that."""
+    value, layout, more = record.value, _PLAIN, b""
     if record.expires_ms:
         layout, more = _EXPIRES, _TIME.pack(record.expires_ms)
     elif record.lease:
         lease = record.lease.encode()
         layout, more = _LEASED, bytes([len(lease)]) + lease
     head = _pack_record(layout, record.create_revision, record.mod_revision, record.version)
-    if layout:
-        head += more
-    return b"".join((head, value, pack_crc(crc32(value, crc32(head, crc32(key))))))
+    head = key + head + more
+    return b"".join((head, value, pack_crc(crc32(value, crc32(head)))))
 
 
 def decode_record(raw: bytes | memoryview, keys_only: bool = False) -> Record | int:
-    """Inverse of `encode_record` for a sound record; else its unknown layout."""
+    """The record in an `encode_row`, without the key, if it is sound; else its unknown layout."""
     layout, create_revision, mod_revision, version = _unpack_record(raw)
+    if not layout and type(raw) is bytes and not keys_only:  # nearly all of them: without a detour
+        return Record(create_revision, mod_revision, version, raw[_VALUE])
     start, expires_ms, lease = _RECORD.size, 0, ""
     if layout == _EXPIRES:
         expires_ms = _TIME.unpack_from(raw, start)[0]

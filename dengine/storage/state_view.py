@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
+from zlib import crc32
 
 import lmdb
 import msgspec
@@ -27,17 +28,18 @@ from dengine.kv.store import (
 )
 from dengine.raft.membership import Membership
 from dengine.raft.types import Entry, EntryKind, LogId
-from dengine.storage.environment import CRC_BYTES, DATA_FILE, damaged
+from dengine.storage.environment import CRC_BYTES, CRC_RESIDUE, DATA_FILE, damaged
 from dengine.storage.marks import distrust_state
 from dengine.storage.state_records import (
     KEYS,
     META,
     TOTALS_KEY,
     decode_record,
-    encode_record,
+    encode_row,
     is_sound,
     number_of,
     record_hash,
+    row_hash,
     signed,
 )
 
@@ -68,6 +70,7 @@ class StateView:
         "_path",
         "_put",
         "_raw",
+        "_rows",
         "_totals_raw",
         "_txn",
         "changes",
@@ -95,6 +98,7 @@ class StateView:
         self._path = path
         self._key = b""  # read last, and what was there: a put nearly always follows its get
         self._raw: bytes | None = None
+        self._rows: dict[bytes, bytes | None] = {}  # the same of `get_many`; keys with records
         self.hash = state_hash
         self.totals = totals
         self._totals_raw = b"" if totals is None else signed(TOTALS_KEY, totals.encode())
@@ -109,12 +113,51 @@ class StateView:
 
     def put(self, key: bytes, record: Record) -> None:
         old = self._raw if key == self._key else self._get(key)
-        new = encode_record(key, record)
-        self._put(key, new)
+        row = encode_row(key, record)
+        self._put(key, row[len(key) :])
         if old is not None:
             self.hash -= record_hash(KEYS, key, old)
-        self.hash += record_hash(KEYS, key, new)
+        self.hash += row_hash(key, row)
         self._key = b""
+        self._rows = {}
+
+    def get_many(self, keys: Sequence[bytes], size: int | None) -> list[Record | None]:
+        found: list[Record | None] = []
+        rows: dict[bytes, bytes | None] = {}
+        with self._txn.cursor() as cursor:
+            seek_key, value = cursor.set_key, cursor.value
+            for key in keys:
+                if not seek_key(key):
+                    rows[key] = None
+                    found.append(None)
+                    continue
+                raw = value()
+                rows[key] = row = key + raw
+                if crc32(row) != CRC_RESIDUE:
+                    raise damage(self._path, key, "fails its CRC")
+                record = decode_record(raw)
+                if isinstance(record, int):
+                    raise damage(self._path, key, f"has the unknown layout {record}")
+                found.append(record)
+                if size is not None:
+                    size -= len(record.value)
+                    if size < 0:
+                        break
+        self._rows = rows
+        return found
+
+    def put_many(self, keys: Sequence[bytes], records: Sequence[Record]) -> None:
+        rows = self._rows
+        if rows.keys() != set(keys):
+            self.get_many(keys, None)
+            rows = self._rows
+        new = [encode_row(k, r) for k, r in zip(keys, records, strict=True)]
+        with self._txn.cursor() as cursor:
+            cursor.putmulti([(key, row[len(key) :]) for key, row in zip(keys, new, strict=True)])
+        self.hash += sum(map(row_hash, keys, new))
+        self.hash -= sum([row_hash(key, row) for key, row in rows.items() if row is not None])
+        self._key = b""
+        self._rows = {}
 
     def delete(self, key: bytes) -> None:
         old = self._txn.pop(key)
@@ -122,6 +165,7 @@ class StateView:
             sound_record(key, old, self._path, keys_only=True)  # rot would spoil the hash
             self.hash -= record_hash(KEYS, key, old)
         self._key = b""
+        self._rows = {}
 
     def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
         with self._txn.cursor() as cursor:
