@@ -215,7 +215,7 @@ def answering(answer: Callable[[bytes], bytes]) -> Iterator[tuple[str, list[byte
 
 _REFUSED = (
     b"HTTP/1.1 429 Too Many Requests\r\nConnection: close\r\n\r\n"
-    b'{"error":"rate_limited","code":4004,"message":"full","retryable":true,"outcome":"none"}'
+    b'{"error":"rate_limited","code":4004,"message":"full","retryable":true,"outcome":"none","full":"keys"}'
 )
 _DONE = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"ok":true}'
 

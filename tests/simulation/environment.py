@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import lmdb
@@ -297,6 +297,11 @@ class Cursor:
     def next(self) -> bool:
         self._place += 1
         return self._is_on_record()
+
+    def putmulti(self, items: Sequence[tuple[bytes, bytes]]) -> tuple[int, int]:
+        for key, value in items:
+            self._transaction.put(key, value)
+        return len(items), len(items)
 
     def delete(self) -> bool:
         return self._transaction.delete(self.key())

@@ -97,6 +97,18 @@ class _View:
         self.records.put(key, record)  # type: ignore[arg-type]
         self.touched[key] = None
 
+    def get_many(self, keys: Sequence[bytes], size: int | None) -> list[Record | None]:
+        found: list[Record | None] = []
+        for key in keys:
+            found.append(self.get(key))
+            if size is not None and sum(len(r.value) for r in found if r) > size:
+                break
+        return found
+
+    def put_many(self, keys: Sequence[bytes], records: Sequence[Record]) -> None:
+        for key, record in zip(keys, records, strict=True):
+            self.put(key, record)
+
     def delete(self, key: bytes) -> None:
         self.records.delete(key)
         self.touched[key] = None
