@@ -23,7 +23,10 @@ from tests.simulation.run import Tally, examine, explain, narrow_down, run_seed,
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = float(os.environ.get("DENGINE_SIM_SECONDS") or 360)
 HALVES = (0, 1)  # each for one core
-RARE_SEEDS = range(600)  # the same in every run; it takes fewer to see everything once
+# Between them they have seen everything in SOMETIMES. A change of dengine may move what a seed
+# does: then others are tried as well, the same in every run.
+KNOWN_SEEDS = (19, 25, 29, 31, 95, 144, 211, 220, 242, 250, 276, 294)
+RARE_SEEDS = (*KNOWN_SEEDS, *(seed for seed in range(600) if seed not in KNOWN_SEEDS))
 
 # What must have happened in some of them, or the faults do not reach where they should.
 SOMETIMES = (
