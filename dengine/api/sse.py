@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import cast
 
 from aiohttp import web
@@ -18,7 +19,8 @@ _HEADERS = {
     "X-Accel-Buffering": "no",  # a proxy that collects events would keep them from their reader
 }
 
-Next = Callable[[], Awaitable[bytes]]
+EventText = bytes | AsyncGenerator[bytes, None]  # or its parts, each made when it is wanted
+Next = Callable[[], Awaitable[EventText]]
 
 
 async def stream(request: Request, following: Next, end: Callable[[], None]) -> Response:
@@ -26,8 +28,12 @@ async def stream(request: Request, following: Next, end: Callable[[], None]) -> 
 
     Args:
         following: waits for the next event; it is cancelled and called again when there was
-            nothing to say for a while. StopAsyncIteration: that was all.
+            nothing to say for a while. StopAsyncIteration: that was all. Between the parts of an
+            event nothing is written, so none of them may take long.
         end: called when the client leaves: nothing is kept for it, and `following` ends.
+
+    Raises:
+        ConnectionResetError: it has been cut off, or has gone; parts may end with it, too.
     """
     response = web.StreamResponse(headers=_HEADERS)
     request.lost = lost = asyncio.get_running_loop().create_future()
@@ -42,11 +48,19 @@ async def stream(request: Request, following: Next, end: Callable[[], None]) -> 
                 event = _COMMENT
             except StopAsyncIteration:
                 break
-            for start in range(0, len(event), SLICE_BYTES):
-                part = event[start : start + SLICE_BYTES]
-                await taken(request.protocol, response.write(part))
+            if isinstance(event, bytes):
+                await _write(request, response, event)
+                continue
+            async with aclosing(event):
+                async for part in event:
+                    await _write(request, response, part)
         if not lost.done():
             await taken(request.protocol, response.write_eof())
     finally:
         end()
     return cast(Response, response)
+
+
+async def _write(request: Request, response: web.StreamResponse, data: bytes) -> None:
+    for start in range(0, len(data), SLICE_BYTES):
+        await taken(request.protocol, response.write(data[start : start + SLICE_BYTES]))

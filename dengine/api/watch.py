@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from functools import partial
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -14,17 +14,17 @@ from dengine.api import params
 from dengine.api.kv import text_or_base64
 from dengine.api.protocol import Request, Response
 from dengine.api.routes import Body, Parameter, Route
-from dengine.api.sse import stream
+from dengine.api.sse import EventText, stream
 from dengine.errors import InvalidRequest, TooLarge
 from dengine.kv.store import KINDS, Event
-from dengine.node.watch_hub import Cancelled, Changes, Message, Progress, Selection, Watch
+from dengine.node.watch_hub import Cancelled, Changes, Progress, Selection, Watch
+from dengine.node.watch_messages import Part, Reading
 
 if TYPE_CHECKING:
     from dengine.config import Config
     from dengine.node.node import Node
 
 REVISION_MAX = 2**63 - 2
-PART_EVENTS = 250  # are written out at once: some 0.2 ms; 10 000 would take 50 ms
 LAST_EVENT_ID = istr("Last-Event-ID")
 _DECIMAL = re.compile(r"[0-9]{1,19}")
 
@@ -41,7 +41,6 @@ class WatchCalls:
         self._limits = config.limits
         self._closing = closing
         self._loop = asyncio.get_running_loop()
-        self._turn = asyncio.Lock()  # of those who write out a large change
 
     async def watch(self, request: Request) -> Response:
         selection = self._selection(request.params)
@@ -49,12 +48,12 @@ class WatchCalls:
         prev = params.flag(request.params, "prev")
         deadline = self._loop.time() + params.timeout_s(request)
         watch = await self._node.watch(selection, first, prev=prev, deadline=deadline)
-        stopping = partial(_stop, watch)
-        self._closing.add_done_callback(stopping)
+        following = Following(watch)
+        self._closing.add_done_callback(following.stop)
         try:
-            return await stream(request, Following(watch, self._turn).next, watch.close)
+            return await stream(request, following.next, watch.close)
         finally:
-            self._closing.remove_done_callback(stopping)
+            self._closing.remove_done_callback(following.stop)
             watch.close()
 
     def _selection(self, query: dict[str, bytes]) -> Selection:
@@ -81,61 +80,55 @@ def _first(request: Request) -> int | None:
     return params.integer(request.params, "from_revision", 1, 1, REVISION_MAX)
 
 
-def _stop(watch: Watch, _: asyncio.Future[None]) -> None:
-    if not watch.over:
-        watch.cancel("this node is stopping: resume at another one")
-
-
 class Following:
-    """What a watch says as server-sent events, each made once for all who get the same.
+    """What a watch says as server-sent events."""
 
-    Args:
-        turn: shared by all on this event loop, so that it serves others, heartbeats above all,
-            after each part of a large change, whoever else has one to write out.
-    """
-
-    def __init__(self, watch: Watch, turn: asyncio.Lock) -> None:
+    def __init__(self, watch: Watch) -> None:
         self._watch = watch
-        self._turn = turn
-        self._message: Message | None = None  # taken from the watch, and not returned yet
+        self._reading: Reading[bytes] | None = None
 
-    async def next(self) -> bytes:
+    async def next(self) -> EventText:
         """The next event. Nothing is lost where this is cancelled and called again.
 
         Raises:
             StopAsyncIteration: that was all.
         """
-        if self._message is None:
-            self._message = await anext(self._watch)
-        if isinstance(self._message, Changes):
-            event = await self._change(self._message)
-        else:
-            event = _word(self._message, self._watch)
-        self._message = None
-        return event
+        self._reading = None
+        message = await anext(self._watch)
+        if not isinstance(message, Changes):
+            return _word(message, self._watch)
+        if not message.is_large:
+            return message.whole(_text)
+        self._reading = Reading(self._watch, message, _text)
+        return _parts(self._reading)
 
-    async def _change(self, changes: Changes) -> bytes:
-        if not changes.shown and len(changes.events) > PART_EVENTS:
-            async with self._turn:  # another may have made all of it meanwhile, or a part
-                while not (changes.shown or _is_complete(changes)):
-                    changes.parts.append(_next_part(changes))
-                    await asyncio.sleep(0)
-        if not changes.shown:
-            events = b",".join(changes.parts or [_next_part(changes)])
-            data = b'{"revision":%d,"events":[%b]}' % (changes.revision, events)
-            changes.shown = b"event: change\nid: %d\ndata: %b\n\n" % (changes.revision, data)
-            changes.parts.clear()
-        return changes.shown
+    def stop(self, _: asyncio.Future[None]) -> None:
+        """This node is stopping. Within an event that cannot be said, so it is cut off: to make the
+        rest of it, for many clients, takes longer than they are given.
+        """
+        if self._reading is not None and self._reading.in_midst:
+            self._watch.close()
+        elif not self._watch.over:
+            self._watch.cancel("this node is stopping: resume at another one")
 
 
-def _is_complete(changes: Changes) -> bool:
-    return len(changes.parts) * PART_EVENTS >= len(changes.events)
+async def _parts(reading: Reading[bytes]) -> AsyncGenerator[bytes, None]:
+    while (text := await reading.next()) is not None:
+        yield text
+    if reading.in_midst:
+        raise ConnectionResetError("the client has gone, or this node stops, within an event")
 
 
-def _next_part(changes: Changes) -> bytes:
-    start = len(changes.parts) * PART_EVENTS
-    shown = [_shown(event) for event in changes.events[start : start + PART_EVENTS]]
-    return orjson.dumps(shown)[1:-1]
+def _text(part: Part) -> bytes:
+    """The text of an event, as far as it is about `part`."""
+    head, end = b",", b""
+    if part.is_first:
+        number = part.revision
+        head = b'event: change\nid: %d\ndata: {"revision":%d,"events":[' % (number, number)
+    if part.is_last:
+        end = b"]}\n\n"
+    shown = orjson.dumps([_shown(event) for event in part.events])
+    return b"".join((head, memoryview(shown)[1:-1], end))
 
 
 def _word(message: Progress | Cancelled, watch: Watch) -> bytes:

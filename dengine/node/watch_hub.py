@@ -5,10 +5,11 @@ the state. It becomes live in the very step that has read the last revision, so 
 between. Live ones cost a write one look-up per changed key. Those that catch up share a few
 milliseconds at a time, or many of them would keep the node from its heartbeats.
 
-What waits for a reader is bounded. When that is full the watch goes over to catching up: what comes
-meanwhile waits in the history, and costs nothing. A reader that takes nothing for a while, or that
-the end of the history overtakes, is told so, and its watch ends; it can resume behind the last
-revision that it has seen, here or at any other node, for as long as the history has it.
+What waits for a reader is bounded, and the message that it is reading counts. When that is full the
+watch goes over to catching up: what comes meanwhile waits in the history, and costs nothing. A
+reader that takes nothing for a while, or that the end of the history overtakes, is told so, and its
+watch ends; it can resume behind the last revision that it has seen, here or at any other node, for
+as long as the history has it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 from dengine.errors import (
@@ -35,7 +37,7 @@ from dengine.storage.state_store import StateStore
 
 __all__ = ["Cancelled", "Changes", "Message", "Progress", "Selection", "Watch", "WatchHub"]
 
-QUEUE_MAX: Final = 1000  # messages that wait for the reader of a live watch
+QUEUE_MAX: Final = 1000  # messages of a live watch, with the one that is being read
 QUEUE_BYTES_MAX: Final = 4 * 1024 * 1024  # and their size; a single larger one is let through
 QUEUES_BYTES_MAX: Final = 128 * 1024 * 1024  # for all watches: what several wait for counts once
 CATCH_UP_BYTES: Final = 256 * 1024  # of history that is read at once; and waiting for a watch
@@ -55,18 +57,22 @@ class Watch:
         prev: is what was there before wanted?
         first: the first revision that was wanted.
         position: the next revision that is wanted; lower ones were delivered.
+        over: nothing new comes any more.
+        closed: nor does anybody wait for the rest of what was taken.
     """
 
     def __init__(self, hub: WatchHub, selection: Selection, position: int, prev: bool) -> None:
         self.selection = selection
         self.prev = prev
         self.first = self.position = position
+        self.over = self.closed = False
         self._hub = hub
         self._queue: deque[Message] = deque()
+        self._in_hand = False  # is the first of them being read?
         self._bytes = 0
         self._waiter: asyncio.Future[None] | None = None
-        self._over = False
-        self._taken = 0  # messages, since `is_slow` was asked last
+        self._held_up = False  # does the reader wait for this node?
+        self._taken = 0  # messages, and parts of them, since `is_slow` was asked last
         self._stood_still = 0  # times in a row that it had to be said
         self._refused = False  # a message found no room, and nothing comes before all is read
 
@@ -74,39 +80,57 @@ class Watch:
         return self
 
     async def __anext__(self) -> Message:
+        self.done()
         while not self._queue:
-            if self._over:
+            if self.over:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        message = self._queue.popleft()
-        self._bytes -= message.size
-        self._hub.left_queue(message)
+        self._in_hand = True
         self._taken += 1
-        self._refused = self._refused and bool(self._queue)
-        self._hub.drained(self)
-        return message
+        return self._queue[0]
+
+    def done(self) -> None:
+        """The reader is done with the message that it took last, as when it asks for the next."""
+        if self._in_hand:
+            self._in_hand = False
+            self._remove(self._queue.popleft())
+            self._refused = self._refused and bool(self._queue)
+            self._hub.drained(self)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """The right to make one part of a large message: for whoever waits longest, of all watches
+        of the node. To wait for it is no fault of the reader.
+        """
+        self._held_up = True
+        try:
+            async with self._hub.turn:
+                yield
+        finally:
+            self._held_up = False
+
+    def took_part(self) -> None:
+        """The reader goes on with the message that it took last."""
+        self._taken += 1
 
     async def aclose(self) -> None:
         self.close()
 
     def close(self) -> None:
         """No more messages, and nothing kept."""
-        self._over = True
-        self._clear()
+        self.over = self.closed = True
+        self.done()
+        self._drop_waiting()
         self._hub.closed(self)
         self._awake()
 
     # --- the hub's side -----------------------------------------------------------------------
 
     @property
-    def over(self) -> bool:
-        return self._over
-
-    @property
     def waiting(self) -> int:
         """Messages that the reader has yet to take."""
-        return len(self._queue)
+        return len(self._queue) - self._in_hand
 
     @property
     def has_room(self) -> bool:
@@ -118,7 +142,7 @@ class Watch:
 
     def is_slow(self) -> bool:
         """Asked at intervals: has the reader let messages wait for too many of them?"""
-        stands = bool(self._queue) and not self._taken
+        stands = self.waiting > 0 and not (self._taken or self._held_up)
         self._stood_still = self._stood_still + 1 if stands else 0
         self._taken = 0
         return self._stood_still >= SLOW_TIMES
@@ -141,16 +165,19 @@ class Watch:
 
     def cancel(self, reason: str, compact_revision: int | None = None) -> None:
         """End it; the reader learns why. What it has not taken yet is dropped."""
-        self._clear()
+        self._drop_waiting()
         self._queue.append(Cancelled(reason, compact_revision))
-        self._over = True
+        self.over = True
+        self._hub.closed(self)
         self._awake()
 
-    def _clear(self) -> None:
-        for message in self._queue:
-            self._hub.left_queue(message)
-        self._queue.clear()
-        self._bytes = 0
+    def _drop_waiting(self) -> None:
+        while self.waiting:
+            self._remove(self._queue.pop())
+
+    def _remove(self, message: Message) -> None:
+        self._bytes -= message.size
+        self._hub.left_queue(message)
 
     def _awake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -181,7 +208,8 @@ class WatchHub:
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
-        self._bytes = 0  # of all changes that wait for a reader
+        self._bytes = 0  # of all changes that wait for a reader, or are being read
+        self.turn = asyncio.Lock()  # see `Watch.turn`
 
     @property
     def count(self) -> int:
@@ -229,7 +257,7 @@ class WatchHub:
         """The node is stopping: all watches end."""
         self._closed = True
         for watch in list(self._all):
-            self._cancel(watch, "this node is stopping: resume at another one")
+            watch.cancel("this node is stopping: resume at another one")
         if self._timer is not None:
             self._timer.cancel()
         if self._task is not None:
@@ -312,9 +340,7 @@ class WatchHub:
                 self._sort_in(watch)
         if lost:
             for watch in list(self._all):
-                self._cancel(
-                    watch, "the state of this node is being rebuilt: resume at another one"
-                )
+                watch.cancel("the state of this node is being rebuilt: resume at another one")
         self._revision = self._state.revision
 
     # --- catching up --------------------------------------------------------------------------
@@ -350,8 +376,7 @@ class WatchHub:
     def _end_overtaken(self) -> None:
         compact = self.compact_revision
         for watch in [watch for watch in self._catching if watch.position <= compact]:
-            self._cancel(
-                watch,
+            watch.cancel(
                 f"the history begins after revision {compact} by now, and this watch had come to "
                 f"{watch.position - 1}: read the keys anew",
                 compact,
@@ -397,36 +422,30 @@ class WatchHub:
 
     @property
     def is_full(self) -> bool:
-        """Do slow readers keep so much that each may have only one message wait?"""
+        """Do readers keep so much that each may have only one message, waiting or in hand?"""
         return self._bytes > QUEUES_BYTES_MAX
 
     def joined_queue(self, message: Message) -> None:
-        """It waits for one reader more."""
+        """It is kept for one reader more."""
         if type(message) is Changes:
             if not message.queues:
                 self._bytes += message.size
             message.queues += 1
 
     def left_queue(self, message: Message) -> None:
-        """It waits for one reader less."""
+        """It is kept for one reader less."""
         if type(message) is Changes:
             message.queues -= 1
             if not message.queues:
                 self._bytes -= message.size
 
     def drained(self, watch: Watch) -> None:
-        """A reader has taken a message."""
+        """A reader is done with a message."""
         if watch.has_room and not self._wake.is_set() and self._catching:
             self._wake.set()
 
     def closed(self, watch: Watch) -> None:
-        self._forget(watch)
-
-    def _cancel(self, watch: Watch, reason: str, compact_revision: int | None = None) -> None:
-        watch.cancel(reason, compact_revision)
-        self._forget(watch)
-
-    def _forget(self, watch: Watch) -> None:
+        """It gets nothing more."""
         self._all.pop(watch, None)
         self._catching.pop(watch, None)
         self._live.discard(watch.selection, watch)
@@ -458,8 +477,7 @@ class WatchHub:
 
     def _end_slow_ones(self) -> None:
         for watch in [watch for watch in self._all if watch.is_slow()]:
-            self._cancel(
-                watch,
+            watch.cancel(
                 f"too slow: nothing was read for {(SLOW_TIMES - 1) * PROGRESS_S:g} s, and "
                 f"{watch.waiting} messages wait; resume behind the last that you have seen",
             )

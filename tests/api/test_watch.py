@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from typing import Any, cast
+from typing import Any
 
-import orjson
 import pytest
 
-from dengine.api import watch
-from dengine.kv.store import DELETE, PUT, Event, Record
-from dengine.node.watch_hub import Changes, Message, Watch
 from tests.api.raw import Wire, assert_error, wire
 from tests.cluster import ServeProcess, wait_for
 
@@ -165,97 +160,3 @@ def test_too_many_watches_are_refused(small_node: ServeProcess) -> None:
 
 def test_a_watch_has_no_head(client: Wire) -> None:
     assert client.request("HEAD", "/v1/watch?key=a").status == 405
-
-
-class _Told:
-    """A watch that has these messages."""
-
-    def __init__(self, *messages: Message) -> None:
-        self._messages = list(messages)
-        self.first = 1
-
-    async def __anext__(self) -> Message:
-        if not self._messages:
-            raise StopAsyncIteration
-        return self._messages.pop(0)
-
-
-def _large(revision: int) -> Changes:
-    """10 000 events of all sorts."""
-    records = [Record(made, revision, 1, bytes([n])) for made in (5, revision) for n in range(256)]
-    events = [
-        Event(DELETE, b"k/%d" % n, None, records[n % 512])
-        if n % 3
-        else Event(PUT, b"k/\xff%d" % n, records[n % 512], None)
-        for n in range(10_000)
-    ]
-    return Changes(revision, events, prev=True)
-
-
-def _whole(changes: Changes) -> bytes:
-    events = [watch._shown(event) for event in changes.events]
-    data = orjson.dumps({"revision": changes.revision, "events": events})
-    return b"event: change\nid: %d\ndata: %b\n\n" % (changes.revision, data)
-
-
-def test_a_large_change_is_one_message_and_holds_nothing_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Heartbeats are on the same event loop: between two of its turns only a part is written out,
-    however many follow, and once for all who get the same."""
-    first, second = _large(7), _large(8)
-    expected = [_whole(first), _whole(second)]
-    shown = watch._shown
-    made, most = 0, 0
-
-    def counted(event: Event) -> dict[str, Any]:
-        nonlocal made
-        made += 1
-        return shown(event)
-
-    monkeypatch.setattr(watch, "_shown", counted)
-
-    async def check() -> None:
-        nonlocal most
-        turn = asyncio.Lock()
-        told = [_Told(first, second) for _ in range(3)] + [_Told(second)]
-        followings = [watch.Following(cast(Watch, one), turn) for one in told]
-
-        async def all_of(following: watch.Following) -> list[bytes]:
-            found = []
-            while True:
-                try:
-                    found.append(await following.next())
-                except StopAsyncIteration:
-                    return found
-
-        tasks = [asyncio.create_task(all_of(following)) for following in followings]
-        while not all(task.done() for task in tasks):
-            before = made
-            await asyncio.sleep(0)
-            most = max(most, made - before)
-        assert [task.result() for task in tasks] == [expected] * 3 + [expected[1:]]
-
-    asyncio.run(check())
-    assert made == 20_000
-    assert most <= 1000, "a tenth of what one of them has"
-
-
-def test_a_message_that_is_interrupted_goes_on() -> None:
-    """A comment comes between: a stream that says nothing for a while has to say so."""
-    changes = _large(7)
-    expected = _whole(changes)
-
-    async def check() -> None:
-        following = watch.Following(cast(Watch, _Told(changes)), asyncio.Lock())
-        for _ in range(3):
-            task = asyncio.create_task(following.next())
-            for _ in range(5):
-                await asyncio.sleep(0)
-            assert task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        assert len(changes.parts) >= 3
-        assert await following.next() == expected
-
-    asyncio.run(check())

@@ -95,7 +95,8 @@ def test_a_slow_reader_misses_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
                 await engine.put("k", b"%d" % n)
             for n in range(50):
                 assert (await next_of(watch)).events[0].value == b"%d" % n
-            engine._embedded.node.hub._cancel(watch._source, "too slow")
+            assert watch._source is not None
+            watch._source.cancel("too slow")
             for n in range(50, 100):
                 assert (await next_of(watch)).events[0].value == b"%d" % n
 

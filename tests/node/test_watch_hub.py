@@ -445,6 +445,8 @@ def test_what_waits_for_all_of_them_is_bounded(
         for n, watch in enumerate(watches):
             wanted = [(r, [b"%d" % (n % 10)]) for r in range(1 + n % 10, 201, 10)]
             assert seen(await read(watch, 21)) == wanted
+        for watch in (quick, *watches):
+            watch.done()
         assert hub._bytes == 0
         for watch in watches[:10]:
             stage.apply(Put(watch.selection.key, b"x"))
@@ -452,6 +454,34 @@ def test_what_waits_for_all_of_them_is_bounded(
         watches[11].cancel("")
         await hub.close()
         assert hub._bytes == 0
+
+    on_loop(check)
+
+
+def test_what_is_being_read_counts(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that is long at a message gets no second one meanwhile where much is kept already:
+    its next ones wait in the history."""
+    monkeypatch.setattr(watch_hub, "QUEUES_BYTES_MAX", 1000)
+
+    async def check() -> None:
+        hub = stage.open()
+        watches = [hub.open(Selection(b"%d" % n, False), None) for n in range(10)]
+        for watch in watches:
+            await read(watch, 1)
+            watch.done()
+        for _ in range(3):
+            stage.apply(*(Put(b"%d" % n, b"x" * 1000) for n in range(10)))
+        got = [await read(watch, 1) for watch in watches]
+        size = hub._bytes
+        assert size > 10 * 1000
+        assert not hub._step(), "nobody has room"
+        assert hub._bytes == size
+        watches[0].done()
+        assert hub._bytes == size * 9 // 10
+        for n, watch in enumerate(watches):
+            got[n] += await read(watch, 2)
+            assert [revision for revision, _ in seen(got[n])] == [n + 1, n + 11, n + 21]
+        await hub.close()
 
     on_loop(check)
 
