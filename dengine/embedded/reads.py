@@ -19,6 +19,7 @@ from dengine.kv.store import DELETE, EXPIRE, PUT
 from dengine.node import watch_hub
 from dengine.node.node import Node
 from dengine.node.watch_hub import Cancelled, Changes, Progress, Selection
+from dengine.node.watch_messages import Part, Reading
 
 Span = tuple[bytes, bytes | None]  # the first key, and the first behind the last
 PAUSE_S: Final = 0.05  # before a watch is opened again
@@ -150,6 +151,7 @@ class Watch:
         self._placed = from_revision is not None  # is it fixed where it starts?
         self._begun = False
         self._source: watch_hub.Watch | None = None
+        self._large: _LargeChange | None = None  # was taken from there, and not returned yet
         self._ended = False
         self.revision = 0 if from_revision is None else from_revision - 1
 
@@ -170,8 +172,17 @@ class Watch:
         return self
 
     async def __anext__(self) -> Change:
-        """The next change, however long that takes. Raises as `Engine.watch` says."""
+        """The next change, however long that takes; nothing is lost where this is cancelled.
+
+        Raises as `Engine.watch` says.
+        """
         while not self._ended:
+            if self._large is not None:
+                change = await self._large.made()
+                self._large = None
+                if change is not None:
+                    self.revision = change.revision
+                    return change
             if self._source is None:
                 self._source = await self._open()
             try:
@@ -180,9 +191,12 @@ class Watch:
                 self._source = None
                 continue
             match message:
+                case Changes(is_large=True):
+                    self._large = _LargeChange(self._source, message)
                 case Changes():
                     self.revision = message.revision
-                    return self._change(message)
+                    self._source.done()
+                    return Change(message.revision, tuple(message.whole(_events)))
                 case Progress(revision):
                     self.revision = max(self.revision, revision)
                 case Cancelled(reason, compact_revision):
@@ -228,17 +242,35 @@ class Watch:
             source.close()
         return source
 
-    def _change(self, changes: Changes) -> Change:
-        return Change(
-            changes.revision,
-            tuple(
-                Event(
-                    TYPES[event.kind],
-                    event.key,
-                    None if event.record is None else event.record.value,
-                    None if event.prev is None else event.prev.value,
-                    event.created,
-                )
-                for event in changes.events
-            ),
+
+class _LargeChange:
+    """A change of which so many events are made at once that others have their turns in between."""
+
+    def __init__(self, source: watch_hub.Watch, changes: Changes) -> None:
+        self._source = source
+        self._revision = changes.revision
+        self._reading = Reading(source, changes, _events)
+        self._events: list[Event] = []
+
+    async def made(self) -> Change | None:
+        """All of it; None: its watch has ended before. Who cancels this can ask again."""
+        while (events := await self._reading.next()) is not None:
+            self._events += events
+        if self._reading.in_midst or not self._events:
+            return None
+        self._source.done()
+        return Change(self._revision, tuple(self._events))
+
+
+def _events(part: Part) -> list[Event]:
+    """What an app is given."""
+    return [
+        Event(
+            TYPES[event.kind],
+            event.key,
+            None if event.record is None else event.record.value,
+            None if event.prev is None else event.prev.value,
+            event.created,
         )
+        for event in part.events
+    ]

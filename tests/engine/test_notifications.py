@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import uvloop
 
 import dengine
 from dengine.client.types import Change, Event, Put
-from dengine.embedded import notifications
+from dengine.embedded import notifications, reads
 from dengine.embedded.notifications import Leadership
 from dengine.engine import EngineClosed
 from dengine.errors import Compacted, WatchOverflow
-from dengine.node import watch_hub
+from dengine.node import watch_hub, watch_messages
 from tests.engine.apps import PATIENT_S, alone, on
 from tests.node.hosts import until
 
@@ -99,6 +100,89 @@ def test_a_slow_reader_misses_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
             watch._source.cancel("too slow")
             for n in range(50, 100):
                 assert (await next_of(watch)).events[0].value == b"%d" % n
+
+    used(tmp_path, app)
+
+
+LARGE = [Put(f"k/{n:02}", b"%d" % n) for n in range(60)]
+LARGE_EVENTS = tuple(Event("put", f"k/{n:02}".encode(), b"%d" % n, created=True) for n in range(60))
+
+
+def test_a_large_change_leaves_others_their_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The app's, and the heartbeats of its node: a part of it is made in a turn of the event loop,
+    once for all watches that select the same."""
+    monkeypatch.setattr(watch_messages, "PART_EVENTS", 3)
+    made = 0
+
+    def counted(*fields: Any) -> Event:
+        nonlocal made
+        made += 1
+        return Event(*fields)
+
+    monkeypatch.setattr(reads, "Event", counted)
+
+    async def app(engine: dengine.Engine) -> None:
+        async with engine.watch(prefix="k/") as one, engine.watch(prefix="k/") as other:
+            await engine.txn([], success=LARGE)
+            tasks = [asyncio.create_task(next_of(watch)) for watch in (one, other)]
+            most = 0
+            while not all(task.done() for task in tasks):
+                before = made
+                await asyncio.sleep(0)
+                most = max(most, made - before)
+            assert {task.result() for task in tasks} == {Change(1, LARGE_EVENTS)}
+            assert made == len(LARGE)
+            assert most <= 3
+            assert one.revision == other.revision == 1
+
+    used(tmp_path, app)
+
+
+def test_a_large_change_survives_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An app that waits for a while only, and then again, gets all of it."""
+    monkeypatch.setattr(watch_messages, "PART_EVENTS", 3)
+
+    async def app(engine: dengine.Engine) -> None:
+        async with engine.watch(prefix="k/") as watch:
+            await engine.txn([], success=LARGE)
+            interrupted = 0
+            while True:
+                task = asyncio.create_task(anext(watch))
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                if task.done():
+                    break
+                assert watch.revision == 0
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+                interrupted += watch._large is not None
+            assert task.result() == Change(1, LARGE_EVENTS)
+            assert interrupted > 2
+            await engine.put("k/00", b"next")
+            assert (await next_of(watch)).revision == 2
+
+    used(tmp_path, app)
+
+
+def test_closing_a_watch_in_the_midst_of_a_large_change_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_messages, "PART_EVENTS", 3)
+
+    async def app(engine: dengine.Engine) -> None:
+        async with engine.watch(prefix="k/") as watch:
+            await engine.txn([], success=LARGE)
+            async with engine._embedded.node.hub.turn:
+                task = asyncio.create_task(anext(watch))
+                await until(lambda: watch._large is not None, "the change to be taken")
+                await watch.aclose()
+            with pytest.raises(StopAsyncIteration):
+                await task
 
     used(tmp_path, app)
 
