@@ -148,7 +148,7 @@ def _txn(txn: Txn, view: Recorder, revision: int, result_max: int | None) -> Res
     operations = txn.success if succeeded else txn.failure
     puts = _only_puts(operations)
     if puts:
-        return _put_all(puts, succeeded, view, revision, result_max)
+        return _put_all(puts, succeeded, view, revision)
     overlay, after = Overlay(view), revision
     results: list[OperationResult] = []
     read = deleted = 0
@@ -170,15 +170,11 @@ def _txn(txn: Txn, view: Recorder, revision: int, result_max: int | None) -> Res
         results.append(result)
     done = TxnResult(after, succeeded, tuple(results))
     if result_max is not None and len(encode_result(done)) > result_max:
-        return _too_long(result_max)
+        return Invalid(
+            f"with an idempotency key, what a transaction reads has at most {result_max} bytes"
+        )
     overlay.carry_out()
     return done
-
-
-def _too_long(result_max: int) -> Invalid:
-    return Invalid(
-        f"with an idempotency key, what a transaction reads has at most {result_max} bytes"
-    )
 
 
 def _only_puts(operations: Sequence[Operation]) -> dict[bytes, Put]:
@@ -196,23 +192,15 @@ def _only_puts(operations: Sequence[Operation]) -> dict[bytes, Put]:
     return puts if len(puts) == len(operations) else {}
 
 
-def _put_all(
-    puts: dict[bytes, Put],
-    succeeded: bool,
-    view: Recorder,
-    revision: int,
-    result_max: int | None,
-) -> Result:
-    """What the general way of `_txn` comes to for `_only_puts`."""
+def _put_all(puts: dict[bytes, Put], succeeded: bool, view: Recorder, revision: int) -> Result:
+    """What the general way of `_txn` comes to for `_only_puts`. Such a result is never too long for
+    an idempotency key: it has no values in it."""
     keys = list(puts)
     olds = view.get_many(keys)
     if view.too_much:
         return _TOO_MUCH
     now = revision + 1
     made, replaced = PutResult(now, True), PutResult(now, False)
-    done = TxnResult(now, succeeded, tuple([made if o is None else replaced for o in olds]))
-    if result_max is not None and len(encode_result(done)) > result_max:
-        return _too_long(result_max)
     records = [
         Record(now, now, 1, put.value)
         if old is None
@@ -220,7 +208,7 @@ def _put_all(
         for put, old in zip(puts.values(), olds, strict=True)
     ]
     view.put_many(keys, records, olds)
-    return done
+    return TxnResult(now, succeeded, tuple([made if o is None else replaced for o in olds]))
 
 
 def _operate(

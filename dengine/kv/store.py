@@ -139,7 +139,8 @@ class View(Protocol):
         ...
 
     def put_many(self, keys: Sequence[bytes], records: Sequence[Record]) -> None:
-        """`put` for each of `keys`, which all differ."""
+        """`put` for each of `keys`, which all differ: those that `get_many` has found last, all of
+        them, and no record was put or deleted since."""
         ...
 
     def delete(self, key: bytes) -> None:

@@ -149,11 +149,10 @@ class StateView:
     def put_many(self, keys: Sequence[bytes], records: Sequence[Record]) -> None:
         rows = self._rows
         if rows.keys() != set(keys):
-            self.get_many(keys, None)
-            rows = self._rows
+            raise InvariantBroken(f"{self._path}: keys are put that were not read just before")
         new = [encode_row(k, r) for k, r in zip(keys, records, strict=True)]
         with self._txn.cursor() as cursor:
-            cursor.putmulti([(key, row[len(key) :]) for key, row in zip(keys, new, strict=True)])
+            cursor.putmulti((key, row[len(key) :]) for key, row in zip(keys, new, strict=True))
         self.hash += sum(map(row_hash, keys, new))
         self.hash -= sum([row_hash(key, row) for key, row in rows.items() if row is not None])
         self._key = b""

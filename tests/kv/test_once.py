@@ -27,8 +27,10 @@ from dengine.kv.commands import (
     Txn,
     TxnResult,
     encode_command,
+    encode_result,
 )
 from dengine.kv.store import Totals
+from dengine.kv.transaction import OPERATIONS_MAX
 from tests.kv.world import RULES, World
 
 WINDOW_MS = RULES.idempotency_window_ms
@@ -186,6 +188,15 @@ def test_a_result_that_is_too_large_to_keep_is_refused_before_anything_happens(
     assert isinstance(world.one(numbered(1, txn)), Invalid)
     assert world.keys == [b"k"]
     assert isinstance(world.one(txn), TxnResult)
+
+
+def test_what_a_transaction_that_only_puts_comes_to_can_always_be_kept(world: World) -> None:
+    """The most puts, at the largest revisions: so nobody has to look how long the result is."""
+    world.revision = 2**63
+    puts = tuple(Put(b"%d" % n, b"") for n in range(OPERATIONS_MAX))
+    result = world.one(numbered(1, Txn((), puts, ())))
+    assert isinstance(result, TxnResult)
+    assert len(encode_result(result)) < once.RESULT_BYTES_MAX / 4
 
 
 def test_flawed_keys_are_refused(world: World) -> None:

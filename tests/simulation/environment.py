@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import lmdb
@@ -298,10 +298,9 @@ class Cursor:
         self._place += 1
         return self._is_on_record()
 
-    def putmulti(self, items: Sequence[tuple[bytes, bytes]]) -> tuple[int, int]:
+    def putmulti(self, items: Iterable[tuple[bytes, bytes]]) -> None:
         for key, value in items:
             self._transaction.put(key, value)
-        return len(items), len(items)
 
     def delete(self) -> bool:
         return self._transaction.delete(self.key())

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dengine.errors import DataCorruption
-from dengine.kv import recorder
+from dengine.errors import DataCorruption, InvariantBroken
+from dengine.kv import machine, recorder
 from dengine.kv.commands import (
     Command,
+    Compare,
     Deferred,
     ExpiringPut,
-    Get,
-    GetResult,
     LeaseGrant,
     LeaseResult,
+    Once,
     Put,
     Result,
     TooMuch,
@@ -29,16 +29,23 @@ from dengine.kv.commands import (
     encode_batch,
     encode_command,
 )
-from dengine.kv.store import Change
+from dengine.kv.store import Change, Record
 from dengine.raft.types import Entry, EntryKind, MemberId
 from dengine.storage.state_reader import check_state
 from dengine.storage.state_store import StateStore
+from dengine.storage.state_view import StateView
 from tests.storage.states import config, membership
 
 FIRST = config(1, membership(MemberId(1, 1)))
 KEYS = [b"a", b"a/1", b"b", b"c", b"x" * 511]
-puts = st.lists(st.builds(Put, st.sampled_from(KEYS), st.binary(max_size=9)), max_size=6)
+keys = st.sampled_from(KEYS)
 lives = st.sampled_from(["stays", "expires", "leased"])
+branches = st.lists(st.builds(Put, keys, st.binary(max_size=9)), max_size=6).map(tuple)
+compares = st.builds(Compare, keys, st.just("exists"), st.just("="), st.booleans()) | st.builds(
+    Compare, keys, st.just("mod_revision"), st.sampled_from(["<", ">"]), st.integers(0, 9)
+)
+txns = st.builds(Txn, st.lists(compares, max_size=2).map(tuple), branches, branches)
+commands = txns | st.builds(Once, st.just("c"), st.integers(1, 3), st.just(b"f" * 16), txns)
 
 
 def entry(index: int, *commands: Command) -> Entry:
@@ -46,8 +53,10 @@ def entry(index: int, *commands: Command) -> Entry:
     return Entry(index, 1, EntryKind.NORMAL, data)
 
 
-def lived(path: Path, before: list[tuple[bytes, str]], txns: list[Txn]) -> tuple[object, ...]:
-    """Put `before`, each for its kind of life, then carry out `txns`, two to an entry."""
+def lived(
+    path: Path, before: list[tuple[bytes, str]], commands: list[Command]
+) -> tuple[object, ...]:
+    """Put `before`, each for its kind of life, then carry out `commands`, two to an entry."""
     with closing(StateStore(path)) as state:
         state.keep_changes = True
         _, (granted,) = state.apply([FIRST, entry(2, LeaseGrant(60))])
@@ -58,33 +67,30 @@ def lived(path: Path, before: list[tuple[bytes, str]], txns: list[Txn]) -> tuple
             first = ExpiringPut(key, b"old", None, ttl_s, lease) if ttl_s or lease else None
             state.apply([entry(state.applied.index + 1, first or Put(key, b"old"))])
         results: list[Result] = []
-        for n in range(0, len(txns), 2):
-            results += state.apply([entry(state.applied.index + 1, *txns[n : n + 2])])[0]
+        for n in range(0, len(commands), 2):
+            results += state.apply([entry(state.applied.index + 1, *commands[n : n + 2])])[0]
         changes: list[Change] = state.take_changes()
         held, due_ms = state.attached(granted.lease, 100), state.next_due_ms
         digest, totals = state.digest, state.totals
     assert check_state(path).digest == digest
-    return [_puts_of(r) for r in results], changes, held, due_ms, digest, totals
+    return results, changes, held, due_ms, digest, totals
 
 
-def _puts_of(result: Result) -> object:
-    """Without what the reads have come to."""
-    if not isinstance(result, TxnResult):
-        return result
-    return result.revision, [r for r in result.results if not isinstance(r, GetResult)]
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(KEYS), lives), max_size=5), st.lists(puts, max_size=4))
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(keys, lives), max_size=5),
+    st.lists(commands, max_size=6),
+    st.sampled_from([12, recorder.WORK_BYTES_MAX]),
+)
 def test_it_comes_to_what_its_puts_come_to_one_by_one(
-    before: list[tuple[bytes, str]], branches: list[list[Put]]
+    before: list[tuple[bytes, str]], commands: list[Command], work_bytes: int
 ) -> None:
-    """One by one is how they are carried out beside an operation that reads."""
-    alone = [Txn((), tuple(branch), ()) for branch in branches]
-    beside = [Txn((), (*branch, Get(b"none")), ()) for branch in branches]
-    with TemporaryDirectory() as directory:
-        one, other = Path(directory) / "one", Path(directory) / "other"
-        assert lived(one, before, alone) == lived(other, before, beside)
+    """To the same results, events and bytes: members may do it in either way."""
+    with pytest.MonkeyPatch.context() as patched, TemporaryDirectory() as directory:
+        patched.setattr(recorder, "WORK_BYTES_MAX", work_bytes)
+        at_once = lived(Path(directory) / "at once", before, commands)
+        patched.setattr(machine, "_only_puts", lambda operations: {})
+        assert lived(Path(directory) / "one by one", before, commands) == at_once
 
 
 def test_old_values_that_are_too_many_bytes_stay(
@@ -101,6 +107,15 @@ def test_old_values_that_are_too_many_bytes_stay(
         assert isinstance(done, TxnResult)
         found = [state.get(key) for key in KEYS[:2]]
         assert [r and r.value for r in found] == [b"new", b"v" * 16]
+
+
+def test_keys_that_were_not_read_just_before_cannot_be_put(tmp_path: Path) -> None:
+    """What was there is taken out of the state's hash, so it has to be known."""
+    with closing(lmdb.open(str(tmp_path))) as environment, environment.begin(write=True) as txn:
+        view = StateView(txn, {}, tmp_path, 0, None)
+        view.get_many([b"a"], None)
+        with pytest.raises(InvariantBroken, match="not read just before"):
+            view.put_many([b"b"], [Record(1, 1, 1, b"new")])
 
 
 def test_rot_under_one_of_its_keys_is_found(tmp_path: Path) -> None:
