@@ -57,6 +57,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
+        "new values that are put at once go with the time of the old ones",
+        (
+            "dengine.kv.recorder",
+            "self._let_go(key, old)\n            made",
+            "pass\n            made",
+        ),
+    ),
+    mutant(
         "what time ends is told as a deletion",
         (
             "dengine.kv.recorder",

@@ -101,6 +101,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
+        "puts that are carried out all at once leave a revision out",
+        ("dengine.kv.machine", "now = revision + 1\n", "now = revision + 2\n"),
+    ),
+    mutant(
+        "what puts at once have replaced stays in the state's hash",
+        (
+            "dengine.storage.state_view",
+            "self.hash -= sum([row_hash(key",
+            "sum([row_hash(key",
+        ),
+    ),
+    mutant(
         "same incarnation with a new log",
         (
             "dengine.storage.recovery",

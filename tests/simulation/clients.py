@@ -173,11 +173,16 @@ class Clients:
         return Call(slot, key, "read", None, None, level, now)
 
     def _swap_two(self, slot: int, key: bytes, value: bytes, rng: random.Random) -> Call:
-        """A transaction: if `key` is what it was, it and another one change together."""
+        """A transaction: if `key` is what it was, it and another one change together.
+
+        Some only put, which the machine does all at once; beside a read it goes one by one.
+        """
         other = rng.choice([k for k in map(self._key, range(self.world.plan.keys)) if k != key])
         expected = self._revision.get((slot, key))
         compare = Compare(key, "mod_revision", "=", expected or 0)
-        success = (Put(key, value), Put(other, b"+" + value))
+        success: tuple[Put | Get, ...] = (Put(key, value), Put(other, b"+" + value))
+        if rng.random() < 0.5:
+            success = (*success, Get(other))
         argument = (expected, value, other, b"+" + value)
         command = Txn((compare,), success, (Get(key),))
         return Call(slot, key, "txn", argument, command, "", self.world.scheduler.now)

@@ -185,6 +185,7 @@ class Model:
         revisions = range(before + 1, self.revision + 1)
         new = {r: view.changes[r] for r in revisions if r in view.changes}
         made = [_revision_made(result) for result in results]
+        assert {*new, *made}.issuperset(revisions), f"entry {entry.index} leaves a revision out"
         ended = new.pop(before + 1, None) if before + 1 not in made else None
         commands = decode_batch(entry.data)
         outcomes = [

@@ -144,10 +144,12 @@ class Sessions:
                 rng.choice(PASSING), value, None, rng.choice(TTL_S)
             )
         if dice < 0.65:
-            key = rng.choice(PASSING)
-            if rng.random() < 0.5:
+            key, kind = rng.choice(PASSING), rng.random()
+            if kind < 0.4:
                 return "delete", DeleteRange(key, key + b"\0", 1)
-            return "put for ever", Put(key, value)
+            if kind < 0.6:
+                return "put for ever", Put(key, value)
+            return "put all for ever", Txn((), tuple(Put(each, value) for each in PASSING), ())
         if not session.lease:
             return "grant", LeaseGrant(rng.choice(TTL_S))
         if dice < 0.8:
