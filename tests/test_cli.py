@@ -105,6 +105,7 @@ def serving() -> Iterator[Callable[[Script | Answer], Server]]:
 
 
 Serving = Callable[[Script | Answer], Server]
+FORMS = [(), ("--keys-only",), ("--json",)]  # of a listing
 
 
 def dengine(
@@ -236,7 +237,70 @@ def test_a_listing_follows_its_pages(serving: Serving) -> None:
     assert (whole["count"], whole["revision"], whole["next"]) == (2, 6, None)
 
 
-@pytest.mark.parametrize("form", [(), ("--keys-only",), ("--json",)])
+def test_numbers_are_keys_and_values_like_any_others(serving: Serving) -> None:
+    """What the first page happens to hold says nothing of the columns of the next."""
+    row = {"create_revision": 1, "version": 1, "ttl": None, "lease": None}
+
+    def script(asked: Asked) -> Answer:
+        if "after" not in asked.target:
+            items = [{"key": "7", "value": "5", "mod_revision": 10, **row}]
+            return as_json({"revision": 20, "items": items, "count": 1, "next": "dG9rZW4="})
+        items = [{"key": "long-key", "value": "other", "mod_revision": 20, **row}]
+        return as_json({"revision": 20, "items": items, "count": 1, "next": None})
+
+    done = dengine("list", "--endpoint", serving(script).endpoint)
+    assert done.stdout.decode().splitlines() == [
+        "KEY  REVISION  VERSION  VALUE",
+        "7          10        1  5",
+        "long-key        20        1  other",
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_listing_that_is_refused_prints_nothing(serving: Serving, form: tuple[str, ...]) -> None:
+    """A program that reads it sees no half of an object."""
+    refusing = serving(refusal("unauthorized", 401, retryable=False, outcome="none"))
+    for endpoint in (unused_endpoint(), refusing.endpoint):
+        done = dengine("list", *form, "--endpoint", endpoint)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr.startswith(b"dengine: ")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_listing_whose_reader_leaves_early(serving: Serving, form: tuple[str, ...]) -> None:
+    """As in `dengine list | head -1`: the node is not asked for all the rest, standard error is
+    empty, and the exit code is that of a request that failed. A page is one write, so one that
+    fits into the pipe is all there before `head` leaves; here each read takes one write."""
+    left = threading.Event()
+    row = {"mod_revision": 1, "create_revision": 1, "version": 1, "value": "v"}
+
+    def script(asked: Asked) -> Answer:
+        first = "after" not in asked.target
+        if not first and not left.wait(60):
+            return refusal("internal", 500, retryable=False, outcome="none")
+        items = [{"key": f"{'a' if first else 'b'}/{n}", **row} for n in range(3)]
+        return as_json({"revision": 5, "items": items, "count": 3, "next": "dG9rZW4="})
+
+    server = serving(script)
+    reads, writes = os.pipe2(os.O_DIRECT)
+    with subprocess.Popen(
+        [sys.executable, "-m", "dengine", "list", *form, "--endpoint", server.endpoint],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        stdout=writes,
+        stderr=subprocess.PIPE,
+    ) as listing:
+        os.close(writes)
+        page = os.read(reads, 65536)
+        os.close(reads)
+        left.set()
+        assert listing.stderr is not None
+        assert listing.stderr.read() == b""
+    assert listing.returncode == 1
+    assert page.count(b"a/") == 3
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_listing_is_printed_page_by_page(serving: Serving, form: tuple[str, ...]) -> None:
     """However long it is, it begins at once, and nothing of it is kept: the last page is only
     there once the first was read. Widths grow, and the JSON is one object."""

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dengine.cli.remote import Remote
@@ -86,45 +86,39 @@ def list_keys(args: Namespace, remote: Remote) -> int:
     if args.json:
         _print_json_pages(_pages(args, remote))
         return 0
-    table = Table(("KEY", "REVISION", "VERSION", "VALUE"))
+    table = Table(("KEY", "REVISION", "VERSION", "VALUE"), (False, True, True, False))
     for page in _pages(args, remote):  # as many as there are, and none of them kept
         if args.keys_only:
-            for item in page["items"]:
-                print(printable(item_bytes(item, "key")))
+            sys.stdout.write(_lines(printable(item_bytes(item, "key")) for item in page["items"]))
         else:
-            table.print(
-                [
-                    (
-                        printable(item_bytes(item, "key")),
-                        item["mod_revision"],
-                        item["version"],
-                        shortened(printable(item_bytes(item, "value"))),
-                    )
-                    for item in page["items"]
-                ]
-            )
-        sys.stdout.flush()
+            sys.stdout.write(table.part([_listed(item) for item in page["items"]]))
     return 0
+
+
+def _listed(item: dict[str, Any]) -> tuple[object, ...]:
+    """A key as the table of a listing has it."""
+    value = shortened(printable(item_bytes(item, "value")))
+    return printable(item_bytes(item, "key")), item["mod_revision"], item["version"], value
 
 
 def _print_json_pages(pages: Iterator[dict[str, Any]]) -> None:
     """One object as for a single page, written while they come: what is known of the last page
-    only follows the items.
+    only follows the items. Nothing of it is there before the first page is.
     """
     count = 0
     last: dict[str, Any] = {}
-    print('{\n  "items": [', end="")
     for page in pages:
+        parts = [] if last else ['{\n  "items": [']
         for item in page.pop("items"):
             text = json.dumps(item, ensure_ascii=False, indent=2).replace("\n", "\n    ")
-            print(f"{',' if count else ''}\n    {text}", end="")
+            parts.append(f"{',' if count else ''}\n    {text}")
             count += 1
-        sys.stdout.flush()
+        sys.stdout.write("".join(parts))
         last = page
-    print("\n  ]" if count else "]", end="")
+    parts = ["\n  ]" if count else "]"]
     for name, value in {**last, "count": count}.items():
-        print(f",\n  {json.dumps(name)}: {json.dumps(value)}", end="")
-    print("\n}")
+        parts.append(f",\n  {json.dumps(name)}: {json.dumps(value)}")
+    sys.stdout.write("".join((*parts, "\n}\n")))
 
 
 def _pages(args: Namespace, remote: Remote) -> Iterator[dict[str, Any]]:
@@ -290,30 +284,45 @@ def print_json_line(value: Any) -> None:
 
 
 class Table:
-    """A table that is printed in parts. Its columns are as wide as their widest cell so far."""
+    """A table that is made in parts. Its columns are as wide as their widest cell so far.
 
-    def __init__(self, heads: Sequence[str]) -> None:
-        self._heads = heads
+    Args:
+        right: which columns are set to the right, as numbers are.
+    """
+
+    def __init__(self, heads: Sequence[str], right: Sequence[bool]) -> None:
+        self._begin = [[*heads]]
         self._widths = [len(head) for head in heads]
-        self._right: list[bool] | None = None  # columns of numbers, as its first part has them
+        self._right = right
 
-    def print(self, rows: Sequence[Sequence[object]]) -> None:
-        """The next part, behind the heads if it is the first."""
-        cells = [[_cell(value) if value != "" else "" for value in row] for row in rows]
+    def part(self, rows: Sequence[Sequence[object]]) -> str:
+        """The lines of the next rows, behind the heads if they are the first."""
+        cells, self._begin = [*self._begin, *_cells(rows)], []
         for row in cells:
             self._widths = [max(w, len(text)) for w, text in zip(self._widths, row, strict=True)]
-        if self._right is None:
-            columns = [[row[n] for row in cells if row[n] != "-"] for n in range(len(self._heads))]
-            self._right = [bool(column) and all(map(str.isdigit, column)) for column in columns]
-            cells.insert(0, [*self._heads])
-        for row in cells:
-            parts = [
-                text.rjust(width) if right else text.ljust(width)
-                for text, width, right in zip(row, self._widths, self._right, strict=True)
-            ]
-            print("  ".join(parts).rstrip())
+        return _lines(map(self._line, cells))
+
+    def _line(self, row: Sequence[str]) -> str:
+        parts = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(row, self._widths, self._right, strict=True)
+        ]
+        return "  ".join(parts).rstrip()
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Columns as wide as their widest cell, numbers to the right."""
-    Table(heads).print(rows)
+    cells = _cells(rows)
+    columns = [[row[n] for row in cells if row[n] != "-"] for n in range(len(heads))]
+    right = [bool(column) and all(map(str.isdigit, column)) for column in columns]
+    sys.stdout.write(Table(heads, right).part(rows))
+
+
+def _cells(rows: Sequence[Sequence[object]]) -> list[list[str]]:
+    """Those of a table as text."""
+    return [[_cell(value) if value != "" else "" for value in row] for row in rows]
+
+
+def _lines(texts: Iterable[str]) -> str:
+    """For one write: printed one by one, each line is a write of its own, also into a pipe."""
+    return "".join(f"{text}\n" for text in texts)
