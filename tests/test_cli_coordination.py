@@ -336,6 +336,11 @@ def test_ctrl_c_reaches_the_command_once(
         os.close(theirs)
 
 
+def test_help_says_which_signal_always_reaches_the_command(commands: Commands) -> None:
+    """A SIGINT that somebody sends in the foreground of a terminal is one too many there."""
+    assert "send SIGTERM, not SIGINT" in commands.run("lock", "--help").stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_reach_the_command(
     served: ClusterThread, commands: Commands, tmp_path: Path, number: signal.Signals

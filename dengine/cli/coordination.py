@@ -44,6 +44,8 @@ in its process group or not: SIGTERM, and SIGKILL half a second later, or sooner
 That is the work of this process. Where it is killed itself, by SIGKILL, COMMAND is killed too, but
 nothing that COMMAND has started, which goes on without the lock until it looks at its token; nor
 COMMAND itself where it is set-user-ID, as sudo is.
+SIGTERM, SIGHUP and SIGINT are passed on to COMMAND; but in the foreground of a terminal SIGINT is
+taken for Ctrl-C, which COMMAND has heard itself: to end it from a script, send SIGTERM, not SIGINT.
 Exit code: that of COMMAND, 128 + N when signal N ended it, 127 when there is no such command, 1
 when the lock was lost or could not be had.
 """
