@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dengine.client.client import Client as Client
     from dengine.client.leases import Lease as Lease
-    from dengine.client.leases import LeaseLost as LeaseLost
     from dengine.client.locks import Election as Election
     from dengine.client.locks import Leader as Leader
     from dengine.client.locks import Lock as Lock
-    from dengine.client.locks import LockLost as LockLost
-    from dengine.client.transport import ClientClosed as ClientClosed
     from dengine.client.types import Change as Change
+    from dengine.client.types import ClientClosed as ClientClosed
     from dengine.client.types import Compare as Compare
     from dengine.client.types import Delete as Delete
     from dengine.client.types import DeleteRange as DeleteRange
@@ -30,7 +28,9 @@ if TYPE_CHECKING:
     from dengine.client.types import Get as Get
     from dengine.client.types import Item as Item
     from dengine.client.types import LeaseInfo as LeaseInfo
+    from dengine.client.types import LeaseLost as LeaseLost
     from dengine.client.types import Listing as Listing
+    from dengine.client.types import LockLost as LockLost
     from dengine.client.types import Page as Page
     from dengine.client.types import Put as Put
     from dengine.client.types import PutResult as PutResult
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "client": ("Client",),
-    "leases": ("Lease", "LeaseLost"),
-    "locks": ("Election", "Leader", "Lock", "LockLost"),
-    "transport": ("ClientClosed",),
+    "leases": ("Lease",),
+    "locks": ("Election", "Leader", "Lock"),
     "types": (
+        *("ClientClosed", "LeaseLost", "LockLost"),
         *("Compare", "Delete", "DeleteRange", "Get", "Put"),
         *("Change", "DeleteResult", "Event", "Item", "LeaseInfo", "Listing", "Page", "PutResult"),
         *("TxnResult", "Value"),

@@ -21,8 +21,7 @@ from dengine.client.leases import Lease as AsyncLease
 from dengine.client.locks import Election as AsyncElection
 from dengine.client.locks import Leader
 from dengine.client.locks import Lock as AsyncLock
-from dengine.client.transport import ClientClosed
-from dengine.client.types import Change, Compare, Item, Page
+from dengine.client.types import Change, ClientClosed, Compare, Item, Page
 from dengine.client.types import Listing as AsyncListing
 from dengine.client.watching import Watch as AsyncWatch
 

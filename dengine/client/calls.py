@@ -21,7 +21,8 @@ from typing import Any
 
 from dengine.client.attempts import Attempts, Key, Kind
 from dengine.client.nodes import Node, Prefer
-from dengine.client.transport import ClientClosed, Reply, Transport, Unanswered, closed
+from dengine.client.transport import Reply, Transport, Unanswered, closed
+from dengine.client.types import ClientClosed
 from dengine.errors import (
     ClusterUnavailable,
     DengineError,

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dengine.client.encoding import as_seconds
+from dengine.client.types import LeaseLost
 from dengine.errors import DengineError, NotFound
 
 if TYPE_CHECKING:
@@ -23,12 +24,6 @@ RENEWALS = 3  # in each TTL
 MARGIN = 0.1  # of the TTL, but at most
 MARGIN_MAX_S = 1.0
 REVOKE_S = 2.0  # on leaving; an outage must not hold up its owner
-
-
-class LeaseLost(DengineError):
-    """The lease has ended, or may have: it could not be renewed in time. Its keys are gone."""
-
-    name = "lease_lost"
 
 
 def margin_s(ttl_s: float) -> float:

@@ -16,9 +16,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from dengine.client.encoding import as_key
-from dengine.client.leases import Lease, LeaseLost
-from dengine.client.transport import ClientClosed
-from dengine.client.types import Change, Compare, Item
+from dengine.client.leases import Lease
+from dengine.client.types import Change, ClientClosed, Compare, Item, LeaseLost, LockLost
 from dengine.errors import Compacted, DengineError, NotFound, PreconditionFailed, RequestTimeout
 
 if TYPE_CHECKING:
@@ -36,12 +35,6 @@ def _checked_name(name: str | bytes) -> bytes:
     if not 0 < len(data) <= NAME_BYTES:
         raise ValueError(f"a name has 1 to {NAME_BYTES} bytes, not {len(data)}")
     return data
-
-
-class LockLost(LeaseLost):
-    """The lock, or the leadership, may belong to somebody else by now."""
-
-    name = "lock_lost"
 
 
 class Lock:

@@ -21,6 +21,7 @@ from yarl import URL
 
 from dengine.client.attempts import IdempotencyKeys
 from dengine.client.nodes import Node, Nodes
+from dengine.client.types import ClientClosed
 from dengine.errors import DengineError, Outcome, from_dict
 
 CONNECT_S = 2.0
@@ -32,12 +33,6 @@ LEARN_AGAIN_S = 1.0  # after something went wrong
 LEARN_WITHIN_S = 3.0
 
 T = TypeVar("T")
-
-
-class ClientClosed(DengineError):
-    """The client was closed before or during the call. `outcome` says what became of that."""
-
-    name = "client_closed"
 
 
 class Unanswered(Exception):

@@ -1,5 +1,5 @@
-"""What the calls of the client take and return: small immutable records, and listings, which
-are fetched page by page. Keys and values are bytes.
+"""What the calls of the client take, return and raise: small immutable records, listings, which are
+fetched page by page, and errors that no node tells. Keys and values are bytes.
 
 Every `revision` is the one of the whole state at which the answer holds.
 """
@@ -11,11 +11,32 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dengine.client.encoding import Paging, as_key, as_value, field_bytes, json_bytes
-from dengine.errors import InvalidRequest
+from dengine.errors import DengineError, InvalidRequest
 
 EventType = Literal["put", "delete", "expire"]
 Target = Literal["mod_revision", "version", "value", "exists"]
 Relation = Literal["=", "!=", "<", "<=", ">", ">="]
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+class ClientClosed(DengineError):
+    """The client was closed before or during the call. `outcome` says what became of that."""
+
+    name = "client_closed"
+
+
+class LeaseLost(DengineError):
+    """The lease has ended, or may have: it could not be renewed in time. Its keys are gone."""
+
+    name = "lease_lost"
+
+
+class LockLost(LeaseLost):
+    """The lock, or the leadership, may belong to somebody else by now."""
+
+    name = "lock_lost"
 
 
 # --- a transaction --------------------------------------------------------------------------------
