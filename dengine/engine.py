@@ -93,7 +93,6 @@ class Engine:
         self._setup = setup_of(
             data_dir, node_id, listen_address, initial_cluster, join, settings, config
         )
-        self._limits = self._setup.config.limits
         self._timeout_s = timeout_s
         self._entered = False
         self._embedded: EmbeddedNode | None = None
@@ -223,9 +222,9 @@ class Engine:
             await engine.put("config/color", b"red", if_match=first.revision)
             await engine.put("session/7", b"anna", ttl_s=60)
         """
-        condition = commands.condition(if_match, if_none_match)
+        calls, condition = self._alive.calls, commands.condition(if_match, if_none_match)
         command = commands.put(key, value, condition, ttl_s, lease)
-        done = await self._alive.calls.write(command, kv.PutResult, idempotency_key, timeout_s)
+        done = await calls.write(command, kv.PutResult, idempotency_key, timeout_s)
         return PutResult(done.revision, done.created)
 
     async def delete(
@@ -256,7 +255,7 @@ class Engine:
             assert (await engine.delete("session/7")).deleted == 1
             assert (await engine.delete(prefix="session/")).deleted == 0
         """
-        command = commands.delete(key, (prefix, start, end), all, if_match, self._limits)
+        command = commands.delete(key, (prefix, start, end), all, if_match, self._alive.limits)
         done = await self._alive.calls.write(command, kv.DeleteResult, idempotency_key, timeout_s)
         return DeleteResult(done.revision, done.deleted)
 
@@ -287,7 +286,7 @@ class Engine:
                 assert item.key == b"config/color" and item.version == 1
             assert len(await engine.list(start="a", end="d", limit=10).all()) == 1
         """
-        span = commands.span(prefix, start, end, self._limits)
+        span = commands.span(prefix, start, end, self._alive.limits)
         return self._alive.reads.list(span, limit, keys_only, consistency, timeout_s)
 
     async def count(
@@ -304,7 +303,7 @@ class Engine:
         Example:
             assert await engine.count("config/") == 0
         """
-        span = commands.span(prefix, start, end, self._limits)
+        span = commands.span(prefix, start, end, self._alive.limits)
         return await self._alive.reads.count(span, consistency, timeout_s)
 
     async def txn(
@@ -332,7 +331,7 @@ class Engine:
             )
             assert done.succeeded and done.results[1].item.value == b"5"
         """
-        command = commands.txn(compare, success, failure, self._limits)
+        command = commands.txn(compare, success, failure, self._alive.limits)
         done = await self._alive.calls.write(command, kv.TxnResult, idempotency_key, timeout_s)
         return commands.txn_result(command, done, self._alive.node.lifetimes)
 
@@ -363,7 +362,7 @@ class Engine:
                 change = await anext(watch)
             assert (change.revision, change.events[0].value) == (put.revision, b"blue")
         """
-        selected = commands.watched(key, prefix, self._limits)
+        selected = commands.watched(key, prefix, self._alive.limits)
         return Watch(self._alive.node, self._alive.calls, selected, from_revision, prev)
 
     # --- leases, locks ----------------------------------------------------------------------------
@@ -403,8 +402,8 @@ class Engine:
             granted = await engine.grant_lease(60)
             await engine.put("session/7", b"anna", lease=granted.id)
         """
-        command = kv.LeaseGrant(commands.checked_seconds(ttl_s, "the TTL of a lease"))
-        done = await self._alive.calls.write(command, kv.LeaseResult, None, timeout_s)
+        calls, ttl_s = self._alive.calls, commands.checked_seconds(ttl_s, "the TTL of a lease")
+        done = await calls.write(kv.LeaseGrant(ttl_s), kv.LeaseResult, None, timeout_s)
         return LeaseInfo(done.lease, done.ttl_s, None, ())
 
     async def keepalive_lease(self, id: str, *, timeout_s: float | None = None) -> LeaseInfo:

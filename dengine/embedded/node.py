@@ -116,6 +116,7 @@ class EmbeddedNode:
 
     Attributes:
         address: where it serves HTTP; None: nowhere.
+        limits: what its calls are checked against before the node hears of them.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class EmbeddedNode:
     ) -> None:
         self.node = node
         self.config = config
+        self.limits = config.limits
         self.address = None if server is None else config.cluster.listen_address
         self.calls = Calls(node, timeout_s)
         self.reads = Reads(node, self.calls, config)

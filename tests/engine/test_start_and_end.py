@@ -16,7 +16,7 @@ import pytest
 import uvloop
 
 import dengine
-from dengine.client.types import PutResult
+from dengine.client.types import Put, PutResult
 from dengine.embedded.node import NOWHERE
 from dengine.engine import EngineClosed
 from dengine.errors import ConfigError, RequestTimeout, StorageIO, TooLarge, TryAgain
@@ -297,10 +297,23 @@ def test_leaving_by_cancellation(tmp_path: Path) -> None:
 
 
 def test_an_engine_is_entered_first_and_once(tmp_path: Path) -> None:
+    """Whoever forgets it hears that first, whatever else is wrong with the call."""
+
     async def app() -> None:
         engine = alone(tmp_path)
-        with pytest.raises(RuntimeError, match="async with"):
-            await engine.get("k")
+        calls: list[Callable[[], Any]] = [
+            lambda: engine.get("k"),
+            lambda: engine.put("k", b"v", ttl_s=-1),
+            lambda: engine.delete(),
+            lambda: engine.txn(success=[Put("", b"")]),
+            lambda: engine.grant_lease(0),
+            lambda: engine.count("k" * 1000),
+            lambda: engine.list("k" * 1000),
+            lambda: engine.watch(),
+        ]
+        for call in calls:
+            with pytest.raises(RuntimeError, match="async with"):
+                await call()
         async with engine:
             with pytest.raises(RuntimeError, match="entered once"):
                 await engine.__aenter__()
