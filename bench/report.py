@@ -225,7 +225,7 @@ def _judge_failover(results: Results) -> list[str]:
 
 
 def verdict_table(results: Results) -> str:
-    """Each target of the design with what this run measured."""
+    """Each target (bench/README.md) with what this run measured."""
     large = results.large_state
     rows = [
         _judge_ratio(results, Load.PUT, 64, "baseline", 0.45),

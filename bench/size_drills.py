@@ -49,7 +49,7 @@ class Single:
         return self.nodes[0]
 
     def wrk_arguments(self, load: Load) -> list[str]:
-        """PUT and GET of DESIGN 8."""
+        """PUT and GET on /v1/kv."""
         return dengine_arguments(load)
 
 

@@ -169,7 +169,7 @@ class Dengine:
         return _elected(self.nodes, is_dengine_leader, "dengine leader")
 
     def wrk_arguments(self, load: Load) -> list[str]:
-        """PUT and GET of DESIGN 8."""
+        """PUT and GET on /v1/kv."""
         return dengine_arguments(load)
 
     def put(self, node: Node, key: str, value: str, timeout_s: float) -> bool:

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dengine"
 
-# Who may import whom (DESIGN section 2); importing oneself is always allowed. The names are those
-# of the packages and modules directly below dengine/.
+# Who may import whom (ARCHITECTURE.md, "The map"); importing oneself is always allowed. The names
+# are those of the packages and modules directly below dengine/.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "log": set(),

@@ -1,4 +1,4 @@
-"""Configuration: the guide's files load as they are, and every mistake is one clear sentence."""
+"""Configuration: the files in examples/ load as they are; every mistake is one clear sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error table of DESIGN section 8: what each failure is called and what a caller may do."""
+"""The table of errors: what each failure is called and what a caller may do."""
 
 from __future__ import annotations
 

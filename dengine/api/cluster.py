@@ -269,7 +269,7 @@ _CHANGE_ERRORS = (409, 503, 504)
 
 
 def routes(calls: ClusterCalls) -> list[Route]:
-    """The calls of DESIGN 8 on the cluster."""
+    """The calls on the cluster, its members and its settings."""
     return [
         Route(
             "GET", "/v1/cluster", calls.show, "Show the cluster", {200: _VIEW}, errors=(503, 504)

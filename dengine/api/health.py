@@ -66,7 +66,7 @@ class HealthCalls:
 
 
 def routes(calls: HealthCalls) -> list[Route]:
-    """The health calls of DESIGN 8."""
+    """What supervisors, load balancers and metrics ask."""
     ok = Body("yes", _OK)
     verbose = Parameter("verbose", "name every check", True)
     lag = Parameter("lag", "most entries it may be behind", 100, minimum=0, maximum=MAX_LAG)

@@ -379,7 +379,7 @@ _DELETE_ERRORS = (409, 412, 413, 422, 429, 503, 504, 507)
 
 
 def routes(calls: KvCalls) -> list[Route]:
-    """The calls of DESIGN 8 on keys."""
+    """The calls on keys."""
     return [*_single_key(calls), *_many_keys(calls)]
 
 

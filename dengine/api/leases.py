@@ -96,7 +96,7 @@ _ERRORS = (413, 429, 503, 504, 507)
 
 
 def routes(calls: LeaseCalls) -> list[Route]:
-    """The calls of DESIGN 8 on leases."""
+    """The calls on leases."""
     one = "/v1/leases/{id}"
     ended = Body(
         "revoked; going: it held so many keys that the others follow by themselves",

@@ -195,7 +195,7 @@ def expiry(query: dict[str, bytes]) -> tuple[int, str] | None:
 
 
 def once_key(request: Request, body: bytes) -> OnceKey | None:
-    """The Idempotency-Key of a write, with what tells this request from another one (DESIGN 5):
+    """The Idempotency-Key of a write, with what tells this request from another one:
     method, path and query as they came, conditions, and the body.
     """
     headers = request.message.headers
@@ -213,7 +213,7 @@ def once_key(request: Request, body: bytes) -> OnceKey | None:
 
 
 class BodyReader:
-    """Reads request bodies within DESIGN 11: a size, a pace, and a bound on what is half-read.
+    """Reads request bodies: a size, a pace, and a bound on what is half-read (docs/reference.md).
 
     Args:
         pending_bytes: how much may be announced by all bodies under way together.

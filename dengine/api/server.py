@@ -1,8 +1,8 @@
 """The HTTP server of a node: one port for clients and peers, one function per request.
 
 `HttpServer._handle` is the whole life of a request: find the call, run it, turn any error into
-the JSON of DESIGN 8, note the time. It runs in the task that aiohttp makes for it and arms no
-timer of its own.
+the JSON of `DengineError.to_dict`, note the time. It runs in the task that aiohttp makes for it and
+arms no timer of its own.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ its result. It does so for `idempotency_window_s`, so a repetition must not come
 once an attempt may have happened, none is sent more than REPEAT_FOR_S after it.
 
 A node keeps the newest 1000 results of a client that numbers its requests, `CLIENT:N`, for at most
-10 000 clients; and 100 000 results of keys that stand for themselves (DESIGN 5). So a client that
-makes a few writes and goes away uses keys of the second kind, and one that stays numbers them.
+10 000 clients; and 100 000 results of keys that stand for themselves. So a client that makes a few
+writes and goes away uses keys of the second kind, and one that stays numbers them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ REPEAT_FOR_S: Final = 300.0
 PAUSE_S: Final = 0.05  # before the nodes are asked a second time; doubled with each round, up to
 PAUSE_MAX_S: Final = 1.0
 RATE_LIMITED_S: Final = 0.5  # at least, where a node asks for patience
-# Under the key of this very request these are the state machine's own word on it (DESIGN 5: the
-# first result comes back), so no other attempt can have ended differently.
+# Under the key of this very request these are the state machine's own word on it (the first result
+# comes back), so no other attempt can have ended differently.
 VERDICTS: Final = (404, 412)
 
 # A renewal may be carried out any number of times, and needs no key; a read changes nothing.

@@ -207,7 +207,7 @@ class Writes:
         )
 
     def _check(self, command: Effect) -> None:
-        """The limits of DESIGN 6, for whoever comes with a command instead of a request."""
+        """The `[limits]` of the configuration, for who comes with a command, not a request."""
         if isinstance(command, _AnyPut):
             self._check_key(command.key)
             if len(command.value) > self._limits.value_bytes:

@@ -1,4 +1,4 @@
-"""The state of a cluster as DESIGN 5 and 8 promise it, in a dictionary: what the fake nodes of
+"""The state of a cluster as clients know it, in a dictionary: what the fake nodes of
 fake_server.py share. Nothing here knows the client.
 """
 

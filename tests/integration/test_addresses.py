@@ -1,4 +1,6 @@
-"""The guide's production addresses: three machines, played by three network namespaces."""
+"""Addresses of real machines, as the guide (examples/single-node-expansion/README.md) has them:
+three machines, played by three network namespaces.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def machines() -> Iterator[dict[int, str]]:
 
 
 def production_text(node_id: int) -> str:
-    """Node 1 keeps the file of step 1; 2 and 3 are written as the guide's production part says."""
+    """Node 1 keeps the file of step 1; 2 and 3 have those of "On three machines"."""
     text = (GUIDE_CONFIGS / f"n{node_id}.toml").read_text(encoding="utf-8")
     if node_id == 1:
         return text

@@ -85,7 +85,8 @@ class DictView:
 
 
 class Twin:
-    """Applies one command after the other as DESIGN's paragraph "State machine" reads."""
+    """One command after the other, as simply as the rules in ARCHITECTURE.md, "The state machine",
+    can be written down."""
 
     def __init__(self) -> None:
         self.records: dict[bytes, Record] = {}
