@@ -87,6 +87,18 @@ def test_any_host_may_die(grown: Grown) -> None:
     site.play("verify").ok()
 
 
+def test_an_ordinary_user_finds_the_command(grown: Grown) -> None:
+    """The configuration is not for everybody: who names an endpoint and a token does without."""
+    for machine in grown.site.machines.values():
+        machine.run("install -m 600 -o vagrant /etc/dengine/secrets/token /tmp/token")
+        try:
+            where = f"--endpoint {machine.address}:{machine.port} --token-file /tmp/token"
+            said = machine.run(f"runuser -u vagrant -- dengine members {where}")
+        finally:
+            machine.run("rm /tmp/token")
+        assert "leader" in said
+
+
 def test_a_voter_that_lost_its_directory_stops_the_run(grown: Grown) -> None:
     """Its row names it and what to do, and nothing is changed."""
     n3 = grown.site.machines[3]
@@ -112,6 +124,7 @@ def test_destroy_stops_a_node_whose_file_is_gone(grown: Grown) -> None:
         assert machine.unit()["UnitFileState"] == "disabled", machine.name
         assert machine.run("pgrep -c -u dengine || true") == "0"
         assert machine.attempt("ls -d /var/lib/dengine/*").returncode != 0
+        assert machine.attempt("test -L /usr/local/bin/dengine").returncode != 0
 
 
 def test_a_cluster_is_made_again_where_one_was_destroyed(grown: Grown) -> None:
