@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,8 +58,8 @@ def resolve_token(named: Path | None, environ: Mapping[str, str]) -> str | None:
     if environ.get("DENGINE_TOKEN_FILE"):
         return read_token(Path(environ["DENGINE_TOKEN_FILE"]), "$DENGINE_TOKEN_FILE")
     path = _config_path(environ)
-    if path is None or (path == SYSTEM_CONFIG and not os.access(path, os.R_OK)):
-        return None  # not for this user: perhaps that cluster needs no token
+    if path is None:
+        return None
     from dengine import config  # only here: the installed client alone has no msgspec
 
     loaded = config.read(path, environ)
@@ -69,10 +68,14 @@ def resolve_token(named: Path | None, environ: Mapping[str, str]) -> str | None:
 
 
 def _config_path(environ: Mapping[str, str]) -> Path | None:
-    """The configuration of this host, if it has one."""
+    """The configuration of this host, if it has one that this user may read."""
     if environ.get("CONFIG_PATH"):
         return Path(environ["CONFIG_PATH"])
-    return SYSTEM_CONFIG if SYSTEM_CONFIG.exists() else None
+    try:
+        with SYSTEM_CONFIG.open("rb"):
+            return SYSTEM_CONFIG
+    except OSError:  # perhaps that cluster needs no token
+        return None
 
 
 def _configured_endpoints(path: Path, environ: Mapping[str, str]) -> list[str]:
