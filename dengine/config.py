@@ -315,19 +315,21 @@ class Config:
         return next(m for m in self.cluster.initial_cluster if m.id == self.cluster.node_id)
 
 
-def load(path: Path | None, environ: Mapping[str, str]) -> Config:
+def load(path: Path | None, environ: Mapping[str, str], *, outside_unit: bool = False) -> Config:
     """Read the configuration of a node that is about to run here.
 
     Args:
         path: the TOML file; None takes `CONFIG_PATH`, and without that the environment alone.
         environ: `DENGINE__SECTION__KEY` overrides the file, for example
             `DENGINE__RAFT__ELECTION__TIMEOUT_MS_MIN=500`.
+        outside_unit: see `Secrets.read`.
 
     Raises:
         ConfigError: any mistake. Nothing is created or changed on disk.
     """
     config = read(path, environ)
-    Secrets.read(config.security, config.source)  # the node reads them again
+    # The node reads them again, strictly.
+    Secrets.read(config.security, config.source, outside_unit=outside_unit)
     _check_directory(config)
     return config
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from dengine import __version__
 from dengine.cli import arguments, commands, completion, coordination, snapshots, txn
 from dengine.cli.parsers import add_repair, add_snapshot_commands
-from dengine.cli.remote import Remote, resolve_endpoints, resolve_token
-from dengine.errors import ConfigError, DengineError, FatalError
+from dengine.cli.remote import Remote, resolve_endpoints, resolve_token, without_token
+from dengine.errors import ConfigError, DengineError, FatalError, Unauthorized
 from dengine.log import use_utf8
+from dengine.security import is_absent_credential
 
 REQUEST_FAILED = 1
 USAGE = 2
@@ -91,7 +92,10 @@ def _request(args: argparse.Namespace, remote: Remote) -> int:
     try:
         return int(args.run(args, remote))
     except DengineError as error:
-        return _fail(f"{error.message} ({error.name}, outcome {error.outcome})", REQUEST_FAILED)
+        message = error.message
+        if isinstance(error, Unauthorized) and remote.token is None:
+            message += without_token(os.environ)
+        return _fail(f"{message} ({error.name}, outcome {error.outcome})", REQUEST_FAILED)
 
 
 def _fail(message: str, exit_code: int) -> int:
@@ -288,12 +292,15 @@ def _serve(args: argparse.Namespace) -> int:
 def _check_config(args: argparse.Namespace) -> int:
     from dengine import config
 
-    loaded = config.load(args.config, os.environ)
+    loaded = config.load(args.config, os.environ, outside_unit=True)
     if loaded.own_entry.role is config.InitialRole.LEARNER:
         plan = "joins a cluster"
     else:
         plan = f"founds a cluster of {len(loaded.cluster.initial_cluster)}"
     print(f"{loaded.source}: ok (node {loaded.cluster.node_id} {plan})")
+    for file in (loaded.security.peer_secret_file, loaded.security.token_file):
+        if file is not None and is_absent_credential(file):
+            print(f"{file} was not looked at: it is there only while its unit runs")
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from dengine.client.attempts import Attempts, Key, Kind
 from dengine.client.encoding import parse_endpoint
 from dengine.errors import ClusterUnavailable, DengineError, RequestTimeout, from_dict
-from dengine.security import read_token
+from dengine.security import is_absent_credential, read_token
 
 DEFAULT_ENDPOINT = "127.0.0.1:9081"
 SYSTEM_CONFIG = Path("/etc/dengine/dengine.toml")
@@ -57,14 +57,30 @@ def resolve_token(named: Path | None, environ: Mapping[str, str]) -> str | None:
         return read_token(named, "--token-file")
     if environ.get("DENGINE_TOKEN_FILE"):
         return read_token(Path(environ["DENGINE_TOKEN_FILE"]), "$DENGINE_TOKEN_FILE")
+    file, key = _configured_token(environ)
+    return None if file is None or is_absent_credential(file) else read_token(file, key)
+
+
+def without_token(environ: Mapping[str, str]) -> str:
+    """What to do about a token that a node asked for and `resolve_token` did not find; or ""."""
+    file, _ = _configured_token(environ)
+    if file is None or not is_absent_credential(file):
+        return ""
+    return (
+        f"; {file} is there only while its unit runs: name what it is made from with --token-file "
+        "(/etc/dengine/secrets/token where the playbooks made it)"
+    )
+
+
+def _configured_token(environ: Mapping[str, str]) -> tuple[Path | None, str]:
+    """The token's file that the configuration of this host names, and its key for messages."""
     path = _config_path(environ)
     if path is None:
-        return None
+        return None, ""
     from dengine import config  # only here: the installed client alone has no msgspec
 
     loaded = config.read(path, environ)
-    file = loaded.security.token_file
-    return None if file is None else read_token(file, f"{loaded.source}: security.token_file")
+    return loaded.security.token_file, f"{loaded.source}: security.token_file"
 
 
 def _config_path(environ: Mapping[str, str]) -> Path | None:

@@ -120,6 +120,6 @@ class Status:
         if len(membership.voters) == 2:
             missing += (
                 "; two voters need each other: bring it back, or, if its data directory is lost, "
-                "see `dengine repair`"
+                "see what `dengine repair --config FILE` could keep"
             )
         return f"no leader; {missing}"

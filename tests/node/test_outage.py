@@ -137,7 +137,7 @@ def test_without_a_quorum_a_line_every_ten_seconds(
         assert len(lines) == 3
         for missing in range(2, voters + 1):
             assert f"node {missing} has not been heard of" in lines[0]
-        assert ("`dengine repair`" in lines[0]) == (voters == 2)
+        assert ("`dengine repair --config FILE`" in lines[0]) == (voters == 2)
         readiness = node.readiness()
         assert not readiness.ready
         await node.stop()
