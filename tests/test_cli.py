@@ -617,6 +617,12 @@ def test_check_config(tmp_path: Path) -> None:
     done = dengine("check-config", "n1.toml", cwd=tmp_path, DENGINE__READ__LEASE_MS="900")
     assert done.returncode == 78
     assert b"n1.toml: read.lease_ms (900) must be at most half" in done.stderr
+    text = N1.format(port=9081).replace(
+        " } ]", ' }, { id = 2, address = "n2:9082", role = 3, status = 0 } ]'
+    )
+    (tmp_path / "n1.toml").write_text(text)
+    done = dengine("check-config", "n1.toml", cwd=tmp_path)
+    assert done.stdout.endswith(b"(node 1 founds a cluster of 1)\n"), "who joins does not found"
     assert list(tmp_path.iterdir()) == [tmp_path / "n1.toml"]
 
 

@@ -296,7 +296,9 @@ def _check_config(args: argparse.Namespace) -> int:
     if loaded.own_entry.role is config.InitialRole.LEARNER:
         plan = "joins a cluster"
     else:
-        plan = f"founds a cluster of {len(loaded.cluster.initial_cluster)}"
+        roles = [member.role for member in loaded.cluster.initial_cluster]
+        founders = len(roles) - roles.count(config.InitialRole.LEARNER)
+        plan = f"founds a cluster of {founders}"
     print(f"{loaded.source}: ok (node {loaded.cluster.node_id} {plan})")
     for file in (loaded.security.peer_secret_file, loaded.security.token_file):
         if file is not None and is_absent_credential(file):
