@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -566,7 +567,41 @@ def test_bench_measures_and_cleans_up(serving: Serving, operation: str) -> None:
     assert 0 < result["p50_ms"] <= result["p99_ms"] <= result["max_ms"]
     last = server.asked[-1]
     assert last.method == "DELETE"
-    assert last.target.startswith("/v1/kv?prefix=dengine-bench%2F")
+    assert last.target.startswith("/v1/kv?start=dengine-bench%2F")
+
+
+def test_bench_takes_large_values_away_in_parts(serving: Serving) -> None:
+    """One change may delete 16 MiB of values: of 20 keys with 1 MiB each, all are covered, and no
+    key twice."""
+    server = serving(as_json({"revision": 1, "deleted": 8}))
+    done = dengine(
+        "bench", "put", "--connections", "1", "--seconds", "0.1", "--keys", "20",
+        "--value-bytes", "1048576", "--endpoint", server.endpoint,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    queries = [
+        parse_qs(urlsplit(asked.target).query) for asked in server.asked if asked.method == "DELETE"
+    ]
+    ranges = [(query["start"][0], query["end"][0]) for query in queries]
+    prefix = ranges[0][0].rpartition("/")[0]
+    for number in range(20):
+        key = f"{prefix}/{number:05}"
+        assert sum(start <= key < end for start, end in ranges) == 1, key
+    for start, end in ranges:
+        assert sum(start <= f"{prefix}/{number:05}" < end for number in range(20)) <= 16
+
+
+def test_bench_tells_what_it_measured_also_where_it_cannot_clean_up(serving: Serving) -> None:
+    def script(asked: Asked) -> Answer:
+        if asked.method == "DELETE":
+            return refusal("too_large", 413, retryable=False, outcome="none")
+        return as_json({"revision": 1, "created": True})
+
+    server = serving(script)
+    done = dengine("bench", "put", "--seconds", "0.1", "--json", "--endpoint", server.endpoint)
+    assert done.returncode == 1
+    assert b"a too_large" in done.stderr
+    assert json.loads(done.stdout)["ops_per_s"] > 0
 
 
 def test_bench_counts_what_fails(serving: Serving) -> None:

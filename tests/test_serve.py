@@ -146,6 +146,8 @@ def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
     for operation in ("put", "get"):
         result = json.loads(dengine(node, "bench", operation, "--seconds", "0.3", "--json"))
         assert result["ops_per_s"] > 0
+    large = ("--value-bytes", "1048576", "--keys", "20", "--connections", "4", "--seconds", "0.1")
+    assert b"ops_per_s" in dengine(node, "bench", "get", *large), "more than one change may delete"
     assert dengine(node, "list", "--count") == b"0\n", "bench leaves nothing behind"
 
 

@@ -75,7 +75,7 @@ def lock_name(text: str) -> str:
 
 
 def bench_keys(text: str) -> int:
-    """At most what one range delete takes away again."""
+    """At most 10 000: all of them are deleted again."""
     if (number := positive(text)) > 10_000:
         raise argparse.ArgumentTypeError("at most 10000 keys")
     return number
