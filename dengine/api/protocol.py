@@ -473,9 +473,12 @@ class Connection(web.RequestHandler):
         """Answer outside of any request, and hang up."""
         if self.transport is not None:
             cast(Server, self._manager).name_leader(error)
-            body = orjson.dumps(error.to_dict())
-            head = b"%bContent-Length: %d\r\nConnection: close\r\n\r\n" % (_JSON, len(body))
-            self.transport.write(_STATUS_LINES[error.status] + _date() + head + body)
+            response = error_response(error)
+            head = b"%bContent-Length: %d\r\nConnection: close\r\n\r\n" % (
+                response.headers,
+                len(response.body),
+            )
+            self.transport.write(_STATUS_LINES[error.status] + _date() + head + response.body)
             self.hang_up()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import random
 import time
 
 import pytest
 
+from dengine.api.protocol import Server
 from tests.api.raw import Answer, Wire, assert_error, wire
 from tests.cluster import ServeProcess
 
@@ -173,3 +176,22 @@ def test_random_bytes_never_harm_the_node(node: ServeProcess) -> None:
             except (ConnectionError, ValueError, IndexError):
                 continue
             assert status < 500, (status, bytes(data))
+
+
+def test_a_full_table_of_connections_says_when_to_come_again() -> None:
+    async def scenario() -> bytes:
+        server = Server(None, lambda error: None)
+        server.max_connections = 0
+        listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+        async with listener:
+            reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+            try:
+                async with asyncio.timeout(5):
+                    return await reader.read()
+            finally:
+                writer.close()
+
+    head, _, body = asyncio.run(scenario()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 429 ")
+    assert b"\r\nRetry-After: 1\r\n" in head + b"\r\n"
+    assert json.loads(body)["error"] == "rate_limited"
