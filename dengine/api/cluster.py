@@ -146,9 +146,6 @@ class ClusterCalls:
             response = await self._node.peers.accept(aiohttp_request)
         except web.HTTPException as error:
             raise InvalidRequest(f"not a WebSocket handshake: {error.text}") from None
-        if not response.prepared:
-            await response.prepare(aiohttp_request)
-            await response.write_eof()
         return cast(Response, response)
 
     async def _body(self, request: Request, shape: type[params.T]) -> params.T:
@@ -290,6 +287,7 @@ def routes(calls: ClusterCalls) -> list[Route]:
             calls.peer,
             "Peer stream (WebSocket, between nodes only)",
             {101: Body("switching protocols")},
+            errors=(503,),
             streams=True,
             access="open",  # with a challenge of its own
         ),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 from pathlib import Path
 
 import pytest
 
 from dengine.kv.commands import COMMAND_VERSION
+from dengine.node.peers import MAX_UNSETTLED
 from tests.api.conftest import start_node
 from tests.api.raw import Wire, assert_error, wire
 from tests.cluster import Cluster, EventStream, ServeProcess, wait_for
@@ -61,6 +63,24 @@ def test_too_many_watchers_are_refused(small_node: ServeProcess) -> None:
         refused = third.request("GET", "/v1/cluster/watch")
         assert assert_error(refused, 429, "watch_overflow")["retryable"] is True
         assert refused.headers["retry-after"] == "1"
+
+
+def test_too_many_handshakes_of_nodes_are_refused(node: ServeProcess) -> None:
+    """In words, and with the time to come again; each one ends by itself after two seconds."""
+    upgrade = (
+        b"GET /v1/peer HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    with contextlib.ExitStack() as open_ones:
+        for _ in range(2 * MAX_UNSETTLED):
+            caller = open_ones.enter_context(wire(node))
+            caller.send(upgrade)
+            answer = caller.answer()
+            if answer.status != 101:
+                break
+    error = assert_error(answer, 503, "cluster_unavailable")
+    assert "handshakes are under way" in error["message"]
+    assert answer.headers["retry-after"] == "1"
 
 
 JOIN = {

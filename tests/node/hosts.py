@@ -14,6 +14,7 @@ import uvloop
 from aiohttp import web
 
 from dengine.config import Config
+from dengine.errors import ClusterUnavailable
 from dengine.node.addresses import AddressBook
 from dengine.node.admission import Admission
 from dengine.node.founding import Founding
@@ -116,7 +117,7 @@ class Host:
             on_disconnected=lambda member: self.on_disconnected(member),
             secret=self.secret,
         )
-        self._server = web.Server(self.peers.accept)
+        self._server = web.Server(self._accept)
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(
             self._server, "127.0.0.1", self.port, reuse_address=True
@@ -128,6 +129,12 @@ class Host:
         self._listener.close()
         await self.peers.close()
         await self._server.shutdown(1)
+
+    async def _accept(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await self.peers.accept(request)
+        except ClusterUnavailable as error:  # the API makes its JSON of it
+            return web.Response(status=error.status)
 
     def hello(self, expects: int | None, dialled: str) -> Hello:
         return Hello(
