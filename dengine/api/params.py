@@ -43,6 +43,7 @@ IDEMPOTENCY_KEY = istr("Idempotency-Key")
 IF_MATCH = istr("If-Match")
 IF_NONE_MATCH = istr("If-None-Match")
 TIMEOUT_MS = istr("Dengine-Timeout-Ms")
+TRANSFER_ENCODING = istr("Transfer-Encoding")
 
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _ENTITY_TAG = re.compile(r'\s*(W/)?"([\x21\x23-\x7e\x80-\uffff]*)"\s*(?:,|$)')
@@ -210,6 +211,12 @@ def once_key(request: Request, body: bytes) -> OnceKey | None:
     digest = blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=16)
     digest.update(b"\0" + body)
     return parse_once(texts[0].strip(), digest.digest())
+
+
+def announces_body(request: Request) -> bool:
+    """A request without either of these headers has no body (RFC 9112 6.3)."""
+    headers = request.message.headers
+    return CONTENT_LENGTH in headers or TRANSFER_ENCODING in headers
 
 
 class BodyReader:

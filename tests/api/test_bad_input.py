@@ -155,6 +155,18 @@ def test_connection_headers_are_honoured(node: ServeProcess) -> None:
             assert client.answer().headers["connection"] == "keep-alive"
 
 
+def test_a_call_without_a_body_needs_no_length(node: ServeProcess) -> None:
+    """As curl -X POST sends it; a body whose length is not announced is refused as ever."""
+    with wire(node) as client:
+        bare = client.request("POST", "/v1/snapshots", head="Dengine-Timeout-Ms: 100\r\n")
+        assert bare.status in (200, 202), bare
+    with wire(node) as client:
+        chunked = client.request("POST", "/v1/snapshots", head="Transfer-Encoding: chunked\r\n")
+        assert_error(chunked, 411, "length_required")
+    with wire(node) as client:
+        assert_error(client.request("POST", "/v1/snapshots", b"x"), 413, "too_large")
+
+
 def test_random_bytes_never_harm_the_node(node: ServeProcess) -> None:
     """Requests with random damage: each is answered below 500 or the connection is closed."""
     seed = int(os.environ.get("DENGINE_TEST_SEED") or random.SystemRandom().randrange(2**32))
