@@ -235,9 +235,7 @@ class TxnCalls:
         limits = self._limits
         for name in ("compare", "success", "failure"):
             if (count := len(getattr(asked, name))) > limits.txn_ops:
-                raise InvalidRequest(
-                    f"{name} has {count} items; at most {limits.txn_ops} are allowed"
-                )
+                raise TooLarge(f"{name} has {count} items; at most {limits.txn_ops} are allowed")
         txn = Txn(
             _commands("compare", asked.compare, limits),
             _commands("success", asked.success, limits),
@@ -332,8 +330,9 @@ def routes(calls: TxnCalls) -> list[Route]:
             {200: Body("one branch was carried out, as one change", _DONE, shape=TxnReply)},
             (IDEMPOTENT,),
             body=Body(
-                "comparisons, and operations for each outcome (limits.txn_ops, 128): put, get, "
-                "delete, delete_range. A key that does not exist has mod_revision and version 0. "
+                "comparisons, and operations for each outcome: put, get, delete, delete_range. A "
+                "list has at most 128 of them (limits.txn_ops), else 413. "
+                "A key that does not exist has mod_revision and version 0. "
                 "What it reads has at most 4 MiB, and 64 KiB with an Idempotency-Key.",
                 _EXAMPLE,
                 shape=TxnJson,

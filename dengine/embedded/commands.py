@@ -171,9 +171,7 @@ def txn(
     """Raises TypeError, ValueError, InvalidRequest, TooLarge."""
     for name, part in {"compare": compare, "success": success, "failure": failure}.items():
         if len(part) > limits.txn_ops:
-            raise InvalidRequest(
-                f"{name} has {len(part)} items; at most {limits.txn_ops} are allowed"
-            )
+            raise TooLarge(f"{name} has {len(part)} items; at most {limits.txn_ops} are allowed")
     made = checked(
         Txn(
             tuple(_compare(item) for item in compare),

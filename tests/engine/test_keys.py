@@ -118,11 +118,12 @@ def test_transactions(tmp_path: Path) -> None:
             engine.txn([Compare("n", "size", "=", 1)]),  # type: ignore[arg-type]
             engine.txn([Compare("n", "exists", "<", True)]),
             engine.txn([Compare("n", "version", "<", 2**70)]),
-            engine.txn(success=[Get("n")] * 129),
             engine.txn(success=[DeleteRange("")]),
         ):
             with pytest.raises(InvalidRequest):
                 await wrong
+        with pytest.raises(TooLarge, match="129 items"):
+            await engine.txn(success=[Get("n")] * 129)
 
     used(tmp_path, app)
 
