@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -639,6 +640,9 @@ def test_help_teaches() -> None:
         assert f"    {command}" in overview
         shown = dengine(command, "--help").stdout.decode()
         assert f"  dengine {command}" in shown or f"| dengine {command}" in shown
+    shown = dengine("snapshot", "save", "--help").stdout.decode()
+    _, codes = shown.split("Exit codes:")
+    assert re.findall(r"\b\d+\b(?= )", codes) == ["0", "1", "2", "78", "65", "74", "75", "76"]
 
 
 def test_check_config(tmp_path: Path) -> None:
