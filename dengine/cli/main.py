@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import os
 import sys
@@ -13,13 +14,21 @@ from dengine import __version__
 from dengine.cli import arguments, commands, completion, coordination, snapshots, txn
 from dengine.cli.parsers import add_repair, add_snapshot_commands
 from dengine.cli.remote import Remote, resolve_endpoints, resolve_token, without_token
-from dengine.errors import ConfigError, DengineError, FatalError, Unauthorized
+from dengine.errors import (
+    ConfigError,
+    DengineError,
+    FatalError,
+    StorageIO,
+    TryAgain,
+    Unauthorized,
+)
 from dengine.log import use_utf8
 from dengine.security import is_absent_credential
 
 REQUEST_FAILED = 1
 USAGE = 2
 INTERRUPTED = 130  # as a shell reports Ctrl-C
+DISK_FAILED = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 ABOUT = """\
 A Raft-replicated key-value engine: start one node, grow to three while clients write.
@@ -286,7 +295,12 @@ def _add_bench(add: Add) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from dengine.cli.serve import serve
 
-    return serve(args.config)
+    try:
+        return serve(args.config)
+    except OSError as error:  # of this system: what the node itself meets, it says in its own words
+        kind = StorageIO if error.errno in DISK_FAILED else TryAgain
+        where = f"{error.filename}: " if error.filename else ""
+        raise kind(f"the system refused: {where}{error.strerror or error}") from error
 
 
 def _check_config(args: argparse.Namespace) -> int:
