@@ -130,6 +130,15 @@ class Admission:
                 f"node {theirs.member.id} is a member of cluster {self.cluster_id} already, but "
                 "this directory is empty: set role = 3 to join",
             )
+        if theirs.list_digest and raft.membership.members:
+            # It would found, and waits for us to do so with it. Only who knows all the members can
+            # say for certain that it is none: we may be a founder that has just come late itself.
+            return Refused(
+                "wiped",
+                f"node {raft.me.id} belongs to cluster {self.cluster_id} already, and the directory"
+                f" of node {theirs.member.id} is empty, so it must not found another one: set role"
+                " = 3 to join",
+            )
         return Refused(
             "foreign_cluster",
             f"node {raft.me.id} belongs to cluster {self.cluster_id}: set role = 3 to join it",

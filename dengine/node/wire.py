@@ -54,9 +54,10 @@ class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Why the stream is not wanted.
 
     "different_lists": two founders were started with different ones.
-    "removed", "wiped", "rolled_back" and "duplicate" concern the receiver's own identity; "again"
-    asks for a fresh handshake; "this_node_itself" says that an address leads back to its dialler;
-    "not_authenticated" is all that who does not know the peer secret is told.
+    "removed", "wiped" (an empty directory that must not found), "rolled_back" and "duplicate"
+    concern the receiver's own identity; "again" asks for a fresh handshake; "this_node_itself" says
+    that an address leads back to its dialler; "not_authenticated" is all that who does not know the
+    peer secret is told.
     """
 
     reason: Literal[
