@@ -82,11 +82,13 @@ async def serving(
     monkeypatch.setattr(watch, "_text", stage.text)
     server = Server(stage.handle, lambda error: None)
     listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
-    yield stage, listener.sockets[0].getsockname()[1]
-    listener.close()
-    await until(lambda: not server.connections, "all streams to end")
-    assert stage.hub.count == 0
-    assert stage.hub._bytes == 0
+    try:
+        yield stage, listener.sockets[0].getsockname()[1]
+        await until(lambda: not server.connections, "all streams to end")
+        assert stage.hub.count == 0
+        assert stage.hub._bytes == 0
+    finally:
+        listener.close()
 
 
 async def received(port: int, size: int | None = None) -> tuple[bytes, bool]:
