@@ -23,6 +23,7 @@ from tests.node.hubs import bare_hub, change_of, told
 PROGRESS = b'event: progress\nid: 0\ndata: {"revision":0}\n\n'
 STOPPING = b'event: cancelled\ndata: {"reason":"this node is stopping: resume at another one"}\n\n'
 PARTS = 20  # of each change here
+PATIENT_S = 30.0
 
 
 def whole(changes: Changes) -> bytes:
@@ -97,13 +98,14 @@ async def received(port: int, size: int | None = None) -> tuple[bytes, bool]:
     writer.write(b"GET /v1/watch HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n")
     body = b""
     try:
-        await reader.readuntil(b"\r\n\r\n")
-        while size is None or len(body) < size:
-            length = int(await reader.readuntil(b"\r\n"), 16)
-            body += (await reader.readexactly(length + 2))[:-2]
-            if not length:
-                return body, True
-        return body[:size], False
+        async with asyncio.timeout(PATIENT_S):
+            await reader.readuntil(b"\r\n\r\n")
+            while size is None or len(body) < size:
+                length = int(await reader.readuntil(b"\r\n"), 16)
+                body += (await reader.readexactly(length + 2))[:-2]
+                if not length:
+                    return body, True
+            return body[:size], False
     except (asyncio.IncompleteReadError, ConnectionResetError):
         return body, False
     finally:
