@@ -378,11 +378,14 @@ class Nodes:
 
     async def at_rest(self, deadline_s: float) -> dict[int, Usage]:
         """What every node holds on to when nothing has happened for a while; a problem of the run
-        when that does not come in time."""
+        when that does not come in time.
+
+        An entry that only carries the time is no change: while anything can expire there is one
+        every few seconds."""
         still, end = resting.Still(), time.monotonic() + deadline_s
         while True:
             position = [
-                (node_id, s["term"], s["last_index"], s["last_applied"], s["pending_writes"])
+                (node_id, s["term"], s["revision"], s["pending_writes"])
                 for node_id, s in sorted((await self.statuses()).items())
             ]
             await asyncio.sleep(resting.LOOK_S)  # and the connections of the question are gone

@@ -59,7 +59,7 @@ def faults_of(tmp_path: Path, shape: str = "3") -> Iterator[Faults]:
     for node_id in machines.ids:
         machines.directory(node_id).mkdir()
     nodes = Nodes(plan, machines, said.append)
-    workload = Workload(0, lambda: [], lambda node_id: 0, lambda node_id: False)
+    workload = Workload(plan, lambda: [], lambda node_id: 0, lambda node_id: False)
     faults = Faults(machines, nodes, None, workload, said.append, trial.HOW)
     for node_id in plan.founders:
         nodes.all[node_id].wanted = True
