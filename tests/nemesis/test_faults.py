@@ -33,7 +33,7 @@ from tests.nemesis.machines import (
     put_away,
     uninterrupted,
 )
-from tests.nemesis.nodes import Node, Nodes
+from tests.nemesis.nodes import Node, Nodes, holds_within
 from tests.nemesis.on_disks import begun_anew, threads_of
 from tests.nemesis.on_processes import free_descriptors, is_stopped
 from tests.nemesis.plan import KINDS, Action, Plan
@@ -364,6 +364,27 @@ def test_a_link_counts_what_a_fault_has_held_up(change: str) -> None:
 
     count, _ = asyncio.run(touched())
     assert count == 1
+
+
+@pytest.mark.parametrize("name", ["slow links", "narrow links", "stuck links"])
+def test_links_are_well_again_when_their_fault_is_over(tmp_path: Path, name: str) -> None:
+    """All of them were hit meanwhile; without anything to carry that has no effect."""
+    with faults_of(tmp_path) as faults:
+        faults.links = Links(faults.machines, random.Random(1))
+        every = [faults.links.between(i, j) for i in (1, 2, 3) for j in (1, 2, 3) if i != j]
+
+        async def hit() -> bool:
+            return all(link.faulty for link in every)
+
+        async def come_and_go() -> bool:
+            fault = asyncio.create_task(faults.carry_out([Action(name, "all", 0.5, 5.0, 0)]))
+            were_hit = await holds_within(hit, 10.0)
+            await fault
+            return were_hit
+
+        assert asyncio.run(come_and_go())
+        assert not any(link.faulty for link in every)
+        assert (faults.drawn[name], faults.effective[name]) == (1, 0)
 
 
 def test_nobody_stops_the_cleaning_up_half_way() -> None:
