@@ -7,7 +7,7 @@ import contextlib
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -177,6 +177,19 @@ class Caller:
     def close(self) -> None:
         for connection in self._connections.values():
             connection.close()
+
+
+def held(reply: Reply) -> tuple[int, str | None]:
+    """Of a key, as an answer to GET shows it: mod_revision and value; (0, None) without one."""
+    if reply.status == 404:
+        return 0, None
+    return int(reply.headers["etag"].strip('"')), reply.body.decode()
+
+
+def another(rng: random.Random, nodes: Sequence[int], node_id: int) -> int:
+    """One of the nodes, and not this one if there are others."""
+    others = [other for other in nodes if other != node_id]
+    return rng.choice(others or [*nodes] or [node_id])
 
 
 async def follow(

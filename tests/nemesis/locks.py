@@ -77,6 +77,11 @@ class Holds:
     stopped: int = 0
     _open: dict[str, int] = field(default_factory=dict)  # places of writes under way, by value
 
+    @property
+    def held(self) -> list[Note]:
+        """Who has got the lock, and when that was said."""
+        return [note for note in self.notes if note.what == HELD]
+
     def add(self, note: Note) -> None:
         """What became of a write takes the place of what was said before it."""
         place = self._open.pop(note.value, None) if note.what == WRITE else None
@@ -117,6 +122,8 @@ class Holder:
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
+        if self._stopping:  # meanwhile
+            self.ask_to_end()
         stops = set[asyncio.Task[None]]()
         try:
             assert process.stdout is not None

@@ -31,11 +31,11 @@ from tests.simulation.rotation import commit_number
 BUDGET_S = float(os.environ.get("DENGINE_NEMESIS_SECONDS") or 180)
 BEGIN_S = 120.0  # of a run on a busy machine; a quiet one takes three seconds
 END_S = 120.0  # from a signal to the end of a run
-SHOWS = {  # what there is of a workload that has done something
-    "ttl": "puts with a TTL",
-    "keyed": "keyed increments",
-    "watch": "watch messages",
-    "lock": "locks held",
+SHOWS = {  # what there is of a workload that has done what it is for
+    "ttl": ("puts with a TTL", "keys with a TTL found", "keys with a TTL gone"),
+    "keyed": ("keyed increments", "repetitions"),
+    "watch": ("changes watched", "watches resumed"),
+    "lock": ("locks held", "writes guarded by the lock", "writes guarded by its token"),
 }
 SAMPLE_S = 20.0  # of faults in a run; with the beginning and the end it takes more than twice that
 
@@ -62,8 +62,8 @@ def test_nothing_is_lost_and_no_read_is_stale(tmp_path: Path) -> None:
     assert report.write(runs, tmp_path / "report").exists()
     assert sum(run["acknowledged_writes"] for run in runs) > BUDGET_S, "hardly anything was written"
     done = report.summary(runs)["besides"]
-    drawn = {name for run in runs for name in run["workloads"]}
-    assert all(done.get(SHOWS[name]) for name in drawn), f"some workload did nothing: {done}"
+    shown = {what for run in runs for name in run["workloads"] for what in SHOWS[name]}
+    assert shown <= done.keys(), f"some workload did nothing: {done}"
 
 
 def test_a_plan_follows_from_its_seed() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -16,10 +17,19 @@ from tests.cluster import free_port
 from tests.linearizability.checker import FOREVER, Operation
 from tests.nemesis import client
 from tests.nemesis.client import Caller, Message, Refused, Tally, Unanswered, follow
-from tests.nemesis.locks import WRITE, Holds, Note
+from tests.nemesis.locks import FENCED, GUARDED, HELD, WRITE, Holder, Holds, Note
 from tests.nemesis.nodes import holds_within
-from tests.nemesis.watchers import Event, Gap, Watched, Watcher
-from tests.nemesis.workers import COUNTED, Increment, KeyedClient
+from tests.nemesis.watchers import Event, Gap, Told, Watched, Watcher, behind
+from tests.nemesis.workers import (
+    COUNTED,
+    Increment,
+    KeyedClient,
+    Passing,
+    TtlClient,
+    TtlLook,
+    TtlPut,
+)
+from tests.nemesis.workload import Records
 
 DEADLINE_S = 30.0
 NODES = [1, 2]  # both are the same
@@ -131,6 +141,7 @@ def test_a_stream_that_breaks_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_watcher_goes_on_behind_what_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """At another node, after a stream that broke; and behind a listing, where the history begins
     later."""
+    monkeypatch.setattr("tests.nemesis.watchers.STAYS_S", 1e9)
     asked: list[int] = []
 
     def answer(line: str, headers: dict[str, str]) -> Iterator[bytes]:
@@ -170,6 +181,84 @@ def test_a_watcher_goes_on_behind_what_it_was_told(monkeypatch: pytest.MonkeyPat
     assert watched.gaps == [Gap(6, 8, 9)]
     assert watched.resumed >= 3
     assert {told.node_id for told in watched.told} == set(NODES)
+
+
+def test_a_watcher_goes_elsewhere_though_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a message it may leave; what else had come is told again where it goes on."""
+    monkeypatch.setattr("tests.nemesis.watchers.STAYS_S", 1e-9)
+    monkeypatch.setattr("tests.nemesis.watchers.PAUSE_S", 0.0)
+
+    def answer(line: str, headers: dict[str, str]) -> Iterator[bytes]:
+        last = headers.get("Last-Event-ID")
+        first = int(last) + 1 if last else int(line.split("from_revision=")[1].split()[0])
+        yield STREAM + chunk("".join(change(revision, "a") for revision in range(first, 6))) + END
+
+    async def watch() -> Watched:
+        watched = Watched(0, "")
+        caller = Caller(random.Random(1), Tally(), lambda node_id: False)
+        async with node(monkeypatch, answer):
+            task = asyncio.create_task(Watcher(caller, watched, 1, lambda: NODES).run())
+
+            async def told() -> bool:
+                return watched.position == 6
+
+            await holds_within(told, DEADLINE_S)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        return watched
+
+    watched: Watched = run(watch)
+    assert [told.revision for told in watched.told] == [1, 2, 3, 4, 5]
+    assert watched.resumed >= 4
+    assert {told.node_id for told in watched.told} == set(NODES)
+
+
+def test_who_follows_a_part_has_caught_up_with_the_last_change_of_it() -> None:
+    """And before anybody knows what that is, those count who follow everything."""
+    whole, part = Watched(0, ""), Watched(1, "r/")
+    whole.told = [
+        Told(1.0, 1, 3, (Event("put", "r/0", "a"),)),
+        Told(1.0, 1, 5, (Event("put", "s/0", "b"),)),
+    ]
+    whole.position = 5
+    assert behind([whole, part], 5) == [whole]
+    whole.position = 6
+    assert behind([whole, part], 5) == [part]
+    part.position = 4
+    assert behind([whole, part], 5) == []
+
+
+def test_what_was_refused_is_forgotten_and_what_was_not_answered_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the puts for a time; and what is read is kept, also that there is nothing."""
+    puts: list[str] = []
+    answers = [answered(200, '{"revision":7}'), answered(503, '{"outcome":"none"}'), b""]
+
+    def answer(line: str, headers: dict[str, str]) -> Iterator[bytes]:
+        if line.startswith("GET"):
+            yield answered(404, "{}")
+            return
+        puts.append(line)
+        yield answers[len(puts) % 3]
+
+    passing = Passing()
+    caller = Caller(random.Random(1), Tally(), lambda node_id: False)
+    ttl = TtlClient(caller, 100, passing)
+
+    async def ask() -> None:
+        async with node(monkeypatch, answer):
+            for _ in range(60):
+                await ttl.once(1)
+        ttl.close()
+
+    run(ask)
+    assert len(puts) >= 6
+    known = [put for put in passing.puts if put.returned < FOREVER]
+    assert len(known) == len(puts) // 3
+    assert all(put.revision == 7 for put in known)
+    assert len(passing.puts) - len(known) == (len(puts) + 1) // 3
+    assert {look.value for look in passing.looks} == {None}
 
 
 def test_an_increment_is_repeated_under_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,3 +305,37 @@ def test_what_became_of_a_write_takes_the_place_of_its_beginning() -> None:
     for said in (note, other, done):
         holds.add(said)
     assert holds.notes == [done, other]
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is missing: util-linux")
+def test_a_holder_that_is_to_end_before_it_has_begun_ends() -> None:
+    """The run may be over while its process is made."""
+    holder = Holder(0, random.Random(1), ["127.0.0.1:1"], Holds())
+    holder.ask_to_end()
+    run(holder.run)
+
+
+def test_what_was_tried_in_vain_is_not_counted() -> None:
+    """A workload that has done nothing must not look as if it had."""
+    records = Records()
+    records.passing.puts = [TtlPut("t/1", "1", 1, 1.0)]
+    records.increments = [Increment(COUNTED[0], "c:1"), Increment(COUNTED[0], "c:2", done=False)]
+    records.watched = [Watched(0, "", [Told(1.0, 1, 3)])]
+    records.holds.notes = [Note(1, WRITE, 5, 1.0, key=GUARDED, value="5 1.1", accepted=False)]
+    assert records.besides == {}
+    records.passing.puts = [TtlPut("t/1", "1", 1, 1.0, 1.1, 2)]
+    records.passing.looks = [TtlLook("t/1", 2.0, 2.1, None)]
+    records.increments[1].done = True
+    records.watched[0].told.append(Told(1.0, 1, 4, (Event("put", "a", "b"),)))
+    records.holds.notes = [
+        Note(1, HELD, 5, 1.0),
+        Note(1, WRITE, 5, 1.0, key=FENCED, value="5 1.1", accepted=True),
+    ]
+    assert records.besides == {
+        "puts with a TTL": 1,
+        "keys with a TTL gone": 1,
+        "changes watched": 1,
+        "locks held": 1,
+        "writes guarded by its token": 1,
+        "keyed increments": 1,
+    }

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from tests.nemesis.client import Caller, Message, Refused, Unanswered, call, follow
+from tests.nemesis.client import Caller, Message, Refused, Unanswered, another, call, follow
 
 FOLLOWED = ("", "", "", "r/")  # what each watcher follows
 PATIENCE_S = (1.0, 5.0, 12.0)  # without a message; a node says something every 10 s
+STAYS_S = 10.0  # at a node, on average; then it goes on at another one, though nothing is wrong
 PAUSE_S = 0.05
 LISTING_S = 5.0
 
@@ -75,7 +76,7 @@ class Watched:
     told: list[Told] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     position: int = 1
-    resumed: int = -1
+    resumed: int = 0
 
     @property
     def changes(self) -> list[Told]:
@@ -110,7 +111,6 @@ class Watcher:
     async def run(self) -> None:
         """Until it is cancelled."""
         while True:
-            self.watched.resumed += 1
             try:
                 await self._follow()
             except Refused as error:
@@ -118,9 +118,8 @@ class Watcher:
             except Unanswered:
                 pass
             await asyncio.sleep(PAUSE_S)
-            every = list(self._nodes()) or [self._node_id]
-            others = [other for other in every if other != self._node_id]
-            self._node_id = self._caller.rng.choice(others or every)
+            self._node_id = another(self._caller.rng, self._nodes(), self._node_id)
+            self.watched.resumed += 1
 
     async def _follow(self) -> None:
         watched, rng = self.watched, self._caller.rng
@@ -130,6 +129,7 @@ class Watcher:
             headers = {"Last-Event-ID": str(watched.position - 1)}
         else:
             path += f"&from_revision={watched.position}"
+        leaves_at = time.monotonic() + rng.expovariate(1 / STAYS_S)
         messages = follow(self._node_id, path, headers, rng.choice(PATIENCE_S))
         async with contextlib.aclosing(messages):
             async for message in messages:
@@ -138,6 +138,8 @@ class Watcher:
                         await self._begin_anew(message.data["compact_revision"])
                     return
                 self._note(message)
+                if time.monotonic() > leaves_at:
+                    return
 
     def _note(self, message: Message) -> None:
         watched, revision = self.watched, message.data["revision"]
@@ -158,7 +160,7 @@ class Watcher:
     async def _begin_anew(self, compact_revision: int) -> None:
         """Behind a listing; where none can be had, it asks again for what it wanted."""
         watched = self.watched
-        path = f"/v1/kv?prefix={quote(watched.prefix, safe='')}&limit=1&keys_only=1"
+        path = f"/v1/kv?prefix={quote(watched.prefix, safe='')}&limit=1&consistency=linearizable"
         with contextlib.suppress(Unanswered):
             listing = await call(self._node_id, "GET", path, timeout_s=LISTING_S)
             watched.gaps.append(Gap(watched.position, compact_revision, listing["revision"]))

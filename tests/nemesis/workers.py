@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from tests.cluster import Reply
 from tests.linearizability.checker import FOREVER, Operation
-from tests.nemesis.client import Caller
+from tests.nemesis.client import Caller, another, held
 
 BACK_OFF_S = 0.05  # a node that is down refuses thousands a second
 SHORT_TTLS_S = (1, 1, 2, 3)
@@ -117,7 +117,7 @@ class TtlClient:
         if reply is None or reply.status not in (200, 404):
             return False
         self._caller.tally.read_at.append(returned)
-        value = reply.body.decode() if reply.status == 200 else None
+        _, value = held(reply)
         self._passing.looks.append(TtlLook(key, called, returned, value))
         return True
 
@@ -178,17 +178,14 @@ class KeyedClient:
         reply, _ = await self._caller.send("GET", f"/v1/kv/{key}", None, {}, node_id)
         if reply is None or reply.status not in (200, 404):
             return False
-        read = Operation(self._number, called, time.monotonic(), "read")
-        if reply.status == 404:
-            expected, count, headers = None, 0, {"If-None-Match": "*"}
-            read = read._replace(result=(0, None))
-        else:
-            expected, held = int(reply.headers["etag"].strip('"')), reply.body.decode()
-            count, headers = int(held.partition(" ")[0]), {"If-Match": reply.headers["etag"]}
-            read = read._replace(result=(expected, held))
-        self._history.setdefault(key, []).append(read)
+        expected, found = held(reply)
+        seen = Operation(self._number, called, time.monotonic(), "read", None, (expected, found))
+        self._history.setdefault(key, []).append(seen)
+        count = int((found or "0").partition(" ")[0])
+        headers = {"If-Match": f'"{expected}"'} if expected else {"If-None-Match": "*"}
         value = self._value(count + 1)
-        return await self._increment(key, value, headers, ("cas", (expected, value)), node_id)
+        swap = ("cas", (expected or None, value))
+        return await self._increment(key, value, headers, swap, node_id)
 
     def _value(self, count: int) -> str:
         self._made += 1
@@ -216,7 +213,7 @@ class KeyedClient:
             if not increment.answers:
                 increment.repeated += 1
                 await asyncio.sleep(BACK_OFF_S)
-                node_id = self._other(node_id)
+                node_id = another(self.rng, self._nodes(), node_id)
         returned = time.monotonic()
         status, revision = increment.answers[0]
         increment.done = status == 200
@@ -228,7 +225,7 @@ class KeyedClient:
             history.append(op._replace(returned=returned, result=result))
         if self.rng.random() < AGAIN:
             increment.repeated += 1
-            await self._send(*send, self._other(node_id), None)
+            await self._send(*send, another(self.rng, self._nodes(), node_id), None)
         return True
 
     async def _send(
@@ -244,11 +241,6 @@ class KeyedClient:
         reply, _ = await self._caller.send("PUT", path, body, headers, node_id, patience_s)
         if reply is not None and reply.status in (200, 412):
             increment.answers.append(_told(reply))
-
-    def _other(self, node_id: int) -> int:
-        """Another node, if there is one."""
-        every = list(self._nodes()) or [node_id]
-        return self.rng.choice([other for other in every if other != node_id] or every)
 
 
 def _told(reply: Reply) -> tuple[int, int | None]:

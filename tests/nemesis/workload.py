@@ -15,14 +15,15 @@ import contextlib
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tests.linearizability.checker import FOREVER, Operation
-from tests.nemesis.client import Caller, Tally
+from tests.nemesis.client import Caller, Tally, held
 from tests.nemesis.lists import ListTxn, Version, elements, text
-from tests.nemesis.locks import HELD, HOLDERS, WRITE, Holder, Holds
+from tests.nemesis.locks import FENCED, GUARDED, HOLDERS, Holder, Holds
 from tests.nemesis.machines import PORT, host
 from tests.nemesis.plan import Plan
 from tests.nemesis.watchers import FOLLOWED, Watched, Watcher
@@ -70,18 +71,21 @@ class Records(Tally):
 
     @property
     def besides(self) -> dict[str, int]:
-        """How much there is of what not every plan asks for."""
-        said = [note.what for note in self.holds.notes]
+        """How much there is of what not every plan asks for: what was done, not what was tried."""
+        looks = self.passing.looks
+        written = Counter(note.key for note in self.holds.notes if note.accepted)
         found = {
-            "puts with a TTL": len(self.passing.puts),
-            "reads of those": len(self.passing.looks),
-            "watch messages": sum(len(watched.told) for watched in self.watched),
+            "puts with a TTL": sum(put.revision > 0 for put in self.passing.puts),
+            "keys with a TTL found": sum(look.value is not None for look in looks),
+            "keys with a TTL gone": sum(look.value is None for look in looks),
+            "changes watched": sum(len(watched.changes) for watched in self.watched),
             "watches resumed": sum(watched.resumed for watched in self.watched),
             "watches behind the history": sum(len(watched.gaps) for watched in self.watched),
-            "locks held": said.count(HELD),
+            "locks held": len(self.holds.held),
             "holders stopped": self.holds.stopped,
-            "guarded writes": said.count(WRITE),
-            "keyed increments": len(self.increments),
+            "writes guarded by the lock": written[GUARDED],
+            "writes guarded by its token": written[FENCED],
+            "keyed increments": sum(increment.done is True for increment in self.increments),
             "repetitions": sum(increment.repeated for increment in self.increments),
         }
         return {what: count for what, count in found.items() if count}
@@ -182,24 +186,12 @@ class Workload:
         if not self._tasks:
             return True
         _, hanging = await asyncio.wait(self._tasks, timeout=deadline_s)
-        for task in self._tasks:
-            task.cancel()
-        results = await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
-        errors = [r for r in results if isinstance(r, Exception)]
-        if errors:
-            raise errors[0]
+        await _end(self._tasks)
         return not hanging
 
     async def hang_up(self) -> None:
         """The watchers have been told enough."""
-        for task in self._watching:
-            task.cancel()
-        results = await asyncio.gather(*self._watching, return_exceptions=True)
-        self._watching.clear()
-        errors = [r for r in results if isinstance(r, Exception)]
-        if errors:
-            raise errors[0]
+        await _end(self._watching)
 
     async def read_all(self, node_id: int) -> bool:
         """Read every key of the history once through this node; False when one was not answered."""
@@ -234,6 +226,17 @@ class Workload:
                     await asyncio.sleep(BACK_OFF_S)
         finally:
             client.close()
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    """Those that have not ended are cancelled; what one of them has died of is raised."""
+    for task in tasks:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
 
 
 def keys() -> list[str]:
@@ -374,7 +377,7 @@ class _Client:
             txn = txn.refused(returned)
         for key in asked:
             self._known.pop(key, None)
-        found = {key: (revision, text(held)) for key, (revision, held) in txn.found.items()}
+        found = {key: (revision, text(shown)) for key, (revision, shown) in txn.found.items()}
         self._known.update({key: seen for key, seen in found.items() if seen[0]})
         records.lists.append(txn)
         for key, op in txn.operations():
@@ -389,12 +392,10 @@ class _Client:
         if reply is None or reply.status not in (200, 404):
             return False
         self._records.read_at.append(returned)
-        found = reply.status == 200
-        revision = int(reply.headers["etag"].strip('"')) if found else 0
-        value = reply.body.decode() if found else None
+        revision, value = held(reply)
         if level == "eventual":
             if boot == self._owner._boot(node_id):
-                seen = int(reply.headers["dengine-revision"]) if found else 0
+                seen = int(reply.headers["dengine-revision"]) if revision else 0
                 self._records.eventual.append(
                     Eventual(node_id, boot, called, returned, seen, key, revision, value)
                 )
