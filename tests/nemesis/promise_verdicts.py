@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tests.linearizability.checker import FOREVER
 from tests.nemesis.histories import value_of
-from tests.nemesis.locks import CERTAIN, FENCED, GUARDED, HELD, WRITE, Holds, token_of
+from tests.nemesis.locks import CERTAIN, FENCED, GUARDED, WRITE, Holds, Note, token_of
 from tests.nemesis.verdicts import SHOWN_MAX
 from tests.nemesis.watchers import Event, Watched
 from tests.nemesis.workers import COUNTED, Increment, Passing, TtlLook, TtlPut
@@ -31,20 +31,24 @@ class Count(NamedTuple):
 
 
 def promises_kept(
-    records: Records, counts: Mapping[str, Count], locks_left: Sequence[str]
+    records: Records,
+    counts: Mapping[str, Count],
+    locks_left: Sequence[str],
+    history_revisions: int,
 ) -> list[str]:
     """All four.
 
     Args:
         counts: what was counted under keys; empty: the run did not come so far.
         locks_left: keys of locks that are there when all holders have ended, and their leases.
+        history_revisions: how many the history has to keep.
     """
     passing, watched, holds = records.passing, records.watched, records.holds
     judges = (
-        *(_gone_early(passing), _ended_early(passing, watched), _still_there(passing)),
-        *(_come_back(passing), _not_what_was_put(passing)),
+        *(_gone_early(passing), _ended_early(passing, watched), _end_untold(passing, watched)),
+        *(_still_there(passing), _come_back(passing), _not_what_was_put(passing)),
         *(_not_rising(watched), _made_up(records), _lost(records), _told_twice(watched)),
-        *(_differing(watched), _not_compacted(watched)),
+        *(_differing(watched), _not_compacted(watched, history_revisions)),
         *(_falling(holds, watched), _same_token(holds), _two_holders(holds), _late(holds)),
         (f"{key} is there, and its holder has ended long ago" for key in locks_left),
         *(_said_differently(records.increments), _one_change_for_two(records.increments)),
@@ -114,6 +118,22 @@ def _ended_early(passing: Passing, watched: Sequence[Watched]) -> Iterator[str]:
                         f"watcher {one.number}: {event.key} ended by revision {told.revision}, "
                         f"told at {told.at:.3f}: it has until {put.called + put.ttl_s:.3f}"
                     )
+
+
+def _end_untold(passing: Passing, watched: Sequence[Watched]) -> Iterator[str]:
+    """Who was told that a key was put is told that it has ended, before all comes to rest."""
+    gone = {
+        look.key for look in passing.looks if look.value is None and look.called > passing.rested_at
+    }
+    for one in watched:
+        last = {event.key: (event, told) for told in one.changes for event in told.events}
+        for key in sorted(gone & last.keys()):
+            event, told = last[key]
+            if event.value is not None and not any(g.revision > told.revision for g in one.gaps):
+                yield (
+                    f"watcher {one.number} was not told of the end of {key}, which is gone, and "
+                    f"was put at revision {told.revision}"
+                )
 
 
 def _still_there(passing: Passing) -> Iterator[str]:
@@ -208,10 +228,10 @@ def _made_up(records: Records) -> Iterator[str]:
         for told in one.changes:
             for event in told.events:
                 said = f"watcher {one.number} was told of {_shown(event)} at {told.revision}"
-                if event.key.startswith(LOCK_KEYS):
-                    continue
                 if not event.key.startswith(one.prefix):
                     yield f"{said}, and follows {one.prefix!r}"
+                elif event.key.startswith(LOCK_KEYS):
+                    continue  # of those the holders know more than they say
                 elif event.value is None:
                     if event.type != "expire" or event.key not in timed:
                         yield f"{said}, which nobody did"
@@ -251,32 +271,37 @@ def _told_twice(watched: Sequence[Watched]) -> Iterator[str]:
 
 def _differing(watched: Sequence[Watched]) -> Iterator[str]:
     """All who follow a key are told the same, but for what some have passed over."""
-    whole = [one for one in watched if not one.prefix]
-    for one in watched:
-        for other in whole[:1]:
-            if one is other:
+    for one, other in itertools.combinations(watched, 2):
+        narrow, whole = (one, other) if one.prefix else (other, one)
+        if whole.prefix:
+            continue
+        end = min(narrow.position, whole.position)
+        mine, theirs = dict(narrow.selected(narrow)), dict(narrow.selected(whole))
+        for revision in sorted(mine.keys() | theirs.keys()):
+            if revision >= end or _same(mine.get(revision), theirs.get(revision)):
                 continue
-            end = min(one.position, other.position)
-            mine, theirs = dict(one.selected(one)), dict(one.selected(other))
-            for revision in sorted(mine.keys() | theirs.keys()):
-                skipped = _passed_over(one, revision) or _passed_over(other, revision)
-                if revision >= end or skipped:
-                    continue
-                if sorted(mine.get(revision, ())) != sorted(theirs.get(revision, ())):
-                    yield (
-                        f"watchers {one.number} and {other.number} were told otherwise of revision "
-                        f"{revision}: {_all(mine.get(revision))} and {_all(theirs.get(revision))}"
-                    )
+            if not (_passed_over(narrow, revision) or _passed_over(whole, revision)):
+                yield (
+                    f"watchers {narrow.number} and {whole.number} were told otherwise of revision "
+                    f"{revision}: {_all(mine.get(revision))} and {_all(theirs.get(revision))}"
+                )
 
 
-def _not_compacted(watched: Sequence[Watched]) -> Iterator[str]:
-    """Who is sent away has asked for what is gone."""
+def _same(some: Iterable[Event] | None, others: Iterable[Event] | None) -> bool:
+    return Counter(some) == Counter(others)
+
+
+def _not_compacted(watched: Sequence[Watched], history_revisions: int) -> Iterator[str]:
+    """Who is sent away has asked for what is gone, and nothing is gone that has to be kept."""
     for one in watched:
         for gap in one.gaps:
+            said = f"watcher {one.number} asked for revision {gap.asked} and was told that all up "
             if gap.asked > gap.compact_revision:
+                yield f"{said}to {gap.compact_revision} is gone"
+            elif gap.compact_revision > max(0, gap.revision - history_revisions):
                 yield (
-                    f"watcher {one.number} asked for revision {gap.asked} and was told that all "
-                    f"up to {gap.compact_revision} is gone"
+                    f"{said}to {gap.compact_revision} is gone: by {gap.revision} at the latest, "
+                    f"and the last {history_revisions} are kept"
                 )
 
 
@@ -315,7 +340,7 @@ def _falling(holds: Holds, watched: Sequence[Watched]) -> Iterator[str]:
 
 def _same_token(holds: Holds) -> Iterator[str]:
     """No two that hold the lock have the same token."""
-    held = Counter(note.token for note in holds.notes if note.what == HELD)
+    held = Counter(note.token for note in holds.held)
     for token, times in held.items():
         if times > 1:
             yield f"the lock was held {times} times under token {token}"
@@ -323,33 +348,32 @@ def _same_token(holds: Holds) -> Iterator[str]:
 
 def _two_holders(holds: Holds) -> Iterator[str]:
     """While one holds it for certain, no later one does."""
+    held = holds.held
     for note in holds.notes:
-        if note.what == CERTAIN:
-            for other in _later_holders(holds, note.token, note.called):
-                yield (
-                    f"the lock was held under token {note.token} for certain at {note.called:.3f}, "
-                    f"and under {other[0]} since {other[1]:.3f}"
-                )
-                break
+        later = _later_holder(held, note) if note.what == CERTAIN else None
+        if later is not None:
+            yield (
+                f"the lock was held under token {note.token} for certain at {note.called:.3f}, "
+                f"and under {later.token} since {later.called:.3f}"
+            )
 
 
 def _late(holds: Holds) -> Iterator[str]:
     """What the lock's own key guards is not written any more once somebody else holds it."""
+    held = holds.held
     for note in holds.notes:
-        if note.key == GUARDED and note.accepted:
-            for other in _later_holders(holds, note.token, note.called):
-                yield (
-                    f"{note.key} was written under token {note.token}, asked for at "
-                    f"{note.called:.3f}, and {other[0]} held the lock since {other[1]:.3f}"
-                )
-                break
+        later = _later_holder(held, note) if note.key == GUARDED and note.accepted else None
+        if later is not None:
+            yield (
+                f"{note.key} was written under token {note.token}, asked for at "
+                f"{note.called:.3f}, and {later.token} held the lock since {later.called:.3f}"
+            )
 
 
-def _later_holders(holds: Holds, token: int, moment: float) -> Iterator[tuple[int, float]]:
-    """Who has it by then with a higher token: that, and since when at the latest."""
-    for note in holds.notes:
-        if note.what == HELD and note.token > token and note.called < moment:
-            yield note.token, note.called
+def _later_holder(held: Iterable[Note], note: Note) -> Note | None:
+    """Who has got the lock under a higher token, before what the note says began."""
+    later = (other for other in held if other.token > note.token and other.called < note.called)
+    return next(later, None)
 
 
 # --- what is repeated under a key -----------------------------------------------------------------

@@ -15,6 +15,7 @@ from tests.nemesis.workers import Increment, TtlLook, TtlPut
 from tests.nemesis.workload import Records
 
 COUNTS = {SWAPPED: Count("2 x", 2), WRITTEN: Count("0 y", 1)}
+KEPT = 1  # revisions of the history
 
 
 def sound() -> Records:
@@ -109,7 +110,7 @@ def write(holder: int, number: int, key: str, called: float, revision: int) -> N
 
 
 def judged(records: Records) -> list[str]:
-    return promises_kept(records, COUNTS, [])
+    return promises_kept(records, COUNTS, [], KEPT)
 
 
 def test_a_sound_run_is_passed() -> None:
@@ -117,7 +118,7 @@ def test_a_sound_run_is_passed() -> None:
     assert judged(sound()) == []
     records = sound()
     counts = {**COUNTS, SWAPPED: Count("1 x", 1)}
-    assert promises_kept(records, counts, []) == []
+    assert promises_kept(records, counts, [], KEPT) == []
 
 
 def test_a_run_that_broke_off_is_judged_by_what_it_has() -> None:
@@ -125,7 +126,7 @@ def test_a_run_that_broke_off_is_judged_by_what_it_has() -> None:
     records.passing.rested_at = FOREVER
     records.watched = [Watched(0, ""), Watched(1, "r/", [Told(2.0, 1, 1, (put("r/0", "a"),))])]
     records.watched[1].position = 2
-    assert promises_kept(records, {}, []) == []
+    assert promises_kept(records, {}, [], KEPT) == []
 
 
 # --- TTLs -----------------------------------------------------------------------------------------
@@ -155,6 +156,13 @@ def gone_sooner_than_what_came_late(records: Records) -> None:
 
 def told_of_its_end_early(records: Records) -> None:
     change_told(records, 0, 6, at=11.9)
+
+
+def told_of_no_end(records: Records) -> None:
+    """It is gone, and nobody who follows it knows."""
+    records.passing.looks.append(TtlLook("t/1", 70.0, 70.1, None))
+    del records.watched[0].told[6]
+    del records.watched[2].told[2]
 
 
 def still_there(records: Records) -> None:
@@ -237,6 +245,10 @@ def not_followed(records: Records) -> None:
     change_told(records, 1, 4, events=(put("r/0", "b"), put("t/1", "1")))
 
 
+def not_followed_nor_written(records: Records) -> None:
+    change_told(records, 1, 4, events=(put("r/0", "b"), put("_lock/nemesis/1", "")))
+
+
 def lost(records: Records) -> None:
     del records.watched[0].told[2]
 
@@ -270,8 +282,22 @@ def told_otherwise_of_an_end(records: Records) -> None:
     change_told(records, 2, 10, events=(ended("_lock/nemesis/1"),))
 
 
+def told_otherwise_than_who_was_there(records: Records) -> None:
+    """The first of them has passed over most of it, and the other two tell what it cannot."""
+    records.watched[0].gaps.append(Gap(1, 8, 12))
+    records.watched[0].told[:-1] = []
+    change_told(records, 2, 8, events=(put("_lock/nemesis/2", ""),))
+    records.watched.append(replace(records.watched[2], number=3, told=[*records.watched[2].told]))
+    change_told(records, 3, 8, events=(put("_lock/nemesis/3", ""),))
+
+
 def sent_away_for_nothing(records: Records) -> None:
     records.watched[2].gaps[0] = Gap(3, 2, 5)
+
+
+def gone_too_soon(records: Records) -> None:
+    """Who asked for it was late, and not so late that the history need not have it any more."""
+    records.watched[2].gaps[0] = Gap(3, 5, 5)
 
 
 # --- locks ----------------------------------------------------------------------------------------
@@ -334,6 +360,7 @@ def refused_without_a_condition(records: Records) -> None:
         (gone_earlier_than_what_may_have_been_put, "t/3 was not there for who asked at 20.500"),
         (gone_sooner_than_what_came_late, "t/6 was not there for who asked at 11.000"),
         (told_of_its_end_early, "watcher 0: t/1 ended by revision 6, told at 11.900"),
+        (told_of_no_end, "watcher 0 was not told of the end of t/1, which is gone"),
         (still_there, "t/4 was still there for who asked at 65.100"),
         (put_without_an_answer_and_still_there, "t/3 was still there for who asked at 63.100"),
         (come_back, "t/1 was gone for who asked at 11.950, and back for who asked at 14.000"),
@@ -350,6 +377,7 @@ def refused_without_a_condition(records: Records) -> None:
         (nobody_deleted_it, "delete t/1 '' at 6, which nobody did"),
         (ended_without_a_time, "expire r/0 '' at 6, which nobody did"),
         (not_followed, "put t/1 '1' at 4, and follows 'r/'"),
+        (not_followed_nor_written, "put _lock/nemesis/1 '' at 4, and follows 'r/'"),
         (lost, "watcher 0 was not told that t/2 was written at revision 3"),
         (lost_by_who_follows_a_part, "watcher 1 was not told that r/0 was written at revision 4"),
         (lost_before_the_gap, "watcher 2 was not told that t/1 was written at revision 2"),
@@ -357,7 +385,9 @@ def refused_without_a_condition(records: Records) -> None:
         (twice_without_an_answer, "watcher 0 was told 2 times of put r/0 'd'"),
         (told_otherwise, "watchers 2 and 0 were told otherwise of revision 11"),
         (told_otherwise_of_an_end, "watchers 2 and 0 were told otherwise of revision 10"),
+        (told_otherwise_than_who_was_there, "watchers 3 and 2 were told otherwise of revision 8"),
         (sent_away_for_nothing, "asked for revision 3 and was told that all up to 2 is gone"),
+        (gone_too_soon, "asked for revision 3 and was told that all up to 5 is gone: by 5"),
         (written_behind_a_later_holder, "g/fenced was written under token 8 at revision 30"),
         (shown_behind_a_later_holder, "g/fenced was written under token 8 at revision 12"),
         (one_token_for_two, "held 2 times under token 8"),
@@ -378,12 +408,13 @@ def test_every_breach_is_found(spoil: Callable[[Records], None], said: str) -> N
 
 
 def test_a_lock_that_outlives_its_holder_is_found() -> None:
-    assert "_lock/nemesis/7 is there" in promises_kept(sound(), COUNTS, ["_lock/nemesis/7"])[0]
+    (found,) = promises_kept(sound(), COUNTS, ["_lock/nemesis/7"], KEPT)
+    assert "_lock/nemesis/7 is there" in found
 
 
 def test_a_counter_that_is_not_what_its_changes_make_of_it_is_found() -> None:
     counts = {**COUNTS, SWAPPED: Count("1 x", 2)}
-    assert promises_kept(sound(), counts, []) == ["n/swapped is '1 x' after 2 changes"]
+    assert promises_kept(sound(), counts, [], KEPT) == ["n/swapped is '1 x' after 2 changes"]
 
 
 def test_who_was_not_certain_to_hold_it_is_believed() -> None:

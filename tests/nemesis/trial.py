@@ -331,7 +331,8 @@ class _Trial:
             items = {key: held.get(key, NOTHING) for key in COUNTED}
             counts = {key: Count(item.value or "", item.version) for key, item in items.items()}
         locks_left = [key for key in held or () if key.startswith(LOCK_KEYS)]
-        return promise_verdicts.promises_kept(self.workload.records, counts, locks_left)
+        kept = int(self._plan.settings["kv"]["history_revisions"])
+        return promise_verdicts.promises_kept(self.workload.records, counts, locks_left, kept)
 
     def _judge_the_end(self) -> list[str]:
         """Of a run that came so far."""
