@@ -272,6 +272,27 @@ def test_after_65_that_a_fault_explains_a_person_removes_the_directory(tmp_path:
         assert node.book.findings() == []
 
 
+def test_a_reign_is_one_term_and_one_leader_that_all_name(tmp_path: Path) -> None:
+    """Who has heard of a later term, or of no leader, may be right."""
+    with faults_of(tmp_path) as faults:
+
+        def reign(*named: tuple[int, int | None]) -> tuple[int, int] | None:
+            async def statuses() -> dict[int, dict[str, object]]:
+                return {
+                    number: {"term": term, "leader": None if leader is None else {"id": leader}}
+                    for number, (term, leader) in enumerate(named, 1)
+                }
+
+            faults.nodes.statuses = statuses  # type: ignore[method-assign]
+            return asyncio.run(faults.nodes.reign())
+
+        assert reign((5, 1), (5, 1), (5, 1)) == (5, 1)
+        assert reign((5, 1), (5, None)) is None
+        assert reign((5, 1), (6, 1)) is None
+        assert reign((5, None), (5, None)) is None
+        assert reign() is None
+
+
 def test_the_end_of_a_run_ends_every_process(tmp_path: Path) -> None:
     """Also one that is stopped, and nothing is started any more."""
     with faults_of(tmp_path) as faults:

@@ -120,9 +120,10 @@ class _Trial:
                 finally:
                     if self._loaded:
                         self.outcome.load_s = self.outcome.load_s or time.monotonic() - self._began
-                    await self.workload.stop(0.0)
-                    await self.workload.hang_up()
-                    await faults.cancel()
+                    async with contextlib.AsyncExitStack() as ending:  # whatever one of them raises
+                        ending.push_async_callback(faults.cancel)
+                        ending.push_async_callback(self.workload.hang_up)
+                        await self.workload.stop(0.0)
         except TimeoutError:
             problems.append("the run did not end in time")
         except asyncio.CancelledError:
@@ -216,19 +217,20 @@ class _Trial:
         """What goes with its time is gone then: all its time has passed under one leader."""
         if not {"ttl", "lock"} & set(self._plan.workloads):
             return
-        passing, terms = self.workload.records.passing, set[int]()
+        nodes, passing = self.nodes, self.workload.records.passing
         heartbeat_ms = int(self._plan.settings["raft.election"]["heartbeat_ms"])
         passing.late_s = LATE_S + heartbeat_ms / 1000
+        reign: tuple[int, int] | None = None
 
         async def passed() -> bool:
-            nonlocal terms
-            seen = {status["term"] for status in (await self.nodes.statuses()).values()}
+            nonlocal reign
+            before, reign = reign, await nodes.reign()
             now = time.monotonic()
-            if seen != terms:
-                terms, passing.rested_at = seen, now
+            if reign is None or reign != before:
+                passing.rested_at = now
             return now > passing.rested_at + max(SHORT_TTLS_S) + passing.late_s
 
-        await self.nodes.wait(passed, "time to pass under one leader", STEADY_S)
+        await nodes.wait(passed, "time to pass under one leader", STEADY_S)
 
     async def _let_watchers_catch_up(self) -> None:
         workload = self.workload
