@@ -41,7 +41,7 @@ from tests.nemesis.outcome import OK, Outcome
 from tests.nemesis.plan import Plan
 from tests.nemesis.promise_verdicts import LOCK_KEYS, Count
 from tests.nemesis.watchers import behind
-from tests.nemesis.workers import COUNTED, SHORT_TTLS_S, TtlLook
+from tests.nemesis.workers import COUNTED, SHORT_TTLS_S, TTL_PREFIX, TtlLook
 from tests.nemesis.workload import CLIENTS, LEVELS, Workload
 
 # Bounds that tell a cluster that does not recover from one on a busy machine: a quiet one takes a
@@ -56,7 +56,7 @@ STEADY_S = 60.0  # until time has passed with one leader all the while
 REST_S = 60.0  # until the nodes have come to rest, which takes five when all is well
 OVERHEAD_S = 600.0  # everything but the faults, at its very worst
 INTERRUPTED = "somebody interrupted it"
-PREFIXES = ("s/", "c/", "r/", "l/", "n/", "g/", "t/", LOCK_KEYS)
+PREFIXES = ("s/", "c/", "r/", "l/", "n/", "g/", TTL_PREFIX, LOCK_KEYS)
 HOW = {
     **on_processes.FAULTS,
     **on_links.FAULTS,
@@ -259,7 +259,8 @@ class _Trial:
             result = (item.revision, item.value)
             history.append(Operation(CLIENTS + node_id, called, returned, "read", None, result))
         passing = self.workload.records.passing
-        for key in {put.key for put in passing.puts}:
+        timed = {key for key in found if key.startswith(TTL_PREFIX)}  # also what was refused
+        for key in timed | {put.key for put in passing.puts}:
             passing.looks.append(TtlLook(key, called, returned, found.get(key, NOTHING).value))
         self._held[node_id] = found
 

@@ -18,6 +18,7 @@ from tests.nemesis.client import Caller, another, held
 
 BACK_OFF_S = 0.05  # a node that is down refuses thousands a second
 SHORT_TTLS_S = (1, 1, 2, 3)
+TTL_PREFIX = "t/"  # of keys that are put for a time
 LONG_TTL_S = 3600  # of a key that outlives every run
 LONG = 0.1  # how often
 TTL_KEYS = 12  # the newest of a client, which it asks for
@@ -86,8 +87,9 @@ class TtlClient:
         """One request; False when it was not answered as a working cluster would."""
         dice = self.rng.random()
         if not self._keys or dice < 0.25:
-            self._keys = [*self._keys[1 - TTL_KEYS :], f"t/{self._number}.{self._made + 1}"]
-            return await self._put(self._keys[-1], node_id)
+            key = f"{TTL_PREFIX}{self._number}.{self._made + 1}"
+            self._keys = [*self._keys[1 - TTL_KEYS :], key]
+            return await self._put(key, node_id)
         key = self.rng.choice(self._keys)
         return await (self._put if dice < 0.35 else self._read)(key, node_id)
 
