@@ -33,14 +33,14 @@ class Count(NamedTuple):
 def promises_kept(
     records: Records,
     counts: Mapping[str, Count],
-    locks_left: Sequence[str],
+    held: Mapping[str, str] | None,
     history_revisions: int,
 ) -> list[str]:
     """All four.
 
     Args:
         counts: what was counted under keys; empty: the run did not come so far.
-        locks_left: keys of locks that are there when all holders have ended, and their leases.
+        held: all keys and values when all has ended; None: as above.
         history_revisions: how many the history has to keep.
     """
     passing, watched, holds = records.passing, records.watched, records.holds
@@ -50,7 +50,7 @@ def promises_kept(
         *(_not_rising(watched), _made_up(records), _lost(records), _told_twice(watched)),
         *(_differing(watched), _not_compacted(watched, history_revisions)),
         *(_falling(holds, watched), _same_token(holds), _two_holders(holds), _late(holds)),
-        (f"{key} is there, and its holder has ended long ago" for key in locks_left),
+        *(_locks_left(held or ()), _not_the_last(holds, held)),
         *(_said_differently(records.increments), _one_change_for_two(records.increments)),
         _miscounted(records.increments, counts),
     )
@@ -374,6 +374,28 @@ def _later_holder(held: Iterable[Note], note: Note) -> Note | None:
     """Who has got the lock under a higher token, before what the note says began."""
     later = (other for other in held if other.token > note.token and other.called < note.called)
     return next(later, None)
+
+
+def _locks_left(held: Iterable[str]) -> Iterator[str]:
+    """All holders have ended, and so have their leases."""
+    for key in held:
+        if key.startswith(LOCK_KEYS):
+            yield f"{key} is there, and its holder has ended long ago"
+
+
+def _not_the_last(holds: Holds, held: Mapping[str, str] | None) -> Iterator[str]:
+    """In the end there is what was written last, or what nobody knows of came after it."""
+    if held is None:
+        return
+    for key in (GUARDED, FENCED):
+        notes = {n.value: n for n in holds.notes if n.key == key and n.accepted is not False}
+        newest = max((note.revision for note in notes.values()), default=0)
+        value = held.get(key)
+        found = notes.get(value or "")
+        if value is not None and found is None:
+            yield f"{key} is {value!r} in the end, which nobody wrote"
+        elif newest and (found is None or 0 < found.revision < newest):
+            yield f"{key} is {value!r} in the end, and was written anew at revision {newest}"
 
 
 # --- what is repeated under a key -----------------------------------------------------------------

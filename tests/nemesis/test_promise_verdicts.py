@@ -109,8 +109,13 @@ def write(holder: int, number: int, key: str, called: float, revision: int) -> N
     return Note(holder, WRITE, number, called, *done)
 
 
+def held_in_the_end() -> dict[str, str]:
+    """What matters of it."""
+    return {GUARDED: token(10, 40.3), FENCED: token(10, 40.1)}
+
+
 def judged(records: Records) -> list[str]:
-    return promises_kept(records, COUNTS, [], KEPT)
+    return promises_kept(records, COUNTS, held_in_the_end(), KEPT)
 
 
 def test_a_sound_run_is_passed() -> None:
@@ -118,7 +123,7 @@ def test_a_sound_run_is_passed() -> None:
     assert judged(sound()) == []
     records = sound()
     counts = {**COUNTS, SWAPPED: Count("1 x", 1)}
-    assert promises_kept(records, counts, [], KEPT) == []
+    assert promises_kept(records, counts, held_in_the_end(), KEPT) == []
 
 
 def test_a_run_that_broke_off_is_judged_by_what_it_has() -> None:
@@ -126,7 +131,7 @@ def test_a_run_that_broke_off_is_judged_by_what_it_has() -> None:
     records.passing.rested_at = FOREVER
     records.watched = [Watched(0, ""), Watched(1, "r/", [Told(2.0, 1, 1, (put("r/0", "a"),))])]
     records.watched[1].position = 2
-    assert promises_kept(records, {}, [], KEPT) == []
+    assert promises_kept(records, {}, None, KEPT) == []
 
 
 # --- TTLs -----------------------------------------------------------------------------------------
@@ -408,13 +413,38 @@ def test_every_breach_is_found(spoil: Callable[[Records], None], said: str) -> N
 
 
 def test_a_lock_that_outlives_its_holder_is_found() -> None:
-    (found,) = promises_kept(sound(), COUNTS, ["_lock/nemesis/7"], KEPT)
+    held = {**held_in_the_end(), "_lock/nemesis/7": ""}
+    (found,) = promises_kept(sound(), COUNTS, held, KEPT)
     assert "_lock/nemesis/7 is there" in found
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (token(8, 30.6), "was written anew at revision 13"),
+        (None, "was written anew at revision 13"),
+        (token(8, 41.0), "which nobody wrote"),
+    ],
+)
+def test_a_guarded_write_that_is_lost_is_found(value: str | None, said: str) -> None:
+    """In the end there is an older one, or none, or one that was refused."""
+    held = held_in_the_end() | {GUARDED: value or ""}
+    if value is None:
+        del held[GUARDED]
+    (found,) = promises_kept(sound(), COUNTS, held, KEPT)
+    assert found.startswith("g/guarded is ")
+    assert said in found
+
+
+def test_a_guarded_write_of_which_nobody_knows_may_be_the_last() -> None:
+    held = held_in_the_end() | {FENCED: token(8, 30.9)}
+    assert promises_kept(sound(), COUNTS, held, KEPT) == []
 
 
 def test_a_counter_that_is_not_what_its_changes_make_of_it_is_found() -> None:
     counts = {**COUNTS, SWAPPED: Count("1 x", 2)}
-    assert promises_kept(sound(), counts, [], KEPT) == ["n/swapped is '1 x' after 2 changes"]
+    found = promises_kept(sound(), counts, held_in_the_end(), KEPT)
+    assert found == ["n/swapped is '1 x' after 2 changes"]
 
 
 def test_who_was_not_certain_to_hold_it_is_believed() -> None:

@@ -333,17 +333,14 @@ class _Trial:
         else:
             items = {key: held.get(key, NOTHING) for key in COUNTED}
             counts = {key: Count(item.value or "", item.version) for key, item in items.items()}
-        locks_left = [key for key in held or () if key.startswith(LOCK_KEYS)]
+        values = None if held is None else _values(held)
         kept = int(self._plan.settings["kv"]["history_revisions"])
-        return promise_verdicts.promises_kept(self.workload.records, counts, locks_left, kept)
+        return promise_verdicts.promises_kept(self.workload.records, counts, values, kept)
 
     def _judge_the_end(self) -> list[str]:
         """Of a run that came so far."""
         records = self.workload.records
-        held = {
-            node_id: {key: item.value or "" for key, item in items.items()}
-            for node_id, items in self._held.items()
-        }
+        held = {node_id: _values(items) for node_id, items in self._held.items()}
         one = next(iter(held.values()), None)  # the others are the same, or that is a finding
         sets = {node_id: _under("s/", values) for node_id, values in held.items()}
         found = [*verdicts.same_everywhere(held), *verdicts.nothing_lost(records, sets)]
@@ -400,6 +397,10 @@ def _state_of(node: Node) -> tuple[int, str]:
         digest = state.digest
     clock_ms = totals.clock_ms if totals is not None else 0
     return clock_ms, f"{digest.state_hash.hex()} at revision {digest.revision}"
+
+
+def _values(items: Mapping[str, _Item]) -> dict[str, str]:
+    return {key: item.value or "" for key, item in items.items()}
 
 
 def _under(prefix: str, held: Mapping[str, str]) -> dict[str, str]:
