@@ -46,7 +46,7 @@ class DengineError(Exception):
         self.details = details
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON body of DESIGN section 8; `details` follow the fixed fields."""
+        """The JSON body of an error, as docs/reference.md has it; `details` follow the fixed fields."""
         body: dict[str, Any] = {
             "error": self.name,
             "code": self.code,
@@ -171,7 +171,7 @@ class DiskFull(DengineError):
 
 
 class FatalError(DengineError):
-    """Ends the process with `exit_code` (DESIGN section 7)."""
+    """Ends the process with `exit_code` (docs/reference.md, exit codes)."""
 
     exit_code: ClassVar[int] = 70
 

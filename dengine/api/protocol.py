@@ -5,8 +5,8 @@ whole PUT (a full `web.Request` and `web.Response` are half of its time, and it 
 every request). So a request here is five slots over the parsed message, all requests of a
 connection run in its one task, and a response is bytes that were put together once.
 
-Every limit of DESIGN 11 that a slow or oversized *sender* can hit is enforced in this file; all
-refusals are the JSON of DESIGN 8.
+Every limit (docs/reference.md) that a slow or oversized *sender* can hit is enforced in this file; all
+refusals are the JSON of `DengineError.to_dict`.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def json_response(body: Any, status: int = 200, headers: bytes = b"") -> Respons
 
 
 def error_response(error: DengineError, *, close: bool = False, headers: bytes = b"") -> Response:
-    """The JSON of DESIGN 8 for `error`, with Retry-After where a later attempt makes sense."""
+    """The JSON for `error`, with Retry-After where a later attempt makes sense."""
     if error.status in (429, 503):
         headers += b"Retry-After: 1\r\n"
     return Response(error.status, orjson.dumps(error.to_dict()), _JSON + headers, close=close)
@@ -463,7 +463,7 @@ class Connection(web.RequestHandler):
         self._refuse(InvalidRequest(f"the request header was not complete after {seconds} s"))
 
     def _measure_headers(self) -> None:
-        """aiohttp bounds each field; DESIGN 11 bounds their sum."""
+        """aiohttp bounds each field; MAX_HEADER_BYTES is for their sum."""
         for message, _ in self._messages:
             fields = getattr(message, "raw_headers", ())  # a parser error has none
             if sum(len(name) + len(value) + 4 for name, value in fields) > MAX_HEADER_BYTES:
@@ -483,7 +483,7 @@ class Connection(web.RequestHandler):
 
 
 def _parser_error(error: BaseException | None) -> DengineError:
-    """What the parser complained about, in the words of DESIGN 8."""
+    """What the parser complained about, in our words."""
     text = getattr(error, "message", "") or "the request could not be parsed"
     if isinstance(error, LineTooLong):
         if error.args[1] == MAX_URI_BYTES:

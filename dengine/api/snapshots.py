@@ -175,7 +175,7 @@ _LIST = {
 
 
 def routes(calls: SnapshotCalls) -> list[Route]:
-    """The calls of DESIGN 8 on snapshots."""
+    """The calls on snapshots."""
     name = Parameter("name", '"latest", or the SHA-256 of one', "latest", True, "path")
     file = Body("the file", "DENGSNAP", "application/octet-stream", ("ETag", "Accept-Ranges"))
     part = Body("a part of it", "GSNAP", "application/octet-stream", ("ETag", "Content-Range"))

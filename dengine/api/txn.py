@@ -320,7 +320,7 @@ _DONE = {
 
 
 def routes(calls: TxnCalls) -> list[Route]:
-    """The call of DESIGN 8 for several keys at once."""
+    """The call for several keys at once."""
     return [
         Route(
             "POST",

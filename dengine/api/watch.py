@@ -165,7 +165,7 @@ _STREAM = Body(
 
 
 def routes(calls: WatchCalls) -> list[Route]:
-    """The call of DESIGN 8 that follows keys."""
+    """The call that follows keys."""
     return [
         Route(
             "GET",

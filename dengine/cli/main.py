@@ -1,4 +1,4 @@
-"""The parser of `dengine`, and how every command ends: the exit codes of DESIGN section 7."""
+"""The parser of `dengine`, and how every command ends: its exit code (docs/reference.md)."""
 
 from __future__ import annotations
 
