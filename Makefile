@@ -44,13 +44,11 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# These start machines, are about how long clients wait, or record once for all tests of a file: one
-# after the other. All others share
-# both cores, and a process gets its next test when it has done one: some take very much longer.
-APART  := tests/lab \
-          $(patsubst %,tests/nemesis/test_%.py,faults machines nemesis) \
-          $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough watch)
-SHARED := -n 2 --maxschedchunk 1
+# These start machines, or are about how long clients wait: one after the other. All others share
+# both cores, and a process gets its next test when it has done one, for some take very much longer;
+# those of one xdist_group run in one process.
+APART  := tests/lab $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough)
+SHARED := -n 2 --dist loadgroup
 
 test: lint test-packages ## Install what the tests need and run them all
 	$(PYTHON) -m pytest tests $(APART:%=--ignore=%) -q $(SHARED)

@@ -15,7 +15,7 @@ from tests.cluster import Cluster, ServeProcess, static_cluster, wait_for
 from tests.integration.retrying import Retrying
 
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # make crash-sweep
-INCREMENTS = 100_000 if FULL else 1_500
+INCREMENTS = 100_000 if FULL else 1_000
 QUICK = "[raft.snapshot]\nentries = 200\nretained_log_entries = 20\n"
 LOST = 0.2  # of all replies
 INSTALLED = "installed"

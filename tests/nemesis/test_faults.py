@@ -41,6 +41,7 @@ from tests.nemesis.run import missing
 from tests.nemesis.workload import Workload
 
 REASON = missing()
+pytestmark = pytest.mark.xdist_group("machines")  # of one after the other
 needs_root = pytest.mark.skipif(bool(REASON), reason=REASON)
 FOREVER_RUNNING = ("sleep", "600")
 
