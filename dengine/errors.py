@@ -46,7 +46,7 @@ class DengineError(Exception):
         self.details = details
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON body of an error, as docs/reference.md has it; `details` follow the fixed fields."""
+        """The JSON body (docs/reference.md); `details` follow the fixed fields."""
         body: dict[str, Any] = {
             "error": self.name,
             "code": self.code,

@@ -5,8 +5,8 @@ whole PUT (a full `web.Request` and `web.Response` are half of its time, and it 
 every request). So a request here is five slots over the parsed message, all requests of a
 connection run in its one task, and a response is bytes that were put together once.
 
-Every limit (docs/reference.md) that a slow or oversized *sender* can hit is enforced in this file; all
-refusals are the JSON of `DengineError.to_dict`.
+Every limit (docs/reference.md) that a slow or oversized *sender* can hit is enforced in this file;
+all refusals are the JSON of `DengineError.to_dict`.
 """
 
 from __future__ import annotations

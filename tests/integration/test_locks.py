@@ -1,4 +1,4 @@
-"""A lock over real processes: who was stopped or is late never writes over a later holder."""
+"""A lock over real processes: who was stopped, cut off or late never writes over a later holder."""
 
 from __future__ import annotations
 
@@ -11,33 +11,52 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, ServeProcess, node_environment, static_cluster, wait_for
+from tests.cluster import (
+    Cluster,
+    ServeProcess,
+    config_text,
+    node_environment,
+    static_cluster,
+    wait_for,
+)
 from tests.integration.lock_holder import TTL_S
+from tests.namespaces import cut_off, inside, machines, needs_namespaces
 
 pytestmark = pytest.mark.timeout(600)
 HOLDERS = 8
 ROUNDS = 2
+NODES = (1, 2, 3)
+MACHINES = {number: f"10.78.0.{number}" for number in range(1, len(NODES) + HOLDERS + 1)}
+CLIENT = "10.78.0.100"
 SCRIPT = Path(__file__).with_name("lock_holder.py")
 
 
 class Holders:
-    """Processes that contend; the kernel ends them with this one."""
+    """Processes that contend; the kernel ends them with this one.
 
-    def __init__(self, cluster: Cluster) -> None:
+    Args:
+        namespaces: of each, or none.
+    """
+
+    def __init__(self, cluster: Cluster, namespaces: Sequence[str] = ()) -> None:
         self._endpoints = [f"{node.host}:{node.port}" for node in cluster.nodes.values()]
         self._made = 0
-        self.running: list[subprocess.Popen[bytes]] = []
+        self.namespaces = namespaces
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
 
-    def start(self) -> None:
+    def start(self, number: int) -> None:
         self._made += 1
         guard = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        command = [*guard, sys.executable, str(SCRIPT), f"holder-{self._made}", *self._endpoints]
-        self.running.append(subprocess.Popen(command, env=node_environment()))
+        where = ["ip", "netns", "exec", self.namespaces[number]] if self.namespaces else []
+        command = [*guard, *where, sys.executable, str(SCRIPT), f"holder-{self._made}"]
+        self.running[number] = subprocess.Popen(
+            [*command, *self._endpoints], env=node_environment()
+        )
 
     def kill(self, number: int) -> None:
         process = self.running.pop(number)
@@ -46,44 +65,91 @@ class Holders:
 
     @contextlib.contextmanager
     def contending(self) -> Iterator[None]:
-        for _ in range(HOLDERS):
-            self.start()
         try:
+            for number in range(HOLDERS):
+                self.start(number)
             yield
-            assert all(process.poll() is None for process in self.running)
+            assert all(process.poll() is None for process in self.running.values())
         finally:
-            while self.running:
-                self.kill(0)
+            for number in list(self.running):
+                self.kill(number)
+
+
+Disturb = Callable[[Cluster, Holders, random.Random], None]
 
 
 def test_tokens_of_writes_never_fall(cluster: Cluster, rng: random.Random) -> None:
-    """Eight contend while holders and leaders are killed, and stopped for longer than a lease. In
-    the order in which writes happened their tokens only grow, and no token has two owners."""
+    """Eight contend while holders and leaders are killed, and stopped for longer than a lease."""
     static_cluster(cluster, 1, 2, 3)
-    holders = Holders(cluster)
+    contend(cluster, Holders(cluster), rng, (kill_holder, stop_holders, kill_node, stop_node))
+
+
+@needs_namespaces
+def test_tokens_never_fall_when_machines_are_cut_off(cluster: Cluster, rng: random.Random) -> None:
+    """Holders and leaders, each a machine, lose their network for longer than a lease: they go on
+    as if nothing was, and when they are back they have missed their end."""
+    with machines(MACHINES, CLIENT) as namespaces, inside(namespaces[0]):
+        ports = {number: 9080 + number for number in NODES}
+        for number, port in ports.items():
+            text = config_text(number, ports, 0, 2)
+            for other in NODES:
+                text = text.replace(
+                    f"127.0.0.1:{ports[other]}", f"{MACHINES[other]}:{ports[other]}"
+                )
+            node = cluster.node(number, text, port)
+            node.host, node.prefix = MACHINES[number], ("ip", "netns", "exec", namespaces[number])
+            node.start()
+        cluster.wait_voters(*NODES)
+        holders = Holders(
+            cluster, [namespaces[number] for number in MACHINES if number not in NODES]
+        )
+        contend(cluster, holders, rng, (cut_holders, cut_leader))
+
+
+def contend(
+    cluster: Cluster, holders: Holders, rng: random.Random, disturbances: Sequence[Disturb]
+) -> None:
+    """Whatever is done to them: in the order in which writes happened their tokens only grow, and
+    no token has two owners."""
     with holders.contending():
         wait_tokens(cluster, 3)
         for _ in range(ROUNDS):
-            for disturb in rng.sample((kill_holder, stop_holders, kill_node, stop_node), 4):
+            for disturb in rng.sample(disturbances, len(disturbances)):
                 disturb(cluster, holders, rng)
                 wait_tokens(cluster, 2)
     owners = written(cluster)
     tokens = [token for token, _ in owners]
     assert tokens == sorted(tokens)
     assert len(dict(owners)) == len(set(owners)), "a token with two owners"
-    assert len(set(tokens)) >= ROUNDS * 4
+    assert len(set(tokens)) >= ROUNDS * len(disturbances)
     assert len(owners) > len(set(owners)), "holders wrote more than once"
 
 
 def kill_holder(cluster: Cluster, holders: Holders, rng: random.Random) -> None:
-    holders.kill(rng.randrange(HOLDERS))
-    holders.start()
+    number = rng.randrange(HOLDERS)
+    holders.kill(number)
+    holders.start(number)
 
 
 def stop_holders(cluster: Cluster, holders: Holders, rng: random.Random) -> None:
     """Half of them at once: the one that holds the lock is among them every other time."""
-    stopped = rng.sample(holders.running, HOLDERS // 2)
-    pause([process.pid for process in stopped])
+    pause([holders.running[number].pid for number in half(rng)])
+
+
+def cut_holders(cluster: Cluster, holders: Holders, rng: random.Random) -> None:
+    with cut_off(*[holders.namespaces[number] for number in half(rng)]):
+        time.sleep(2 * TTL_S)
+
+
+def cut_leader(cluster: Cluster, holders: Holders, rng: random.Random) -> None:
+    leader = cluster.wait_leader()
+    with cut_off(leader.prefix[-1]):
+        cluster.wait_leader(among=[node for node in cluster.running() if node is not leader])
+        time.sleep(2 * TTL_S)
+
+
+def half(rng: random.Random) -> list[int]:
+    return rng.sample(range(HOLDERS), HOLDERS // 2)
 
 
 def kill_node(cluster: Cluster, holders: Holders, rng: random.Random) -> None:
