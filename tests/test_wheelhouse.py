@@ -20,7 +20,6 @@ ELSEWHERE = ("3.13", "aarch64" if HERE[1] == "x86_64" else "x86_64")
 NO_NETWORK = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
 
 pytestmark = [
-    pytest.mark.xdist_group("wheelhouse"),  # built once
     pytest.mark.timeout(300),
     pytest.mark.skipif(HERE[0] > "3.13", reason=f"no wheels are pinned for Python {HERE[0]}"),
 ]

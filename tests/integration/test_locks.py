@@ -29,7 +29,8 @@ from tests.namespaces import cut_off, inside, machines, needs_namespaces
 
 pytestmark = pytest.mark.timeout(600)
 HOLDERS = 8
-ROUNDS = 2
+FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # make crash-sweep
+ROUNDS = 4 if FULL else 1
 NODES = (1, 2, 3)
 MACHINES = {number: f"10.78.0.{number}" for number in range(1, len(NODES) + HOLDERS + 1)}
 CLIENT = "10.78.0.100"

@@ -23,7 +23,7 @@ from tests.integration.watching import (
     changed_key,
 )
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("watch")]  # recorded once
+pytestmark = pytest.mark.timeout(900)
 QUICK = "[raft.snapshot]\nentries = 400\nretained_log_entries = 50\n"
 INSTALLED = "installed"
 MORE_THAN_WAITS = 10 * 2**20  # bytes; what kernels and nodes hold for one who does not read

@@ -85,6 +85,15 @@ MUTANTS: tuple[Mutant, ...] = (
         ("dengine.storage.recovery", "elif directory.installing:", "elif False:"),
     ),
     mutant(
+        "a stop within an install leaves the received file without a name",
+        (
+            "dengine.node.installing",
+            "self._installed = None\n\n",
+            "self._installed = self._fetched = None\n\n",
+        ),
+        tests="tests/node/test_snapshots.py",
+    ),
+    mutant(
         "a transaction that compares nothing",
         (
             "dengine.kv.machine",

@@ -41,7 +41,6 @@ from tests.nemesis.run import missing
 from tests.nemesis.workload import Workload
 
 REASON = missing()
-pytestmark = pytest.mark.xdist_group("machines")  # of one after the other
 needs_root = pytest.mark.skipif(bool(REASON), reason=REASON)
 FOREVER_RUNNING = ("sleep", "600")
 
@@ -415,7 +414,7 @@ def test_nobody_stops_the_cleaning_up_half_way() -> None:
 
     def clean_up() -> None:
         with uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread: there may be others
             done.append("all")
         time.sleep(5)  # the signal comes first
 

@@ -22,7 +22,6 @@ from tests.nemesis.plan import Plan
 from tests.nemesis.run import ROOT, missing
 
 REASON = missing()
-pytestmark = pytest.mark.xdist_group("machines")  # of one after the other
 needs_root = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 # Makes two machines with a disk and a process each, says so, and waits for its end.

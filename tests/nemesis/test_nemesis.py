@@ -40,7 +40,6 @@ SHOWS = {  # what there is of a workload that has done what it is for
 SAMPLE_S = 20.0  # of faults in a run; with the beginning and the end it takes more than twice that
 
 REASON = missing()
-pytestmark = pytest.mark.xdist_group("machines")  # of one after the other
 needs_root = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
