@@ -46,14 +46,15 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 
 # These start machines, or are about how long clients wait, or record once for all tests of a file: one
 # after the other. Beside them, on the other core, those that wait for nothing. All others share both
-# cores, and a process gets its next test when it has done one: some take very much longer.
+# cores, in three processes, for they wait a lot; one gets its next test when it has done the last, for
+# some take very much longer.
 APART  := tests/lab \
           $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough watch)
 PURE   := tests/raft tests/simulation tests/mutants
-SHARED := -n 2 --maxschedchunk 1
+SHARED := --maxschedchunk 1 -n
 
 test: lint test-packages ## Install what the tests need and run them all
-	$(PYTHON) -m pytest tests $(patsubst %,--ignore=%,$(APART) $(PURE)) -q $(SHARED)
+	$(PYTHON) -m pytest tests $(patsubst %,--ignore=%,$(APART) $(PURE)) -q $(SHARED) 3
 	@$(MAKE) --no-print-directory -j 2 test-apart test-pure
 
 test-apart: $(STAMP)
@@ -88,10 +89,10 @@ test-packages:
 
 crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths; 100 000 increments (an hour)
 	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/raft/test_random.py tests/crash_sweep \
-		$(patsubst %,tests/integration/test_%.py,crashes damage exactly_once locks secrets snapshot_writer) -v $(SHARED)
+		$(patsubst %,tests/integration/test_%.py,crashes damage exactly_once locks secrets snapshot_writer) -v $(SHARED) 2
 
 ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to fail (hours)
-	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v $(SHARED)
+	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v $(SHARED) 2
 
 bench: $(STAMP) ## Compare with a bare aiohttp server and with etcd; prints and saves a table
 	$(PYTHON) bench/run.py

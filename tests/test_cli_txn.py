@@ -44,6 +44,23 @@ def test_lines_become_the_json_of_the_call() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("delete user#1", "user#1"),
+        ("delete user#1 # the first", "user#1"),
+        ("delete '#1'", "#1"),
+        ('delete "a #1"#2', "a #1#2"),
+        ("delete a\\ #1", "a #1"),
+        ("delete \\#1", "#1"),
+        ("delete 'it'#\"s\" \t# ours", "it#s"),
+    ],
+)
+def test_a_comment_begins_where_a_word_could(line: str, key: str) -> None:
+    """As in a shell: nothing of a key is taken for one."""
+    assert parse(line)["success"] == [{"op": "delete", "key": key}]
+
+
 def test_bytes_that_are_no_text_travel_in_base64() -> None:
     raw = b"put k\xff v\xfe".decode("utf-8", "surrogateescape")
     assert parse(raw)["success"] == [{"op": "put", "key_base64": "a/8=", "value_base64": "dv4="}]

@@ -195,6 +195,12 @@ def expiry(query: dict[str, bytes]) -> tuple[int, str] | None:
     return 0, lease
 
 
+def origin_form(target: str) -> str:
+    """Path and query of a request target: the absolute form, http://host/path, is what proxies
+    send (RFC 9112 3.2.2)."""
+    return target if target.startswith("/") else "/" + target.partition("://")[2].partition("/")[2]
+
+
 def once_key(request: Request, body: bytes) -> OnceKey | None:
     """The Idempotency-Key of a write, with what tells this request from another one:
     method, path and query as they came, conditions, and the body.
@@ -205,7 +211,7 @@ def once_key(request: Request, body: bytes) -> OnceKey | None:
     texts = headers.getall(IDEMPOTENCY_KEY)
     if len(texts) > 1:
         raise InvalidRequest("header Idempotency-Key is given twice")
-    parts = [request.message.method, request.message.path]
+    parts = [request.message.method, origin_form(request.message.path)]
     for name in (IF_MATCH, IF_NONE_MATCH):
         parts.append(", ".join(headers.getall(name, ())))
     digest = blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=16)

@@ -321,6 +321,7 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        between = self._between  # before: these bytes may be the last of a body
         super().data_received(data)
         if self._payload_parser is not None:
             return
@@ -331,7 +332,7 @@ class Connection(web.RequestHandler):
                 if len(data) > MAX_HEADER_BYTES or self._header_timer is not None:
                     self._measure_headers()
             self._disarm()
-        elif data and self._header_timer is None and not self._force_close and self._between:
+        elif data and self._header_timer is None and not self._force_close and between:
             self._arm()  # bytes that complete no header and belong to no body: half a header
 
     async def start(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dengine.api.params import IDEMPOTENCY_KEY, parse_query
+from dengine.api.params import IDEMPOTENCY_KEY, origin_form, parse_query
 from dengine.api.protocol import ALL_METHODS, Request, Response
 from dengine.errors import InvalidRequest, MethodNotAllowed, NotFound
 
@@ -171,9 +171,8 @@ class RouteTable:
         return "token" if call is None else call.access
 
     def _find(self, target: str, request: Request) -> tuple[Calls, str]:
-        if not target.startswith("/") and request.message.method != "CONNECT":
-            # The absolute form, http://host/path, is what proxies send.
-            target = "/" + target.partition("://")[2].partition("/")[2]
+        if request.message.method != "CONNECT":
+            target = origin_form(target)
         calls = self._exact.get(target)
         if calls is not None:
             return calls, ""

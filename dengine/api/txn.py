@@ -101,6 +101,8 @@ class PutJson(_Key, tag_field="op", tag="put", kw_only=True):
             return Put(key, value)
         if self.ttl is not None and self.lease is not None:
             raise InvalidRequest("give ttl or lease, not both")
+        if self.lease == "":
+            raise InvalidRequest("lease is empty: it is the id of a lease")
         return ExpiringPut(key, value, None, self.ttl or 0, self.lease or "")
 
 

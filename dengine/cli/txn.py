@@ -80,7 +80,7 @@ def parse(text: str) -> dict[str, Any]:
     branch = "success"
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            words = shlex.split(line, comments=True)
+            words = shlex.split(_without_comment(line))
             if words == ["else"] and branch == "success":
                 branch = "failure"
             elif words and words[0] == "if":
@@ -92,6 +92,24 @@ def parse(text: str) -> dict[str, Any]:
         except ValueError as error:
             raise InvalidRequest(f"line {number}, {line.strip()!r}: {error}") from None
     return asked
+
+
+def _without_comment(line: str) -> str:
+    """As in a shell, # begins a comment at the start of a word only, and not within quotes."""
+    quote, escaped, starts = "", False, True
+    for place, character in enumerate(line):
+        if starts and character == "#":
+            return line[:place]
+        starts = character.isspace() and not quote and not escaped
+        if escaped:
+            escaped = False
+        elif character == "\\" and quote != "'":
+            escaped = True
+        elif quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+    return line
 
 
 def _comparison(words: list[str]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class LoopThread:
         self.client = make()
         self._loop = asyncio.new_event_loop()
         self._errands: set[asyncio.Task[Any]] = set()
+        self._guard = threading.RLock()  # the garbage collector may call `stop` from anywhere
+        self._stopping = False  # from then on the loop takes nothing that it may not come to do
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="dengine-client", daemon=True
         )
@@ -54,10 +56,11 @@ class LoopThread:
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("this would wait for itself: use dengine.client.Client in here")
-        if self._loop.is_closed():
-            work.close()
-            raise ClientClosed("this client is closed: make a new one")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._guard:
+            if self._stopping:
+                work.close()
+                raise ClientClosed("this client is closed: make a new one")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -70,10 +73,14 @@ class LoopThread:
 
     def errand(self, work: Coroutine[Any, Any, Any]) -> None:
         """Have `work` done without waiting for it, as when an object is collected."""
-        if self.pid != os.getpid() or self._loop.is_closed():
+        if self.pid != os.getpid():
             work.close()
             return
-        self._loop.call_soon_threadsafe(self._begin, work)
+        with self._guard:
+            if self._stopping:
+                work.close()
+                return
+            self._loop.call_soon_threadsafe(self._begin, work)
 
     def _begin(self, work: Coroutine[Any, Any, Any]) -> None:
         task = self._loop.create_task(work)
@@ -85,8 +92,10 @@ class LoopThread:
         if self.pid != os.getpid():
             _INHERITED.append(self)
             return
-        if self._loop.is_closed():
-            return
+        with self._guard:
+            if self._stopping:
+                return
+            self._stopping = True
         if threading.current_thread() is self._thread:  # the garbage collector came by here
             self._begin(self._end_here())
             return

@@ -198,20 +198,22 @@ class Lock:
         Raises:
             DengineError: no node will ever tell.
         """
-        revision = self.token
+        revision: int | None = self.token
         while True:
             try:
+                if revision is None:
+                    end = self.key + b"\x00"
+                    listing = self._client.list(
+                        start=self.key, end=end, limit=1, keys_only=True, consistency="linearizable"
+                    )
+                    page = await anext(listing.pages())
+                    if not any(item.create_revision == self.token for item in page.items):
+                        return
+                    revision = page.revision
                 await self._gone(self.key, revision)
                 return
             except Compacted:
-                end = self.key + b"\x00"
-                listing = self._client.list(
-                    start=self.key, end=end, limit=1, keys_only=True, consistency="linearizable"
-                )
-                page = await anext(listing.pages())
-                if not any(item.create_revision == self.token for item in page.items):
-                    return
-                revision = page.revision
+                revision = None  # the key says itself whether it is still ours
             except DengineError as error:
                 if not error.retryable:
                     raise

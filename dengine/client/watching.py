@@ -28,7 +28,7 @@ BEGIN_S = 3.0  # for a node to begin its answer
 QUIET_S = 3.0  # without a byte; then the node is asked whether it is ready
 PAUSE_S = 0.05
 PAUSE_MAX_S = 2.0
-MAX_MESSAGE_BYTES = 64 << 20  # a revision of a whole transaction, with previous values in base64
+MAX_MESSAGE_BYTES = 128 << 20  # a command meets 16 MiB of values, of 6 bytes each in JSON at worst
 
 
 class _Ended(Exception):
@@ -103,10 +103,11 @@ class Watch:
             raise StopAsyncIteration
         await self._begin()
         try:
-            while not self._ready:
-                if self._ended:
-                    raise StopAsyncIteration
+            while not (self._ready or self._ended):
                 await self._advance()
+            if self._ended:
+                await self.aclose()  # once more: it may have come while a stream began
+                raise StopAsyncIteration
         except DengineError:
             await self.aclose()
             raise

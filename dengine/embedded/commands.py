@@ -137,6 +137,8 @@ def condition(if_match: Match | None, if_none_match: bool) -> Condition | None:
         fits = bool(revisions) and all(type(revision) is int for revision in revisions)
     if not fits:
         raise InvalidRequest('if_match is a revision, or some of them, or "*"')
+    # What can be no revision never matches, and does not fit into a command.
+    revisions = tuple(r if 0 < r < 2**63 else 0 for r in revisions)
     return Condition(revisions, if_none_match)
 
 

@@ -45,8 +45,7 @@ T = TypeVar("T")
 GATHER_S = 0.002  # how long commands wait for an entry that is on its way to a majority
 INBOX_MAX = 20_000  # messages; beyond it they are dropped, as a network may do
 APPLY_S = 0.05  # for which a turn applies at most, but for its first entry: heartbeats wait
-TICK_MS = 10_000  # while anything can expire, the log hears of the time so often at least
-TICK_ALONE_MS = 1_000  # the same where nobody else counts on while this node is down
+TICK_MS = 1000  # while anything can expire, the log hears of the time so often at least
 
 
 class Owner(Protocol):
@@ -227,8 +226,7 @@ class Cycle:
         if due_ms is None:
             return False
         now_ms = raft.proposal_clock_ms(self._state.clock_ms)
-        tick_ms = min(TICK_ALONE_MS, TICK_MS) if len(raft.membership.voters) == 1 else TICK_MS
-        return now_ms >= due_ms or now_ms - self._state.clock_ms >= tick_ms
+        return now_ms >= due_ms or now_ms - self._state.clock_ms >= TICK_MS
 
     @property
     def records(self) -> bool:

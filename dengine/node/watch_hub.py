@@ -44,7 +44,7 @@ CATCH_UP_BYTES: Final = 256 * 1024  # of history that is read at once; and waiti
 CATCH_UP_REVISIONS: Final = 500
 CATCH_UP_S: Final = 0.005  # for all that catch up, and then a pause as long
 PROGRESS_S: Final = 10.0
-SLOW_TIMES: Final = 3  # in a row that nothing was taken since the last time: 20 to 30 s
+SLOW_TIMES: Final = 2  # in a row that nothing was taken since the last time: 20 to 30 s
 
 
 class Watch:
@@ -478,6 +478,6 @@ class WatchHub:
     def _end_slow_ones(self) -> None:
         for watch in [watch for watch in self._all if watch.is_slow()]:
             watch.cancel(
-                f"too slow: nothing was read for {(SLOW_TIMES - 1) * PROGRESS_S:g} s, and "
+                f"too slow: nothing was read for {SLOW_TIMES * PROGRESS_S:g} s, and "
                 f"{watch.waiting} messages wait; resume behind the last that you have seen",
             )

@@ -19,7 +19,7 @@ import sys
 from collections.abc import AsyncIterator
 
 from dengine.client import Client, LeaseLost
-from dengine.errors import Compacted, DengineError
+from dengine.errors import Compacted, DengineError, NotFound
 
 TTL_S = 5  # an instance that died is gone after so many seconds
 PAUSE_S = 1.0
@@ -42,7 +42,7 @@ async def register(client: Client, service: str, instance: str, address: str) ->
                 await client.put(key, address.encode(), lease=lease)
                 say(f"registered {key} at {address}")
                 await lease.lost.wait()
-        except LeaseLost as error:
+        except (LeaseLost, NotFound) as error:  # or it ended before the key was put
             say(f"not registered any more: {error}")
         except DengineError as error:
             if not error.retryable:

@@ -87,6 +87,24 @@ def test_half_a_header_is_closed_after_5_s(node: ServeProcess) -> None:
         assert 4.5 < time.monotonic() - began < 8
 
 
+def test_the_last_bytes_of_a_body_are_no_half_header(node: ServeProcess) -> None:
+    """However a body arrives, the connection may rest afterwards and be used again."""
+    head = b"PUT /v1/kv/pieces HTTP/1.1\r\nHost: t\r\nContent-Length: 10\r\n\r\n"
+    with wire(node, 9) as client:
+        client.send(head + b"x" * 4)
+        time.sleep(0.2)  # not in the same segment
+        client.send(b"x" * 6)
+        assert client.answer().status == 200
+        client.sock.settimeout(6.5)  # HEADER_TIMEOUT_S is 5
+        with pytest.raises(TimeoutError):
+            client.sock.recv(1)
+    large = b"x" * 500_000
+    with wire(node, 9) as client:
+        assert client.request("PUT", "/v1/kv/pieces", large).status == 200
+        time.sleep(6)
+        assert client.request("GET", "/v1/kv/pieces").body == large
+
+
 def test_a_slow_body_is_closed_after_10_s(node: ServeProcess) -> None:
     """Silent, or slower than 1 KiB/s; the value is not stored, not even in part."""
     head = b"PUT /v1/kv/slow HTTP/1.1\r\nHost: t\r\nContent-Length: 20000\r\n\r\n"

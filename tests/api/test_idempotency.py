@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 
 import pytest
@@ -58,6 +59,15 @@ def test_another_request_under_the_key_is_refused(client: Wire, name: str) -> No
         assert assert_error(other, 422, "idempotency_mismatch")["outcome"] == "none"
 
 
+def test_a_repetition_through_a_proxy_is_one(client: Wire, name: str) -> None:
+    """Which sends the absolute form, with the host that it asks: the host is no part of it."""
+    key = f"Idempotency-Key: {name}\r\n"
+    first = _put(client, name)
+    for host in ("node1:9081", "node2:9082"):
+        again = client.request("PUT", f"http://{host}/v1/kv/idem", b"v", key)
+        assert (again.status, again.body) == (first.status, first.body)
+
+
 def test_numbers_that_are_forgotten_are_stale(client: Wire, name: str) -> None:
     """The newest thousand are known. Of an older one nobody can say whether it ever was."""
     for number in range(2, 1003):
@@ -73,11 +83,19 @@ def test_every_write_takes_a_key(client: Wire, name: str) -> None:
     for method, target, body in (
         ("POST", "/v1/txn", txn),
         ("POST", "/v1/leases", b'{"ttl":60}'),
+        ("PUT", "/v1/kv/idem/v", b"1"),
         ("DELETE", "/v1/kv/idem/t", None),
         ("DELETE", "/v1/kv?prefix=idem/", None),
     ):
         key = head.format(f"{name}-{method}{len(target)}")
         first, again = (client.request(method, target, body, key) for _ in range(2))
+        assert first.status == 200, first
+        assert first.body == again.body
+    granted = client.request("POST", "/v1/leases", b'{"ttl":60}', head.format(f"{name}-lease"))
+    lease = f"/v1/leases/{json.loads(granted.body)['id']}"
+    for method, target in (("POST", f"{lease}/keepalive"), ("DELETE", lease)):
+        key = f"Idempotency-Key: {name}-{method}\r\n"
+        first, again = (client.request(method, target, None, key) for _ in range(2))
         assert first.status == 200, first
         assert first.body == again.body
 

@@ -120,6 +120,7 @@ def test_an_empty_transaction_changes_nothing(client: Wire) -> None:
         ({"success": [{"op": "get", "key_base64": "?"}]}, "not valid base64"),
         ({"success": [put("k", "v") | {"ttl": 0}]}, ">= 1"),
         ({"success": [put("k", "v") | {"ttl": 5, "lease": "x"}]}, "ttl or lease"),
+        ({"success": [put("k", "v") | {"lease": ""}]}, "lease is empty"),
         ({"success": [{"op": "delete_range"}]}, "would delete every key"),
         ({"success": [{"op": "delete_range", "prefix": ""}]}, "would delete every key"),
         ({"success": [{"op": "delete_range", "prefix": "a", "end": "b"}]}, "either prefix"),

@@ -11,7 +11,7 @@ import pytest
 
 from dengine.client import Client, Lock, LockLost, Put
 from dengine.client.locks import Leader
-from dengine.errors import DengineError, InvalidRequest, RequestTimeout
+from dengine.errors import ClusterUnavailable, DengineError, InvalidRequest, RequestTimeout
 from tests.client.fake_server import FakeCluster, fake_cluster
 from tests.client.fake_state import Asked
 from tests.client.seeds import each_seed, seed_of
@@ -506,6 +506,29 @@ def test_a_watch_that_cannot_go_on_yet_loses_no_lock() -> None:
             for node in cluster.nodes:
                 node.heal()
             await asyncio.sleep(20)
+            assert not lock.lost.is_set()
+
+    over(scenario)
+
+
+def test_no_lock_is_lost_to_a_listing_that_is_refused_for_now() -> None:
+    """The history that its watch missed is gone, and nobody says yet whether its key is there."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        async with client.lock("job", ttl_s=120) as lock:
+            await until(lambda: sum(node.streams for node in cluster.nodes) == 1)
+            for node in cluster.nodes:
+                node.refuse = lambda asked: (
+                    ClusterUnavailable("nobody leads") if asked.path == "/v1/kv" else None
+                )
+                node.cut_after = 0
+            cluster.state.compact(cluster.state.revision + 1)
+            await asyncio.sleep(40)
+            assert not lock.lost.is_set()
+            for node in cluster.nodes:
+                node.refuse = None
+                node.heal()
+            await asyncio.sleep(10)
             assert not lock.lost.is_set()
 
     over(scenario)

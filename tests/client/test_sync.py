@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from dengine.client import ClientClosed, Compare, LockLost, Put
+from dengine.client.blocking import LoopThread
 from dengine.client.locks import Leader
 from dengine.client.sync import Client
 from dengine.errors import PreconditionFailed, RequestTimeout
@@ -160,6 +162,33 @@ def test_a_closed_client_stays_closed(served: ClusterThread) -> None:
         with pytest.raises((ClientClosed, StopIteration)):
             call()
     assert [t.name for t in threading.enumerate() if t.name == "dengine-client"] == []
+
+
+def test_a_call_while_it_closes_is_refused(
+    served: ClusterThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another thread, and after the last look at what is under way: nobody would answer it."""
+    client, ended, refused = Client(served.cluster.endpoints, timeout_s=WAIT_S), [], []
+    client.put("k", b"")
+    end = LoopThread._end
+
+    async def end_and_call(self: LoopThread) -> None:
+        await end(self)
+        ended.append(True)
+        late = threading.Thread(target=call)
+        late.start()
+        await asyncio.to_thread(late.join, WAIT_S)
+
+    def call() -> None:
+        try:
+            client.get("k")
+        except ClientClosed as error:
+            refused.append(error)
+
+    monkeypatch.setattr(LoopThread, "_end", end_and_call)
+    client.close()
+    assert ended
+    assert refused
 
 
 def test_a_wrong_endpoint_is_told_at_once() -> None:

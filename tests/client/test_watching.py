@@ -308,6 +308,23 @@ def test_a_timeout_of_the_caller_loses_nothing() -> None:
     over(scenario)
 
 
+def test_closing_while_a_stream_begins_leaves_none_open() -> None:
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        await client.put("k", b"")
+        for node in cluster.nodes:
+            node.delay_s = 1.0
+        watch = client.watch("k", from_revision=1)
+        reading = asyncio.create_task(anext(watch, None))
+        await asyncio.sleep(0.5)
+        await watch.aclose()
+        assert await reading is None
+        await until(lambda: not any(node.streams for node in cluster.nodes))
+        await asyncio.sleep(2)
+        assert not any(node.streams for node in cluster.nodes)
+
+    over(scenario)
+
+
 def test_closing_wakes_who_waits() -> None:
     """`aclose` from another task ends the iteration; closing the client says so."""
 

@@ -53,6 +53,9 @@ def test_conditions(tmp_path: Path) -> None:
             await engine.put("none", b"", if_match="*")
         with pytest.raises(PreconditionFailed):
             await engine.delete("k", if_match=2)
+        for never in (0, -1, 2**63, -(2**64), [1, 2**70]):
+            with pytest.raises(PreconditionFailed):
+                await engine.put("k", b"4", if_match=never)
         assert await engine.delete("k", if_match=3) == DeleteResult(4, 1)
 
     used(tmp_path, app)

@@ -1,6 +1,7 @@
 """One of many that want the same lock: `python lock_holder.py NAME ENDPOINT...`, until it is ended.
 
-Whoever holds it writes its token and its name under the guard, again and again.
+Whoever holds it writes its token and its name under the guard, again and again. Who was refused
+leaves a key under refused/.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ async def main(name: str, endpoints: list[str]) -> None:
                         with contextlib.suppress(DengineError):
                             done = await client.txn([lock.guard], [Put("resource", value)])
                             if not done.succeeded:
+                                await client.put(f"refused/{name}", value)
                                 break
                         # It does not ask whether it still holds the lock: the guard has to.
                         await asyncio.sleep(PAUSE_S)

@@ -77,9 +77,7 @@ class Retrying:
             problem: object
             try:
                 reply = exchange(self._link(node), method, path, body, headers)
-                # On a busy machine this process may stand still between connecting and sending.
-                late = reply.status == 400 and b"header was not complete" in reply.body
-                if reply.status not in TRANSIENT and not late:
+                if reply.status not in TRANSIENT:
                     return reply
                 problem = (reply.status, reply.body)
             except UNREACHABLE as error:

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.timeout(600)
 HOLDERS = 8
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # make crash-sweep
 ROUNDS = 4 if FULL else 1
+TOO_LATE_S = 120.0
 NODES = (1, 2, 3)
 MACHINES = {number: f"10.78.0.{number}" for number in range(1, len(NODES) + HOLDERS + 1)}
 CLIENT = "10.78.0.100"
@@ -48,13 +49,15 @@ class Holders:
         self._endpoints = [f"{node.host}:{node.port}" for node in cluster.nodes.values()]
         self._made = 0
         self.namespaces = namespaces
+        self.names: dict[int, str] = {}
         self.running: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, number: int) -> None:
         self._made += 1
         guard = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         where = ["ip", "netns", "exec", self.namespaces[number]] if self.namespaces else []
-        command = [*guard, *where, sys.executable, str(SCRIPT), f"holder-{self._made}"]
+        name = self.names[number] = f"holder-{self._made}"
+        command = [*guard, *where, sys.executable, str(SCRIPT), name]
         self.running[number] = subprocess.Popen(
             [*command, *self._endpoints], env=node_environment()
         )
@@ -82,7 +85,7 @@ Disturb = Callable[[Cluster, Holders, random.Random], None]
 def test_tokens_of_writes_never_fall(cluster: Cluster, rng: random.Random) -> None:
     """Eight contend while holders and leaders are killed, and stopped for longer than a lease."""
     static_cluster(cluster, 1, 2, 3)
-    contend(cluster, Holders(cluster), rng, (kill_holder, stop_holders, kill_node, stop_node))
+    contend(cluster, Holders(cluster), rng, (stop_holders, kill_holder, kill_node, stop_node))
 
 
 @needs_namespaces
@@ -111,13 +114,17 @@ def contend(
     cluster: Cluster, holders: Holders, rng: random.Random, disturbances: Sequence[Disturb]
 ) -> None:
     """Whatever is done to them: in the order in which writes happened their tokens only grow, and
-    no token has two owners."""
+    no token has two owners. The first disturbance goes on until somebody has written too late."""
     with holders.contending():
         wait_tokens(cluster, 3)
         for _ in range(ROUNDS):
             for disturb in rng.sample(disturbances, len(disturbances)):
                 disturb(cluster, holders, rng)
                 wait_tokens(cluster, 2)
+        end = time.monotonic() + TOO_LATE_S
+        while not some_node(cluster).items("refused/"):
+            assert time.monotonic() < end, "nobody has written too late"
+            disturbances[0](cluster, holders, rng)
     owners = written(cluster)
     tokens = [token for token, _ in owners]
     assert tokens == sorted(tokens)
@@ -133,12 +140,11 @@ def kill_holder(cluster: Cluster, holders: Holders, rng: random.Random) -> None:
 
 
 def stop_holders(cluster: Cluster, holders: Holders, rng: random.Random) -> None:
-    """Half of them at once: the one that holds the lock is among them every other time."""
-    pause([holders.running[number].pid for number in half(rng)])
+    pause([holders.running[number].pid for number in half(cluster, holders, rng)])
 
 
 def cut_holders(cluster: Cluster, holders: Holders, rng: random.Random) -> None:
-    with cut_off(*[holders.namespaces[number] for number in half(rng)]):
+    with cut_off(*[holders.namespaces[number] for number in half(cluster, holders, rng)]):
         time.sleep(2 * TTL_S)
 
 
@@ -149,8 +155,11 @@ def cut_leader(cluster: Cluster, holders: Holders, rng: random.Random) -> None:
         time.sleep(2 * TTL_S)
 
 
-def half(rng: random.Random) -> list[int]:
-    return rng.sample(range(HOLDERS), HOLDERS // 2)
+def half(cluster: Cluster, holders: Holders, rng: random.Random) -> list[int]:
+    """Of the holders, with the one that has written last: it may hold the lock still."""
+    last = some_node(cluster).get("resource", "eventual").body.decode().split()[-1]
+    order = rng.sample(range(HOLDERS), HOLDERS)
+    return sorted(order, key=lambda number: holders.names[number] != last)[: HOLDERS // 2]
 
 
 def kill_node(cluster: Cluster, holders: Holders, rng: random.Random) -> None:

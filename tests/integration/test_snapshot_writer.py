@@ -181,7 +181,7 @@ def test_a_killed_writer_does_not_make_the_state_grow(cluster: Cluster) -> None:
     for _ in range(6):
         overwrite(stage.leader)
         sizes.append(state_file(stage.leader).stat().st_size)
-    assert sizes[-1] <= sizes[2] + 128 * 1024, sizes
+    assert sizes[-1] <= sizes[2] + 1024 * 1024, sizes  # three more rounds would be three times that
 
 
 def state_file(node: ServeProcess) -> Path:

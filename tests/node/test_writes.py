@@ -116,12 +116,12 @@ def test_a_node_alone_loses_little_time_by_restarts(
     others, and of all of it at a clean stop."""
 
     async def check() -> None:
-        monkeypatch.setattr(cycle, "TICK_ALONE_MS", 100)
+        monkeypatch.setattr(cycle, "TICK_MS", 100)
         async with alone(tmp_path) as node:
             await write(node, ExpiringPut(b"k", b"", None, 600))
             began = node.state.clock_ms
             await until(lambda: node.state.clock_ms >= began + 200, "ticks")
-            monkeypatch.setattr(cycle, "TICK_ALONE_MS", 10_000)
+            monkeypatch.setattr(cycle, "TICK_MS", 10_000)
             before = node.state.clock_ms
             await until(lambda: node.raft.clock_ms > before + 300, "time to pass")
             stopped_ms = node.raft.clock_ms

@@ -116,7 +116,7 @@ class Plan:
         self.history_revisions = rng.choice((5, 40, 100_000))
         self.window_s = rng.choice((1, 600, 600))
         self.limits |= {
-            "tick_ms": rng.choice((100, 1000, 10_000)),
+            "tick_ms": rng.choice((100, 300, 1000)),
             "expire_keys": rng.choice((2, 3, MANY, MANY)),
             "work_keys": rng.choice((2, 5, 10_000, 10_000)),
             "results": rng.choice((1, 3, MANY)),
