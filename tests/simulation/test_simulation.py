@@ -141,7 +141,7 @@ def digest_of(seed: int, hash_seed: str) -> str:
     return ended.stdout
 
 
-@pytest.mark.parametrize("seed", [1, 8, 15, 23])
+@pytest.mark.parametrize("seed", [1, 15])
 def test_a_seed_is_always_the_same_run(seed: int) -> None:
     """Else no failure could be replayed."""
     assert digest_of(seed, "1") == digest_of(seed, "2")
