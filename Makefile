@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install run walkthrough test sim mutants soak nemesis crash-sweep ansible-full lint lint-types lint-ansible fix bench lab lab-expand lab-full lab-down lock clean test-packages
+.PHONY: help install run walkthrough test test-all sim mutants soak nemesis crash-sweep ansible-full lint lint-types lint-ansible test-apart test-pure fix bench lab lab-expand lab-full lab-down lock clean test-packages
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,16 +44,29 @@ fix: $(STAMP) ## Let ruff repair and format what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# These start machines, or are about how long clients wait: one after the other. All others share
-# both cores, and a process gets its next test when it has done one: some take very much longer.
-APART  := tests/crash_sweep tests/lab \
-          $(patsubst %,tests/nemesis/test_%.py,faults machines nemesis) \
-          $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough)
-SHARED := -n 2 --maxschedchunk 1
+# These start machines, or are about how long clients wait, or record once for all tests of a file: one
+# after the other. Beside them, on the other core, those that wait for nothing. All others share both
+# cores, in three processes, for they wait a lot; one gets its next test when it has done the last, for
+# some take very much longer.
+APART  := tests/lab \
+          $(patsubst %,tests/integration/test_%.py,example hostile joining_under_load outage snapshot_load walkthrough watch)
+PURE   := tests/raft tests/simulation tests/mutants
+SHARED := --maxschedchunk 1 -n
 
-test: lint test-packages ## Install what the tests need and run them all
-	$(PYTHON) -m pytest tests $(APART:%=--ignore=%) -q $(SHARED)
-	$(PYTHON) -m pytest $(APART) -q
+ROTATE :=
+test: ROTATE := --rotate
+test: test-all ## Install what the tests need and run them: of the slowest kinds half, by commit
+
+test-all: lint test-packages ## The same, and all of those
+	$(PYTHON) -m pytest tests $(patsubst %,--ignore=%,$(APART) $(PURE)) -q $(SHARED) 3 $(ROTATE)
+	@$(MAKE) --no-print-directory -j 2 test-apart test-pure ROTATE=$(ROTATE)
+
+test-apart: $(STAMP)
+	$(PYTHON) -m pytest $(APART) -q $(ROTATE)
+
+test-pure: $(STAMP)
+	@mkdir -p build
+	nice -n 19 $(PYTHON) -m pytest $(PURE) -q >build/test-pure.log 2>&1; ended=$$?; cat build/test-pure.log; exit $$ended
 
 SEEDS ?= 1000
 FROM  ?= 0
@@ -78,12 +91,12 @@ soak: $(STAMP) test-packages ## Simulator, mutants and nemesis in turn until tol
 test-packages:
 	@scripts/system-packages.sh e2fsprogs iproute2 nftables strace util-linux
 
-crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths (three quarters of an hour)
+crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths; 100 000 increments (an hour)
 	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/raft/test_random.py tests/crash_sweep \
-		$(patsubst %,tests/integration/test_%.py,crashes damage secrets snapshot_writer) -v $(SHARED)
+		$(patsubst %,tests/integration/test_%.py,crashes damage exactly_once locks secrets snapshot_writer) -v $(SHARED) 2
 
 ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to fail (hours)
-	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v $(SHARED)
+	DENGINE_LAB_TESTS=1 $(PYTHON) -m pytest tests/ansible -v $(SHARED) 2
 
 bench: $(STAMP) ## Compare with a bare aiohttp server and with etcd; prints and saves a table
 	$(PYTHON) bench/run.py

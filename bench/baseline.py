@@ -15,11 +15,11 @@ from aiohttp import web
 
 
 async def serve(port: int) -> None:
-    """Serve PUT (keep the body) and GET (give it back) on 127.0.0.1:`port` until SIGTERM."""
+    """Keep the bodies of PUT and POST, give them back to GET, on 127.0.0.1:`port` until SIGTERM."""
     values: dict[str, bytes] = {}
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        if request.method == "PUT":
+        if request.method != "GET":
             values[request.path] = await request.read()
             return web.Response()
         value = values.get(request.path)

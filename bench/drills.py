@@ -100,7 +100,7 @@ class Growth:
 
 
 def grow_under_load(directory: Path) -> Growth:
-    """Start node 1 from the guide's n1.toml, join 2 and 3 under raw writers; count what failed."""
+    """Start node 1 from the example's n1.toml, join 2 and 3 under raw writers; count failures."""
     ports = free_ports(3)
     nodes = [start_guide_node(1, ports, directory)]
     try:
@@ -133,12 +133,12 @@ def grow_under_load(directory: Path) -> Growth:
 
 
 def start_guide_node(number: int, ports: Sequence[int], directory: Path) -> Node:
-    """Start node `number` of the guide on other ports, with its data in `directory`/grown."""
+    """Start node `number` of the example on other ports, with its data in `directory`/grown."""
     source = GUIDE_CONFIGS / f"n{number}.toml"
     try:
         text = source.read_text("utf-8")
     except OSError as error:
-        raise BenchError(f"{source}: {error.strerror}; the guide's files are needed") from error
+        raise BenchError(f"{source}: {error.strerror}; its files are needed") from error
     text = re.sub(r"\b908([123])\b", lambda found: str(ports[int(found[1]) - 1]), text)
     text = re.sub(r'"\./db[^"]*"', f'"{directory / "grown"}"', text)
     config = directory / f"grown{number}.toml"

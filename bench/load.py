@@ -37,20 +37,23 @@ class Round:
     others_percent: float  # CPU that neither these nodes nor wrk used, of one core
 
 
-def run_round(system: System, load: Load, connections: int, seconds: int) -> Round:
+def run_round(
+    system: System, load: Load, connections: int, seconds: int, keys: int = KEYS
+) -> Round:
     """Send `load` over `connections` connections for `seconds`; `BenchError` when wrk breaks."""
     leader = system.leader()
     nodes = [leader, *(node for node in system.nodes if node is not leader)]
     before = [node.process.cpu_s() for node in nodes]
     machine_before_s, wrk_before_s = _machine_cpu_s(), _children_cpu_s()
-    seen = _wrk(f"http://{leader.address}", system.wrk_arguments(load), connections, seconds)
+    arguments = [*system.wrk_arguments(load), str(keys)]
+    seen = _wrk(f"http://{leader.address}", arguments, connections, seconds)
     duration_s = seen["duration_us"] / 1e6
     used = [node.process.cpu_s() - b for node, b in zip(nodes, before, strict=True)]
     ours_s = sum(used) + _children_cpu_s() - wrk_before_s
     others_s = _machine_cpu_s() - machine_before_s - ours_s
     failed = seen["status_errors"] + seen["socket_errors"] + seen["timeouts"]
     return Round(
-        ops_per_s=(seen["requests"] - seen["status_errors"]) / duration_s,
+        ops_per_s=(seen["requests"] - seen["status_errors"]) * load.operations / duration_s,
         p50_ms=seen["p50_us"] / 1000,
         p99_ms=seen["p99_us"] / 1000,
         max_ms=seen["max_us"] / 1000,
@@ -77,7 +80,7 @@ def _children_cpu_s() -> float:
 def _wrk(url: str, arguments: list[str], connections: int, seconds: int) -> dict[str, int]:
     # One thread: its counter walks all keys, and the second core stays with the servers.
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s"]
-    argv = ["wrk", *options, "-s", str(SCRIPT), url, "--", *arguments, str(KEYS)]
+    argv = ["wrk", *options, "-s", str(SCRIPT), url, "--", *arguments]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds + 60)
     except subprocess.TimeoutExpired as error:

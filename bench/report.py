@@ -11,8 +11,10 @@ from pathlib import Path
 
 from drills import Growth
 from load import Round
+from size_drills import Sized
 from state_drills import LargeState, ManyKeys, Seen
 from systems import Load
+from watch_drills import Watched
 
 QUIET_PERCENT = 20.0
 MET, MISSED, NOT_MEASURED = "met", "MISSED", "not measured"
@@ -56,6 +58,8 @@ class Results:
     growth: Growth | None = None
     large_state: LargeState | None = None
     many_keys: ManyKeys | None = None
+    watched: Watched | None = None
+    sizes: list[Sized] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
 
     def case(self, load: Load, connections: int, system: str) -> Case | None:
@@ -198,6 +202,12 @@ def _judge_memory(many: ManyKeys | None) -> list[str]:
     return _judge("resident memory of an idle node", "<= 90 MB", measured, idle_mib <= 90)
 
 
+def _judge_idle_watchers(watched: Watched | None) -> list[str]:
+    ratio = watched.idle_ratio if watched is not None else None
+    measure = f"PUT beside {watched.watchers if watched else 1000} idle watchers, against none"
+    return _judge(measure, ">= 0.9 x", _times(ratio) or None, ratio is not None and ratio >= 0.9)
+
+
 def _gaps(gaps: list[float] | None) -> str | None:
     if not gaps:
         return None
@@ -215,7 +225,7 @@ def _judge_failover(results: Results) -> list[str]:
 
 
 def verdict_table(results: Results) -> str:
-    """Each target of the design with what this run measured."""
+    """Each target (bench/README.md) with what this run measured."""
     large = results.large_state
     rows = [
         _judge_ratio(results, Load.PUT, 64, "baseline", 0.45),
@@ -223,12 +233,14 @@ def verdict_table(results: Results) -> str:
         _judge_ratio(results, Load.GET_LINEARIZABLE, 64, "baseline", 0.5),
         _judge_ratio(results, Load.GET_LINEARIZABLE, 64, "etcd", 2.0),
         _judge_one_put(results),
+        _judge_ratio(results, Load.TXN, 64, "etcd", 3.0),
         _judge_growth("writes failed while 1 grows to 3 under load", results.growth),
         _judge_failover(results),
         *_judge_snapshot(large),
         _judge_growth("writes failed while 1 grows to 3 by snapshots", large and large.growth),
         _judge_join(large),
         _judge_memory(results.many_keys),
+        _judge_idle_watchers(results.watched),
     ]
     return _table(["measure", "must", "measured", "verdict"], rows, left=4)
 
@@ -300,6 +312,37 @@ def _keys_lines(many: ManyKeys) -> list[str]:
     return lines
 
 
+def _watched_line(watched: Watched) -> str:
+    peak_mib = max(watched.during_mib)
+    return (
+        f"- {watched.watchers} watchers of one key on the leader, {watched.stalled} of which read "
+        f"nothing: {watched.changes} changes of 1 KiB, {watched.events} events delivered, p50 "
+        f"{watched.p50_ms:.1f} ms, p99 {watched.p99_ms:.1f} ms, longest {watched.max_ms:.1f} ms "
+        f"from before the PUT; resident {watched.before_mib:.0f} MiB before, at most "
+        f"{peak_mib:.0f} MiB"
+    )
+
+
+def size_table(sizes: Sequence[Sized]) -> str:
+    """PUT, GET and a listing by pages of 1000, by the number of keys that there are."""
+    header = ["keys", "PUT/s", "p99 ms", "GET/s", "p99 ms", "listed", "s", "page ms"]
+    rows = [
+        [
+            str(each.keys),
+            f"{each.put.ops_per_s:.0f}",
+            f"{each.put.p99_ms:.1f}",
+            f"{each.get.ops_per_s:.0f}",
+            f"{each.get.p99_ms:.1f}",
+            str(each.listed),
+            f"{each.list_s:.2f}",
+            f"{statistics.median(each.pages_ms):.1f}",
+        ]
+        for each in sizes
+        if each.put is not None and each.get is not None and each.pages_ms
+    ]
+    return _table(header, rows, left=0)
+
+
 def _mib(sizes: tuple[float, float]) -> str:
     return f"{sizes[0]:.0f} ({sizes[1]:.0f})"
 
@@ -322,6 +365,8 @@ def _drill_lines(results: Results) -> list[str]:
         lines += _large_lines(results.large_state)
     if results.many_keys is not None:
         lines += _keys_lines(results.many_keys)
+    if results.watched is not None and results.watched.events:
+        lines.append(_watched_line(results.watched))
     return lines
 
 
@@ -336,6 +381,8 @@ def markdown(results: Results) -> str:
         parts.append("\n".join(drills))
     if results.large_state is not None and results.large_state.before is not None:
         parts += [snapshot_table(results.large_state), SNAPSHOT_NOTES]
+    if results.sizes:
+        parts += [size_table(results.sizes), SIZE_NOTES]
     parts.append(verdict_table(results))
     if broken:
         parts.append("\n".join(broken))
@@ -347,6 +394,12 @@ NOTES = (
     "the other. All load goes to the leader; per node, the leader comes first, CPU in percent of "
     "one core. etcd through its JSON gateway: beside GET eventual its serializable range, beside "
     "GET lease its linearizable one (it has no lease reads)."
+)
+
+
+SIZE_NOTES = (
+    "One node alone with that many keys of 256 bytes, 64 connections; PUT and GET linearizable "
+    "over all of them. The listing takes pages of 1000 one after the other, values included."
 )
 
 

@@ -1,8 +1,11 @@
 -- The requests of one wrk round. Arguments after `--`: KIND [CONSISTENCY] KEYS
---   put KEYS | get CONSISTENCY KEYS | etcd_put KEYS | etcd_range CONSISTENCY KEYS
+--   put KEYS | get CONSISTENCY KEYS | txn KEYS
+--   etcd_put KEYS | etcd_range CONSISTENCY KEYS | etcd_txn KEYS
 -- Every request is formatted once, before the round: wrk.format per request would measure wrk.
 -- Run with one thread (-t1): the counter below then walks the whole key space.
 
+local TXN_PUTS = 64  -- as in systems.py
+local REQUESTS_MAX = 100000  -- of more keys, as many as this, spread over all of them
 local STEP = 7919  -- a prime, so any key space it does not divide is visited completely, out of order
 local requests = {}
 local counter = 0
@@ -28,6 +31,10 @@ local VALUE = ("0123456789abcdef"):rep(16)  -- 256 bytes
 local VALUE_BASE64 = base64(VALUE)
 local JSON = { ["Content-Type"] = "application/json" }
 
+local function name(i)
+  return ("bench-%06d"):format(i)
+end
+
 local formats = {
   put = function(key)
     return wrk.format("PUT", "/v1/kv/" .. key, nil, VALUE)
@@ -46,10 +53,40 @@ local formats = {
   end,
 }
 
+-- One request for each TXN_PUTS keys; together they write all of them, as far as that is even.
+local function transactions(path, put, around, keys)
+  for i = 0, math.floor(keys / TXN_PUTS) - 1 do
+    local puts = {}
+    for j = 1, TXN_PUTS do
+      puts[j] = put(name(i * TXN_PUTS + j - 1))
+    end
+    requests[i] = wrk.format("POST", path, JSON, around:format(table.concat(puts, ",")))
+  end
+end
+
+local transaction = {
+  txn = function(keys)
+    local put = function(key)
+      return ('{"op":"put","key":"%s","value":"%s"}'):format(key, VALUE)
+    end
+    transactions("/v1/txn", put, '{"success":[%s]}', keys)
+  end,
+  etcd_txn = function(keys)
+    local put = function(key)
+      return ('{"requestPut":{"key":"%s","value":"%s"}}'):format(base64(key), VALUE_BASE64)
+    end
+    transactions("/v3/kv/txn", put, '{"success":[%s]}', keys)
+  end,
+}
+
 function init(args)
-  local format, keys = formats[args[1]], tonumber(args[#args])
-  for i = 0, keys - 1 do
-    requests[i] = format(("bench-%06d"):format(i), args[2])
+  local kind, keys = args[1], tonumber(args[#args])
+  if transaction[kind] then
+    transaction[kind](keys)
+    return
+  end
+  for i = 0, math.min(keys, REQUESTS_MAX) - 1 do
+    requests[i] = formats[kind](name(math.floor(i * keys / math.min(keys, REQUESTS_MAX))), args[2])
   end
 end
 

@@ -23,13 +23,20 @@ from load import KEYS, preload, run_round
 from machine import describe, install_missing, make_data_directory
 from processes import BenchError
 from report import Case, Results, markdown, save
+from size_drills import Sized, grow_in_size
 from state_drills import KEY_VALUE_BYTES, LargeState, ManyKeys, large_state, many_keys
 from systems import Baseline, Cluster, Dengine, Etcd, Load, System, stop
+from watch_drills import STALLED, WATCHERS, Watched, watch_under_load
 
 RESULTS = Path(__file__).with_name("results")
 SYSTEMS = ("baseline", "dengine", "etcd")
-PARTS = ("load", "failover", "growth", "state", "restart")
-LOADS = {"put": Load.PUT, **{load.consistency: load for load in Load if load is not Load.PUT}}
+PARTS = ("load", "failover", "growth", "watch", "state", "restart", "size")
+SIZES = (10_000, 100_000)  # keys; and as many as the restart part has
+LOADS = {
+    "put": Load.PUT,
+    **{load.consistency: load for load in Load if load.value.startswith("GET")},
+    "txn": Load.TXN,
+}
 CONNECTIONS = ("1", "64", "256")
 PROFILED_CONNECTIONS = 64
 PROFILED_S = 10
@@ -71,7 +78,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--seconds", type=int, help="length of a round (5)")
     parser.add_argument("--failovers", type=int, help="failovers of each cluster (10)")
     parser.add_argument("--state-mib", type=int, help="MiB of the large state (1024)")
-    parser.add_argument("--keys", type=int, help="keys of the restarted node (1000000)")
+    parser.add_argument("--keys", type=int, help="keys of a node, restarted or not (1000000)")
     choices = {"only": SYSTEMS, "parts": PARTS, "loads": tuple(LOADS), "connections": CONNECTIONS}
     for name, allowed in choices.items():
         parser.add_argument(
@@ -171,6 +178,12 @@ def run_all(options: Options, directory: Path, results: Results) -> None:
     if "growth" in options.parts and "dengine" in options.only:
         with noted(results):
             results.growth = grow_under_load(directory)
+    if "watch" in options.parts and "dengine" in options.only:
+        results.watched = Watched(WATCHERS, STALLED)
+        with noted(results):
+            watch_under_load(
+                directory / "watch", results.watched, options.rounds, options.seconds, say
+            )
     if "state" in options.parts and "dengine" in options.only:
         results.large_state = LargeState(options.state_mib * 2**20)
         with noted(results):
@@ -179,6 +192,12 @@ def run_all(options: Options, directory: Path, results: Results) -> None:
         results.many_keys = ManyKeys(options.keys, KEY_VALUE_BYTES)
         with noted(results):
             many_keys(directory / "keys", results.many_keys, say)
+    if "size" in options.parts and "dengine" in options.only:
+        for keys in sorted({*SIZES, options.keys}):
+            results.sizes.append(Sized(keys))
+            with noted(results):
+                home = directory / f"size-{keys}"
+                grow_in_size(home, results.sizes[-1], options.seconds, say)
 
 
 @contextmanager
@@ -212,7 +231,7 @@ def main() -> int:
     directory: Path | None = None
     results: Results | None = None
     try:
-        wanted = ["wrk"] * bool({"load", "state", "restart"} & set(options.parts)) + [
+        wanted = ["wrk"] * bool((set(PARTS) - {"failover", "growth"}) & set(options.parts)) + [
             "etcd",
             "etcdctl",
         ] * ("etcd" in options.only and bool({"load", "failover"} & set(options.parts)))

@@ -391,24 +391,24 @@ def many_keys(directory: Path, result: ManyKeys, say: Callable[[str], None]) -> 
     node = start_guide_node(1, ports, directory)
     home = directory / "grown" / "1"
     try:
-        _wait_ready(node)
+        wait_ready(node)
         time.sleep(2)
-        result.idle_mib = _resident_mib(node)
+        result.idle_mib = resident_mib(node)
         node.process.stop()
         started = time.monotonic()
-        _build(directory, result.keys)
+        build_keys(directory, result.keys, "key-{:09d}")
         result.build_s = time.monotonic() - started
         result.log_bytes_per_key = _size(home / "log") / result.keys
         result.state_bytes_per_key = _size(_state(home)) / result.keys
         say(f"{result.keys} keys built in {result.build_s:.1f} s")
         node.restart()
-        _wait_ready(node)
+        wait_ready(node)
         result.snapshot_bytes_per_key = take_snapshot(node)["size_bytes"] / result.keys
         wrk_while(node.address, dengine_arguments(Load.PUT), CONNECTIONS, _for_seconds(3))
         take_snapshot(node)
         wrk_while(node.address, dengine_arguments(Load.PUT), CONNECTIONS, _for_seconds(3))
         time.sleep(5)  # for the purge, as far as this many entries let it come
-        result.full_mib = _resident_mib(node)
+        result.full_mib = resident_mib(node)
         view, applied = _view(node), _status(node)["last_applied"]
         result.log_entries = applied - view["purged_index"]
         result.entries_after = applied - view["snapshots"][-1]["index"]
@@ -427,8 +427,9 @@ def many_keys(directory: Path, result: ManyKeys, say: Callable[[str], None]) -> 
         shutil.rmtree(directory / "grown", ignore_errors=True)
 
 
-def _build(directory: Path, keys: int) -> None:
-    """Write the keys as committed entries with the node's own stores, as a follower would.
+def build_keys(directory: Path, keys: int, form: str) -> None:
+    """Write the keys, numbers in `form`, as committed entries with the node's own stores, as a
+    follower would.
 
     Over HTTP a million PUTs would take minutes, and measure only what the load part measures.
     """
@@ -456,7 +457,7 @@ def _build(directory: Path, keys: int) -> None:
         index += 1
         numbers = range(first, min(keys, first + ENTRY_COMMANDS))
         # Spread over the key space, as the loads of real clients are.
-        batch = [encode_command(Put(f"key-{n * 7919 % keys:09d}".encode(), value)) for n in numbers]
+        batch = [encode_command(Put(form.format(n * 7919 % keys).encode(), value)) for n in numbers]
         entries.append(Entry(index, hard_state.term, EntryKind.NORMAL, encode_batch(batch)))
         flush()  # one at a time: larger transactions would leave larger files
     state.sync()
@@ -466,7 +467,7 @@ def _build(directory: Path, keys: int) -> None:
     data.close()
 
 
-def _wait_ready(node: Node) -> None:
+def wait_ready(node: Node) -> None:
     def ready() -> bool:
         answer = http_request(node.address, "GET", "/readyz", timeout_s=1)
         return answer is not None and answer[0] == 200
@@ -478,7 +479,7 @@ def _restart_s(node: Node) -> float:
     """Seconds from the start of the process until it is ready for reads and writes."""
     started = time.monotonic()
     node.restart()
-    _wait_ready(node)
+    wait_ready(node)
     return time.monotonic() - started
 
 
@@ -490,7 +491,7 @@ def _status(node: Node) -> dict[str, Any]:
     return status
 
 
-def _resident_mib(node: Node) -> tuple[float, float]:
+def resident_mib(node: Node) -> tuple[float, float]:
     """Resident memory, and of that what is the process's own and not a page of a mapped file."""
     text = Path(f"/proc/{node.process.pid}/status").read_text()
     sizes = {name: int(kib) / 1024 for name, kib in _SIZES.findall(text)}

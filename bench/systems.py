@@ -20,6 +20,7 @@ from processes import BenchError, Process, free_ports, http_request, wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_S = 30.0
+TXN_PUTS = 64  # as in requests.lua
 JSON_HEADERS = {"Content-Type": "application/json"}
 
 
@@ -30,11 +31,17 @@ class Load(enum.StrEnum):
     GET_LINEARIZABLE = "GET linearizable"
     GET_LEASE = "GET lease"
     GET_EVENTUAL = "GET eventual"
+    TXN = "txn of 64 PUT"
 
     @property
     def consistency(self) -> str:
         """The word after GET, as dengine's query parameter spells it."""
         return self.value.split()[-1]
+
+    @property
+    def operations(self) -> int:
+        """How many each request carries out."""
+        return TXN_PUTS if self is Load.TXN else 1
 
 
 @dataclass
@@ -120,7 +127,9 @@ class Baseline:
 
 def dengine_arguments(load: Load) -> list[str]:
     """Arguments of requests.lua for a load on dengine, without the number of keys."""
-    return ["put"] if load is Load.PUT else ["get", load.consistency]
+    if load in (Load.PUT, Load.TXN):
+        return ["put" if load is Load.PUT else "txn"]
+    return ["get", load.consistency]
 
 
 class Dengine:
@@ -160,7 +169,7 @@ class Dengine:
         return _elected(self.nodes, is_dengine_leader, "dengine leader")
 
     def wrk_arguments(self, load: Load) -> list[str]:
-        """PUT and GET of DESIGN 8."""
+        """PUT and GET on /v1/kv."""
         return dengine_arguments(load)
 
     def put(self, node: Node, key: str, value: str, timeout_s: float) -> bool:
@@ -246,8 +255,8 @@ class Etcd:
 
     def wrk_arguments(self, load: Load) -> list[str]:
         """put and range; eventual is etcd's serializable, lease stands beside its linearizable."""
-        if load is Load.PUT:
-            return ["etcd_put"]
+        if load in (Load.PUT, Load.TXN):
+            return ["etcd_put" if load is Load.PUT else "etcd_txn"]
         return ["etcd_range", "serializable" if load is Load.GET_EVENTUAL else "linearizable"]
 
     def put(self, node: Node, key: str, value: str, timeout_s: float) -> bool:

@@ -31,6 +31,9 @@ HARD_KEY_BYTES = 511  # LMDB's longest key
 HARD_VALUE_BYTES = 1024 * 1024  # four of them fill the largest log entry
 MAX_DIRECTORY_BYTES = 3840  # of Linux's 4096 for a path; the rest is for the files in it
 HOUR_MS = 3_600_000
+# Clients send a write again for up to 300 s (client/attempts.py), and what they send last may be
+# under way for the 60 s that a request can take. It must still be remembered then.
+IDEMPOTENCY_WINDOW_MIN_S = 360
 
 
 class InitialRole(enum.IntEnum):
@@ -240,7 +243,7 @@ class Kv:
 
     history_revisions: int = _int(100_000, 0, 10**12)
     history_bytes: int = _int(268_435_456, 0, 2**50)
-    idempotency_window_s: int = _int(600, 1, 86_400)
+    idempotency_window_s: int = _int(600, IDEMPOTENCY_WINDOW_MIN_S, 86_400)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +255,7 @@ class Limits:
     txn_bytes: int = _int(2_097_152, 1, 4 * 1024 * 1024)
     pending_writes: int = _int(10_000, 1, 1_000_000)
     pending_bytes: int = _int(67_108_864, HARD_VALUE_BYTES, 2**40)
-    range_delete: int = _int(10_000, 1, 100_000)
+    range_delete: int = _int(10_000, 1, 10_000)  # more is refused by the state machine
     watchers: int = _int(1000, 0, 100_000)
     reserve_bytes: int = _int(268_435_456, 0, 2**50)
 
@@ -312,19 +315,21 @@ class Config:
         return next(m for m in self.cluster.initial_cluster if m.id == self.cluster.node_id)
 
 
-def load(path: Path | None, environ: Mapping[str, str]) -> Config:
+def load(path: Path | None, environ: Mapping[str, str], *, outside_unit: bool = False) -> Config:
     """Read the configuration of a node that is about to run here.
 
     Args:
         path: the TOML file; None takes `CONFIG_PATH`, and without that the environment alone.
         environ: `DENGINE__SECTION__KEY` overrides the file, for example
             `DENGINE__RAFT__ELECTION__TIMEOUT_MS_MIN=500`.
+        outside_unit: see `Secrets.read`.
 
     Raises:
         ConfigError: any mistake. Nothing is created or changed on disk.
     """
     config = read(path, environ)
-    Secrets.read(config.security, config.source)  # the node reads them again
+    # The node reads them again, strictly.
+    Secrets.read(config.security, config.source, outside_unit=outside_unit)
     _check_directory(config)
     return config
 

@@ -46,7 +46,7 @@ class DengineError(Exception):
         self.details = details
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON body of DESIGN section 8; `details` follow the fixed fields."""
+        """The JSON body (docs/reference.md); `details` follow the fixed fields."""
         body: dict[str, Any] = {
             "error": self.name,
             "code": self.code,
@@ -90,6 +90,23 @@ class JoinError(DengineError):
 
 class Conflict(DengineError):
     name, code, status = "conflict", 409, 409
+
+
+class StaleRequest(DengineError):
+    """A result that is not known any more; whether there ever was one is not known either."""
+
+    name, code, status = "stale_request", 409, 409
+    default_outcome = "unknown"
+
+
+class Compacted(DengineError):
+    """History that is gone; `compact_revision` is the newest revision that is."""
+
+    name, code, status = "compacted", 410, 410
+
+
+class IdempotencyMismatch(DengineError):
+    name, code, status = "idempotency_mismatch", 422, 422
 
 
 class LengthRequired(DengineError):
@@ -154,7 +171,7 @@ class DiskFull(DengineError):
 
 
 class FatalError(DengineError):
-    """Ends the process with `exit_code` (DESIGN section 7)."""
+    """Ends the process with `exit_code` (docs/reference.md, exit codes)."""
 
     exit_code: ClassVar[int] = 70
 

@@ -38,6 +38,15 @@ _ANSWER = re.compile(
 )
 
 
+def is_absent_credential(path: Path) -> bool:
+    """Is it one of those that systemd makes for a unit, and that are there only while it runs?"""
+    try:
+        path.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError) and str(path).startswith(CREDENTIALS)
+    return False
+
+
 def read_secret(path: Path, key: str) -> bytes:
     """The content of a secret's file, without the newline at its end.
 
@@ -103,20 +112,25 @@ class Secrets:
     token: str | None = None
 
     @staticmethod
-    def read(files: Files, source: str) -> Secrets:
+    def read(files: Files, source: str, *, outside_unit: bool = False) -> Secrets:
         """Read both files.
 
         Args:
             source: the configuration's name, for messages.
+            outside_unit: do without credentials that systemd has for a unit only while it runs.
 
         Raises:
             ConfigError: one of them is not acceptable, or both are the same.
         """
         peer = token = None
-        if files.peer_secret_file is not None:
-            peer = read_secret(files.peer_secret_file, f"{source}: security.peer_secret_file")
-        if files.token_file is not None:
-            token = read_token(files.token_file, f"{source}: security.token_file")
+        peer_file, token_file = (
+            None if outside_unit and file is not None and is_absent_credential(file) else file
+            for file in (files.peer_secret_file, files.token_file)
+        )
+        if peer_file is not None:
+            peer = read_secret(peer_file, f"{source}: security.peer_secret_file")
+        if token_file is not None:
+            token = read_token(token_file, f"{source}: security.token_file")
         if token is not None and token.encode() == peer:
             raise ConfigError(
                 f"{source}: security.token_file and security.peer_secret_file hold the same: the "

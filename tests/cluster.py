@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parent.parent
+# "The guide" is the README of this example: what a person is told to do, step by step.
 GUIDE_CONFIGS = ROOT / "examples" / "single-node-expansion" / "config"
 REQUEST_TIMEOUT_S = 5.0  # a write that takes longer is a failed write
 POLL_S = 0.02

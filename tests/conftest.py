@@ -7,15 +7,21 @@ import platform
 import signal
 from collections.abc import Generator
 from pathlib import Path
+from zlib import crc32
 
 import hypothesis
 import pytest
 
+from tests.simulation.rotation import commit_number
+
 # The lowest layer first: a broken quorum function is easier to read than a broken cluster.
 LAYERS = (
-    *("raft", "kv", "storage", "node", "api", "linearizability", "simulation", "mutants"),
-    *("integration", "crash_sweep", "nemesis", "ansible", "lab"),
+    *("raft", "kv", "storage", "node", "api", "client", "engine", "linearizability"),
+    *("simulation", "mutants", "integration", "crash_sweep", "nemesis", "ansible", "lab"),
 )
+# Their tests start processes for seconds each: `make test` runs half of them for one commit and the
+# other half for another (--rotate), `make test-all` all.
+ROTATED = ("integration", "ansible")
 FULL = bool(os.environ.get("DENGINE_CRASH_SWEEP"))  # `make crash-sweep`
 LAB = bool(os.environ.get("DENGINE_LAB_TESTS"))  # `make lab-full`
 # Here everything can be installed and every right is there, so nothing has a reason to be skipped.
@@ -48,6 +54,19 @@ def belongs(item: pytest.Item) -> bool:
     return recorded is None or Path(recorded.args[0]).is_dir()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rotate", action="store_true", help=f"half of {ROTATED}, by commit")
+
+
+def is_drawn(item: pytest.Item, number: int) -> bool:
+    """Of ROTATED half of the items are, by name; those that share a recording go together."""
+    if item.path.parent.name not in ROTATED:
+        return True
+    shared = "recording" in getattr(item, "fixturenames", ())
+    name = item.path.name if shared else f"{item.path.name}::{item.name}"
+    return (crc32(name.encode()) + number) % 2 == 0
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -62,9 +81,13 @@ def pytest_runtest_makereport(
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what does not belong; run tests/*.py first, then from the bottom to the top."""
-    left_out = [item for item in items if not belongs(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if belongs(item)]
+    chosen = [item for item in items if belongs(item)]
+    if config.getoption("--rotate"):
+        number = commit_number()
+        chosen = [item for item in chosen if is_drawn(item, number)]
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
     here = Path(__file__).parent
 
     def top(item: pytest.Item) -> str:

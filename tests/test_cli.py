@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -105,6 +107,7 @@ def serving() -> Iterator[Callable[[Script | Answer], Server]]:
 
 
 Serving = Callable[[Script | Answer], Server]
+FORMS = [(), ("--keys-only",), ("--json",)]  # of a listing
 
 
 def dengine(
@@ -206,6 +209,9 @@ def test_a_node_that_fails_is_a_failed_request(serving: Serving, name: str) -> N
     server = serving(refusal(name, 500, retryable=False, outcome="unknown"))
     done = dengine("get", "k", "--endpoint", server.endpoint)
     assert done.returncode == 1
+    assert f"({name}, outcome none)" in done.stderr.decode(), "a read has done nothing"
+    done = dengine("put", "k", "v", "--endpoint", server.endpoint)
+    assert done.returncode == 1
     assert f"({name}, outcome unknown)" in done.stderr.decode()
 
 
@@ -223,8 +229,8 @@ def test_a_listing_follows_its_pages(serving: Serving) -> None:
     server = serving(script)
     done = dengine("list", "a/", "--endpoint", server.endpoint)
     assert done.stdout.decode().splitlines() == [
-        "KEY   REVISION  VERSION  VALUE",
-        "a/1          1        1  \\x1b[31mred",
+        "KEY  REVISION  VERSION  VALUE",
+        "a/1         1        1  \\x1b[31mred",
         "\\xff         1        1  v",
     ]
     assert server.asked[0].target == "/v1/kv?prefix=a%2F"
@@ -233,17 +239,179 @@ def test_a_listing_follows_its_pages(serving: Serving) -> None:
     assert (whole["count"], whole["revision"], whole["next"]) == (2, 6, None)
 
 
+def test_numbers_are_keys_and_values_like_any_others(serving: Serving) -> None:
+    """What the first page happens to hold says nothing of the columns of the next."""
+    row = {"create_revision": 1, "version": 1, "ttl": None, "lease": None}
+
+    def script(asked: Asked) -> Answer:
+        if "after" not in asked.target:
+            items = [{"key": "7", "value": "5", "mod_revision": 10, **row}]
+            return as_json({"revision": 20, "items": items, "count": 1, "next": "dG9rZW4="})
+        items = [{"key": "long-key", "value": "other", "mod_revision": 20, **row}]
+        return as_json({"revision": 20, "items": items, "count": 1, "next": None})
+
+    done = dengine("list", "--endpoint", serving(script).endpoint)
+    assert done.stdout.decode().splitlines() == [
+        "KEY  REVISION  VERSION  VALUE",
+        "7          10        1  5",
+        "long-key        20        1  other",
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_listing_that_is_refused_prints_nothing(serving: Serving, form: tuple[str, ...]) -> None:
+    """A program that reads it sees no half of an object."""
+    refusing = serving(refusal("unauthorized", 401, retryable=False, outcome="none"))
+    for endpoint in (unused_endpoint(), refusing.endpoint):
+        done = dengine("list", *form, "--endpoint", endpoint)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr.startswith(b"dengine: ")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_listing_whose_reader_leaves_early(serving: Serving, form: tuple[str, ...]) -> None:
+    """As in `dengine list | head -1`: the node is not asked for all the rest, standard error is
+    empty, and the exit code is that of a request that failed. A page is one write, so one that
+    fits into the pipe is all there before `head` leaves; here each read takes one write."""
+    left = threading.Event()
+    row = {"mod_revision": 1, "create_revision": 1, "version": 1, "value": "v"}
+
+    def script(asked: Asked) -> Answer:
+        first = "after" not in asked.target
+        if not first and not left.wait(60):
+            return refusal("internal", 500, retryable=False, outcome="none")
+        items = [{"key": f"{'a' if first else 'b'}/{n}", **row} for n in range(3)]
+        return as_json({"revision": 5, "items": items, "count": 3, "next": "dG9rZW4="})
+
+    server = serving(script)
+    reads, writes = os.pipe2(os.O_DIRECT)
+    with subprocess.Popen(
+        [sys.executable, "-m", "dengine", "list", *form, "--endpoint", server.endpoint],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        stdout=writes,
+        stderr=subprocess.PIPE,
+    ) as listing:
+        os.close(writes)
+        page = os.read(reads, 65536)
+        os.close(reads)
+        left.set()
+        assert listing.stderr is not None
+        assert listing.stderr.read() == b""
+    assert listing.returncode == 1
+    assert page.count(b"a/") == 3
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_listing_is_printed_page_by_page(serving: Serving, form: tuple[str, ...]) -> None:
+    """However long it is, it begins at once, and nothing of it is kept: the last page is only
+    there once the first was read. Widths grow, and the JSON is one object."""
+    first_read = threading.Event()
+    row = {"mod_revision": 1, "create_revision": 1, "version": 1, "ttl": None, "lease": None}
+
+    def script(asked: Asked) -> Answer:
+        if "after" not in asked.target:
+            items = [{"key": "a/1", "value": "é", **row}]
+            return as_json({"revision": 5, "items": items, "count": 1, "next": "dG9rZW4="})
+        if not first_read.wait(60):
+            return refusal("internal", 500, retryable=False, outcome="none")
+        items = [{"key": f"a/{n}" * 3, "value": "v", **row} for n in (2, 3)]
+        return as_json({"revision": 6, "items": items, "count": 2, "next": None})
+
+    at = ("--endpoint", serving(script).endpoint)
+    with subprocess.Popen(
+        [sys.executable, "-m", "dengine", "list", "a/", *form, *at],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"},
+        stdout=subprocess.PIPE,
+    ) as listing:
+        assert listing.stdout is not None
+        out = b""
+        while b"a/1" not in out:
+            data = os.read(listing.stdout.fileno(), 65536)
+            assert data, "it has ended without the first page"
+            out += data
+        first_read.set()
+        out += listing.stdout.read()
+    assert listing.returncode == 0
+    lines = out.decode().splitlines()
+    if form == ("--json",):
+        whole = json.loads(out)
+        assert [item["key"] for item in whole["items"]] == ["a/1", "a/2a/2a/2", "a/3a/3a/3"]
+        assert {**whole, "items": []} == {"revision": 6, "items": [], "count": 3, "next": None}
+        by_line = json.dumps({"items": whole["items"]}, ensure_ascii=False, indent=2).splitlines()
+        assert lines[: len(by_line) - 2] == by_line[:-2], "as one page is printed"
+    elif form:
+        assert lines == ["a/1", "a/2a/2a/2", "a/3a/3a/3"]
+    else:
+        assert lines == [
+            "KEY  REVISION  VERSION  VALUE",
+            "a/1         1        1  é",
+            "a/2a/2a/2         1        1  v",
+            "a/3a/3a/3         1        1  v",
+        ]
+
+
+def test_an_empty_listing_is_one_too(serving: Serving) -> None:
+    empty: dict[str, Any] = {"revision": 5, "items": [], "count": 0, "next": None}
+    at = ("--endpoint", serving(as_json(empty)).endpoint)
+    assert json.loads(dengine("list", "--json", *at).stdout) == empty
+    assert dengine("list", *at).stdout == b"KEY  REVISION  VERSION  VALUE\n"
+
+
+def test_what_came_before_a_page_that_fails_is_printed(serving: Serving) -> None:
+    def script(asked: Asked) -> Answer:
+        if "after" in asked.target:
+            return refusal("invalid_request", 400, retryable=False, outcome="none")
+        row = {"key": "a/1", "mod_revision": 1, "create_revision": 1, "version": 1}
+        return as_json({"revision": 5, "items": [row], "count": 1, "next": "dG9rZW4="})
+
+    server = serving(script)
+    done = dengine("list", "a/", "--keys-only", "--endpoint", server.endpoint)
+    assert done.returncode == 1
+    assert done.stdout.decode().splitlines() == ["a/1"]
+
+
 # --- Where a request goes, and whether it is sent again
 
 
-def test_a_write_whose_answer_is_lost_is_never_sent_again(serving: Serving) -> None:
-    """The node may have done it: only the user may decide to do it twice."""
+def test_a_write_whose_answer_is_lost_is_sent_again_under_its_key(serving: Serving) -> None:
+    """The node may have done it, so only with the key under which it happens once."""
     first, second = serving(HANG_UP), serving(as_json({"revision": 1, "created": True}))
     both = ("--endpoint", first.endpoint, "--endpoint", second.endpoint)
     done = dengine("put", "k", "v", *both)
+    assert (done.returncode, done.stdout) == (0, b"revision 1 (created)\n")
+    keys = {asked.headers["Idempotency-Key"] for asked in (*first.asked, *second.asked)}
+    assert len(first.asked) == len(second.asked) == len(keys) == 1
+
+
+def test_a_write_that_is_never_answered_names_its_key(serving: Serving) -> None:
+    """With that the user can find out, and does nothing twice."""
+    server = serving(HANG_UP)
+    done = dengine("delete", "k", "--endpoint", server.endpoint, "--idempotency-key", "job-7")
     assert done.returncode == 1
     assert b"may or may not have happened" in done.stderr
+    assert b"--idempotency-key job-7" in done.stderr
     assert b"outcome unknown" in done.stderr
+    assert {asked.headers["Idempotency-Key"] for asked in server.asked} == {"job-7"}
+
+
+def test_a_refusal_after_a_lost_answer_is_unknown(serving: Serving) -> None:
+    """One attempt may have happened; that another was refused does not change it."""
+    first = serving(HANG_UP)
+    second = serving(refusal("cluster_unavailable", 503, retryable=True, outcome="none"))
+    both = ("--endpoint", first.endpoint, "--endpoint", second.endpoint)
+    done = dengine("put", "k", "v", *both)
+    assert done.returncode == 1
+    assert b"outcome unknown" in done.stderr
+
+
+def test_a_change_to_the_cluster_is_never_sent_again(serving: Serving) -> None:
+    """It has no key: only the user may decide to do it twice."""
+    first, second = serving(HANG_UP), serving(as_json({}))
+    both = ("--endpoint", first.endpoint, "--endpoint", second.endpoint)
+    done = dengine("remove", "3", *both)
+    assert done.returncode == 1
+    assert b"may or may not have happened" in done.stderr
     assert (len(first.asked), len(second.asked)) == (1, 0)
 
 
@@ -400,7 +568,41 @@ def test_bench_measures_and_cleans_up(serving: Serving, operation: str) -> None:
     assert 0 < result["p50_ms"] <= result["p99_ms"] <= result["max_ms"]
     last = server.asked[-1]
     assert last.method == "DELETE"
-    assert last.target.startswith("/v1/kv?prefix=dengine-bench%2F")
+    assert last.target.startswith("/v1/kv?start=dengine-bench%2F")
+
+
+def test_bench_takes_large_values_away_in_parts(serving: Serving) -> None:
+    """One change may delete 16 MiB of values: of 20 keys with 1 MiB each, all are covered, and no
+    key twice."""
+    server = serving(as_json({"revision": 1, "deleted": 8}))
+    done = dengine(
+        "bench", "put", "--connections", "1", "--seconds", "0.1", "--keys", "20",
+        "--value-bytes", "1048576", "--endpoint", server.endpoint,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    queries = [
+        parse_qs(urlsplit(asked.target).query) for asked in server.asked if asked.method == "DELETE"
+    ]
+    ranges = [(query["start"][0], query["end"][0]) for query in queries]
+    prefix = ranges[0][0].rpartition("/")[0]
+    for number in range(20):
+        key = f"{prefix}/{number:05}"
+        assert sum(start <= key < end for start, end in ranges) == 1, key
+    for start, end in ranges:
+        assert sum(start <= f"{prefix}/{number:05}" < end for number in range(20)) <= 16
+
+
+def test_bench_tells_what_it_measured_also_where_it_cannot_clean_up(serving: Serving) -> None:
+    def script(asked: Asked) -> Answer:
+        if asked.method == "DELETE":
+            return refusal("too_large", 413, retryable=False, outcome="none")
+        return as_json({"revision": 1, "created": True})
+
+    server = serving(script)
+    done = dengine("bench", "put", "--seconds", "0.1", "--json", "--endpoint", server.endpoint)
+    assert done.returncode == 1
+    assert b"a too_large" in done.stderr
+    assert json.loads(done.stdout)["ops_per_s"] > 0
 
 
 def test_bench_counts_what_fails(serving: Serving) -> None:
@@ -426,7 +628,8 @@ def test_bench_counts_what_fails(serving: Serving) -> None:
 
 COMMANDS = (
     "serve", "check-config", "get", "put", "delete", "list", "status", "members", "settings",
-    "promote", "remove", "move", "transfer-leader", "bench",
+    "promote", "remove", "move", "transfer-leader", "bench", "watch", "lease", "lock", "elect",
+    "completion",
 )  # fmt: skip
 
 
@@ -437,6 +640,9 @@ def test_help_teaches() -> None:
         assert f"    {command}" in overview
         shown = dengine(command, "--help").stdout.decode()
         assert f"  dengine {command}" in shown or f"| dengine {command}" in shown
+    shown = dengine("snapshot", "save", "--help").stdout.decode()
+    _, codes = shown.split("Exit codes:")
+    assert re.findall(r"\b\d+\b(?= )", codes) == ["0", "1", "2", "78", "65", "74", "75", "76"]
 
 
 def test_check_config(tmp_path: Path) -> None:
@@ -450,6 +656,12 @@ def test_check_config(tmp_path: Path) -> None:
     done = dengine("check-config", "n1.toml", cwd=tmp_path, DENGINE__READ__LEASE_MS="900")
     assert done.returncode == 78
     assert b"n1.toml: read.lease_ms (900) must be at most half" in done.stderr
+    text = N1.format(port=9081).replace(
+        " } ]", ' }, { id = 2, address = "n2:9082", role = 3, status = 0 } ]'
+    )
+    (tmp_path / "n1.toml").write_text(text)
+    done = dengine("check-config", "n1.toml", cwd=tmp_path)
+    assert done.stdout.endswith(b"(node 1 founds a cluster of 1)\n"), "who joins does not found"
     assert list(tmp_path.iterdir()) == [tmp_path / "n1.toml"]
 
 

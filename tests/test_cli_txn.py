@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from dengine.cli.txn import parse
+from dengine.cli.txn import only_reads, parse
 from dengine.errors import InvalidRequest
 
 
@@ -42,6 +44,23 @@ def test_lines_become_the_json_of_the_call() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("delete user#1", "user#1"),
+        ("delete user#1 # the first", "user#1"),
+        ("delete '#1'", "#1"),
+        ('delete "a #1"#2', "a #1#2"),
+        ("delete a\\ #1", "a #1"),
+        ("delete \\#1", "#1"),
+        ("delete 'it'#\"s\" \t# ours", "it#s"),
+    ],
+)
+def test_a_comment_begins_where_a_word_could(line: str, key: str) -> None:
+    """As in a shell: nothing of a key is taken for one."""
+    assert parse(line)["success"] == [{"op": "delete", "key": key}]
+
+
 def test_bytes_that_are_no_text_travel_in_base64() -> None:
     raw = b"put k\xff v\xfe".decode("utf-8", "surrogateescape")
     assert parse(raw)["success"] == [{"op": "put", "key_base64": "a/8=", "value_base64": "dv4="}]
@@ -65,3 +84,21 @@ def test_a_line_that_means_nothing_is_named(text: str, words: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse(text)
     assert words in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("asked", "reads"),
+    [
+        (parse("if k exists\nget a\nelse\nget b"), True),
+        (parse("get a\nput b v"), False),
+        (parse("get a\nelse\ndelete b"), False),
+        ({"success": [{"op": "get", "key": "a"}]}, True),
+        ({"compare": [{"key": "a", "target": "exists", "op": "=", "operand": True}]}, True),
+        ({"success": 1}, False),
+        ({"success": [1]}, False),
+        ([], False),
+    ],
+)
+def test_what_only_reads_goes_without_a_key(asked: Any, reads: bool) -> None:
+    """Under a key it could not read more than what is remembered."""
+    assert only_reads(asked) is reads

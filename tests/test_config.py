@@ -1,4 +1,4 @@
-"""Configuration: the guide's files load as they are, and every mistake is one clear sentence."""
+"""Configuration: the files in examples/ load as they are; every mistake is one clear sentence."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from dengine import config
 from dengine.config import InitialRole
 from dengine.errors import ConfigError
+from dengine.kv.recorder import WORK_KEYS_MAX
 from dengine.raft.membership import Settings, Status
 
 N1 = """\
@@ -202,6 +203,10 @@ OWN = "{ id = 1, address = "
         (N1 + "[raft.election]\nheartbeat_ms = 400\n", "must be at most a third of"),
         (N1 + "[read]\nlease_ms = 501\n", "read.lease_ms (501) must be at most half of"),
         (N1 + '[read]\ndefault = "stale"\n', "read.default must be one of 'linearizable', 'lease'"),
+        (
+            N1 + f"[limits]\nrange_delete = {WORK_KEYS_MAX + 1}\n",
+            f"limits.range_delete must be an integer from 1 to {WORK_KEYS_MAX}, not",
+        ),
         (N1 + "nodeid = 1\n", "unknown key 'cluster.nodeid'; did you mean 'cluster.node_id'?"),
         (N1 + "lease_ms = 1\n", "did you mean 'read.lease_ms'?"),
         (N1 + "[raft]\ntimeout_ms_min = 1\n", "did you mean 'raft.election.timeout_ms_min'?"),

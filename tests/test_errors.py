@@ -1,4 +1,4 @@
-"""The error table of DESIGN section 8: what each failure is called and what a caller may do."""
+"""The table of errors: what each failure is called and what a caller may do."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ TABLE = {
     "MethodNotAllowed": ("method_not_allowed", 405, 405, False, "none"),
     "JoinError": ("join_error", 1004, 409, False, "none"),
     "Conflict": ("conflict", 409, 409, False, "none"),
+    "StaleRequest": ("stale_request", 409, 409, False, "unknown"),
+    "Compacted": ("compacted", 410, 410, False, "none"),
     "LengthRequired": ("length_required", 411, 411, False, "none"),
     "PreconditionFailed": ("precondition_failed", 412, 412, False, "none"),
     "TooLarge": ("too_large", 413, 413, False, "none"),
     "UriTooLong": ("uri_too_long", 414, 414, False, "none"),
     "UnsupportedMedia": ("unsupported_media", 415, 415, False, "none"),
     "RangeNotSatisfiable": ("range_not_satisfiable", 416, 416, False, "none"),
+    "IdempotencyMismatch": ("idempotency_mismatch", 422, 422, False, "none"),
     "RateLimited": ("rate_limited", 4004, 429, True, "none"),
     "WatchOverflow": ("watch_overflow", 5001, 429, True, "none"),
     "HeadersTooLarge": ("headers_too_large", 431, 431, False, "none"),

@@ -34,7 +34,7 @@ def talk(level: str, style: str) -> list[str]:
 
 
 def test_text_lines() -> None:
-    """An operator's grep for the guide's lines works, and no message can fake one."""
+    """An operator's grep for the lines a node announces works, and no message can fake one."""
     announced, information, error = talk("info", "text")
     assert announced == "[Node 7] Follower → Candidate (term 1)"
     time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dengine.cli.main import main
 from dengine.cli.serve import _feed_watchdog
 from tests.cluster import ROOT, Cluster, ServeProcess, free_port, node_environment, wait_for
 from tests.node.hosts import until
@@ -146,6 +148,8 @@ def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
     for operation in ("put", "get"):
         result = json.loads(dengine(node, "bench", operation, "--seconds", "0.3", "--json"))
         assert result["ops_per_s"] > 0
+    large = ("--value-bytes", "1048576", "--keys", "20", "--connections", "4", "--seconds", "0.1")
+    assert b"ops_per_s" in dengine(node, "bench", "get", *large), "more than one change may delete"
     assert dengine(node, "list", "--count") == b"0\n", "bench leaves nothing behind"
 
 
@@ -327,3 +331,17 @@ def test_an_address_of_another_machine(node: ServeProcess, host: str, expected: 
     assert f"{node.config}: cluster.listen_address: cannot listen on {host}:9081" in stderr
     assert stderr.count("\n") == 1
     assert not (node.cwd / "db").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EMFILE, 75), (errno.EIO, 74)])
+def test_what_the_system_refuses_ends_serve_as_documented(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    """Also where it is not the node that meets it: 1 is no exit code of `serve`."""
+
+    def refused(path: Path | None) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("dengine.cli.serve.serve", refused)
+    assert main(["serve"]) == code
+    assert os.strerror(number) in capsys.readouterr().err

@@ -12,17 +12,18 @@ from aiohttp import web
 
 from dengine.api import params
 from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
-from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
+from dengine.api.protocol import Request, Response, json_response
 from dengine.api.routes import Body, Handler, Parameter, Route
-from dengine.config import MAX_ZONE, parse_address
+from dengine.api.sse import stream
+from dengine.config import IDEMPOTENCY_WINDOW_MIN_S, MAX_ZONE, parse_address
 from dengine.errors import InvalidRequest, Unauthorized, WatchOverflow
+from dengine.kv.commands import COMMAND_VERSION
 
 if TYPE_CHECKING:
     from dengine.config import Config
     from dengine.node.node import Node
 
 _CANCELLED = b'event: cancelled\ndata: {"reason":"too slow, or the node is stopping"}\n\n'
-COMMENT_INTERVAL_S = 15.0  # keeps proxies and clients sure that an idle stream is alive
 
 NodeId = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
@@ -60,7 +61,9 @@ class SettingsUpdate(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=T
     # The same ranges as those of [kv] in the configuration.
     history_revisions: Annotated[int, msgspec.Meta(ge=0, le=10**12)] | None = None
     history_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] | None = None
-    idempotency_window_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)] | None = None
+    idempotency_window_s: (
+        Annotated[int, msgspec.Meta(ge=IDEMPOTENCY_WINDOW_MIN_S, le=86_400)] | None
+    ) = None
 
 
 class ClusterCalls:
@@ -127,43 +130,12 @@ class ClusterCalls:
         if self._watchers >= self._max_watchers:
             raise WatchOverflow(f"{self._max_watchers} watchers are connected already")
         self._node.view_here()  # what it raises is an answer now, and would break a stream later
-        stream = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        )
+        following = _Following(self._node.membership_events(), self._closing)
         self._watchers += 1
         try:
-            await _send(stream, stream.prepare(request.as_aiohttp()))
-            await self._forward_events(request, stream, self._node.membership_events())
-            await _send(stream, stream.write_eof())
+            return await stream(request, following.next, following.end)
         finally:
             self._watchers -= 1
-        return cast(Response, stream)
-
-    async def _forward_events(
-        self,
-        request: Request,
-        stream: web.StreamResponse,
-        events: AsyncIterator[dict[str, Any]],
-    ) -> None:
-        """Write events until the client leaves, the node stops or the watcher is too slow."""
-        request.lost = lost = self._loop.create_future()
-        following = asyncio.ensure_future(anext(events))
-        ends: set[asyncio.Future[None]] = {lost, self._closing}
-        try:
-            while not (lost.done() or self._closing.done()):
-                waiting: set[asyncio.Future[Any]] = {following, *ends}
-                await asyncio.wait(
-                    waiting, timeout=COMMENT_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                text = b":\n\n"
-                if following.done():
-                    text = b"event: membership\ndata: %b\n\n" % orjson.dumps(following.result())
-                    following = asyncio.ensure_future(anext(events))
-                await _send(stream, stream.write(text))
-        except StopAsyncIteration:
-            await _send(stream, stream.write(_CANCELLED))
-        finally:
-            following.cancel()
 
     async def peer(self, request: Request) -> Response:
         """Hand the connection over to the peers, which speak WebSocket on it from here on."""
@@ -174,9 +146,6 @@ class ClusterCalls:
             response = await self._node.peers.accept(aiohttp_request)
         except web.HTTPException as error:
             raise InvalidRequest(f"not a WebSocket handshake: {error.text}") from None
-        if not response.prepared:
-            await response.prepare(aiohttp_request)
-            await response.write_eof()
         return cast(Response, response)
 
     async def _body(self, request: Request, shape: type[params.T]) -> params.T:
@@ -186,13 +155,42 @@ class ClusterCalls:
         return self._loop.time() + params.timeout_s(request)
 
 
-async def _send(stream: web.StreamResponse, write: Any) -> None:
-    """Await one write of a stream; a client that takes nothing for WRITE_STALL_S is dropped."""
-    try:
-        async with asyncio.timeout(WRITE_STALL_S):
-            await write
-    except TimeoutError:
-        raise ConnectionResetError("the client stopped reading its stream") from None
+class _Following:
+    """The views of the membership as events, until all is over."""
+
+    def __init__(self, views: AsyncIterator[dict[str, Any]], closing: asyncio.Future[None]) -> None:
+        self._views = views
+        self._next: asyncio.Task[dict[str, Any] | None] | None = None
+        self._left: asyncio.Future[None] = closing.get_loop().create_future()
+        self._ends = (self._left, closing)
+
+    async def next(self) -> bytes:
+        """See `stream`. What has been waited for outlives a cancelled wait: an iterator that is
+        cancelled has ended.
+        """
+        if any(end.done() for end in self._ends):
+            raise StopAsyncIteration
+        if self._next is None:
+            self._next = asyncio.ensure_future(_next(self._views))
+        waiting: set[asyncio.Future[Any]] = {self._next, *self._ends}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not self._next.done():
+            raise StopAsyncIteration
+        view, self._next = self._next.result(), None
+        if view is None:
+            self.end()
+            return _CANCELLED
+        return b"event: membership\ndata: %b\n\n" % orjson.dumps(view)
+
+    def end(self) -> None:
+        if not self._left.done():
+            self._left.set_result(None)
+        if self._next is not None:
+            self._next.cancel()
+
+
+async def _next(views: AsyncIterator[dict[str, Any]]) -> dict[str, Any] | None:
+    return await anext(views, None)
 
 
 def _node_id(text: str) -> int:
@@ -215,7 +213,7 @@ def _some(change: dict[str, Any]) -> dict[str, Any]:
     return change
 
 
-_ID = Parameter("id", "node id", 2, True, "path")
+_ID = Parameter("id", "node id", 2, True, "path", minimum=1, maximum=2**32 - 1)
 _VIEW = Body(
     "the cluster as its leader sees it",
     {
@@ -250,6 +248,7 @@ _VIEW = Body(
         "fault_tolerance": 0,
         "advice": "one voter tolerates no failure: join two more nodes",
     },
+    nullable=frozenset({"leader", "match", "lag", "ready", "fault_tolerance"}),
 )
 _JOINED = {
     "cluster_id": "6c789e114b3c0c52701eaefa5361b817",
@@ -267,7 +266,7 @@ _CHANGE_ERRORS = (409, 503, 504)
 
 
 def routes(calls: ClusterCalls) -> list[Route]:
-    """The calls of DESIGN 8 on the cluster."""
+    """The calls on the cluster, its members and its settings."""
     return [
         Route(
             "GET", "/v1/cluster", calls.show, "Show the cluster", {200: _VIEW}, errors=(503, 504)
@@ -288,10 +287,15 @@ def routes(calls: ClusterCalls) -> list[Route]:
             calls.peer,
             "Peer stream (WebSocket, between nodes only)",
             {101: Body("switching protocols")},
+            errors=(503,),
             streams=True,
             access="open",  # with a challenge of its own
         ),
     ]
+
+
+def _takes(shape: type, example: dict[str, Any]) -> Body:
+    return Body("JSON object", example, shape=shape)
 
 
 def _changes(calls: ClusterCalls) -> list[Route]:
@@ -302,18 +306,26 @@ def _changes(calls: ClusterCalls) -> list[Route]:
         "address": "127.0.0.1:9082",
         "zone": "az-b",
         "status": "promotable",
+        "command_version": COMMAND_VERSION,
     }
     moved = {"id": 2, "address": "127.0.0.1:9092", "zone": "az-b", "status": "active"}
     promoted = {"promoted": [2, 3], "voters": [1, 2, 3]}
     settings = {"settings": {**_VIEW.example["settings"], "promotion": "odd"}}
-    table: list[tuple[str, str, Handler, str, dict[str, Any] | None, dict[str, Any]]] = [
-        ("POST", "/v1/cluster/members", calls.join, "Join as a learner", join, _JOINED),
+    table: list[tuple[str, str, Handler, str, Body | None, dict[str, Any]]] = [
+        (
+            "POST",
+            "/v1/cluster/members",
+            calls.join,
+            "Join as a learner",
+            _takes(Join, join),
+            _JOINED,
+        ),
         (
             "PUT",
             member,
             calls.update_member,
             "Change a member",
-            {"address": moved["address"]},
+            _takes(MemberUpdate, {"address": moved["address"]}),
             moved,
         ),
         ("DELETE", member, calls.remove_member, "Remove a member for good", None, _REMOVED),
@@ -322,7 +334,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             "/v1/cluster/promote",
             calls.promote,
             "Promote learners",
-            {"ids": [2, 3]},
+            _takes(Promote, {"ids": [2, 3]}),
             promoted,
         ),
         (
@@ -330,7 +342,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             "/v1/cluster/leader",
             calls.transfer_leader,
             "Transfer leadership",
-            {"id": 2},
+            _takes(Leader, {"id": 2}),
             {"leader": 2},
         ),
         (
@@ -338,7 +350,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             "/v1/cluster/settings",
             calls.change_settings,
             "Change replicated settings",
-            {"promotion": "odd"},
+            _takes(SettingsUpdate, {"promotion": "odd"}),
             settings,
         ),
     ]
@@ -350,9 +362,9 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             summary,
             {200: Body("done", reply)},
             (_ID,) if path is member else (),
-            None if example is None else Body("JSON object", example),
-            _CHANGE_ERRORS if example is None else (*_BODY_ERRORS, *_CHANGE_ERRORS),
+            body,
+            _CHANGE_ERRORS if body is None else (*_BODY_ERRORS, *_CHANGE_ERRORS),
             access="join" if handler == calls.join else "token",
         )
-        for method, path, handler, summary, example, reply in table
+        for method, path, handler, summary, body, reply in table
     ]

@@ -66,10 +66,10 @@ class HealthCalls:
 
 
 def routes(calls: HealthCalls) -> list[Route]:
-    """The health calls of DESIGN 8."""
+    """What supervisors, load balancers and metrics ask."""
     ok = Body("yes", _OK)
     verbose = Parameter("verbose", "name every check", True)
-    lag = Parameter("lag", "most entries it may be behind", 100)
+    lag = Parameter("lag", "most entries it may be behind", 100, minimum=0, maximum=MAX_LAG)
     status = {"node_id": 1, "role": "leader", "term": 2, "commit_index": 12, "last_applied": 12}
     metrics = Body("Prometheus text", "dengine_term 2.0\n", "text/plain")
     return [

@@ -12,32 +12,44 @@ from dengine.api.params import BodyReader
 from dengine.api.protocol import Request, Response, json_response
 from dengine.api.routes import Body, Parameter, Route
 from dengine.errors import (
+    IdempotencyMismatch,
     InvalidRequest,
     KeyNotFound,
+    NotFound,
     PreconditionFailed,
     ProposeFailed,
+    RateLimited,
     RequestTimeout,
+    StaleRequest,
     TooLarge,
 )
 from dengine.kv.commands import (
+    TTL_S_MAX,
     ConditionFailed,
     Delete,
     DeleteRange,
     DeleteResult,
+    ExpiringPut,
+    Full,
     Invalid,
+    Mismatch,
+    NoLease,
     Put,
     PutResult,
     Result,
+    Stale,
     TooMany,
+    TooMuch,
     prefix_end,
 )
 
 if TYPE_CHECKING:
     from dengine.config import Config
-    from dengine.kv.machine import Record
+    from dengine.kv.store import Record
     from dengine.node.node import Node
 
 CONSISTENCY_LEVELS = ("linearizable", "lease", "eventual")
+DEFAULT_BARRIER = CONSISTENCY_LEVELS[0]
 
 _VALUE_HEADERS = (
     b'Content-Type: application/octet-stream\r\nETag: "%d"\r\n'
@@ -51,6 +63,7 @@ class KvCalls:
     def __init__(self, node: Node, config: Config, bodies: BodyReader) -> None:
         self._node = node
         self._limits = config.limits
+        self.page_max = config.limits.page
         self._default_consistency = config.read.default
         self._bodies = bodies
         self._loop = asyncio.get_running_loop()
@@ -63,7 +76,12 @@ class KvCalls:
         value = self._bodies.ready(request, limit)
         if value is None:
             value = await self._bodies.read(request, limit)
-        result = await self._node.write(Put(key, value, condition), self._loop.time() + timeout_s)
+        life = params.expiry(request.params) if request.params else None
+        command: Put | ExpiringPut = Put(key, value, condition)
+        if life is not None:
+            command = ExpiringPut(key, value, condition, *life)
+        once = params.once_key(request, value)
+        result = await self._node.write(command, self._loop.time() + timeout_s, once)
         if type(result) is not PutResult:
             raise refusal(result)
         revision = result.revision
@@ -81,6 +99,9 @@ class KvCalls:
         if record is None:
             raise KeyNotFound("there is no such key")
         headers = _VALUE_HEADERS % (record.mod_revision, state.revision)
+        ttl_s = self._node.lifetimes.remaining_s(record)
+        if ttl_s is not None:
+            headers += b"Dengine-TTL: %d\r\n" % ttl_s
         status = _evaluate(request, record)
         return Response(status, record.value if status == 200 else b"", headers)
 
@@ -122,7 +143,7 @@ class KvCalls:
 
     async def _write(self, request: Request, command: Delete | DeleteRange) -> Response:
         deadline = self._loop.time() + params.timeout_s(request)
-        result = await self._node.write(command, deadline)
+        result = await self._node.write(command, deadline, params.once_key(request, b""))
         if not isinstance(result, DeleteResult):
             raise refusal(result)
         return json_response({"revision": result.revision, "deleted": result.deleted})
@@ -185,7 +206,8 @@ class KvCalls:
     def _page(self, start: bytes, end: bytes | None, limit: int, keys_only: bool) -> dict[str, Any]:
         """One page; it may hold fewer rows than `limit` (the store bounds its size in bytes)."""
         page = self._node.state.page(start, end, limit, keys_only)
-        rows = [row(key, record, keys_only) for key, record in page.items]
+        remaining_s = self._node.lifetimes.remaining_s
+        rows = [row(key, record, remaining_s(record), keys_only) for key, record in page.items]
         token = None if page.next is None else base64.urlsafe_b64encode(page.next).decode()
         return {"revision": page.revision, "items": rows, "count": len(rows), "next": token}
 
@@ -223,19 +245,21 @@ def _evaluate(request: Request, record: Record) -> int:
     return 304 if not known or any(tag == current for _, tag in known) else 200
 
 
-def row(key: bytes, record: Record, keys_only: bool = False) -> dict[str, Any]:
-    """A key as listings and transactions show it."""
-    shown = _text_or_base64("key", key)
+def row(key: bytes, record: Record, ttl_s: int | None, keys_only: bool = False) -> dict[str, Any]:
+    """A key as listings and transactions show it; `ttl_s` as `Lifetimes.remaining_s` has it."""
+    shown = text_or_base64("key", key)
     if not keys_only:
-        shown |= _text_or_base64("value", record.value)
+        shown |= text_or_base64("value", record.value)
     shown["mod_revision"] = record.mod_revision
     shown["create_revision"] = record.create_revision
     shown["version"] = record.version
-    shown["ttl"] = shown["lease"] = None
+    shown["ttl"] = ttl_s
+    shown["lease"] = record.lease or None
     return shown
 
 
-def _text_or_base64(name: str, data: bytes) -> dict[str, Any]:
+def text_or_base64(name: str, data: bytes) -> dict[str, Any]:
+    """`data` as JSON has it: a string where it is UTF-8, else under another name."""
     try:
         return {name: data.decode()}
     except UnicodeDecodeError:
@@ -260,6 +284,31 @@ def refusal(result: Result) -> Exception:
             return TooLarge(
                 f"more than {limit} keys match and nothing was deleted: delete in smaller ranges"
             )
+        case TooMuch(limit_bytes, limit_keys):
+            return TooLarge(
+                f"the values that this reads, replaces or deletes have more than {limit_bytes} "
+                f"bytes, or it looks at more than {limit_keys} keys (at one as often as an "
+                "operation meets it), and nothing was changed: do it in smaller parts"
+            )
+        case NoLease(lease):
+            return NotFound(f"there is no lease {lease[:64]}: it never was, or it has ended")
+        case Stale(forgotten):
+            return StaleRequest(
+                f"results of this client are kept for its newest 1000 requests, and those up to "
+                f"number {forgotten} are forgotten: whether this one was ever carried out is not "
+                "known"
+            )
+        case Mismatch():
+            return IdempotencyMismatch(
+                "another request came with this Idempotency-Key: a key is for one request and its "
+                "repetitions"
+            )
+        case Full(what):
+            return RateLimited(
+                f"no more {what} can be remembered for exactly-once: try again later, or without "
+                "an Idempotency-Key",
+                full=what,
+            )
         case Invalid(message):
             return InvalidRequest(message)
     return ProposeFailed(f"unexpected result {type(result).__name__}", outcome="unknown")
@@ -269,17 +318,41 @@ _KEY = Parameter(
     "key", "1 to 511 bytes (longer: 413), percent-decoded once", "config/color", True, "path"
 )
 _KEY_BASE64 = Parameter("key_base64", "the key in base64: addresses any key at all", "Y29uZmln")
-_CONSISTENCY = Parameter("consistency", "linearizable, lease or eventual", "linearizable")
+_CONSISTENCY = Parameter(
+    "consistency",
+    "what a read sees; else read.default of the configuration",
+    "linearizable",
+    values=("linearizable", "lease", "eventual"),
+)
 _IF_MATCH = Parameter("If-Match", "revisions that may be current, or *", '"7"', place="header")
-_ABSENT = Parameter("If-None-Match", "*: only if the key does not exist", "*", place="header")
+_ABSENT = Parameter(
+    "If-None-Match", "*: only if the key does not exist", "*", place="header", values=("*",)
+)
 _KNOWN = Parameter("If-None-Match", "tags the client already has", '"7"', place="header")
-_LENGTH = Parameter("Content-Length", "size of the value", 4, True, place="header")
+_TTL = Parameter("ttl", "seconds until the key expires", 60, minimum=1, maximum=TTL_S_MAX)
+_LEASE = Parameter("lease", "or the lease that it is attached to", "2f1-0-6c789e114b3c")
+IDEMPOTENT = Parameter(
+    "Idempotency-Key",
+    "1 to 128 visible ASCII characters, or CLIENT:N with a number that grows: however often the "
+    "request comes with it, it is carried out once, and its first answer comes back",
+    "4f9c2a:17",
+    place="header",
+)
 _PREFIX = Parameter("prefix", "keys that begin with this", "config/")
 _START = Parameter("start", "first key of a range", "config/a")
 _END = Parameter("end", "first key behind the range", "config/n")
 
-_VALUE = Body("any bytes, up to 1 MiB", "blue", "application/octet-stream")
-_FOUND = Body("the value", "blue", "application/octet-stream", ("ETag", "Dengine-Revision"))
+_VALUE = Body(
+    "any bytes, up to 1 MiB, with their number in Content-Length",
+    "blue",
+    "application/octet-stream",
+)
+_FOUND = Body(
+    "the value; Dengine-TTL is there where it expires",
+    "blue",
+    "application/octet-stream",
+    ("ETag", "Dengine-Revision", "Dengine-TTL"),
+)
 _WRITTEN = Body("stored", {"revision": 7, "created": True}, headers=("ETag",))
 _DELETED = Body("deleted", {"revision": 8, "deleted": 1})
 _PAGE = Body(
@@ -301,11 +374,12 @@ _PAGE = Body(
         "next": None,
     },
 )
-_WRITE_ERRORS = (411, 412, 413, 415, 429, 503, 504, 507)
+_WRITE_ERRORS = (409, 411, 412, 413, 415, 422, 429, 503, 504, 507)
+_DELETE_ERRORS = (409, 412, 413, 422, 429, 503, 504, 507)
 
 
 def routes(calls: KvCalls) -> list[Route]:
-    """The calls of DESIGN 8 on keys."""
+    """The calls on keys."""
     return [*_single_key(calls), *_many_keys(calls)]
 
 
@@ -318,7 +392,7 @@ def _single_key(calls: KvCalls) -> list[Route]:
             calls.put,
             "Store a value",
             {200: _WRITTEN},
-            (_KEY, _LENGTH, _IF_MATCH, _ABSENT),
+            (_KEY, _TTL, _LEASE, _IF_MATCH, _ABSENT, IDEMPOTENT),
             _VALUE,
             _WRITE_ERRORS,
         ),
@@ -337,8 +411,8 @@ def _single_key(calls: KvCalls) -> list[Route]:
             calls.delete,
             "Delete a key",
             {200: _DELETED},
-            (_KEY, _IF_MATCH, _ABSENT),
-            errors=(412, 413, 429, 503, 504, 507),
+            (_KEY, _IF_MATCH, _ABSENT, IDEMPOTENT),
+            errors=_DELETE_ERRORS,
         ),
     ]
 
@@ -346,7 +420,7 @@ def _single_key(calls: KvCalls) -> list[Route]:
 def _many_keys(calls: KvCalls) -> list[Route]:
     path = "/v1/kv"
     page = (
-        Parameter("limit", "rows per page, 1 to 1000", 100),
+        Parameter("limit", "rows per page", 100, minimum=1, maximum=calls.page_max),
         Parameter("after", "the `next` of the page before", "Y29uZmlnL2M"),
         Parameter("keys_only", "leave the values out", True),
         Parameter("count_only", "count all keys of the selection, list none", True),
@@ -370,7 +444,14 @@ def _many_keys(calls: KvCalls) -> list[Route]:
             calls.put,
             "Store a value under any key",
             {200: _WRITTEN},
-            (replace(_KEY_BASE64, required=True), _LENGTH, _IF_MATCH, _ABSENT),
+            (
+                replace(_KEY_BASE64, required=True),
+                _TTL,
+                _LEASE,
+                _IF_MATCH,
+                _ABSENT,
+                IDEMPOTENT,
+            ),
             _VALUE,
             _WRITE_ERRORS,
         ),
@@ -388,7 +469,8 @@ def _many_keys(calls: KvCalls) -> list[Route]:
                 _KEY_BASE64,
                 _IF_MATCH,
                 _ABSENT,
+                IDEMPOTENT,
             ),
-            errors=(412, 413, 429, 503, 504, 507),
+            errors=_DELETE_ERRORS,
         ),
     ]

@@ -6,11 +6,15 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
-from dengine import __version__
+import msgspec
+
+from dengine import __version__, errors
 from dengine.api.routes import Access, Body, Parameter, Route
+from dengine.errors import DengineError
 from dengine.security import SCHEME
 
-COMMON_ERRORS = (400, 404, 405, 414, 431)
+_REF = "#/components/schemas/{name}"
+COMMON_ERRORS = (400, 404, 405, 414, 429, 431, 500)
 
 _TOKEN = {
     "type": "http",
@@ -49,14 +53,68 @@ _ERROR_SCHEMA: dict[str, Any] = {
             "type": "object",
             "properties": {"id": {"type": "integer"}, "address": {"type": "string"}},
         },
+        "current_revision": {
+            "type": ["integer", "null"],
+            "description": "of 412: the revision of the key, null where it does not exist",
+        },
+        "compact_revision": {
+            "type": "integer",
+            "description": "of 410: the newest revision that is not kept any more",
+        },
+        "full": {
+            "enum": ["keys", "clients", "bytes"],
+            "description": "of 429 for an Idempotency-Key: what there is no more room to remember",
+        },
+        "maximum": {"type": "integer", "description": "of 400: the most that a number may be"},
+        "reasons": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "of 503: why this node is not ready",
+        },
+        "size_bytes": {"type": "integer", "description": "of 416: the size of the file"},
+        "allow": {"type": "string", "description": "of 405: the methods that are possible"},
     },
 }
+# One of each status; where several errors share it, the likeliest.
+_ERRORS: dict[int, DengineError] = {
+    error.status: error
+    for error in (
+        errors.InvalidRequest("the key is empty: a key has 1 to 511 bytes"),
+        errors.Unauthorized("this call needs the token of this cluster"),
+        errors.Forbidden("this call is for nodes of this cluster"),
+        errors.NotFound("nothing is served under this path; GET /v1/openapi.json lists what is"),
+        errors.MethodNotAllowed("POST is not possible here; use one of GET", allow="GET"),
+        errors.Conflict("node 2 is no learner"),
+        errors.Compacted("the history begins after revision 41", compact_revision=41),
+        errors.LengthRequired("a body needs a Content-Length"),
+        errors.PreconditionFailed(
+            "the condition does not hold: the key is at 7", current_revision=7
+        ),
+        errors.TooLarge("the value has 1048577 bytes; at most 1048576 are allowed"),
+        errors.UriTooLong("the request target is longer than 8192 bytes"),
+        errors.UnsupportedMedia("the body must be application/json"),
+        errors.RangeNotSatisfiable("the file has 4096 bytes", size_bytes=4096),
+        errors.IdempotencyMismatch("another request came with this Idempotency-Key"),
+        errors.RateLimited("10000 writes wait already: try again later"),
+        errors.HeadersTooLarge("the header is larger than 8191 bytes"),
+        errors.DengineError("unexpected error in this node", outcome="unknown"),
+        errors.ClusterUnavailable("no leader is known: try again, or ask another node"),
+        errors.RequestTimeout("no majority confirmed the write in time"),
+        errors.DiskFull("less than 268435456 bytes are free: free some space"),
+    )
+}
+# What these have for certain beside the rest.
+_DETAILS = {410: "compact_revision", 412: "current_revision"}
 
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:
     """The whole document for `routes`, ready for JSON."""
     paths: dict[str, dict[str, Any]] = {}
+    shapes: list[type] = []
     for route in routes:
+        for body in (route.body, *route.replies.values()):
+            if body is not None and body.shape is not None:
+                shapes.append(body.shape)
         operations = paths.setdefault(route.path, {})
         operations[route.method.lower()] = _operation(route)
         if route.has_head:
@@ -71,16 +129,22 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": {"Error": _ERROR_SCHEMA},
+            "schemas": {"Error": _ERROR_SCHEMA, **_schemas(shapes)},
             "securitySchemes": {"token": _TOKEN, "peer": _PEER},
         },
     }
 
 
+def _schemas(shapes: list[type]) -> dict[str, Any]:
+    """What the decoder itself takes, and what replies have, by name."""
+    _, schemas = msgspec.json.schema_components(shapes, ref_template=_REF)
+    return schemas
+
+
 def _operation(route: Route, prefix: str = "") -> dict[str, Any]:
     name = "".join(part.capitalize() for part in route.summary.replace("?", "").split())
     where = "" if "{" in route.path else "At" + route.path.title().replace("/", "")
-    errors = (*COMMON_ERRORS, *(() if route.access == "open" else (401,)), *route.errors)
+    refusals = (*COMMON_ERRORS, *(() if route.access == "open" else (401,)), *route.errors)
     operation: dict[str, Any] = {
         "operationId": f"{prefix}{route.method.capitalize() if not prefix else ''}{name}{where}",
         "summary": route.summary,
@@ -90,7 +154,7 @@ def _operation(route: Route, prefix: str = "") -> dict[str, Any]:
         ],
         "responses": {
             **{str(status): _reply(body) for status, body in route.replies.items()},
-            **{str(status): _error(status) for status in errors},
+            **{str(status): _error(status) for status in refusals},
         },
         "security": _SECURITY[route.access],
     }
@@ -101,25 +165,60 @@ def _operation(route: Route, prefix: str = "") -> dict[str, Any]:
 
 def _parameter(parameter: Parameter) -> dict[str, Any]:
     kinds = {bool: "boolean", int: "integer", str: "string"}
+    schema: dict[str, Any] = {"type": kinds[type(parameter.example)]}
+    if parameter.minimum is not None:
+        schema["minimum"] = parameter.minimum
+    if parameter.maximum is not None:
+        schema["maximum"] = parameter.maximum
+    if parameter.values:
+        schema["enum"] = list(parameter.values)
     return {
         "name": parameter.name,
         "in": parameter.place,
         "required": parameter.required,
         "description": parameter.text,
-        "schema": {"type": kinds[type(parameter.example)]},
+        "schema": schema,
         "example": parameter.example,
     }
 
 
 _TIMEOUT = _parameter(
-    Parameter("Dengine-Timeout-Ms", "100 to 60000, default 5000", 5000, place="header")
+    Parameter(
+        "Dengine-Timeout-Ms",
+        "how long it may take; default 5000",
+        5000,
+        place="header",
+        minimum=100,
+        maximum=60_000,
+    )
 )
 
 
 def _content(body: Body) -> dict[str, Any]:
-    kind = "object" if isinstance(body.example, dict) else "string"
-    content = {body.media_type: {"schema": {"type": kind}, "example": body.example}}
+    if body.shape is not None:
+        schema = {"$ref": _REF.format(name=body.shape.__name__)}
+    elif body.media_type == "application/json":
+        schema = _schema(body.example, body.nullable)
+    else:
+        schema = {"type": "string"}
+    content = {body.media_type: {"schema": schema, "example": body.example}}
     return content if body.otherwise is None else content | _content(body.otherwise)
+
+
+def _schema(example: Any, nullable: frozenset[str], name: str = "") -> dict[str, Any]:
+    """What `example` is one of. The properties in `nullable` may be null as well; of those that are
+    null in the example nothing more is said.
+    """
+    if example is None:
+        return {}
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
+    kind = kinds.get(type(example), "object")
+    schema: dict[str, Any] = {"type": [kind, "null"] if name in nullable else kind}
+    if kind == "array":
+        schema["items"] = _schema(example[0], nullable) if example else {}
+    elif kind == "object":
+        schema["properties"] = {n: _schema(part, nullable, n) for n, part in example.items()}
+    return schema
 
 
 def _reply(body: Body) -> dict[str, Any]:
@@ -133,8 +232,10 @@ def _reply(body: Body) -> dict[str, Any]:
 
 
 def _error(status: int) -> dict[str, Any]:
-    schema = {"$ref": "#/components/schemas/Error"}
+    schema: dict[str, Any] = {"$ref": "#/components/schemas/Error"}
+    if status in _DETAILS:
+        schema = {"allOf": [schema, {"type": "object", "required": [_DETAILS[status]]}]}
     return {
         "description": HTTPStatus(status).phrase,
-        "content": {"application/json": {"schema": schema}},
+        "content": {"application/json": {"schema": schema, "example": _ERRORS[status].to_dict()}},
     }

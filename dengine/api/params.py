@@ -10,6 +10,7 @@ import asyncio
 import base64
 import binascii
 import re
+from hashlib import blake2b
 from typing import TYPE_CHECKING, TypeVar, cast
 from urllib.parse import unquote_to_bytes
 
@@ -23,7 +24,8 @@ from dengine.errors import (
     TooLarge,
     UnsupportedMedia,
 )
-from dengine.kv.commands import Condition
+from dengine.kv.commands import TTL_S_MAX, Condition
+from dengine.node.writes import OnceKey, parse_once
 
 if TYPE_CHECKING:
     from dengine.api.protocol import Request
@@ -41,6 +43,7 @@ IDEMPOTENCY_KEY = istr("Idempotency-Key")
 IF_MATCH = istr("If-Match")
 IF_NONE_MATCH = istr("If-None-Match")
 TIMEOUT_MS = istr("Dengine-Timeout-Ms")
+TRANSFER_ENCODING = istr("Transfer-Encoding")
 
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _ENTITY_TAG = re.compile(r'\s*(W/)?"([\x21\x23-\x7e\x80-\uffff]*)"\s*(?:,|$)')
@@ -87,8 +90,6 @@ def parse_query(raw: str | None, allowed: frozenset[str]) -> dict[str, bytes]:
 
 
 def _unknown_parameter(name: str, allowed: frozenset[str]) -> str:
-    if name in ("ttl", "lease"):
-        return f"query parameter {name} is not supported yet: this version has no TTLs or leases"
     known = ", ".join(sorted(allowed)) or "none"
     return f"unknown query parameter {name[:64]!r}; known here: {known}"
 
@@ -180,8 +181,52 @@ def write_condition(request: Request) -> Condition | None:
     return Condition(if_match=revisions, if_none_match=absent is not None)
 
 
+def expiry(query: dict[str, bytes]) -> tuple[int, str] | None:
+    """The TTL in seconds or the lease (0 or "" is the other) of a put; None: it stays."""
+    if "ttl" not in query and "lease" not in query:
+        return None
+    if "ttl" in query and "lease" in query:
+        raise InvalidRequest("a value has a TTL or a lease: give ttl or lease, not both")
+    if "ttl" in query:
+        return integer(query, "ttl", 1, 1, TTL_S_MAX), ""
+    lease = query["lease"].decode("utf-8", "replace")
+    if not lease:
+        raise InvalidRequest("query parameter lease is empty: it is the id of a lease")
+    return 0, lease
+
+
+def origin_form(target: str) -> str:
+    """Path and query of a request target: the absolute form, http://host/path, is what proxies
+    send (RFC 9112 3.2.2)."""
+    return target if target.startswith("/") else "/" + target.partition("://")[2].partition("/")[2]
+
+
+def once_key(request: Request, body: bytes) -> OnceKey | None:
+    """The Idempotency-Key of a write, with what tells this request from another one:
+    method, path and query as they came, conditions, and the body.
+    """
+    headers = request.message.headers
+    if IDEMPOTENCY_KEY not in headers:
+        return None
+    texts = headers.getall(IDEMPOTENCY_KEY)
+    if len(texts) > 1:
+        raise InvalidRequest("header Idempotency-Key is given twice")
+    parts = [request.message.method, origin_form(request.message.path)]
+    for name in (IF_MATCH, IF_NONE_MATCH):
+        parts.append(", ".join(headers.getall(name, ())))
+    digest = blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=16)
+    digest.update(b"\0" + body)
+    return parse_once(texts[0].strip(), digest.digest())
+
+
+def announces_body(request: Request) -> bool:
+    """A request without either of these headers has no body (RFC 9112 6.3)."""
+    headers = request.message.headers
+    return CONTENT_LENGTH in headers or TRANSFER_ENCODING in headers
+
+
 class BodyReader:
-    """Reads request bodies within DESIGN 11: a size, a pace, and a bound on what is half-read.
+    """Reads request bodies: a size, a pace, and a bound on what is half-read (docs/reference.md).
 
     Args:
         pending_bytes: how much may be announced by all bodies under way together.

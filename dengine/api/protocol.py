@@ -5,8 +5,8 @@ whole PUT (a full `web.Request` and `web.Response` are half of its time, and it 
 every request). So a request here is five slots over the parsed message, all requests of a
 connection run in its one task, and a response is bytes that were put together once.
 
-Every limit of DESIGN 11 that a slow or oversized *sender* can hit is enforced in this file; all
-refusals are the JSON of DESIGN 8.
+Every limit (docs/reference.md) that a slow or oversized *sender* can hit is enforced in this file;
+all refusals are the JSON of `DengineError.to_dict`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import asyncio
 import logging
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from email.utils import formatdate
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
@@ -48,38 +49,15 @@ MAX_HEADER_FIELDS = 64
 HEADER_TIMEOUT_S = 5.0
 IDLE_TIMEOUT_S = 75.0
 LINGER_S = 2.0  # how long the rest of a refused request is read, so that the refusal arrives
-WRITE_STALL_S = 30.0
+WRITE_STALL_S = 30.0  # for a client to take
+SLICE_BYTES = 64 * 1024  # so much of its response
 MAX_CONNECTIONS = 16_384
 SPARE_FILES = 128  # descriptors kept for the disk and for peers when the limit is lower
 ALL_METHODS = "GET, HEAD, PUT, POST, DELETE, OPTIONS"
 
-_REASONS = {
-    200: b"OK",
-    202: b"Accepted",
-    204: b"No Content",
-    304: b"Not Modified",
-    400: b"Bad Request",
-    401: b"Unauthorized",
-    403: b"Forbidden",
-    404: b"Not Found",
-    405: b"Method Not Allowed",
-    409: b"Conflict",
-    410: b"Gone",
-    411: b"Length Required",
-    412: b"Precondition Failed",
-    413: b"Content Too Large",
-    414: b"URI Too Long",
-    415: b"Unsupported Media Type",
-    416: b"Range Not Satisfiable",
-    422: b"Unprocessable Content",
-    429: b"Too Many Requests",
-    431: b"Request Header Fields Too Large",
-    500: b"Internal Server Error",
-    503: b"Service Unavailable",
-    504: b"Gateway Timeout",
-    507: b"Insufficient Storage",
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
-_STATUS_LINES = {code: b"HTTP/1.1 %d %s\r\n" % (code, text) for code, text in _REASONS.items()}
 
 _date_second = 0
 _date_line = b""
@@ -180,11 +158,15 @@ class Response:
         # A body nobody will read ends the connection: a client must not take it for reusable.
         hang_up = self.close or not request.payload.is_eof()
         last = hang_up or protocol.ending or request.message.should_close
-        transport.write(self._encode(request, last))
+        data = self._encode(request, last)
+        if hang_up or len(data) <= SLICE_BYTES:
+            transport.write(data)
+        else:
+            await _write_slices(protocol, transport, data)
         if hang_up:
             protocol.hang_up()
         elif protocol.writing_paused:
-            await _drain(protocol)
+            await taken(protocol, _drain(protocol))
 
     async def write_eof(self) -> None:
         """aiohttp's second hook; `prepare` has written all there is."""
@@ -211,14 +193,37 @@ class Response:
         )
 
 
-async def _drain(protocol: Connection) -> None:
-    """Wait until a slow reader took its response, at most WRITE_STALL_S."""
+async def taken(protocol: Connection, write: Awaitable[object]) -> None:
+    """Await one write of at most SLICE_BYTES, give or take, in WRITE_STALL_S.
+
+    A client that reads nothing is cut off: a connection that is only closed waits, for ever, until
+    the last byte has been taken.
+
+    Raises:
+        ConnectionResetError: it has been cut off, or has gone.
+    """
     try:
         async with asyncio.timeout(WRITE_STALL_S):
-            await StreamWriter(protocol, asyncio.get_running_loop()).drain()
+            await write
     except TimeoutError:
         protocol.abort()
         raise ConnectionResetError("the client stopped reading its response") from None
+
+
+async def _drain(protocol: Connection) -> None:
+    await StreamWriter(protocol, asyncio.get_running_loop()).drain()
+
+
+async def _write_slices(
+    protocol: Connection, transport: asyncio.WriteTransport, data: bytes
+) -> None:
+    view = memoryview(data)
+    for start in range(0, len(data), SLICE_BYTES):
+        if transport.is_closing():
+            raise ConnectionResetError("the client closed the connection")
+        transport.write(view[start : start + SLICE_BYTES])
+        if protocol.writing_paused:
+            await taken(protocol, _drain(protocol))
 
 
 _JSON = b"Content-Type: application/json\r\n"
@@ -230,7 +235,7 @@ def json_response(body: Any, status: int = 200, headers: bytes = b"") -> Respons
 
 
 def error_response(error: DengineError, *, close: bool = False, headers: bytes = b"") -> Response:
-    """The JSON of DESIGN 8 for `error`, with Retry-After where a later attempt makes sense."""
+    """The JSON for `error`, with Retry-After where a later attempt makes sense."""
     if error.status in (429, 503):
         headers += b"Retry-After: 1\r\n"
     return Response(error.status, orjson.dumps(error.to_dict()), _JSON + headers, close=close)
@@ -316,6 +321,7 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        between = self._between  # before: these bytes may be the last of a body
         super().data_received(data)
         if self._payload_parser is not None:
             return
@@ -326,7 +332,7 @@ class Connection(web.RequestHandler):
                 if len(data) > MAX_HEADER_BYTES or self._header_timer is not None:
                     self._measure_headers()
             self._disarm()
-        elif data and self._header_timer is None and not self._force_close and self._between:
+        elif data and self._header_timer is None and not self._force_close and between:
             self._arm()  # bytes that complete no header and belong to no body: half a header
 
     async def start(self) -> None:
@@ -351,6 +357,7 @@ class Connection(web.RequestHandler):
             self._task_handler = None
             if self.transport is not None:
                 self.transport.close()
+                self._bound_flush(self.transport)
 
     async def _next_message(self) -> None:
         self._waiter = self._loop.create_future()
@@ -424,6 +431,17 @@ class Connection(web.RequestHandler):
             self._resume_transport_reading()  # a half-read body may have paused it
             self._loop.call_later(LINGER_S, transport.abort)
 
+    def force_close(self) -> None:
+        """aiohttp's, which would wait for ever until everything written is taken."""
+        transport = self.transport
+        super().force_close()
+        if transport is not None:
+            self._bound_flush(transport)
+
+    def _bound_flush(self, closed: asyncio.Transport) -> None:
+        if closed.get_write_buffer_size():
+            self._loop.call_later(WRITE_STALL_S, closed.abort)
+
     def abort(self) -> None:
         """Drop the connection without waiting for what is still buffered."""
         if self.transport is not None:
@@ -446,7 +464,7 @@ class Connection(web.RequestHandler):
         self._refuse(InvalidRequest(f"the request header was not complete after {seconds} s"))
 
     def _measure_headers(self) -> None:
-        """aiohttp bounds each field; DESIGN 11 bounds their sum."""
+        """aiohttp bounds each field; MAX_HEADER_BYTES is for their sum."""
         for message, _ in self._messages:
             fields = getattr(message, "raw_headers", ())  # a parser error has none
             if sum(len(name) + len(value) + 4 for name, value in fields) > MAX_HEADER_BYTES:
@@ -456,14 +474,17 @@ class Connection(web.RequestHandler):
         """Answer outside of any request, and hang up."""
         if self.transport is not None:
             cast(Server, self._manager).name_leader(error)
-            body = orjson.dumps(error.to_dict())
-            head = b"%bContent-Length: %d\r\nConnection: close\r\n\r\n" % (_JSON, len(body))
-            self.transport.write(_STATUS_LINES[error.status] + _date() + head + body)
+            response = error_response(error)
+            head = b"%bContent-Length: %d\r\nConnection: close\r\n\r\n" % (
+                response.headers,
+                len(response.body),
+            )
+            self.transport.write(_STATUS_LINES[error.status] + _date() + head + response.body)
             self.hang_up()
 
 
 def _parser_error(error: BaseException | None) -> DengineError:
-    """What the parser complained about, in the words of DESIGN 8."""
+    """What the parser complained about, in our words."""
     text = getattr(error, "message", "") or "the request could not be parsed"
     if isinstance(error, LineTooLong):
         if error.args[1] == MAX_URI_BYTES:

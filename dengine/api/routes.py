@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dengine.api.params import parse_query
+from dengine.api.params import IDEMPOTENCY_KEY, origin_form, parse_query
 from dengine.api.protocol import ALL_METHODS, Request, Response
 from dengine.errors import InvalidRequest, MethodNotAllowed, NotFound
 
@@ -22,29 +22,40 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A query parameter or header; `example` also tells its type."""
+    """A query parameter, header or part of the path; `example` also tells its type.
+
+    A number is from `minimum` to `maximum`, a text one of `values`, where these are given.
+    """
 
     name: str
     text: str
     example: str | int | bool
     required: bool = False
     place: str = "query"
+    minimum: int | None = None
+    maximum: int | None = None
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What a call takes or answers. `example` is a JSON value, or text for other media types."""
+    """What a call takes or answers. `example` is a JSON value, or text for other media types.
+    `shape` is the struct that a JSON body is decoded as, or that a reply is one of.
+    """
 
     text: str
     example: Any = None
     media_type: str = "application/json"
     headers: tuple[str, ...] = ()
     otherwise: Body | None = None  # what the same status carries in another case
+    nullable: frozenset[str] = frozenset()  # properties that may be null, at any depth
+    shape: type | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One call. `path` may end in one `{name}`, which stands for the whole raw rest of the path.
+    """One call. A `{name}` in `path` stands for the whole raw rest of the path, or for what is
+    between the two ends that `path` has.
 
     `errors` are the statuses it answers beside those that every call can (see openapi.py).
     """
@@ -73,6 +84,11 @@ class Route:
         return 504 in self.errors or 202 in self.replies
 
     @property
+    def once(self) -> bool:
+        """Does it take an Idempotency-Key?"""
+        return any(p.name == IDEMPOTENCY_KEY for p in self.parameters)
+
+    @property
     def query(self) -> frozenset[str]:
         return frozenset(p.name for p in self.parameters if p.place == "query")
 
@@ -86,6 +102,7 @@ class Call:
     query: frozenset[str]
     streams: bool
     access: Access
+    once: bool  # takes an Idempotency-Key
 
 
 Calls = dict[str, Call]
@@ -97,16 +114,23 @@ class RouteTable:
     def __init__(self, routes: Iterable[Route]) -> None:
         self.routes = tuple(routes)
         self._exact: dict[str, Calls] = {}
+        self._between: dict[tuple[str, str], Calls] = {}
         self._prefixes: dict[str, Calls] = {}
         for route in self.routes:
-            prefix, has_tail, _ = route.path.partition("{")
-            calls = (self._prefixes if has_tail else self._exact).setdefault(prefix, {})
+            calls = self._place(route.path)
             name = f"{route.method} {route.path}"
-            call = Call(route.handler, name, route.query, route.streams, route.access)
+            call = Call(route.handler, name, route.query, route.streams, route.access, route.once)
             calls[route.method] = call
             if route.has_head:
                 calls["HEAD"] = call
         self._keys = self._prefixes["/v1/kv/"]
+
+    def _place(self, path: str) -> Calls:
+        prefix, has_tail, rest = path.partition("{")
+        suffix = rest.partition("}")[2]
+        if suffix:
+            return self._between.setdefault((prefix, suffix), {})
+        return (self._prefixes if has_tail else self._exact).setdefault(prefix, {})
 
     def resolve(self, request: Request) -> Call:
         """The call for `request`, whose `path`, `tail` and `params` are filled in.
@@ -147,12 +171,14 @@ class RouteTable:
         return "token" if call is None else call.access
 
     def _find(self, target: str, request: Request) -> tuple[Calls, str]:
-        if not target.startswith("/") and request.message.method != "CONNECT":
-            # The absolute form, http://host/path, is what proxies send.
-            target = "/" + target.partition("://")[2].partition("/")[2]
+        if request.message.method != "CONNECT":
+            target = origin_form(target)
         calls = self._exact.get(target)
         if calls is not None:
             return calls, ""
+        for (prefix, suffix), calls in self._between.items():
+            if target.startswith(prefix) and target.endswith(suffix, len(prefix)):
+                return calls, target[len(prefix) : -len(suffix)]
         for prefix, calls in self._prefixes.items():
             if target.startswith(prefix):
                 return calls, target[len(prefix) :]

@@ -1,8 +1,8 @@
 """The HTTP server of a node: one port for clients and peers, one function per request.
 
 `HttpServer._handle` is the whole life of a request: find the call, run it, turn any error into
-the JSON of DESIGN 8, note the time. It runs in the task that aiohttp makes for it and arms no
-timer of its own.
+the JSON of `DengineError.to_dict`, note the time. It runs in the task that aiohttp makes for it and
+arms no timer of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import orjson
 
-from dengine.api import cluster, health, kv, openapi, snapshots, txn
+from dengine.api import cluster, health, kv, leases, openapi, snapshots, txn, watch
 from dengine.api.guard import Guard
 from dengine.api.params import IDEMPOTENCY_KEY, BodyReader
 from dengine.api.protocol import (
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dengine.api")
 
 BACKLOG = 1024
+WRITES = ("PUT", "POST", "DELETE")
 CUT_OFF_S = 0.05  # for requests under way when nothing will answer them any more
 
 
@@ -109,6 +110,8 @@ class HttpServer:
         routes = [
             *kv.routes(kv.KvCalls(self._node, self._config, bodies)),
             *txn.routes(txn.TxnCalls(self._node, self._config, bodies)),
+            *leases.routes(leases.LeaseCalls(self._node, bodies)),
+            *watch.routes(watch.WatchCalls(self._node, self._config, self._closing)),
             *cluster.routes(cluster.ClusterCalls(self._node, self._config, bodies, self._closing)),
             *snapshots.routes(snapshots.SnapshotCalls(self._node, self._config, bodies)),
             *health.routes(health.HealthCalls(self._node)),
@@ -135,7 +138,7 @@ class HttpServer:
             call = self._table.resolve(request)
             if call.access == "join":
                 self._guard.check_join(request)
-            self._check_headers(request)
+            self._check_headers(request, call)
             response = await call.handler(request)
         except Unauthorized as error:  # who is a stranger is not told who leads either
             challenges = self._guard.challenges(self._table.access(request))
@@ -155,16 +158,14 @@ class HttpServer:
             self._observe(call, request, response, perf_counter() - started)
         return response
 
-    def _check_headers(self, request: Request) -> None:
+    def _check_headers(self, request: Request, call: Call) -> None:
         message = request.message
         if request.protocol.oversized:
             raise HeadersTooLarge(f"the header is larger than {MAX_HEADER_BYTES} bytes")
-        if message.method in ("GET", "HEAD"):
-            return
-        if IDEMPOTENCY_KEY in message.headers:
+        if not call.once and IDEMPOTENCY_KEY in message.headers and message.method in WRITES:
             raise InvalidRequest(
-                "header Idempotency-Key is not supported yet: without it, repeat a write "
-                "only when its outcome is none"
+                "this call takes no Idempotency-Key: it is for writes of keys, transactions and "
+                "leases"
             )
 
     def _options(self, request: Request) -> Response:

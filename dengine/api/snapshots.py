@@ -15,11 +15,10 @@ from aiohttp import web
 
 from dengine.api import params
 from dengine.api.params import BodyReader
-from dengine.api.protocol import WRITE_STALL_S, Request, Response, json_response
+from dengine.api.protocol import Request, Response, json_response, taken
 from dengine.api.routes import Body, Parameter, Route
 from dengine.errors import (
     ClusterUnavailable,
-    InvalidRequest,
     NotFound,
     RangeNotSatisfiable,
     RequestTimeout,
@@ -46,8 +45,8 @@ class SnapshotCalls:
 
     async def take(self, request: Request) -> Response:
         """Take one now: 200 with it, or 202 when it is not finished in time and goes on."""
-        if await self._bodies.read(request, 0):
-            raise InvalidRequest("this call takes no body")
+        if params.announces_body(request):
+            await self._bodies.read(request, 0)  # it takes none, so any is too large
         deadline = self._loop.time() + params.timeout_s(request)
         try:
             ref = await self._node.snapshots.take(deadline)
@@ -86,14 +85,10 @@ class SnapshotCalls:
                 f"this node cannot open {file.name} now: {error.strerror}; ask another one"
             ) from error
         try:
-            async with asyncio.timeout(WRITE_STALL_S):
-                await response.prepare(request.as_aiohttp())
+            await taken(request.protocol, response.prepare(request.as_aiohttp()))
             if request.message.method == "GET":
                 await self._send(request, response, fd, ref, start, last + 1)
-            async with asyncio.timeout(WRITE_STALL_S):
-                await response.write_eof()
-        except TimeoutError:
-            raise ConnectionResetError("the client stopped reading the snapshot") from None
+            await taken(request.protocol, response.write_eof())
         finally:
             os.close(fd)
         return cast(Response, response)
@@ -126,8 +121,7 @@ class SnapshotCalls:
             if not piece:
                 snapshots.suspect(ref)
                 raise ConnectionResetError("the snapshot file is shorter than it was")
-            async with asyncio.timeout(WRITE_STALL_S):
-                await response.write(piece)
+            await taken(request.protocol, response.write(piece))
             position += len(piece)
             if receiver:
                 transfers.sent(receiver, len(piece))
@@ -181,7 +175,7 @@ _LIST = {
 
 
 def routes(calls: SnapshotCalls) -> list[Route]:
-    """The calls of DESIGN 8 on snapshots."""
+    """The calls on snapshots."""
     name = Parameter("name", '"latest", or the SHA-256 of one', "latest", True, "path")
     file = Body("the file", "DENGSNAP", "application/octet-stream", ("ETag", "Accept-Ranges"))
     part = Body("a part of it", "GSNAP", "application/octet-stream", ("ETag", "Content-Range"))

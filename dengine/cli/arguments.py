@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -30,6 +31,16 @@ def client(timeout_s: float, what: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_idempotency_key(command: argparse.ArgumentParser) -> None:
+    """For every command that writes."""
+    command.add_argument(
+        "--idempotency-key",
+        type=idempotency_key,
+        metavar="KEY",
+        help="the same command with the same key happens once (default: a new key)",
+    )
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     if not text.isascii() or not text.isdecimal() or int(text) == 0:
@@ -42,8 +53,29 @@ def revision(text: str) -> str:
     return text if text == "*" else str(positive(text))
 
 
+def ttl(text: str) -> int:
+    """Whole seconds, up to ten years."""
+    if (number := positive(text)) > 315_360_000:
+        raise argparse.ArgumentTypeError("at most 315360000 seconds, which are ten years")
+    return number
+
+
+def idempotency_key(text: str) -> str:
+    """1 to 128 visible ASCII characters."""
+    if not 0 < len(text) <= 128 or not all("!" <= c <= "~" for c in text):
+        raise argparse.ArgumentTypeError("a key has 1 to 128 visible ASCII characters")
+    return text
+
+
+def lock_name(text: str) -> str:
+    """1 to 400 bytes."""
+    if not 0 < len(os.fsencode(text)) <= 400:
+        raise argparse.ArgumentTypeError("a name has 1 to 400 bytes")
+    return text
+
+
 def bench_keys(text: str) -> int:
-    """At most what one range delete takes away again."""
+    """At most 10 000: all of them are deleted again."""
     if (number := positive(text)) > 10_000:
         raise argparse.ArgumentTypeError("at most 10000 keys")
     return number

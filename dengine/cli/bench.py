@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import time
 from argparse import Namespace
 from array import array
@@ -12,11 +13,13 @@ from array import array
 import aiohttp
 from yarl import URL
 
-from dengine.cli.remote import Remote, target
+from dengine.cli.remote import Remote
+from dengine.client.encoding import target
 from dengine.errors import ClusterUnavailable, DengineError
 
 REQUEST_TIMEOUT_S = 5.0
 PAUSE_AFTER_FAILURE_S = 0.05
+DELETED_KEYS, DELETED_BYTES = 1000, 8 * 1024 * 1024  # far below what one change may meet
 
 
 class _Tally:
@@ -36,17 +39,25 @@ def bench(args: Namespace, remote: Remote) -> int:
     if not endpoints:
         raise ClusterUnavailable(f"no endpoint answered: {', '.join(remote.endpoints)}")
     prefix = f"dengine-bench/{os.urandom(4).hex()}/"
-    keys = [f"{prefix}{number}" for number in range(args.keys)]
+    keys = [f"{prefix}{number:05}" for number in range(args.keys)]
     try:
         if args.operation == "get":
             asyncio.run(_fill(remote, endpoints[0], keys, args.value_bytes))
         started = time.monotonic()
         tally = asyncio.run(_load(args, remote, endpoints, keys))
-        elapsed_s = time.monotonic() - started
+        _report(args, endpoints, tally, time.monotonic() - started)
+        sys.stdout.flush()
     finally:
-        remote.call("DELETE", target("/v1/kv", prefix=prefix))
-    _report(args, endpoints, tally, elapsed_s)
+        _delete(remote, keys, args.value_bytes)
     return 1 if tally.failures else 0
+
+
+def _delete(remote: Remote, keys: list[str], value_bytes: int) -> None:
+    """Delete all of `keys`, so many at once as a node takes away with one change."""
+    count = max(1, min(DELETED_KEYS, DELETED_BYTES // value_bytes))
+    starts = keys[::count]
+    for start, end in zip(starts, [*starts[1:], f"{keys[-1]}\0"], strict=True):
+        remote.call("DELETE", target("/v1/kv", start=start, end=end))
 
 
 def _answers(remote: Remote, endpoint: str) -> bool:

@@ -6,15 +6,16 @@ the bytes that were stored. Failures are `DengineError`s, which `main` turns int
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from dengine.cli.remote import Remote, key_target, target
+from dengine.cli.remote import Remote
+from dengine.client.attempts import IdempotencyKeys, Key
+from dengine.client.encoding import Paging, field_bytes, json_bytes, key_target, target
 from dengine.errors import DengineError, InvalidRequest, KeyNotFound
 
 SHOWN_VALUE_CHARACTERS = 60
@@ -47,7 +48,9 @@ def put(args: Namespace, remote: Remote) -> int:
         value = sys.stdin.buffer.read()
     else:
         value = os.fsencode(args.value)
-    reply = remote.call("PUT", key_target(os.fsencode(args.key)), value, _conditions(args)).json()
+    ttl = None if args.ttl is None else str(args.ttl)
+    where = key_target(os.fsencode(args.key), ttl=ttl, lease=args.lease)
+    reply = remote.call("PUT", where, value, _conditions(args), key=write_key(args)).json()
     print(f"revision {reply['revision']} ({'created' if reply['created'] else 'replaced'})")
     return 0
 
@@ -62,7 +65,7 @@ def delete(args: Namespace, remote: Remote) -> int:
     else:
         where = target("/v1/kv", **_selection(args), all="true" if args.all else None)
         headers = _conditions(args)  # the node refuses them here: better than deleting anyway
-    reply = remote.call("DELETE", where, headers=headers).json()
+    reply = remote.call("DELETE", where, headers=headers, key=write_key(args)).json()
     count = reply["deleted"]
     print(f"revision {reply['revision']} ({count} {'key' if count == 1 else 'keys'} deleted)")
     return 0
@@ -80,54 +83,64 @@ def list_keys(args: Namespace, remote: Remote) -> int:
         else:
             print(reply["count"])
         return 0
-    items: list[dict[str, Any]] = []
-    page: dict[str, Any] = {}
-    for page in _pages(args, remote):
-        items.extend(page["items"])
     if args.json:
-        print_json({**page, "items": items, "count": len(items)})
-    elif args.keys_only:
-        for item in items:
-            print(printable(item_bytes(item, "key")))
-    else:
-        rows = [
-            (
-                printable(item_bytes(item, "key")),
-                item["mod_revision"],
-                item["version"],
-                _shortened(printable(item_bytes(item, "value"))),
-            )
-            for item in items
-        ]
-        print_table(("KEY", "REVISION", "VERSION", "VALUE"), rows)
+        _print_json_pages(_pages(args, remote))
+        return 0
+    table = Table(("KEY", "REVISION", "VERSION", "VALUE"), (False, True, True, False))
+    for page in _pages(args, remote):  # as many as there are, and none of them kept
+        if args.keys_only:
+            sys.stdout.write(_lines(printable(item_bytes(item, "key")) for item in page["items"]))
+        else:
+            sys.stdout.write(table.part([_listed(item) for item in page["items"]]))
     return 0
+
+
+def _listed(item: dict[str, Any]) -> tuple[object, ...]:
+    """A key as the table of a listing has it."""
+    value = shortened(printable(item_bytes(item, "value")))
+    return printable(item_bytes(item, "key")), item["mod_revision"], item["version"], value
+
+
+def _print_json_pages(pages: Iterator[dict[str, Any]]) -> None:
+    """One object as for a single page, written while they come: what is known of the last page
+    only follows the items. Nothing of it is there before the first page is.
+    """
+    count = 0
+    last: dict[str, Any] = {}
+    for page in pages:
+        parts = [] if last else ['{\n  "items": [']
+        for item in page.pop("items"):
+            text = json.dumps(item, ensure_ascii=False, indent=2).replace("\n", "\n    ")
+            parts.append(f"{',' if count else ''}\n    {text}")
+            count += 1
+        sys.stdout.write("".join(parts))
+        last = page
+    parts = ["\n  ]" if count else "]"]
+    for name, value in {**last, "count": count}.items():
+        parts.append(f",\n  {json.dumps(name)}: {json.dumps(value)}")
+    sys.stdout.write("".join((*parts, "\n}\n")))
 
 
 def _pages(args: Namespace, remote: Remote) -> Iterator[dict[str, Any]]:
     """The pages of a listing, until its end or until `--limit` items came."""
-    after, left, most = None, args.limit, 1000
-    while True:
+    paging = Paging(args.limit)
+    while not paging.over:
         where = target(
             "/v1/kv",
             **_selection(args),
-            after=after,
-            limit=None if left is None else min(left, most),
+            after=paging.after,
+            limit=paging.limit,
             keys_only="true" if args.keys_only else None,
             consistency=args.consistency,
         )
         try:
             page = remote.call("GET", where).json()
-        except InvalidRequest as error:  # limits.page is smaller there
-            maximum = error.details.get("maximum")
-            if left is None or not isinstance(maximum, int) or not 0 < maximum < min(left, most):
+        except InvalidRequest as error:
+            if not paging.take_less(error):
                 raise
-            most = maximum
             continue
+        paging.took(len(page["items"]), page["next"])
         yield page
-        after = page["next"]
-        left = None if left is None else left - len(page["items"])
-        if after is None or left == 0:
-            return
 
 
 def status(args: Namespace, remote: Remote) -> int:
@@ -224,6 +237,12 @@ def _conditions(args: Namespace) -> dict[str, str]:
     return headers
 
 
+def write_key(args: Namespace) -> Key:
+    """The Idempotency-Key of a write: the one that was given, else a new one."""
+    given: str | None = args.idempotency_key
+    return IdempotencyKeys().take() if given is None else Key(given)
+
+
 def _selection(args: Namespace) -> dict[str, bytes]:
     """The query fields that choose a range of keys."""
     names = ("prefix", "start", "end")
@@ -231,18 +250,8 @@ def _selection(args: Namespace) -> dict[str, bytes]:
 
 
 def item_bytes(item: dict[str, Any], name: str) -> bytes:
-    """A key or value of a JSON answer: a string, or base64 where it is no UTF-8."""
-    if f"{name}_base64" in item:
-        return base64.b64decode(item[f"{name}_base64"])
-    return str(item.get(name, "")).encode()
-
-
-def json_bytes(name: str, data: bytes) -> dict[str, str]:
-    """Bytes as a field of JSON: a string, or base64 where they are no UTF-8."""
-    try:
-        return {name: data.decode()}
-    except UnicodeDecodeError:
-        return {f"{name}_base64": base64.b64encode(data).decode()}
+    """A key or value of a JSON answer; b"" where it is left out."""
+    return field_bytes(item, name) or b""
 
 
 def printable(data: bytes) -> str:
@@ -251,7 +260,7 @@ def printable(data: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     return text if len(text) <= SHOWN_VALUE_CHARACTERS else text[: SHOWN_VALUE_CHARACTERS - 1] + "…"
 
 
@@ -269,15 +278,51 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns as wide as their widest cell, numbers to the right."""
-    cells = [[_cell(value) if value != "" else "" for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    columns = [[row[n] for row in cells if row[n] != "-"] for n in range(len(heads))]
-    numeric = [bool(column) and all(map(str.isdigit, column)) for column in columns]
-    for row in ([*heads], *cells):
+def print_json_line(value: Any) -> None:
+    """An object of a stream that programs read."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+class Table:
+    """A table that is made in parts. Its columns are as wide as their widest cell so far.
+
+    Args:
+        right: which columns are set to the right, as numbers are.
+    """
+
+    def __init__(self, heads: Sequence[str], right: Sequence[bool]) -> None:
+        self._begin = [[*heads]]
+        self._widths = [len(head) for head in heads]
+        self._right = right
+
+    def part(self, rows: Sequence[Sequence[object]]) -> str:
+        """The lines of the next rows, behind the heads if they are the first."""
+        cells, self._begin = [*self._begin, *_cells(rows)], []
+        for row in cells:
+            self._widths = [max(w, len(text)) for w, text in zip(self._widths, row, strict=True)]
+        return _lines(map(self._line, cells))
+
+    def _line(self, row: Sequence[str]) -> str:
         parts = [
             text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(row, widths, numeric, strict=True)
+            for text, width, right in zip(row, self._widths, self._right, strict=True)
         ]
-        print("  ".join(parts).rstrip())
+        return "  ".join(parts).rstrip()
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns as wide as their widest cell, numbers to the right."""
+    cells = _cells(rows)
+    columns = [[row[n] for row in cells if row[n] != "-"] for n in range(len(heads))]
+    right = [bool(column) and all(map(str.isdigit, column)) for column in columns]
+    sys.stdout.write(Table(heads, right).part(rows))
+
+
+def _cells(rows: Sequence[Sequence[object]]) -> list[list[str]]:
+    """Those of a table as text."""
+    return [[_cell(value) if value != "" else "" for value in row] for row in rows]
+
+
+def _lines(texts: Iterable[str]) -> str:
+    """For one write: printed one by one, each line is a write of its own, also into a pipe."""
+    return "".join(f"{text}\n" for text in texts)

@@ -1,8 +1,9 @@
-"""The parser of `dengine`, and how every command ends: the exit codes of DESIGN section 7."""
+"""The parser of `dengine`, and how every command ends: its exit code (docs/reference.md)."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import os
 import sys
@@ -10,15 +11,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dengine import __version__
-from dengine.cli import arguments, commands, snapshots, txn
+from dengine.cli import arguments, commands, completion, coordination, snapshots, txn
 from dengine.cli.parsers import add_repair, add_snapshot_commands
-from dengine.cli.remote import Remote, resolve_endpoints, resolve_token
-from dengine.errors import ConfigError, DengineError, FatalError
+from dengine.cli.remote import Remote, resolve_endpoints, resolve_token, without_token
+from dengine.errors import (
+    ConfigError,
+    DengineError,
+    FatalError,
+    StorageIO,
+    TryAgain,
+    Unauthorized,
+)
 from dengine.log import use_utf8
+from dengine.security import is_absent_credential
 
 REQUEST_FAILED = 1
 USAGE = 2
 INTERRUPTED = 130  # as a shell reports Ctrl-C
+DISK_FAILED = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 ABOUT = """\
 A Raft-replicated key-value engine: start one node, grow to three while clients write.
@@ -52,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (None: the process's own) and return its exit code."""
     use_utf8()
     parser = _parser()
-    args = parser.parse_args(argv)
+    words, command = coordination.split_command(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+    if command:
+        args.command = command
     try:
         if not hasattr(args, "endpoint") or getattr(args, "data_dir", None) is not None:
             return int(args.run(args))
@@ -88,7 +101,10 @@ def _request(args: argparse.Namespace, remote: Remote) -> int:
     try:
         return int(args.run(args, remote))
     except DengineError as error:
-        return _fail(f"{error.message} ({error.name}, outcome {error.outcome})", REQUEST_FAILED)
+        message = error.message
+        if isinstance(error, Unauthorized) and remote.token is None:
+            message += without_token(os.environ)
+        return _fail(f"{message} ({error.name}, outcome {error.outcome})", REQUEST_FAILED)
 
 
 def _fail(message: str, exit_code: int) -> int:
@@ -118,10 +134,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_node_commands(functools.partial(add, parent=False))
     _add_key_commands(add)
+    _add_list(add)
+    coordination.add_commands(add, subcommands, ENDPOINTS)
     _add_cluster_commands(add)
     add_snapshot_commands(subcommands, ENDPOINTS)
     add_repair(functools.partial(add, parent=False))
     _add_bench(add)
+    completion.add_command(functools.partial(add, parent=False), parser)
     return parser
 
 
@@ -153,7 +172,8 @@ def _add_key_commands(add: Add) -> None:
         "  dengine put greeting hello\n"
         "  tar c notes | dengine put backup -\n"
         "  dengine put logo --file logo.png\n"
-        "  dengine put leader-of-jobs me --if-none-match    only if nobody else did\n",
+        "  dengine put leader-of-jobs me --if-none-match    only if nobody else did\n"
+        "  dengine put session/7 anna --ttl 60\n",
     )
     put.add_argument("key")
     value = put.add_mutually_exclusive_group(required=True)
@@ -166,6 +186,10 @@ def _add_key_commands(add: Add) -> None:
         help='only if the key is at this revision ("*")',
     )
     put.add_argument("--if-none-match", action="store_true", help="only if there is no such key")
+    end = put.add_mutually_exclusive_group()
+    end.add_argument("--ttl", type=arguments.ttl, metavar="S", help="it expires after S seconds")
+    end.add_argument("--lease", metavar="ID", help="it ends with this lease")
+    arguments.add_idempotency_key(put)
     put.set_defaults(run=commands.put)
 
     delete = add(
@@ -185,12 +209,16 @@ def _add_key_commands(add: Add) -> None:
         metavar="REV",
         help='only if the key is at this revision ("*")',
     )
+    arguments.add_idempotency_key(delete)
     delete.set_defaults(run=commands.delete)
 
     transaction = add("txn", "compare, then change several keys as one", txn.EXAMPLES)
     transaction.add_argument("--json", action="store_true", help="print the answer as JSON")
+    arguments.add_idempotency_key(transaction)
     transaction.set_defaults(run=txn.txn)
 
+
+def _add_list(add: Add) -> None:
     listing = add(
         "list",
         "list keys in order",
@@ -267,18 +295,28 @@ def _add_bench(add: Add) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from dengine.cli.serve import serve
 
-    return serve(args.config)
+    try:
+        return serve(args.config)
+    except OSError as error:  # of this system: what the node itself meets, it says in its own words
+        kind = StorageIO if error.errno in DISK_FAILED else TryAgain
+        where = f"{error.filename}: " if error.filename else ""
+        raise kind(f"the system refused: {where}{error.strerror or error}") from error
 
 
 def _check_config(args: argparse.Namespace) -> int:
     from dengine import config
 
-    loaded = config.load(args.config, os.environ)
+    loaded = config.load(args.config, os.environ, outside_unit=True)
     if loaded.own_entry.role is config.InitialRole.LEARNER:
         plan = "joins a cluster"
     else:
-        plan = f"founds a cluster of {len(loaded.cluster.initial_cluster)}"
+        roles = [member.role for member in loaded.cluster.initial_cluster]
+        founders = len(roles) - roles.count(config.InitialRole.LEARNER)
+        plan = f"founds a cluster of {founders}"
     print(f"{loaded.source}: ok (node {loaded.cluster.node_id} {plan})")
+    for file in (loaded.security.peer_secret_file, loaded.security.token_file):
+        if file is not None and is_absent_credential(file):
+            print(f"{file} was not looked at: it is there only while its unit runs")
     return 0
 
 

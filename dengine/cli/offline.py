@@ -135,7 +135,8 @@ def repair(args: Namespace) -> int:
     """Say what a damaged directory, or one without its majority, still has; or go on with it."""
     address = None
     if args.config is not None:
-        loaded = config.load(args.config, os.environ)
+        # Not `load`: it wants the secrets, and the credentials of a stopped unit are gone.
+        loaded = config.read(args.config, os.environ)
         root, node_id = loaded.cluster.db_root_dir, loaded.cluster.node_id
         address = loaded.cluster.advertise_address or loaded.own_entry.address
     else:

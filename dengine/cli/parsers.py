@@ -67,6 +67,10 @@ FILE_CODES = """\
 Exit codes: 0 done, 1 refused, 2 usage, 65 the file is damaged, foreign or of a newer format, 74 it
 cannot be read or written, 75 the directory is in use. A failure leaves everything as it was.
 """
+SAVE_CODES = """\
+Also 65 what arrived, or what the directory holds, is damaged, 74 the disk of this machine refused;
+with --data-dir 75 a node runs in that directory, 76 it is another node's.
+"""
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -86,12 +90,14 @@ def add_snapshot_commands(
     ).add_subparsers(metavar="COMMAND", required=True, title="commands")
     client = arguments.client(SNAPSHOT_S, "for the snapshot to be taken")
 
-    def add(name: str, about: str, epilog: str, *, parent: bool) -> argparse.ArgumentParser:
+    def add(
+        name: str, about: str, epilog: str, *, parent: bool, codes: str = ""
+    ) -> argparse.ArgumentParser:
         return group.add_parser(
             name,
             help=about,
             description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"examples:\n{epilog}\n{endpoints if parent else FILE_CODES}",
+            epilog=f"examples:\n{epilog}\n{endpoints if parent else FILE_CODES}{codes}",
             parents=[client] if parent else [],
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -103,7 +109,13 @@ def add_snapshot_commands(
         "list", "the snapshots that a node keeps", "  dengine snapshot list\n", parent=True
     )
     listing.set_defaults(run=snapshots.list_all)
-    saving = add("save", "take a snapshot and save it in a file here", SAVE_EXAMPLES, parent=True)
+    saving = add(
+        "save",
+        "take a snapshot and save it in a file here",
+        SAVE_EXAMPLES,
+        parent=True,
+        codes=SAVE_CODES,
+    )
     saving.add_argument("file", type=Path, metavar="FILE", help="must not exist yet")
     _directory(saving, required=False)
     saving.set_defaults(run=_snapshot_save)

@@ -1,28 +1,29 @@
 """One HTTP request to whichever node answers, for the client commands.
 
 Standard library only, and honest about writes: a request is sent again, to the next endpoint, only
-when it is a reading one or when it certainly did nothing. Redirects are not followed.
+when it is a reading one or a renewal, when it certainly did nothing, or when it carries an
+`Idempotency-Key`, under which it happens once (`client/attempts.py`). Redirects are not followed.
 """
 
 from __future__ import annotations
 
-import base64
 import http.client
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
 
+from dengine.client.attempts import Attempts, Key, Kind
+from dengine.client.encoding import parse_endpoint
 from dengine.errors import ClusterUnavailable, DengineError, RequestTimeout, from_dict
-from dengine.security import read_token
+from dengine.security import is_absent_credential, read_token
 
 DEFAULT_ENDPOINT = "127.0.0.1:9081"
 SYSTEM_CONFIG = Path("/etc/dengine/dengine.toml")
 READING = ("GET", "HEAD")
+KEYED_ROUNDS = 2  # over the endpoints: a lost answer is asked for once more
 REPLY_MARGIN_S = 1.0  # the node's own 504 says more than our timeout, so let it arrive first
 
 
@@ -38,7 +39,7 @@ def resolve_endpoints(named: Sequence[str], environ: Mapping[str, str]) -> list[
     """
     given = list(named) or environ.get("DENGINE_ENDPOINTS", "").replace(",", " ").split()
     if given:
-        return [_endpoint(text) for text in given]
+        return [parse_endpoint(text) for text in given]
     path = _config_path(environ)
     return [DEFAULT_ENDPOINT] if path is None else _configured_endpoints(path, environ)
 
@@ -56,21 +57,41 @@ def resolve_token(named: Path | None, environ: Mapping[str, str]) -> str | None:
         return read_token(named, "--token-file")
     if environ.get("DENGINE_TOKEN_FILE"):
         return read_token(Path(environ["DENGINE_TOKEN_FILE"]), "$DENGINE_TOKEN_FILE")
+    file, key = _configured_token(environ)
+    return None if file is None or is_absent_credential(file) else read_token(file, key)
+
+
+def without_token(environ: Mapping[str, str]) -> str:
+    """What to do about a token that a node asked for and `resolve_token` did not find; or ""."""
+    file, _ = _configured_token(environ)
+    if file is None or not is_absent_credential(file):
+        return ""
+    return (
+        f"; {file} is there only while its unit runs: name what it is made from with --token-file "
+        "(/etc/dengine/secrets/token where the playbooks made it)"
+    )
+
+
+def _configured_token(environ: Mapping[str, str]) -> tuple[Path | None, str]:
+    """The token's file that the configuration of this host names, and its key for messages."""
     path = _config_path(environ)
-    if path is None or (path == SYSTEM_CONFIG and not os.access(path, os.R_OK)):
-        return None  # not for this user: perhaps that cluster needs no token
+    if path is None:
+        return None, ""
     from dengine import config  # only here: the installed client alone has no msgspec
 
     loaded = config.read(path, environ)
-    file = loaded.security.token_file
-    return None if file is None else read_token(file, f"{loaded.source}: security.token_file")
+    return loaded.security.token_file, f"{loaded.source}: security.token_file"
 
 
 def _config_path(environ: Mapping[str, str]) -> Path | None:
-    """The configuration of this host, if it has one."""
+    """The configuration of this host, if it has one that this user may read."""
     if environ.get("CONFIG_PATH"):
         return Path(environ["CONFIG_PATH"])
-    return SYSTEM_CONFIG if SYSTEM_CONFIG.exists() else None
+    try:
+        with SYSTEM_CONFIG.open("rb"):
+            return SYSTEM_CONFIG
+    except OSError:  # perhaps that cluster needs no token
+        return None
 
 
 def _configured_endpoints(path: Path, environ: Mapping[str, str]) -> list[str]:
@@ -84,39 +105,6 @@ def _configured_endpoints(path: Path, environ: Mapping[str, str]) -> list[str]:
         for address in (own, *others)
     ]
     return list(dict.fromkeys(reachable))
-
-
-def _endpoint(text: str) -> str:
-    """ "host:port" of "host:port" or "http://host:port/"; the default port is 9081."""
-    if not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError(f"{text!r} is not an endpoint: write it like 192.168.1.10:9081")
-    url = urlsplit(text if "//" in text else f"//{text}", scheme="http")
-    try:
-        host, port = url.hostname, url.port or 9081
-    except ValueError:
-        host, port = None, 0
-    if url.scheme != "http" or not host or url.path not in ("", "/") or url.query or url.username:
-        raise ValueError(f"{text!r} is not an endpoint: write it like 192.168.1.10:9081")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def key_target(key: bytes, **query: str | None) -> str:
-    """The request target of a single key; every byte of it survives the way."""
-    fields = {name: value for name, value in query.items() if value is not None}
-    if key in (b".", b".."):  # a proxy on the way would take these as steps in a path
-        fields["key_base64"] = base64.b64encode(key).decode()
-        return target("/v1/kv", **fields)
-    return target(f"/v1/kv/{quote(key, safe='')}", **fields)
-
-
-def target(path: str, **query: str | bytes | int | None) -> str:
-    """`path` with the query fields that are not None; bytes are percent-encoded as they are."""
-    fields = [
-        f"{name}={quote(value if isinstance(value, bytes) else str(value), safe='')}"
-        for name, value in query.items()
-        if value is not None
-    ]
-    return f"{path}?{'&'.join(fields)}" if fields else path
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,21 +130,21 @@ class Remote:
         self, endpoints: Sequence[str], timeout_s: float, token: str | None = None
     ) -> None:
         self.endpoints = tuple(endpoints)
-        self._timeout_s = timeout_s
-        self._token = token
+        self.timeout_s = timeout_s
+        self.token = token
 
     @property
     def authorization(self) -> dict[str, str]:
         """The header that every request carries, if any."""
-        return {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
 
     def only(self, endpoint: str) -> Remote:
         """The same with a single endpoint."""
-        return Remote((endpoint,), self._timeout_s, self._token)
+        return Remote((endpoint,), self.timeout_s, self.token)
 
     def within(self, timeout_s: float) -> Remote:
         """The same with another time limit."""
-        return Remote(self.endpoints, timeout_s, self._token)
+        return Remote(self.endpoints, timeout_s, self.token)
 
     def call(
         self,
@@ -164,52 +152,91 @@ class Remote:
         target: str,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
+        *,
+        key: Key | None = None,
+        kind: Kind | None = None,
     ) -> Reply:
         """Send one request and return its 2xx answer.
+
+        Args:
+            key: the Idempotency-Key of a write, which may then be sent again.
+            kind: of a POST that is no write.
 
         Raises:
             ClusterUnavailable: no endpoint could be reached; nothing happened.
             RequestTimeout: a write was sent and no answer came; its outcome is unknown.
             DengineError: the cluster's own refusal, as the class that the node raised.
         """
-        headers = {**(headers or {}), **self.authorization}
-        deadline = time.monotonic() + self._timeout_s
+        kind = kind or ("read" if method in READING else "write")
+        attempts = Attempts(kind, key)
+        repeatable = kind != "write" or key is not None
+        deadline = time.monotonic() + self.timeout_s
+        tries = self.endpoints * (KEYED_ROUNDS if repeatable and method not in READING else 1)
         problems: list[str] = []
         refusal: DengineError | None = None
-        for position, endpoint in enumerate(self.endpoints):
-            left = max(deadline - time.monotonic(), 0.1)
-            share = left / (len(self.endpoints) - position)
+        for position, endpoint in enumerate(tries):
+            if position and position % len(self.endpoints) == 0:
+                time.sleep(min(attempts.pause_s(), max(deadline - time.monotonic(), 0.0)))
+            now = time.monotonic()
+            if not attempts.may_send(now):
+                break
+            left = max(deadline - now, 0.1)
+            share = left / (len(tries) - position)
             connection = http.client.HTTPConnection(endpoint, timeout=share)
             try:
                 connection.connect()
             except OSError as error:
                 problems.append(f"{endpoint}: {_reason(error)}")
                 continue
-            wait = share if method in READING else left
+            attempts.sent(position, time.monotonic())
+            keyed = {} if key is None else {"Idempotency-Key": key.text}
+            sending = {**(headers or {}), **keyed, **self.authorization}
+            wait = share if repeatable else left
             try:
-                return _exchange(connection, endpoint, method, target, body, headers, wait)
+                return _exchange(connection, endpoint, method, target, body, sending, wait)
             except (OSError, http.client.HTTPException) as error:
                 problems.append(f"{endpoint}: {_reason(error)}")
-                if method not in READING:
-                    raise RequestTimeout(
-                        f"no answer came back ({problems[-1]}): the write may or may not have "
-                        "happened, so read before you write again"
-                    ) from None
+                if not repeatable:
+                    break
             except DengineError as error:
-                if not (error.retryable and error.outcome == "none"):
-                    raise
+                attempts.refused(position, error)
+                if not error.retryable or not (repeatable or error.outcome == "none"):
+                    raise attempts.certain(error) from None
                 problems.append(f"{endpoint}: {error.message}")
                 refusal = error
             finally:
                 connection.close()
-        raise refusal or ClusterUnavailable(f"no endpoint answered: {'; '.join(problems)}")
+        if attempts.outcome == "unknown":
+            raise _unanswered(problems[-1], key)
+        reasons = "; ".join(dict.fromkeys(problems))
+        raise refusal or ClusterUnavailable(f"no endpoint answered: {reasons}")
 
-    def json(self, method: str, target: str, body: object = None) -> Any:
+    def json(
+        self,
+        method: str,
+        target: str,
+        body: object = None,
+        *,
+        key: Key | None = None,
+        kind: Kind | None = None,
+    ) -> Any:
         """`call` with a JSON body (None: no body), and the JSON of the answer."""
         if body is None:
-            return self.call(method, target).json()
+            return self.call(method, target, key=key, kind=kind).json()
         data = json.dumps(body).encode()
-        return self.call(method, target, data, {"Content-Type": "application/json"}).json()
+        headers = {"Content-Type": "application/json"}
+        return self.call(method, target, data, headers, key=key, kind=kind).json()
+
+
+def _unanswered(problem: str, key: Key | None) -> RequestTimeout:
+    advice = "read before you write again"
+    if key is not None:
+        advice = (
+            f"the same command with --idempotency-key {key.text} tells, and does it at most once"
+        )
+    return RequestTimeout(
+        f"no answer came back ({problem}): the write may or may not have happened: {advice}"
+    )
 
 
 def _exchange(

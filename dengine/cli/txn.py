@@ -9,8 +9,9 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from dengine.cli.commands import item_bytes, json_bytes, print_json, print_table, printable
+from dengine.cli.commands import item_bytes, print_json, print_table, printable, write_key
 from dengine.cli.remote import Remote
+from dengine.client.encoding import json_bytes
 from dengine.errors import InvalidRequest
 
 RELATIONS = ("=", "!=", "<", "<=", ">", ">=")
@@ -30,6 +31,7 @@ Lines: if KEY exists|absent, if KEY value|version|mod_revision =|!=|<|<=|>|>= OP
 VALUE, get KEY, delete KEY, delete-prefix PREFIX, delete-range START END; those after a line "else"
 are for the case that not all comparisons hold. Quotes as in a shell, # begins a comment. All of it
 happens as one change, or nothing. Input that begins with { is the JSON of POST /v1/txn.
+What is read has at most 64 KiB, and 4 MiB where all that is done is get.
 """
 
 
@@ -43,7 +45,10 @@ def txn(args: Namespace, remote: Remote) -> int:
             raise InvalidRequest(f"standard input is no JSON: {error}") from None
     else:
         asked = parse(text)
-    reply = remote.json("POST", "/v1/txn", asked)
+    if args.idempotency_key is None and only_reads(asked):
+        reply = remote.json("POST", "/v1/txn", asked, kind="read")
+    else:
+        reply = remote.json("POST", "/v1/txn", asked, key=write_key(args))
     if args.json:
         print_json(reply)
         return 0
@@ -55,13 +60,27 @@ def txn(args: Namespace, remote: Remote) -> int:
     return 0
 
 
+def only_reads(asked: Any) -> bool:
+    """Does it change nothing? Then it is sent again without a key, under which what it reads would
+    have to be remembered. What is no transaction is left to the node, which says what is wrong.
+    """
+    if not isinstance(asked, dict):
+        return False
+    branches = [asked.get("success", []), asked.get("failure", [])]
+    return all(
+        isinstance(branch, list)
+        and all(isinstance(o, dict) and o.get("op") == "get" for o in branch)
+        for branch in branches
+    )
+
+
 def parse(text: str) -> dict[str, Any]:
     """The JSON of `POST /v1/txn` from lines. Raises InvalidRequest, which names the line."""
     asked: dict[str, list[dict[str, Any]]] = {"compare": [], "success": [], "failure": []}
     branch = "success"
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            words = shlex.split(line, comments=True)
+            words = shlex.split(_without_comment(line))
             if words == ["else"] and branch == "success":
                 branch = "failure"
             elif words and words[0] == "if":
@@ -73,6 +92,24 @@ def parse(text: str) -> dict[str, Any]:
         except ValueError as error:
             raise InvalidRequest(f"line {number}, {line.strip()!r}: {error}") from None
     return asked
+
+
+def _without_comment(line: str) -> str:
+    """As in a shell, # begins a comment at the start of a word only, and not within quotes."""
+    quote, escaped, starts = "", False, True
+    for place, character in enumerate(line):
+        if starts and character == "#":
+            return line[:place]
+        starts = character.isspace() and not quote and not escaped
+        if escaped:
+            escaped = False
+        elif character == "\\" and quote != "'":
+            escaped = True
+        elif quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+    return line
 
 
 def _comparison(words: list[str]) -> dict[str, Any]:

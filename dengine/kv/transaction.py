@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 from dengine.kv.commands import Compare, Relation, Txn
 
 if TYPE_CHECKING:
-    from dengine.kv.machine import Record, View
+    from dengine.kv.recorder import Recorder
+    from dengine.kv.store import Record
 
 OPERATIONS_MAX: Final = 1024  # in a branch, and comparisons; a node's limits.txn_ops is never more
 READ_BYTES_MAX: Final = 4 * 1024 * 1024  # of all values that one transaction reads
@@ -65,23 +66,30 @@ def holds(compare: Compare, record: Record | None) -> bool:
 
 
 class Overlay:
-    """A `View` that keeps its changes to itself until `carry_out`: all of them happen, or none."""
+    """Records whose changes stay here until `carry_out`: all of them happen, or none."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: Recorder) -> None:
         self._view = view
         self._changes: dict[bytes, Record | None] = {}  # None: deleted
+        self._found: dict[bytes, Record | None] = {}  # in the store
+        self._made: set[bytes] = set()  # what was put, and not deleted again: never many
 
     def get(self, key: bytes) -> Record | None:
-        return self._changes[key] if key in self._changes else self._view.get(key)
+        if key in self._changes:
+            return self._changes[key]
+        found = self._found[key] = self._view.get(key)
+        return found
 
     def put(self, key: bytes, record: Record) -> None:
         self._changes[key] = record
+        self._made.add(key)
 
     def delete(self, key: bytes) -> None:
         self._changes[key] = None
+        self._made.discard(key)
 
     def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
-        own = sorted(k for k in self._changes if k >= start and (end is None or k < end))
+        own = sorted(k for k in self._made if k >= start and (end is None or k < end))
         last = None
         for key in merge(self._view.scan(start, end), own):
             if key != last and self._changes.get(key, True) is not None:
@@ -92,6 +100,8 @@ class Overlay:
         """Change the store."""
         for key, record in self._changes.items():
             if record is not None:
+                if key in self._found:
+                    self._view.recall(key, self._found[key])
                 self._view.put(key, record)
             elif self._view.get(key) is not None:  # else it was made and deleted on the way
                 self._view.delete(key)

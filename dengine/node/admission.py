@@ -8,9 +8,10 @@ import msgspec
 
 from dengine.config import MAX_ZONE, Config, parse_address
 from dengine.errors import IdentityError
+from dengine.kv.commands import COMMAND_VERSION
 from dengine.node.addresses import AddressBook
 from dengine.node.founding import Founding
-from dengine.node.wire import COMMAND_VERSION, PROTOCOL_VERSION, Hello, Refused
+from dengine.node.wire import PROTOCOL_VERSION, Hello, Refused
 from dengine.raft.membership import Member
 from dengine.raft.raft import Raft
 from dengine.raft.types import MemberId
@@ -129,6 +130,15 @@ class Admission:
                 f"node {theirs.member.id} is a member of cluster {self.cluster_id} already, but "
                 "this directory is empty: set role = 3 to join",
             )
+        if theirs.list_digest and raft.membership.members:
+            # It would found, and waits for us to do so with it. Only who knows all the members can
+            # say for certain that it is none: we may be a founder that has just come late itself.
+            return Refused(
+                "wiped",
+                f"node {raft.me.id} belongs to cluster {self.cluster_id} already, and the directory"
+                f" of node {theirs.member.id} is empty, so it must not found another one: set role"
+                " = 3 to join",
+            )
         return Refused(
             "foreign_cluster",
             f"node {raft.me.id} belongs to cluster {self.cluster_id}: set role = 3 to join it",
@@ -178,21 +188,24 @@ class Admission:
         itself. The leader commits one such correction at a time.
         """
         for member in members:
-            address, zone = member.address, member.zone
+            address, zone, version = member.address, member.zone, member.command_version
             hello = self._announced.get(member.id)
             if hello is not None and hello.address == member.address:
                 # Done with: a later move by an operator must not be undone by it.
                 hello = self._announced[member.id] = msgspec.structs.replace(hello, address="")
             if hello is not None:
                 address, zone = hello.address or address, hello.zone or zone
+                version = hello.command_version
             elif member.id == me:
                 address = self._book.own if self.announcing else address
                 zone = self._config.cluster.zone or zone
+                version = COMMAND_VERSION
             address = (
                 self._book.correction(member.id.id, address, is_self=member.id == me) or address
             )
-            if (address, zone) != (member.address, member.zone):
-                yield Member(member.id, address, zone, member.status, member.command_version)
+            announced = Member(member.id, address, zone, member.status, version)
+            if announced != member:
+                yield announced
 
 
 def _may_be_address(text: str) -> bool:

@@ -18,7 +18,8 @@ from dengine.raft.membership import Membership
 from dengine.raft.quorum import VoteResult, joint_vote
 from dengine.raft.raft import Raft
 from dengine.raft.types import MemberId
-from dengine.storage.state_store import StateDigest, StateStore
+from dengine.storage.state_records import StateDigest
+from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.agreement")
 

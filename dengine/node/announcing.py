@@ -1,4 +1,6 @@
-"""The lines of DESIGN section 9: what a node says when roles and the membership change."""
+"""What a node announces when roles and the membership change: lines that people and scripts wait
+for (examples/single-node-expansion/README.md, "What the lines mean").
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def membership_committed(me: MemberId, old: Membership, new: Membership, term: i
 
 
 def membership_loaded(membership: Membership, initial_cluster: tuple[InitialMember, ...]) -> None:
-    """Say where the file differs from the persisted membership, which wins (DESIGN section 3)."""
+    """Say where the file differs from the persisted membership, which wins."""
     addresses = {m.id.id: m.address for m in membership.members}
     for entry in initial_cluster if addresses else ():
         known = addresses.get(entry.id)

@@ -17,10 +17,18 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
-from dengine.errors import ClusterUnavailable, FatalError, InvariantBroken, NotLeader, TryAgain
-from dengine.kv.commands import encode_batch
+from dengine.errors import (
+    ClusterUnavailable,
+    DengineError,
+    FatalError,
+    InvariantBroken,
+    NotLeader,
+    TryAgain,
+)
+from dengine.kv.commands import COMMAND_VERSION, batch_clock_ms, encode_batch
 from dengine.node.log_writer import LogWriter
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
@@ -28,7 +36,7 @@ from dengine.node.state_flusher import StateFlusher
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, Ready, Restore, Transition
-from dengine.raft.types import Entry, EntryKind, MemberId, SnapshotRef
+from dengine.raft.types import Entry, EntryKind, LogId, MemberId, SnapshotRef
 from dengine.storage.log_store import LogStore
 from dengine.storage.state_store import StateStore
 
@@ -36,6 +44,8 @@ T = TypeVar("T")
 
 GATHER_S = 0.002  # how long commands wait for an entry that is on its way to a majority
 INBOX_MAX = 20_000  # messages; beyond it they are dropped, as a network may do
+APPLY_S = 0.05  # for which a turn applies at most, but for its first entry: heartbeats wait
+TICK_MS = 1000  # while anything can expire, the log hears of the time so often at least
 
 
 class Owner(Protocol):
@@ -94,6 +104,7 @@ class Cycle:
         self._leader: MemberId | None = None
         self._proposed_at = 0.0
         self._running = False
+        self.may_tick = True  # the disk has room for entries that only carry the time
 
     def start(self) -> None:
         self._running = True
@@ -179,13 +190,16 @@ class Cycle:
             raft.step(self._inbox.popleft())
         while self._actions:
             self._actions.popleft()()
-        if self.proposals.queued:
-            if raft.role != "leader":
+        if raft.role != "leader":
+            if self.proposals.queued:
                 self.proposals.refuse_queued(NotLeader("this node does not lead any more"))
-            elif raft.may_propose and not raft.writing and self._gathered():
-                self._propose()
+        elif raft.may_propose and not raft.writing and self._entry_wanted():
+            self._propose()
         for nonce, lease in self.reads.take(self._loop.time()):
             raft.read_index(nonce, lease=lease)
+
+    def _entry_wanted(self) -> bool:
+        return (self.proposals.queued and self._gathered()) or self._tick_wanted()
 
     def _gathered(self) -> bool:
         """While an entry is on its way, commands gather for the next one: fewer, larger entries
@@ -196,16 +210,79 @@ class Cycle:
             log.commit_index == log.last_index or self._loop.time() - self._proposed_at >= GATHER_S
         )
 
-    def _propose(self) -> None:
+    def _tick_wanted(self) -> bool:
+        """Has time alone something to end? Then an entry without commands carries it; any other
+        does so too, so there is one only where nothing else is under way. One also tells, where all
+        members have come to understand it, that changes are recorded from there on.
+        """
+        raft = self.raft
+        if not (raft.may_propose and self.may_tick):
+            return False
+        if raft.log.applied_index < raft.log.last_index:
+            return False
+        if not self.records:
+            return self.command_version >= COMMAND_VERSION
+        due_ms = self._state.next_due_ms
+        if due_ms is None:
+            return False
+        now_ms = raft.proposal_clock_ms(self._state.clock_ms)
+        return now_ms >= due_ms or now_ms - self._state.clock_ms >= TICK_MS
+
+    @property
+    def records(self) -> bool:
+        """Has an entry of version 2 been applied here? From the first on the state has a history.
+        What lies before it, perhaps still unapplied, is told to nobody."""
+        return self._state.totals is not None
+
+    @property
+    def command_version(self) -> int:
+        """The format of the entries that a leader makes: what every member can apply, and what
+        was in use once stays in use.
+        """
+        if self.records:
+            return COMMAND_VERSION
+        members = self.raft.membership.members
+        return min((m.command_version for m in members), default=1)
+
+    async def keep_time(self, timeout_s: float) -> None:
+        """Before a leader stops from which nobody takes over: have the time until now in the log,
+        where anything can expire. On a node that is restarted all the time it would else hardly
+        pass, and what was put for a time would stay."""
+
+        def tick(raft: Raft) -> asyncio.Future[None] | None:
+            if not raft.may_propose or len(raft.membership.voters) > 1:
+                return None
+            if self.proposals.queued or raft.log.applied_index < raft.log.last_index:
+                return None  # what is under way tells the time, too
+            kept: asyncio.Future[None] = self._loop.create_future()
+            self.proposals.watch(self._propose(), kept, self._loop.time() + timeout_s)
+            return kept
+
+        if self._state.next_due_ms is None or not (self.may_tick and self._running):
+            return
+        with suppress(DengineError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                kept = await self.act(tick)
+                if kept is not None:
+                    await kept
+
+    def _propose(self) -> LogId:
         batch = self.proposals.take_batch()
-        log_id = self.raft.propose(encode_batch([waiting.command for waiting in batch]))
-        self.proposals.appended(log_id, batch)
+        commands = [waiting.command for waiting in batch]
+        new = self.command_version >= COMMAND_VERSION
+        clock_ms = self.raft.proposal_clock_ms(self._state.clock_ms) if new else None
+        log_id = self.raft.propose(encode_batch(commands, clock_ms))
+        if batch:
+            self.proposals.appended(log_id, batch)
         self._proposed_at = self._loop.time()
+        return log_id
 
     def _carry_out(self, ready: Ready) -> None:
         self._send(ready.messages)
         if ready.number:
             self._writer.submit(ready)
+        if ready.entries and not self.raft.is_leader:
+            self._learn_clock(ready.entries)
         if ready.fetch is not None:
             self._owner.snapshot_offered(*ready.fetch)
         if ready.committed_entries:
@@ -221,10 +298,13 @@ class Cycle:
             self._owner.rolled_back()
 
     def _apply(self, ready: Ready) -> None:
-        entries = ready.committed_entries
         membership = self._state.membership or Membership()
-        for entry, results in zip(entries, self._state.apply(entries), strict=True):
-            self.proposals.applied(entry, results)
+        until = time.monotonic() + APPLY_S
+        outcome = self._state.apply(ready.committed_entries, lambda: time.monotonic() < until)
+        entries = ready.committed_entries[: len(outcome)]
+        deferred = False
+        for entry, results in zip(entries, outcome, strict=True):
+            deferred |= self.proposals.applied(entry, results)
         last = entries[-1].index
         self.raft.applied_to(last)
         self.reads.applied(last)
@@ -233,8 +313,17 @@ class Cycle:
             if entry.kind is EntryKind.CONFIG:
                 old, membership = membership, decode_membership(entry.data)
                 self._owner.membership_committed(entry.index, old, membership)
-        if self.raft.log.may_apply:  # what is applied in one turn is bounded
-            self.wake()
+        if self.raft.log.may_apply or deferred or self._tick_wanted():
+            self.wake()  # what one turn applies is bounded, and so is what one entry does
+
+    def _learn_clock(self, entries: Sequence[Entry]) -> None:
+        """The last entry that carries the log time is as good a witness as a heartbeat."""
+        for entry in reversed(entries):
+            if entry.kind is EntryKind.NORMAL:
+                clock_ms = batch_clock_ms(entry.data)
+                if clock_ms is not None:
+                    self.raft.learn_clock(entry.term, clock_ms)
+                return
 
     def _written(self, ready: Ready, error: BaseException | None, seconds: float) -> None:
         """The log writer is done with `ready` (called on the loop)."""
@@ -260,6 +349,7 @@ class Cycle:
         old = self._state.membership or Membership()
         index = restore.log_id.index
         self._owner.restored(restore)
+        self.raft.learn_clock(restore.log_id.term, self._state.clock_ms)
         self.proposals.restored(index)
         self.reads.applied(index)
         if restore.membership != old:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from dengine.config import Config
+from dengine.kv.commands import COMMAND_VERSION
 from dengine.node.addresses import AddressBook
 from dengine.node.cycle import Cycle
 from dengine.node.founding import Founding
 from dengine.node.joining import join
-from dengine.node.wire import COMMAND_VERSION
 from dengine.raft.membership import Membership, Status
 from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory

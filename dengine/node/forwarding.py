@@ -2,7 +2,7 @@
 
 One hop at most: a node that gets a forwarded request and does not lead answers "not leader".
 Nothing in here sends twice; when the stream breaks before the answer, the outcome is unknown. Only
-`Node` asks again, and only what was answered with outcome none (ARCHITECTURE.md says why).
+`Node` asks again, and only what was answered with outcome none (ARCHITECTURE.md, "Decisions").
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""How a directory without a cluster comes to belong to one (DESIGN section 3, "Identity").
+"""How a directory without a cluster comes to belong to one.
+
+The rules are in ARCHITECTURE.md, "Identity and membership". In short:
 
 Alone: wait a moment for somebody to say that this id is a member already, then found.
 From a static list: found once every other founder has shown an empty directory and the same list.
@@ -13,7 +15,8 @@ import msgspec
 
 from dengine.config import Config, InitialRole
 from dengine.errors import IdentityError
-from dengine.node.wire import COMMAND_VERSION, Hello
+from dengine.kv.commands import COMMAND_VERSION
+from dengine.node.wire import Hello
 from dengine.raft.membership import Member, Membership, Settings, found
 from dengine.raft.types import MemberId
 

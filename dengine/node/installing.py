@@ -73,7 +73,7 @@ class Installer:
         self._secrets = secrets
         self._fetching: tuple[MemberId, SnapshotRef] | None = None
         self._installed: asyncio.Future[None] | None = None
-        self._fetched: Path | None = None  # what gets its name when it is installed
+        self._fetched: Path | None = None  # gets its name with the install that began last
         self._received: Path | None = None  # the last one that was
         self._attempts = -1  # the first goes to the best address
         self.is_unpacking = False  # a file of ours
@@ -222,7 +222,7 @@ class Installer:
         """Have Raft install the unpacked `state`, and wait until it is; drop it if not wanted."""
         header = read_header(file)
         named = self._directory.snapshots_path / snapshot_name(ref.log_id)
-        self._fetched = file if file != named else None
+        self._fetched = fetched = file if file != named else None
         self._installed = asyncio.get_running_loop().create_future()
         try:
             if await self._cycle.act(lambda raft: raft.restore(ref.log_id, header.membership)):
@@ -232,12 +232,14 @@ class Installer:
                     await self._files.add(ref, named, header.taken_at_s, applied_bytes)
                 return True
             await self._drop(state)
-            if self._fetched is not None:
+            if fetched is not None:
                 with suppress(OSError):  # it is of no use; a later fetch or start removes it
-                    self._fetched.unlink(missing_ok=True)
+                    fetched.unlink(missing_ok=True)
             return False
         finally:
-            self._installed = self._fetched = None
+            # Of `_fetched` nothing is taken back: when a node stops in the middle of an install,
+            # this task is gone before the thread comes to give the file its name.
+            self._installed = None
 
     async def _drop(self, state: Path) -> None:
         await self._in_thread(shutil.rmtree, state, True)

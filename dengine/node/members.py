@@ -29,7 +29,6 @@ from dengine.node.addresses import join_host_port
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.promotion import Promotion, PromotionRules
 from dengine.node.view import leader_of
-from dengine.node.wire import COMMAND_VERSION
 from dengine.raft.membership import (
     AddLearner,
     Change,
@@ -60,7 +59,7 @@ class Members:
     """The leader's dealings with the membership.
 
     Args:
-        correct: names the members whose committed address or zone is out of date.
+        correct: names the members whose committed address, zone or version is out of date.
     """
 
     def __init__(self, config: Config, cycle: Cycle, correct: Correct) -> None:
@@ -106,7 +105,9 @@ class Members:
             self._correct_due_ms = now_ms + CORRECT_EVERY_MS
             outdated = self._correct(raft.me, raft.membership.members)
             corrections: dict[str, Change] = {
-                f"member {m.id.id} is at {m.address} now": UpdateMember(m) for m in outdated
+                f"member {m.id.id} is at {m.address} now and understands commands up to version "
+                f"{m.command_version}": UpdateMember(m)
+                for m in outdated
             }
             self._try(corrections, now_ms)
 
@@ -173,10 +174,11 @@ class Members:
                 f"foreign cluster: the directory of node {member_id.id} belongs to cluster "
                 f"{theirs}, this is cluster {ours}: correct initial_cluster or db_root_dir"
             )
-        if member.command_version < COMMAND_VERSION:
+        in_use = self._cycle.command_version
+        if member.command_version < in_use:
             raise JoinError(
                 f"node {member_id.id} understands commands up to version "
-                f"{member.command_version}, the cluster uses {COMMAND_VERSION}: upgrade it first"
+                f"{member.command_version}, the cluster uses {in_use}: upgrade it first"
             )
 
         def added(membership: Membership) -> Change:
@@ -292,6 +294,21 @@ class Members:
 
         change = await self.change(updated, deadline)
         return {"settings": msgspec.structs.asdict(change.settings)}
+
+    async def hand_over(self, deadline: float) -> None:
+        """Leadership goes to the live voter whose log is longest: this node is about to stop.
+
+        What hinders that is said, and no reason not to stop.
+        """
+        raft = self._cycle.raft
+        heirs = [v for v in raft.membership.voters if v != raft.me and raft.is_live(v)]
+        if not heirs:
+            return  # nobody is there to lead
+        heir = max(heirs, key=lambda v: (raft.progress[v].match_index, -v.id))
+        try:
+            await self._transfer(heir.id, deadline)
+        except DengineError as error:
+            log.warning("leadership was not handed over: %s", error.message)
 
     async def change(self, make: Callable[[Membership], C], deadline: float) -> C:
         """Propose a change, behind any other that is under way, and wait until it is applied.

@@ -69,6 +69,9 @@ class _StatusCollector(Collector):
             ("dengine_last_index", "last_index", "Newest entry of the log"),
             ("dengine_first_index", "first_index", "Oldest entry of the log"),
             ("dengine_revision", "revision", "Revision of the state"),
+            ("dengine_compact_revision", "compact_revision", "Newest that the history has not"),
+            ("dengine_leases", "leases", "Leases there are"),
+            ("dengine_watchers", "watchers", "Watches of keys that are open here"),
             ("dengine_pending_writes", "pending_writes", "Writes that wait for their answer"),
             ("dengine_uptime_seconds", "uptime_s", "Since the start of the process"),
         ):

@@ -21,13 +21,11 @@ from dengine.errors import (
     ClusterUnavailable,
     DataCorruption,
     DengineError,
-    DiskFull,
     FatalError,
     IdentityError,
     LeaderChanged,
-    NotLeader,
 )
-from dengine.kv.commands import Command, Result, decode_result, encode_command
+from dengine.kv.commands import Effect, Result
 from dengine.node import announcing
 from dengine.node.addresses import AddressBook
 from dengine.node.agreement import Agreement
@@ -36,22 +34,25 @@ from dengine.node.entrance import Entrance
 from dengine.node.exchange import Exchange
 from dengine.node.founding import Founding
 from dengine.node.leading import AtLeader
+from dengine.node.lifetimes import Lifetimes
 from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
-from dengine.node.opening import open_directory
+from dengine.node.opening import last_clock, opening
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
 from dengine.node.snapshots import Snapshots
 from dengine.node.status import Readiness, Status
 from dengine.node.view import ClusterView
+from dengine.node.watch_hub import Selection, Watch, WatchHub
 from dengine.node.watchers import MembershipWatchers
 from dengine.node.wire import Refused
+from dengine.node.writes import OnceKey, Writes
 from dengine.raft.membership import Membership
 from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.security import Secrets
-from dengine.storage.recovery import after_damage, open_stores
+from dengine.storage.recovery import after_damage
 
 log = logging.getLogger("dengine.node")
 
@@ -78,10 +79,10 @@ class Node:
         self.secrets = Secrets.read(config.security, config.source)
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
-        self._disk_full = False
         self._sweep_due_ms = self._disk_due_ms = 0
         self._report_due_ms = boottime_ms() + REPORT_MS
         self._watchers = MembershipWatchers()
+        self._leaders = MembershipWatchers()
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -91,15 +92,15 @@ class Node:
         Raises:
             FatalError: locked by another process, removed from its cluster, damaged, ...
         """
-        self._directory = open_directory(self.config)
-        self._log_store, self.state = open_stores(self._directory)
-        identity = self._directory.identity  # another incarnation, if the log had to be replaced
-        self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
-        self._announce_above = self.raft.log.commit_index
-        if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
-            self._directory.set_cluster_id(self.raft.membership.cluster_id)
-        announcing.membership_loaded(self.raft.membership, self.config.cluster.initial_cluster)
-        self._build()
+        with opening(self.config) as (self._directory, self._log_store, self.state):
+            identity = self._directory.identity  # another incarnation, if the log was replaced
+            self.raft = self._load_raft(MemberId(identity.node_id, identity.incarnation))
+            self._announce_above = self.raft.log.commit_index
+            self.raft.learn_clock(*last_clock(self._log_store, self.state))
+            if not identity.cluster_id and self.raft.log.last_index:  # founding was interrupted
+                self._directory.set_cluster_id(self.raft.membership.cluster_id)
+            announcing.membership_loaded(self.raft.membership, self.config.cluster.initial_cluster)
+            self._build()
 
     def _load_raft(self, me: MemberId) -> Raft:
         election = self.config.election
@@ -175,7 +176,12 @@ class Node:
             raft, self._status, lambda: self._members.promotion, self.snapshots.files.transfers
         )
         self._at_leader = AtLeader(raft, self._status)
-        self._metrics = NodeMetrics(self._status.local, raft, self.snapshots)
+        self.writes = Writes(
+            limits, self._cycle, self._at_leader, self._exchange.forwarding, self.snapshots.room
+        )
+        self.lifetimes = Lifetimes(raft, self.state)
+        self.hub = WatchHub(self.state, limits.watchers, self.fail)
+        self._metrics = NodeMetrics(self.local_status, raft, self.snapshots)
         self.metrics = self._metrics.registry
         self.metrics_observe_request = self._metrics.observe_request
 
@@ -189,12 +195,8 @@ class Node:
         self._exchange.set_targets()
         self.snapshots.start()
         entering = self._loop.create_task(self._entrance.enter(), name="enter the cluster")
-        ends: set[asyncio.Future[Any]] = {
-            self._cycle.failed,
-            self.peers.failed,
-            self._stopped,
-            entering,
-        }
+        ends: set[asyncio.Future[Any]] = {self._cycle.failed, self.peers.failed, self._stopped}
+        ends.add(entering)
         try:
             while not self._stopped.done():
                 done, ends = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -212,30 +214,21 @@ class Node:
     async def stop(self) -> None:
         """Hand leadership over, end the cycle, and leave a state that the next start trusts."""
         if self.raft.is_leader and len(self.raft.membership.voters) > 1:
-            await self._hand_over()
+            await self._members.hand_over(self._loop.time() + HANDOVER_S)
+        await self._cycle.keep_time(HANDOVER_S)
         await self._close(clean=True)
 
     def fail(self, error: FatalError) -> None:
         """End the process: something outside of the cycle found what must not be."""
         self._cycle.fail(error)
 
-    async def _hand_over(self) -> None:
-        raft = self.raft
-        heirs = [v for v in raft.membership.voters if v != raft.me and raft.is_live(v)]
-        if not heirs:
-            return  # nobody is there to lead
-        heir = max(heirs, key=lambda v: (raft.progress[v].match_index, -v.id))
-        deadline = self._loop.time() + HANDOVER_S
-        try:
-            await self._members.handle("transfer", {"id": heir.id}, deadline)
-        except DengineError as error:
-            log.warning("leadership was not handed over: %s", error.message)
-
     async def _close(self, *, clean: bool) -> None:
         if self._stopped.done():
             return
         self._stopped.set_result(None)
         self._watchers.close()
+        self._leaders.close()
+        await self.hub.close()
         await self.snapshots.stop()
         written = self._cycle.stop(DISK_STOP_S)
         await self._exchange.close()
@@ -251,41 +244,31 @@ class Node:
 
     # --- requests -----------------------------------------------------------------------------
 
-    async def write(self, command: Command, deadline: float) -> Result:
-        """Commit `command` through the leader, wherever that is, and return its result.
-
-        Args:
-            deadline: on the event loop's clock.
-
-        Raises:
-            DengineError: `outcome` says whether it may still happen.
-        """
-        data = encode_command(command)
-        try:
-            if self.raft.may_propose:  # the common case, without a detour
-                return await self.write_here(data, deadline)
-        except (NotLeader, LeaderChanged) as error:
-            if error.outcome != "none":
-                raise
-
-        async def forward(leader: MemberId) -> Result:
-            return decode_result(
-                await self._exchange.forwarding.ask(leader, "write", data, deadline)
-            )
-
-        return await self._at_leader.do(lambda: self.write_here(data, deadline), forward, deadline)
+    async def write(self, command: Effect, deadline: float, once: OnceKey | None = None) -> Result:
+        """Commit `command` through the leader; see `Writes.write`."""
+        return await self.writes.write(command, deadline, once)
 
     def write_here(self, data: bytes, deadline: float) -> asyncio.Future[Result]:
         """Queue an encoded command on this node, which leads or is about to be refused."""
-        if self._disk_full:
-            raise DiskFull(
-                f"less than {self.config.limits.reserve_bytes} bytes are free under "
-                f"{self._directory.path} (limits.reserve_bytes): free some space"
-            )
-        future: asyncio.Future[Result] = self._loop.create_future()
-        self._proposals.add(data, future, deadline)
-        self._cycle.wake_to_propose()
-        return future
+        return self.writes.write_here(data, deadline)
+
+    async def watch(
+        self, selection: Selection, first: int | None, *, prev: bool, deadline: float
+    ) -> Watch:
+        """Follow the changes of some keys.
+
+        Args:
+            first: the first revision that is wanted; None: what comes from now on.
+            prev: with what was there before.
+
+        Raises:
+            Compacted, WatchOverflow, ClusterUnavailable: refused.
+        """
+        await self.writes.version_2_applied("a watch", deadline)
+        if first is None or first > self.state.revision:
+            await self.read_barrier("linearizable", deadline)
+        self.snapshots.require_trusted()
+        return self.hub.open(selection, first, prev=prev)
 
     async def read_barrier(self, consistency: str, deadline: float) -> None:
         """Return once a local read of `state` is as fresh as `consistency` asks for.
@@ -370,6 +353,14 @@ class Node:
         """The membership now, then after every committed change."""
         return self._watchers.follow(self.view_here())
 
+    def leadership_events(self) -> AsyncIterator[dict[str, Any]]:
+        """`leader` (an id or None) and `is_leader` now, then whenever the leader is another one."""
+        return self._leaders.follow(self._leadership())
+
+    def _leadership(self) -> dict[str, Any]:
+        leader = self.raft.leader
+        return {"leader": leader.id if leader else None, "is_leader": self.raft.is_leader}
+
     def view_here(self, problem: str = "") -> dict[str, Any]:
         """The cluster without asking its leader, and why not. Raises as `cluster_view`."""
         return {**self._view.now(problem), "revision": self.state.revision}
@@ -377,8 +368,12 @@ class Node:
     # --- what others see ----------------------------------------------------------------------
 
     @property
+    def running(self) -> bool:
+        return not (self._stopped.done() or self._cycle.failed.done())
+
+    @property
     def is_leader(self) -> bool:
-        return self.raft.is_leader
+        return self.raft.is_leader and self.running
 
     @property
     def turns(self) -> int:
@@ -397,11 +392,11 @@ class Node:
 
     def readiness(self) -> Readiness:
         """Can this node answer reads and writes now?"""
-        return self._status.readiness(running=not self._stopped.done())
+        return self._status.readiness(running=self.running)
 
     def local_status(self) -> dict[str, Any]:
         """GET /v1/status: this node alone, without asking anybody."""
-        return self._status.local()
+        return {**self._status.local(), "watchers": self.hub.count}
 
     # --- what the cycle reports ---------------------------------------------------------------
 
@@ -418,6 +413,7 @@ class Node:
         if self.raft.leader is not None:
             self._report_due_ms = boottime_ms() + REPORT_MS
             self._at_leader.found()
+        self._leaders.publish(self._leadership())
 
     def membership_committed(self, index: int, old: Membership, new: Membership) -> None:
         me = self.raft.me
@@ -457,7 +453,7 @@ class Node:
         self._agreement.ticked(now_ms)
         if now_ms >= self._disk_due_ms:
             self._disk_due_ms = now_ms + DISK_CHECK_MS
-            self._disk_full = not self.snapshots.room.has(0)
+            self.writes.look_at_disk()
         if now_ms >= self._report_due_ms:
             self._report_due_ms = now_ms + REPORT_MS
             if self.raft.leader is None and self.raft.membership.voters:
@@ -468,6 +464,7 @@ class Node:
         self._metrics.entries_written.inc(entries)
 
     def applied(self, entries: Sequence[Entry]) -> None:
+        self.hub.applied()
         self.snapshots.applied(entries)
         self._agreement.applied(boottime_ms())
 
@@ -479,6 +476,7 @@ class Node:
 
     def restored(self, restore: Restore) -> None:
         self.snapshots.restored(restore)
+        self.hub.applied()
 
     async def _addresses(self, member: MemberId) -> list[str]:
         """Where `member` can be dialled, best first; empty when it is not a known one."""

@@ -1,12 +1,19 @@
-"""Taking hold of the data directory, or saying why this node cannot have it."""
+"""Taking hold of the data directory, or why this node cannot have it; what it says of time."""
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from dengine.config import Config
 from dengine.errors import ConfigError, IdentityError, StorageIO
+from dengine.kv.commands import batch_clock_ms
+from dengine.raft.types import EntryKind
 from dengine.storage.directory import DataDirectory
+from dengine.storage.log_store import LogStore
+from dengine.storage.recovery import open_stores
+from dengine.storage.state_store import StateStore
 
 # No restart helps against these, unlike against a disk that fails or is full.
 MISPLACED = (
@@ -21,6 +28,21 @@ MISPLACED = (
     errno.EPERM,
     errno.EROFS,
 )
+
+
+@contextmanager
+def opening(config: Config) -> Iterator[tuple[DataDirectory, LogStore, StateStore]]:
+    """Directory, log and state; they are closed again if the block raises, for an app that embeds
+    the node goes on. Raises as `open_directory` and `open_stores`.
+    """
+    directory = open_directory(config)
+    with ExitStack() as opened:
+        opened.callback(directory.close)
+        log, state = open_stores(directory)
+        opened.callback(log.close)
+        opened.callback(state.close)
+        yield directory, log, state
+        opened.pop_all()
 
 
 def open_directory(config: Config) -> DataDirectory:
@@ -41,9 +63,25 @@ def open_directory(config: Config) -> DataDirectory:
         raise
     identity = directory.identity
     if identity.removed:
+        directory.close()
         raise IdentityError(
             f"node {identity.node_id} was removed from cluster {identity.cluster_id} "
             f"({identity.removed}): {directory.path} cannot be used again; start a new "
             "node with a new node_id and an empty directory"
         )
     return directory
+
+
+def last_clock(log: LogStore, state: StateStore) -> tuple[int, int]:
+    """The newest log time in this directory, and the term of whoever gave it: that of the last
+    entry which carries one, or of the state. The time is 0 where there is none.
+
+    Such an entry may not be applied yet, nor committed; a leader that began behind it would let
+    time stand still until it had caught up.
+    """
+    for index in range(log.last_index(), max(state.applied.index, log.first_index() - 1), -1):
+        (entry,) = log.entries(index, index + 1, 1)
+        clock_ms = batch_clock_ms(entry.data) if entry.kind is EntryKind.NORMAL else None
+        if clock_ms is not None:
+            return entry.term, clock_ms
+    return state.applied.term, state.clock_ms

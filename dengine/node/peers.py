@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import aiohttp
 from aiohttp import web
 
+from dengine.errors import ClusterUnavailable
 from dengine.node.authentication import (
     NOT_AUTHENTICATED,
     SEAL_BYTES,
@@ -190,10 +191,15 @@ class Peers:
         """Serve `GET /v1/peer`: returns when the stream is over.
 
         Raises:
+            ClusterUnavailable: not now, for there is too much of it under way.
             web.HTTPException: the request is no WebSocket handshake.
         """
-        if self._closed or len(self._open) - len(self._streams) >= MAX_UNSETTLED:
-            return web.Response(status=503)
+        if self._closed:
+            raise ClusterUnavailable("this node is stopping")
+        if len(self._open) - len(self._streams) >= MAX_UNSETTLED:
+            raise ClusterUnavailable(
+                f"{MAX_UNSETTLED} handshakes are under way already: try again in a moment"
+            )
         socket = web.WebSocketResponse(
             timeout=CLOSE_TIMEOUT_S,
             compress=False,

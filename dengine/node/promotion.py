@@ -1,7 +1,8 @@
 """When a learner may become a voter, and which learners become voters together.
 
 Runs on the leader only and holds no state that matters: a new leader starts to watch afresh.
-Thesis 4.2.1 says why a learner must have caught up first; the rest is DESIGN section 3.
+Thesis 4.2.1 says why a learner must have caught up first; the other rules are in
+ARCHITECTURE.md, "Identity and membership".
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dengine.errors import DengineError, LeaderChanged, RateLimited, RequestTimeout
+from dengine.kv.commands import Deferred
 from dengine.raft.types import Entry, LogId
 
 BATCH_COMMANDS_MAX = 1024
@@ -82,18 +83,27 @@ class Proposals:
         self.count += 1
         self.appended(log_id, [_Waiting(b"", future, deadline)])
 
-    def applied(self, entry: Entry, results: Sequence[Any]) -> None:
-        """The entry was applied: whoever proposed exactly this one gets the results."""
+    def applied(self, entry: Entry, results: Sequence[Any]) -> bool:
+        """The entry was applied: whoever proposed exactly this one gets the results.
+
+        True: it could not do all of it, and what it left undone is queued again, before all else.
+        """
         found = self._in_log.pop(entry.index, None)
         if found is None:
-            return
+            return False
         if found.term != entry.term:
             self._fail(found.waiting, _replaced())
-            return
+            return False
+        deferred: list[_Waiting] = []
         for waiting, result in zip(found.waiting, results or [None], strict=True):
+            if type(result) is Deferred and not waiting.future.done():
+                deferred.append(waiting)
+                continue
             self._done(waiting)
             if not waiting.future.done():
                 waiting.future.set_result(result)
+        self._queue.extendleft(reversed(deferred))
+        return bool(deferred)
 
     def distrusted(self) -> None:
         """Results from here on would be those of a wrong state."""

@@ -16,6 +16,15 @@ class Room:
         self._path = path
         self._reserve_bytes = reserve_bytes
 
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def has_half(self) -> bool:
+        """Is half of the reserve still there? So far goes what makes room: deletions, and all that
+        concerns leases, which would otherwise end all together for want of space."""
+        return self._free() >= self._reserve_bytes // 2
+
     def has(self, size: int) -> bool:
         """Would `reserve_bytes` be left beside `size` more bytes?"""
         return self._free() >= size + self._reserve_bytes

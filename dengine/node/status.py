@@ -82,7 +82,7 @@ class Status:
         """The body of GET /v1/status."""
         raft, membership = self._raft, self._raft.committed_membership
         is_learner = raft.me not in membership.all_voters
-        leader = self.leader
+        leader, totals = self.leader, self._state.totals
         return {
             "node_id": raft.me.id,
             "incarnation": f"{raft.me.incarnation:016x}",
@@ -96,6 +96,9 @@ class Status:
             "last_index": raft.log.last_index,
             "first_index": raft.log.first_index,
             "revision": self._state.revision,
+            "compact_revision": totals.history_first - 1 if totals else self._state.revision,
+            "log_time_ms": raft.clock_ms,
+            "leases": totals.leases if totals else 0,
             "voters": [v.id for v in membership.voters],
             "learners": [m.id for m in membership.learners],
             "proposals": self._proposals.total,
@@ -117,6 +120,6 @@ class Status:
         if len(membership.voters) == 2:
             missing += (
                 "; two voters need each other: bring it back, or, if its data directory is lost, "
-                "see `dengine repair`"
+                "see what `dengine repair --config FILE` could keep"
             )
         return f"no leader; {missing}"

@@ -14,10 +14,9 @@ import msgspec
 
 from dengine.raft.messages import Message
 from dengine.raft.types import MemberId
-from dengine.storage.state_store import StateDigest
+from dengine.storage.state_records import StateDigest
 
 PROTOCOL_VERSION = 1
-COMMAND_VERSION = 1  # newest kv batch format this build can apply
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 
 
@@ -55,9 +54,10 @@ class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Why the stream is not wanted.
 
     "different_lists": two founders were started with different ones.
-    "removed", "wiped", "rolled_back" and "duplicate" concern the receiver's own identity; "again"
-    asks for a fresh handshake; "this_node_itself" says that an address leads back to its dialler;
-    "not_authenticated" is all that who does not know the peer secret is told.
+    "removed", "wiped" (an empty directory that must not found), "rolled_back" and "duplicate"
+    concern the receiver's own identity; "again" asks for a fresh handshake; "this_node_itself" says
+    that an address leads back to its dialler; "not_authenticated" is all that who does not know the
+    peer secret is told.
     """
 
     reason: Literal[

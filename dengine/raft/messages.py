@@ -66,12 +66,14 @@ class HeartbeatRequest(_Header, frozen=True, array_like=True, tag=True):
     """`round` grows with every broadcast of this leader in this term; acks echo it (6.4).
 
     Round 0 only spreads the commit index and wants no answer. `commit_term` is the term of the
-    entry there: a log that was rolled back may have another one at that index.
+    entry there: a log that was rolled back may have another one at that index. `clock_ms` is the
+    leader's log time (log_clock.py); 0 from a release that knew none.
     """
 
     round: int
     commit_index: int
     commit_term: int
+    clock_ms: int = 0
 
 
 class HeartbeatResponse(_Header, frozen=True, array_like=True, tag=True):

@@ -37,6 +37,7 @@ from dengine.errors import (
     NotLeader,
 )
 from dengine.raft.log import RaftLog
+from dengine.raft.log_clock import LogClock
 from dengine.raft.membership import (
     Change,
     LeaveJoint,
@@ -182,6 +183,7 @@ class Raft:
         self.leader: MemberId | None = None
         self.progress: dict[MemberId, Progress] = {}  # filled only while leader
         self.saw_lost_entries = False  # the leader counts on entries that this log does not have
+        self.clock = LogClock()  # heartbeats carry it; the owner puts it into entries
 
         self._rng = rng
         self._now_ms = now_ms
@@ -235,6 +237,22 @@ class Raft:
     @property
     def is_leader(self) -> bool:
         return self.role is Role.LEADER
+
+    @property
+    def clock_ms(self) -> int:
+        """The log time at the last `tick`."""
+        return self.clock.at(self._now_ms)
+
+    def proposal_clock_ms(self, at_least_ms: int) -> int:
+        """The log time for an entry that this leader is about to propose, and not less than that of
+        an entry which is committed already."""
+        self.clock.start(at_least_ms, self._now_ms)
+        return self.clock_ms
+
+    def learn_clock(self, term: int, clock_ms: int) -> None:
+        """An entry of `term` in this log, or a state that ends there, carries this log time: what
+        entries hold is the owner's business."""
+        self.clock.learn(term, clock_ms, self._now_ms)
 
     @property
     def may_propose(self) -> bool:
@@ -789,7 +807,17 @@ class Raft:
     def _send_heartbeat(self, member: MemberId, number: int) -> None:
         commit, progress = self._commit_known_to(member), self.progress[member]
         progress.commit_sent = min(progress.match_index, self.log.commit_index)
-        self._send(HeartbeatRequest(self.me, member, self.term, number, commit.index, commit.term))
+        self._send(
+            HeartbeatRequest(
+                self.me,
+                member,
+                self.term,
+                number,
+                commit.index,
+                commit.term,
+                self.clock.at(self._now_ms),
+            )
+        )
 
     def _commit_known_to(self, member: MemberId) -> LogId:
         """How far `member` may commit without a check of its log: what it has acknowledged."""
@@ -1079,6 +1107,7 @@ class Raft:
 
     def _on_heartbeat_request(self, m: HeartbeatRequest) -> None:
         self._follow(m.sender)
+        self.clock.learn(m.term, m.clock_ms, self._now_ms)
         self._learn_commit(LogId(m.commit_index, m.commit_term))
         if m.round == 0:
             return

@@ -49,7 +49,7 @@ from dengine.storage.state_store import StateStore
 
 log = logging.getLogger("dengine.recovery")
 
-REPAIR = "dengine repair --accept-data-loss"
+REPAIR = "dengine repair --accept-data-loss --config FILE"
 # A kill or two happen, and reading a large state takes time; a row of them may be its own work.
 SUSPICIOUS_ENDS = 2
 SMALL_FILES_BYTES = 1024 * 1024  # for marks and LMDB's lock files; they are a few pages

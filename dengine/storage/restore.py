@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from dengine.errors import Conflict, StorageIO, TryAgain
+from dengine.kv.commands import COMMAND_VERSION
 from dengine.raft.membership import Member, Membership, Settings, found
 from dengine.raft.types import HardState, LogId, MemberId
 from dengine.storage.directory import DataDirectory
@@ -138,7 +139,8 @@ def found_cluster(
     state = StateStore(state_path)
     try:
         settings = state.membership.settings if state.membership is not None else Settings()
-        membership = found(secrets.token_hex(16), [Member(me, address, zone)], settings)
+        member = Member(me, address, zone, command_version=COMMAND_VERSION)
+        membership = found(secrets.token_hex(16), [member], settings)
         state.found_anew(membership, state.revision + REVISION_STEP)
         state.sync()
         applied, revision = state.applied, state.revision

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -30,11 +30,12 @@ from dengine.storage.environment import (
     padded,
     storage_error,
 )
-from dengine.storage.state_store import (
+from dengine.storage.state_records import (
     APPLIED_KEY,
     DATABASES,
     DATABASES_MAX,
     MEMBERSHIP_KEY,
+    REQUIRED,
     StateDigest,
     read_applied,
     record_hash,
@@ -74,9 +75,7 @@ class StateReader:
         except lmdb.Error as error:
             raise storage_error(error, path, _REMEDY) from error
         try:
-            self._databases = {
-                name: self._environment.open_db(name, create=False) for name in DATABASES
-            }
+            self._databases = dict(self._open_databases())
             self._txn = self._environment.begin()
             self._describe()
         except lmdb.Error as error:
@@ -156,6 +155,15 @@ class StateReader:
             thread.join()
         if failure:
             raise storage_error(failure[0], self._path, _REMEDY) from failure[0]
+
+    def _open_databases(self) -> Iterator[tuple[bytes, lmdb._Database]]:
+        """By name; a state of an older release has not all of them."""
+        for name in DATABASES:
+            try:
+                yield name, self._environment.open_db(name, create=False)
+            except lmdb.NotFoundError:
+                if name in REQUIRED:
+                    raise
 
     def _describe(self) -> None:
         raw = self._txn.get(APPLIED_KEY, db=self._databases[b"meta"])

@@ -1,33 +1,19 @@
 """The applied state: every key, and how far the log has been applied, in one LMDB environment.
 
-    database  key            record (each ends with a CRC-32 over key and record)
-    keys      the user's     layout (u8), create_revision, mod_revision, version (u64 each), value
-    meta      b"applied"     index and term of the last entry applied, revision (u64 each), the
-                             state hash (16 bytes)
-    meta      b"membership"  the last applied CONFIG entry's data
-
-Whatever an entry changes is committed in the same transaction as `applied`. Commits are not synced:
-after a power loss the whole directory is rebuilt (see recovery.py), so nothing here has to be
-durable before a clean stop.
-
-The state hash is the sum, modulo 2^128, of a hash of every record but `applied`. A sum is kept up
-to date by adding what comes and subtracting what goes (Bellare and Micciancio, "A New Paradigm for
-Collision-Free Hashing", 1997; against accidents, not against forgers, so a fast hash will do).
-Equal entries must give equal hashes on every member; see node/agreement.py.
+What lies where is told in state_records.py. Whatever an entry changes is committed in the same
+transaction as `applied`. Commits are not synced: after a power loss the whole directory is rebuilt
+(see recovery.py), so nothing here has to be durable before a clean stop.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
-from zlib import crc32
 
 import lmdb
 import msgspec
-from xxhash import xxh3_128_intdigest
 
 from dengine.errors import (
     ClusterUnavailable,
@@ -36,40 +22,61 @@ from dengine.errors import (
     InvariantBroken,
     StorageIO,
 )
+from dengine.kv import tables
 from dengine.kv.commands import Result
-from dengine.kv.machine import KEY_BYTES_MAX, Record, apply_batch
+from dengine.kv.machine import apply_batch
+from dengine.kv.store import (
+    TABLES,
+    Change,
+    Record,
+    Rules,
+    Table,
+    Totals,
+    decode_totals,
+)
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.types import Entry, EntryKind, LogId
 from dengine.storage.environment import (
     CRC_BYTES,
-    CRC_RESIDUE,
     DATA_FILE,
-    damaged,
     open_environment,
-    pack_crc,
     storage_error,
 )
 from dengine.storage.marks import distrust_state
+from dengine.storage.state_records import (
+    APPLIED_KEY,
+    DATABASES_MAX,
+    MEMBERSHIP_KEY,
+    META,
+    TOTALS_KEY,
+    StateDigest,
+    encode_applied,
+    is_sound,
+    read_applied,
+    record_hash,
+    signed,
+    sum_bytes,
+)
+from dengine.storage.state_view import (
+    REMEDY,
+    StateView,
+    damage,
+    require_next,
+    rules_of,
+    scan,
+    seek,
+    sound_changes,
+    sound_data,
+    sound_record,
+    table_rows,
+)
 from dengine.storage.writeback import LOST_PAGES, write_back
 
 PAGE_BYTES_MAX: Final = 4 * 1024 * 1024  # of records in one page, so that no page stalls the loop
 KEYS_PAGE_BYTES_MAX: Final = 64 * 1024 * 1024  # the same when values are only checked, not copied
 ROWS_PER_STEP: Final = 1000
-
-_RECORD: Final = struct.Struct("<BQQQ")
-_PLAIN: Final = 0  # the only layout so far; a TTL or a lease would make another
-_APPLIED: Final = struct.Struct("<QQQ16s")
-APPLIED_KEY: Final = b"applied"
-MEMBERSHIP_KEY: Final = b"membership"
-_REMEDY: Final = "restart this node, which rebuilds its state"
-DATABASES_MAX: Final = 16
-DATABASES: Final = {b"keys": 0, b"meta": 1}  # by name, and as the hash tells them apart
-_KEYS, _META = DATABASES.values()
 _HASH_MASK: Final = (1 << 128) - 1
 DIGEST_EVERY: Final = 256  # entries between two digests that members compare
-
-_pack_record = _RECORD.pack
-_unpack_record = _RECORD.unpack_from
 
 
 class Page(NamedTuple):
@@ -78,14 +85,6 @@ class Page(NamedTuple):
     items: list[tuple[bytes, Record]]
     next: bytes | None
     revision: int
-
-
-class StateDigest(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a state is after an entry, in a few bytes; equal on all members that applied it."""
-
-    index: int
-    revision: int
-    state_hash: bytes  # 16 bytes
 
 
 class StateStore:
@@ -97,7 +96,11 @@ class StateStore:
         applied: the last entry applied.
         revision: the store's revision after it.
         membership: that of the last applied CONFIG entry; None when there was none.
-        digests: after every `DIGEST_EVERY`th entry, since the last `take_digests`.
+        keep_changes: set while somebody will `take_changes`.
+        totals: what the state machine knows of its tables; None for a state in which no entry of
+            command version 2 was applied yet.
+        next_due_ms: the log time at which the first of all that can expire is due; None: nothing
+            can.
 
     Raises:
         DataCorruption: a record failed its CRC; the state can be rebuilt from the log.
@@ -105,6 +108,7 @@ class StateStore:
     """
 
     def __init__(self, path: Path) -> None:
+        self.keep_changes = False
         self._open(path)
 
     def _open(self, path: Path) -> None:
@@ -112,18 +116,27 @@ class StateStore:
         self.applied = LogId(0, 0)
         self.revision = 0
         self.membership: Membership | None = None
+        self.totals: Totals | None = None
+        self.next_due_ms: int | None = None
+        self._rules = Rules()
         self._hash = 0
         self._digests: list[StateDigest] = []
+        self._changes: list[Change] = []
         try:
             self._environment = open_environment(
-                path, durable=False, remedy=_REMEDY, databases=DATABASES_MAX
+                path, durable=False, remedy=REMEDY, databases=DATABASES_MAX
             )
         except DataCorruption as error:
             _distrusted(path, error)
             raise
         try:
+            before = self._environment.info()["last_txnid"]
             self._keys = self._environment.open_db(b"keys")
             self._meta = self._environment.open_db(b"meta")
+            # Made where an older release left none: then they are empty, and change no hash.
+            self._tables = {t: self._environment.open_db(t.encode()) for t in TABLES}
+            if self._environment.info()["last_txnid"] != before:
+                self.sync()  # what vouches for the state may have been written already
             self._read = self._environment.begin(self._keys)
             self._load()
         except lmdb.Error as error:
@@ -162,69 +175,110 @@ class StateStore:
         """Size of the file."""
         return (self._path / DATA_FILE).stat().st_size
 
-    def apply(self, entries: Sequence[Entry]) -> list[list[Result]]:
+    @property
+    def clock_ms(self) -> int:
+        """The log time of the last entry; 0 as long as no entry has carried one."""
+        return self.totals.clock_ms if self.totals is not None else 0
+
+    def take_changes(self) -> list[Change]:
+        """What was changed since the last call while `keep_changes` was set, in order."""
+        taken, self._changes = self._changes, []
+        return taken
+
+    def apply(
+        self, entries: Sequence[Entry], go_on: Callable[[], bool] = lambda: True
+    ) -> list[list[Result]]:
         """Apply committed entries, all in one transaction.
 
         Args:
             entries: contiguous, the first one right after `applied`.
+            go_on: asked after each entry; False leaves the rest for another call.
 
         Returns:
-            One list per entry: its commands' results, empty for NOOP and CONFIG.
+            One list per entry that was applied: its commands' results, empty for NOOP and CONFIG.
 
         Raises:
             DataCorruption, StorageIO: nothing was applied.
             InvariantBroken: the entries do not follow `applied`.
+            ConfigError: a newer release made an entry. Nothing was applied.
         """
         if not entries:
             return []
-        applied, revision, membership = self.applied, self.revision, self.membership
+        applied, revision = self.applied, self.revision
+        membership, rules = self.membership, self._rules
+        totals = None if self.totals is None else msgspec.structs.replace(self.totals)
         outcome: list[list[Result]] = []
         digests: list[StateDigest] = []
         # An open read transaction would keep the pages that this one frees from being used again.
         self._read.abort()
         try:
             with self._environment.begin(self._keys, write=True) as txn:
-                view = _View(txn, self._path, self._hash)
+                view = StateView(
+                    txn,
+                    self._tables,
+                    self._path,
+                    self._hash,
+                    totals,
+                    keep_changes=self.keep_changes,
+                )
                 for entry in entries:
-                    if entry.index != applied.index + 1 or entry.term < applied.term:
-                        raise InvariantBroken(
-                            f"entry {entry.log_id} cannot be applied right after {applied}"
-                        )
+                    require_next(entry, applied)
                     results: list[Result] = []
                     if entry.kind is EntryKind.NORMAL:
-                        revision, results = apply_batch(entry.data, view, revision)
+                        revision, results = apply_batch(
+                            entry.data, view, revision, rules, entry.index
+                        )
+                        view.end_entry(self._meta)
                     elif entry.kind is EntryKind.CONFIG:
                         membership = self._decode_membership(entry.data)
+                        rules = rules_of(membership)
                         view.hash += self._put_membership(txn, entry.data)
                     outcome.append(results)
                     applied = entry.log_id
                     if not applied.index % DIGEST_EVERY:
                         digests.append(StateDigest(applied.index, revision, sum_bytes(view.hash)))
+                    if not go_on():
+                        break
+                view.close()
                 _put_applied(txn, self._meta, applied, revision, view.hash)
         except lmdb.Error as error:
             raise _state_error(error, self._path) from error
         finally:
             self._read_on()
         self.applied, self.revision, self.membership = applied, revision, membership
+        self.totals, self._rules = view.totals, rules
         self._hash = view.hash & _HASH_MASK
         self._digests += digests
+        self._changes += view.changes
+        if view.due_changed:
+            self._find_next_due()
         return outcome
 
     def found_anew(self, membership: Membership, revision: int) -> None:
         """Make this the state that a new cluster begins with: the keys stay, `applied` too.
 
+        The history goes: whoever followed the old cluster further than this state does has seen
+        changes that were never made here, and must learn of it by a revision that is compacted.
         One transaction, not synced. Raises as `apply`.
         """
+        totals = None if self.totals is None else msgspec.structs.replace(self.totals)
         self._read.abort()
         try:
-            with self._environment.begin(write=True) as txn:
-                state_hash = self._hash + self._put_membership(txn, membership.encode())
+            with self._environment.begin(self._keys, write=True) as txn:
+                view = StateView(txn, self._tables, self._path, self._hash, totals)
+                if totals is not None:
+                    view.clear("history")
+                    totals.history_first, totals.history_bytes = revision + 1, 0
+                    view.end_entry(self._meta)
+                view.close()
+                state_hash = view.hash + self._put_membership(txn, membership.encode())
                 _put_applied(txn, self._meta, self.applied, revision, state_hash)
         except lmdb.Error as error:
             raise _state_error(error, self._path) from error
         finally:
             self._read_on()
-        self.membership, self.revision = membership, revision
+        self.membership, self.revision, self.totals = membership, revision, totals
+        self._rules = rules_of(membership)
         self._hash = state_hash & _HASH_MASK
 
     def _read_on(self) -> None:
@@ -241,7 +295,50 @@ class StateStore:
             return None  # no key is empty or that long
         except lmdb.Error as error:
             raise _state_error(error, self._path) from error
-        return None if raw is None else _decode_record(key, raw, self._path)
+        return None if raw is None else sound_record(key, raw, self._path)
+
+    def lease(self, lease_id: str) -> tables.Lease | None:
+        """A lease as of `applied`, also one whose keys are being deleted."""
+        if not tables.may_be_lease(lease_id):
+            return None
+        data = self._table_get("leases", lease_id.encode())
+        return None if data is None else tables.decode_lease(data)
+
+    def attached(self, lease_id: str, limit: int) -> list[bytes]:
+        """Up to `limit` of the keys that a lease holds, in no particular order."""
+        prefix = tables.attached_prefix(lease_id)
+        rows = self._table_rows("attached", prefix, limit, PAGE_BYTES_MAX)
+        return [data for key, data in rows if key.startswith(prefix)]
+
+    def history(self, revision: int, revisions: int, size: int) -> tuple[list[Change], int]:
+        """Whole records of the history, the first one that in which `revision` is, or the first
+        one after it: what their revisions have changed, and how many bytes were read.
+
+        Args:
+            revisions, size: they end with the one that comes to so many revisions, or so many
+                bytes; but there is never none where there are some.
+        """
+        rows = self._table_rows("history", tables.number_key(revision), revisions, size)
+        return sound_changes(rows, revisions, self._path)
+
+    def _table_get(self, table: Table, key: bytes) -> bytes | None:
+        try:
+            raw = self._read.get(key, db=self._tables[table])
+        except lmdb.Error as error:
+            raise _state_error(error, self._path) from error
+        return None if raw is None else sound_data(key, raw, self._path)
+
+    def _table_rows(
+        self, table: Table, start: bytes, limit: int, size: int
+    ) -> list[tuple[bytes, bytes]]:
+        try:
+            return table_rows(self._read, self._tables[table], start, limit, size, self._path)
+        except lmdb.Error as error:
+            raise _state_error(error, self._path) from error
+
+    def _find_next_due(self) -> None:
+        rows = [self._table_rows("due", group, 1, 1) for group in tables.DUE_GROUPS]
+        self.next_due_ms = min((tables.due_ms(r[0][0]) for r in rows if r), default=None)
 
     def page(self, start: bytes, end: bytes | None, limit: int, keys_only: bool) -> Page:
         """Records with `start <= key < end` in order, all from one transaction.
@@ -257,7 +354,7 @@ class StateStore:
         budget = KEYS_PAGE_BYTES_MAX if keys_only else PAGE_BYTES_MAX
         try:
             with self._environment.begin(self._keys, buffers=True) as txn, txn.cursor() as cursor:
-                found = _seek(cursor, start)
+                found = seek(cursor, start)
                 while found:
                     key = bytes(cursor.key())
                     if end is not None and key >= end:
@@ -266,7 +363,7 @@ class StateStore:
                     budget -= len(raw)
                     if len(items) >= limit or (budget < 0 and items):
                         return Page(items, key, self.revision)
-                    items.append((key, _decode_record(key, raw, self._path, keys_only)))
+                    items.append((key, sound_record(key, raw, self._path, keys_only)))
                     found = cursor.next()
         except lmdb.Error as error:
             raise _state_error(error, self._path) from error
@@ -286,7 +383,7 @@ class StateStore:
         total, environment = 0, self._environment
         try:
             with environment.begin(self._keys) as txn, txn.cursor() as cursor:
-                for _ in _scan(cursor, start, end):
+                for _ in scan(cursor, start, end):
                     total += 1
                     if total % ROWS_PER_STEP == 0:
                         yield total
@@ -339,25 +436,32 @@ class StateStore:
         if raw is not None:
             found = read_applied(raw)
             if found is None:
-                raise _damage(self._path, APPLIED_KEY, "fails its CRC or is of an unknown layout")
+                raise damage(self._path, APPLIED_KEY, "fails its CRC or is of an unknown layout")
             self.applied, digest = found
             self.revision = digest.revision
             self._hash = int.from_bytes(digest.state_hash, "big")
         elif self._read.stat(self._keys)["entries"]:
-            raise _damage(self._path, APPLIED_KEY, "is missing")
+            raise damage(self._path, APPLIED_KEY, "is missing")
         raw = self._read.get(MEMBERSHIP_KEY, db=self._meta)
         if raw is not None:
-            if crc32(raw, crc32(MEMBERSHIP_KEY)) != CRC_RESIDUE:
-                raise _damage(self._path, MEMBERSHIP_KEY, "fails its CRC")
+            if not is_sound(MEMBERSHIP_KEY, raw):
+                raise damage(self._path, MEMBERSHIP_KEY, "fails its CRC")
             self.membership = self._decode_membership(raw[:-CRC_BYTES])
+            self._rules = rules_of(self.membership)
+        raw = self._read.get(TOTALS_KEY, db=self._meta)
+        if raw is not None:
+            self.totals = decode_totals(sound_data(TOTALS_KEY, raw, self._path))
+            if self.totals is None:
+                raise damage(self._path, TOTALS_KEY, "is of an unknown layout")
+        self._find_next_due()
 
     def _put_membership(self, txn: lmdb.Transaction[bytes], data: bytes) -> int:
         """By how much the state hash grows."""
         key = MEMBERSHIP_KEY
         old = txn.get(key, db=self._meta)
-        new = data + pack_crc(crc32(data, crc32(key)))
+        new = signed(key, data)
         txn.put(key, new, db=self._meta)
-        return record_hash(_META, key, new) - (record_hash(_META, key, old) if old else 0)
+        return record_hash(META, key, new) - (record_hash(META, key, old) if old else 0)
 
     def _decode_membership(self, data: bytes) -> Membership:
         try:
@@ -369,70 +473,6 @@ class StateStore:
             ) from error
 
 
-class _View:
-    """The state machine's view of one write transaction; `hash` grows and shrinks with it."""
-
-    __slots__ = ("_get", "_key", "_path", "_put", "_raw", "_txn", "hash")
-
-    def __init__(self, txn: lmdb.Transaction[bytes], path: Path, state_hash: int) -> None:
-        self._txn = txn
-        self._get = txn.get
-        self._put = txn.put
-        self._path = path
-        self._key = b""  # read last, and what was there: a put nearly always follows its get
-        self._raw: bytes | None = None
-        self.hash = state_hash
-
-    def get(self, key: bytes) -> Record | None:
-        self._key, self._raw = key, self._get(key)
-        return None if self._raw is None else _decode_record(key, self._raw, self._path)
-
-    def put(self, key: bytes, record: Record) -> None:
-        old = self._raw if key == self._key else self._get(key)
-        value = record.value
-        head = _pack_record(_PLAIN, record.create_revision, record.mod_revision, record.version)
-        new = b"".join((head, value, pack_crc(crc32(value, crc32(head, crc32(key))))))
-        self._put(key, new)
-        if old is not None:
-            self.hash -= record_hash(_KEYS, key, old)
-        self.hash += record_hash(_KEYS, key, new)
-        self._key = b""
-
-    def delete(self, key: bytes) -> None:
-        old = self._txn.pop(key)
-        if old is not None:
-            _decode_record(key, old, self._path, keys_only=True)  # rot would spoil the hash
-            self.hash -= record_hash(_KEYS, key, old)
-        self._key = b""
-
-    def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
-        with self._txn.cursor() as cursor:
-            yield from _scan(cursor, start, end)
-
-
-def record_hash(database: int, key: bytes, raw: bytes) -> int:
-    """128 bits of one record; the seed keeps databases apart, and where a key ends.
-
-    Args:
-        database: its number in `DATABASES`.
-        raw: the whole record, CRC included.
-    """
-    return xxh3_128_intdigest(key + raw, database << 16 | len(key))
-
-
-def sum_bytes(record_hashes: int) -> bytes:
-    """A sum of `record_hash`es, which may be negative or large, as the state hash: 16 bytes."""
-    return (record_hashes & _HASH_MASK).to_bytes(16, "big")
-
-
-def read_applied(raw: bytes) -> tuple[LogId, StateDigest] | None:
-    """The `applied` record as stored; None when it is damaged or of another layout."""
-    if crc32(raw, crc32(APPLIED_KEY)) != CRC_RESIDUE or len(raw) != _APPLIED.size + CRC_BYTES:
-        return None
-    index, term, revision, state_hash = _APPLIED.unpack_from(raw)
-    return LogId(index, term), StateDigest(index, revision, state_hash)
-
-
 def _put_applied(
     txn: lmdb.Transaction[bytes],
     meta: lmdb._Database,
@@ -440,50 +480,11 @@ def _put_applied(
     revision: int,
     state_hash: int,
 ) -> None:
-    data = _APPLIED.pack(applied.index, applied.term, revision, sum_bytes(state_hash))
-    txn.put(APPLIED_KEY, data + pack_crc(crc32(data, crc32(APPLIED_KEY))), db=meta)
-
-
-def _scan(cursor: lmdb.Cursor[bytes], start: bytes, end: bytes | None) -> Iterator[bytes]:
-    """Keys with `start <= key < end`, without their values."""
-    if _seek(cursor, start):
-        for key in cursor.iternext(keys=True, values=False):
-            if end is not None and key >= end:
-                return
-            yield key
-
-
-def _seek(cursor: lmdb.Cursor[bytes] | lmdb.Cursor[memoryview], start: bytes) -> bool:
-    """Go to the first key at or after `start`, which may be of any length."""
-    if not start:
-        return cursor.first()
-    head = start[:KEY_BYTES_MAX]
-    found = cursor.set_range(head)
-    if found and len(start) > KEY_BYTES_MAX and cursor.key() == head:
-        return cursor.next()  # `start` is longer than any key, so it comes after its own head
-    return found
-
-
-def _decode_record(
-    key: bytes, raw: bytes | memoryview, path: Path, keys_only: bool = False
-) -> Record:
-    if crc32(raw, crc32(key)) != CRC_RESIDUE:
-        raise _damage(path, key, "fails its CRC")
-    layout, create_revision, mod_revision, version = _unpack_record(raw)
-    if layout != _PLAIN:
-        raise _damage(path, key, f"has the unknown layout {layout}")
-    value = b"" if keys_only else bytes(raw[_RECORD.size : -CRC_BYTES])
-    return Record(create_revision, mod_revision, version, value)
-
-
-def _damage(path: Path, key: bytes, what: str) -> DataCorruption:
-    error = damaged(path / DATA_FILE, f"the record of {key!r} {what}", _REMEDY)
-    error.details["key"] = key.decode("utf-8", "backslashreplace")
-    return _distrusted(path, error)
+    txn.put(APPLIED_KEY, encode_applied(applied, revision, state_hash), db=meta)
 
 
 def _state_error(error: lmdb.Error, path: Path) -> FatalError:
-    found = storage_error(error, path, _REMEDY)
+    found = storage_error(error, path, REMEDY)
     return _distrusted(path, found) if isinstance(found, DataCorruption) else found
 
 

@@ -36,7 +36,7 @@ def say(text: str = "") -> None:
 
 
 def port_base() -> int:
-    """9080, or another base where one of the guide's ports is taken."""
+    """9080, or another base where one of its ports, 9081 to 9083, is taken."""
     # Below the range of outgoing connections: those could take a port in between.
     for base in (9080, *range(20_000, 32_000, 10)):
         if all(is_free(base + node_id) for node_id in NODES):

@@ -1,8 +1,9 @@
-"""The guide's walkthrough, driven by itself: one node grows to three and survives a kill -9.
+"""The README of this directory, driven by itself: one node grows to three and survives a kill -9.
 
 It starts real nodes on this machine with the files in `config/`, keeps writing to them all the
-while, and checks every promise on the way. Exit code 0: everything was as promised. It needs about
-half a minute, leaves nothing behind, and uses the ports 9081-9083, or others where those are taken.
+while, and checks every promise on the way. Exit code 0: nothing broke; where only the pause after
+the kill was longer than promised, as on a busy machine, the last line says so. It needs about half
+a minute, leaves nothing behind, and uses the ports 9081-9083, or others where those are taken.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 STEP_S = 20.0  # the longest wait for one thing
 TOTAL_S = 90.0  # the longest walkthrough; it usually takes a third of that
-GAP_PROMISED_S = 5.0  # a pause in writes after the kill longer than this is a broken promise
+PAUSE_PROMISED_S = 2.0  # in writes, after the kill of the leader
+PAUSE_MAX_S = 5.0  # longer than that is no busy machine any more, but a broken promise
 # For nodes that ask for a token (DENGINE__SECURITY__TOKEN_FILE), as `dengine` finds it.
 TOKEN_FILE = os.environ.get("DENGINE_TOKEN_FILE")
 TOKEN = Path(TOKEN_FILE).read_text("ascii").strip() if TOKEN_FILE else ""
@@ -93,7 +95,7 @@ def request(port: int, method: str, path: str, body: bytes | None = None) -> tup
 
 
 class ServedNode:
-    """One `dengine serve`, run in the walkthrough's directory with one of the guide's files."""
+    """One `dengine serve`, run in the walkthrough's directory with its file of `config/`."""
 
     def __init__(self, node_id: int, port: int, directory: Path) -> None:
         self.id = node_id
@@ -140,7 +142,7 @@ class ServedNode:
         return self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
 
     def expect(self, *promised: str) -> None:
-        """Wait for whole lines that the guide promises, in this order, and show them."""
+        """Wait for whole lines that the README promises, in this order, and show them."""
 
         def printed() -> bool:
             if self.process is not None and not self.running:
@@ -308,7 +310,7 @@ class Walkthrough:
         self.client.wait_more(100)
         fact(f"a voter after {took_s:.1f} s; the client now writes through node {node_id} too")
         if node_id == 2:
-            say("     Two voters tolerate no failure, so the guide says: go on at once.")
+            say("     Two voters tolerate no failure, so the third node joins at once.")
 
     def view(self) -> dict[str, Any]:
         """What any living node says about the cluster; {} while none can tell."""
@@ -353,16 +355,17 @@ class Walkthrough:
         say(f"   {paint('2', f'$ kill -9 {leader.pid}')}   node {leader.id}, the leader")
         successor = wait_for(lambda: self.leader(but=leader.id), "A new leader is elected")
         self.client.wait_more(200)
-        gap_s = self.client.gap_s(at)
-        if gap_s > GAP_PROMISED_S:
-            raise NotAsPromisedError(f"Writes stood still for {gap_s:.1f} s after the kill.")
+        self.pause_s = self.client.gap_s(at)
+        if self.pause_s > PAUSE_MAX_S:
+            raise NotAsPromisedError(f"Writes stood still for {self.pause_s:.1f} s after the kill.")
         for line in successor.lines():
             if line.endswith(")") and "→" in line and "Learner" not in line:
                 quote(successor.id, line)
-        fact(f"node {successor.id} leads; writes paused for {paint('1', f'{gap_s:.2f} s')}")
+        measured = paint("1", f"{self.pause_s:.2f} s")
+        promised = f"promised: at most {PAUSE_PROMISED_S:g} s"
+        fact(f"node {successor.id} leads; writes paused for {measured} ({promised})")
         if len(self.client.acknowledged) < acknowledged:
             raise NotAsPromisedError("Acknowledged writes were lost.")
-        self.gap = gap_s
         return leader
 
     def restart(self, node: ServedNode) -> None:
@@ -416,7 +419,7 @@ class Walkthrough:
 
 
 def choose_ports() -> dict[int, int]:
-    """The guide's ports by node id if all three are free, else three others."""
+    """9081 to 9083 by node id if all three are free, else three others."""
     ports = {node_id: 9080 + node_id for node_id in (1, 2, 3)}
     if all(is_free(port) for port in ports.values()):
         return ports
@@ -438,7 +441,7 @@ def is_free(port: int) -> bool:
 
 
 def write_configs(directory: Path, ports: dict[int, int]) -> None:
-    """The guide's files, with other ports where it had to be."""
+    """The files of `config/`, with other ports where it had to be."""
     directory.mkdir()
     for node_id in ports:
         text = (HERE / "config" / f"n{node_id}.toml").read_text(encoding="utf-8")
@@ -447,12 +450,20 @@ def write_configs(directory: Path, ports: dict[int, int]) -> None:
         (directory / f"n{node_id}.toml").write_text(text, encoding="utf-8")
 
 
+def verdict(pause_s: float) -> str:
+    """The last word where nothing broke and writes paused for `pause_s` seconds."""
+    if pause_s <= PAUSE_PROMISED_S:
+        return paint("1;32", "All as promised.")
+    slower = f"writes paused for {pause_s:.2f} s, not at most {PAUSE_PROMISED_S:g} s."
+    return paint("1;33", "Slower than promised:") + f" {slower} All else held."
+
+
 def terminate(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Run the walkthrough; 0 when everything was as promised, 130 when interrupted."""
+    """Run the walkthrough; 0 when nothing broke (see `verdict`), 130 when interrupted."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, terminate)
     say(paint("1", "One node becomes three, and outlives its leader"))
@@ -471,7 +482,7 @@ def main() -> int:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave nodes behind
             story.abandon()
-    say(f"\n{paint('1;32', 'All as promised')} in {time.monotonic() - started:.0f} s.")
+    say(f"\n{verdict(story.pause_s)} It took {time.monotonic() - started:.0f} s.")
     return 0
 
 

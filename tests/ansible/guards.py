@@ -770,6 +770,15 @@ PURE = [
             "test_configuration_that_would_change_is_drift",
         ),
     ),
+    *of(
+        "roles/release/tasks/main.yml",
+        "test_role_guards.py",
+        (
+            "- not release_link.stat.exists",
+            "- true",
+            "test_the_command_takes_nobodys_place_on_the_path",
+        ),
+    ),
 ]
 
 IN_PLAYBOOKS = [

@@ -1,4 +1,4 @@
-"""The Vagrantfile and the inventories say the same, which nothing but a test would notice."""
+"""What stands in two files and must agree, which nothing but a test would notice."""
 
 from __future__ import annotations
 
@@ -27,3 +27,19 @@ def test_the_dynamic_inventory_names_zones_as_dengine_zones_does() -> None:
     assert said
     region = yaml.safe_load(example)["regions"][0]
     assert [zone.strip()[:-1] for zone in said[1].split(",")] == [region] * 3
+
+
+def test_operators_are_sent_to_headings_that_there_are() -> None:
+    document = (ROOT / "docs" / "operations.md").read_text()
+    headings = re.findall(r"^#+ (.*)$", document, re.M)
+    plugins = ROOT / "ansible/collections/ansible_collections/dengine/core/plugins"
+    sent: list[str] = []
+    for file in plugins.rglob("*.py"):
+        text = re.sub(r'"\n\s*f?"', "", file.read_text())  # a string over several lines
+        sent += re.findall(r"docs/operations\.md, '([^']*)'", text)
+    assert sent
+    assert set(sent) <= set(headings)
+    links = re.findall(r"\]\(#([\w-]+)\)", document)
+    anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+    assert links
+    assert set(links) <= anchors

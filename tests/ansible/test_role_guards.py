@@ -300,3 +300,27 @@ def test_configuration_that_would_change_is_drift() -> None:
     assert drift["check_mode"] is True
     assert true(drift["failed_when"], {"node_drift": {"changed": True}})
     assert not true(drift["failed_when"], {"node_drift": {"changed": False}})
+
+
+# --- the command on the path ---------------------------------------------------------------------
+
+
+def test_the_command_takes_nobodys_place_on_the_path() -> None:
+    when = task("release", "main", "The command is on the path")["when"]
+    for process, exists, made in ((False, False, True), (False, True, False), (True, False, False)):
+        found = {"stat": {"exists": exists}}
+        assert true(when, {"dengine_is_process": process, "release_link": found}) is made
+
+
+def test_destroy_takes_only_its_own_command_from_the_path() -> None:
+    when = task("destroy", "remove", "Remove our command from the path")["when"]
+    ours = {"exists": True, "lnk_target": "/opt/dengine/current/bin/dengine"}
+    for process, stat, removed in (
+        (False, ours, True),
+        (True, ours, False),
+        (False, {"exists": True, "lnk_target": "/home/anna/bin/dengine"}, False),
+        (False, {"exists": True}, False),
+        (False, {"exists": False}, False),
+    ):
+        ask = {"dengine_opt_dir": "/opt/dengine", "destroy_link": {"stat": stat}}
+        assert true(when, {"dengine_is_process": process, **ask}) is removed

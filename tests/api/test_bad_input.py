@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import random
 import time
 
 import pytest
 
+from dengine.api.protocol import Server
 from tests.api.raw import Answer, Wire, assert_error, wire
 from tests.cluster import ServeProcess
 
@@ -84,6 +87,24 @@ def test_half_a_header_is_closed_after_5_s(node: ServeProcess) -> None:
         assert 4.5 < time.monotonic() - began < 8
 
 
+def test_the_last_bytes_of_a_body_are_no_half_header(node: ServeProcess) -> None:
+    """However a body arrives, the connection may rest afterwards and be used again."""
+    head = b"PUT /v1/kv/pieces HTTP/1.1\r\nHost: t\r\nContent-Length: 10\r\n\r\n"
+    with wire(node, 9) as client:
+        client.send(head + b"x" * 4)
+        time.sleep(0.2)  # not in the same segment
+        client.send(b"x" * 6)
+        assert client.answer().status == 200
+        client.sock.settimeout(6.5)  # HEADER_TIMEOUT_S is 5
+        with pytest.raises(TimeoutError):
+            client.sock.recv(1)
+    large = b"x" * 500_000
+    with wire(node, 9) as client:
+        assert client.request("PUT", "/v1/kv/pieces", large).status == 200
+        time.sleep(6)
+        assert client.request("GET", "/v1/kv/pieces").body == large
+
+
 def test_a_slow_body_is_closed_after_10_s(node: ServeProcess) -> None:
     """Silent, or slower than 1 KiB/s; the value is not stored, not even in part."""
     head = b"PUT /v1/kv/slow HTTP/1.1\r\nHost: t\r\nContent-Length: 20000\r\n\r\n"
@@ -152,6 +173,18 @@ def test_connection_headers_are_honoured(node: ServeProcess) -> None:
             assert client.answer().headers["connection"] == "keep-alive"
 
 
+def test_a_call_without_a_body_needs_no_length(node: ServeProcess) -> None:
+    """As curl -X POST sends it; a body whose length is not announced is refused as ever."""
+    with wire(node) as client:
+        bare = client.request("POST", "/v1/snapshots", head="Dengine-Timeout-Ms: 100\r\n")
+        assert bare.status in (200, 202), bare
+    with wire(node) as client:
+        chunked = client.request("POST", "/v1/snapshots", head="Transfer-Encoding: chunked\r\n")
+        assert_error(chunked, 411, "length_required")
+    with wire(node) as client:
+        assert_error(client.request("POST", "/v1/snapshots", b"x"), 413, "too_large")
+
+
 def test_random_bytes_never_harm_the_node(node: ServeProcess) -> None:
     """Requests with random damage: each is answered below 500 or the connection is closed."""
     seed = int(os.environ.get("DENGINE_TEST_SEED") or random.SystemRandom().randrange(2**32))
@@ -173,3 +206,22 @@ def test_random_bytes_never_harm_the_node(node: ServeProcess) -> None:
             except (ConnectionError, ValueError, IndexError):
                 continue
             assert status < 500, (status, bytes(data))
+
+
+def test_a_full_table_of_connections_says_when_to_come_again() -> None:
+    async def scenario() -> bytes:
+        server = Server(None, lambda error: None)
+        server.max_connections = 0
+        listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+        async with listener:
+            reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+            try:
+                async with asyncio.timeout(5):
+                    return await reader.read()
+            finally:
+                writer.close()
+
+    head, _, body = asyncio.run(scenario()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 429 ")
+    assert b"\r\nRetry-After: 1\r\n" in head + b"\r\n"
+    assert json.loads(body)["error"] == "rate_limited"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 from pathlib import Path
 
 import pytest
 
+from dengine.kv.commands import COMMAND_VERSION
+from dengine.node.peers import MAX_UNSETTLED
 from tests.api.conftest import start_node
 from tests.api.raw import Wire, assert_error, wire
 from tests.cluster import Cluster, EventStream, ServeProcess, wait_for
@@ -62,12 +65,31 @@ def test_too_many_watchers_are_refused(small_node: ServeProcess) -> None:
         assert refused.headers["retry-after"] == "1"
 
 
+def test_too_many_handshakes_of_nodes_are_refused(node: ServeProcess) -> None:
+    """In words, and with the time to come again; each one ends by itself after two seconds."""
+    upgrade = (
+        b"GET /v1/peer HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    with contextlib.ExitStack() as open_ones:
+        for _ in range(2 * MAX_UNSETTLED):
+            caller = open_ones.enter_context(wire(node))
+            caller.send(upgrade)
+            answer = caller.answer()
+            if answer.status != 101:
+                break
+    error = assert_error(answer, 503, "cluster_unavailable")
+    assert "handshakes are under way" in error["message"]
+    assert answer.headers["retry-after"] == "1"
+
+
 JOIN = {
     "id": 2,
     "incarnation": INCARNATION,
     "address": "127.0.0.1:9",
     "zone": "",
     "status": "promotable",
+    "command_version": COMMAND_VERSION,
 }
 
 
@@ -112,6 +134,7 @@ JOIN = {
         ("PUT", "/v1/cluster/settings", {"promotion": "never"}),
         ("PUT", "/v1/cluster/settings", {"history_bytes": -1}),
         ("PUT", "/v1/cluster/settings", {"idempotency_window_s": 86_401}),
+        ("PUT", "/v1/cluster/settings", {"idempotency_window_s": 359}),
         ("PUT", "/v1/cluster/settings", {"pace": 1}),
     ],
 )
@@ -169,7 +192,8 @@ def test_the_peers_entrance_takes_websockets_only(client: Wire, node: ServeProce
 def test_changes_at_the_same_time_do_not_undo_each_other(node: ServeProcess) -> None:
     """Two operators change different settings at the same moment: both changes stand."""
     fields = ("history_revisions", "history_bytes", "idempotency_window_s")
-    for value in range(1, 11):
+    before = node.cluster()["settings"]
+    for value in range(360, 370):  # idempotency_window_s is not less
         with concurrent.futures.ThreadPoolExecutor(len(fields)) as pool:
             replies = pool.map(
                 lambda field, value=value: node.call("PUT", "/v1/cluster/settings", {field: value}),
@@ -178,6 +202,8 @@ def test_changes_at_the_same_time_do_not_undo_each_other(node: ServeProcess) -> 
             assert all(reply.ok for reply in replies)
         settings = node.cluster()["settings"]
         assert [settings[field] for field in fields] == [value] * len(fields)
+    # Others use this node, too, and need a history.
+    assert node.call("PUT", "/v1/cluster/settings", {f: before[f] for f in fields}).ok
 
 
 def test_of_joiners_with_one_id_the_first_stays(tmp_path: Path) -> None:
@@ -187,7 +213,8 @@ def test_of_joiners_with_one_id_the_first_stays(tmp_path: Path) -> None:
         node = start_node(cluster)
 
         def join(number: int) -> int:
-            body = {"id": 2, "incarnation": f"{number}", "address": f"127.0.0.1:{30_000 + number}"}
+            address = f"127.0.0.1:{30_000 + number}"
+            body = JOIN | {"incarnation": f"{number}", "address": address}
             return node.call("POST", "/v1/cluster/members", body).status
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from dengine.api import cluster, health, kv, snapshots
+from dengine.api import cluster, health, kv, leases, snapshots, watch
 from dengine.api.guard import Guard, _Challenges
 from dengine.api.params import BodyReader
 from dengine.api.routes import Route, RouteTable
@@ -54,6 +54,8 @@ def route_table() -> list[Route]:
         return [
             *kv.routes(kv.KvCalls(node, config, bodies)),
             *cluster.routes(cluster.ClusterCalls(node, config, bodies, closing)),
+            *leases.routes(leases.LeaseCalls(node, bodies)),
+            *watch.routes(watch.WatchCalls(node, config, closing)),
             *snapshots.routes(snapshots.SnapshotCalls(node, config, bodies)),
             *health.routes(health.HealthCalls(node)),
         ]

@@ -118,15 +118,18 @@ def test_an_empty_transaction_changes_nothing(client: Wire) -> None:
         ({"success": [{"op": "get", "key": ""}]}, "1 to 511 bytes"),
         ({"success": [{"op": "get", "key": "k", "key_base64": "aw=="}]}, "not both"),
         ({"success": [{"op": "get", "key_base64": "?"}]}, "not valid base64"),
-        ({"success": [put("k", "v") | {"ttl": 5}]}, "ttl"),
+        ({"success": [put("k", "v") | {"ttl": 0}]}, ">= 1"),
+        ({"success": [put("k", "v") | {"ttl": 5, "lease": "x"}]}, "ttl or lease"),
+        ({"success": [put("k", "v") | {"lease": ""}]}, "lease is empty"),
         ({"success": [{"op": "delete_range"}]}, "would delete every key"),
         ({"success": [{"op": "delete_range", "prefix": ""}]}, "would delete every key"),
         ({"success": [{"op": "delete_range", "prefix": "a", "end": "b"}]}, "either prefix"),
-        ({"success": [{"op": "get", "key": "k"}] * 129}, "at most 128"),
-        ({"compare": [compare("k", "version", "=", 0)] * 129}, "at most 128"),
         ({"compare": [compare("k", "lease", "=", 0)]}, "lease"),
         ({"compare": [compare("k", "version", "~", 0)]}, "~"),
         ({"compare": [compare("k", "version", "=", "1")]}, "a whole number"),
+        ({"compare": [compare("k", "version", "<", 2**63)]}, "2^63-1"),
+        ({"compare": [compare("k", "mod_revision", ">", 2**70)]}, "2^63-1"),
+        ({"compare": [compare("k", "mod_revision", ">", -(2**63) - 1)]}, "2^63-1"),
         ({"compare": [compare("k", "version", "=", True)]}, "a whole number"),
         ({"compare": [compare("k", "value", "=", 1)]}, "compared with a string"),
         ({"compare": [compare("k", "exists", "=", 1)]}, "true or false"),
@@ -151,7 +154,8 @@ def test_it_takes_json_only(client: Wire) -> None:
 
 
 def test_too_large_bodies_and_ranges(small_node: ServeProcess) -> None:
-    """The node's limits: of the body, of keys and values, and of deleted keys for all ranges."""
+    """The node's limits: of the body, of keys and values, of operations, of deleted keys for all
+    ranges."""
     with wire(small_node) as client:
         large = b'{"success":[' + b" " * (2 * 1024 * 1024) + b"]}"
         assert_error(post(client, large), 413, "too_large")
@@ -159,6 +163,13 @@ def test_too_large_bodies_and_ranges(small_node: ServeProcess) -> None:
         with wire(small_node) as client:
             refused = assert_error(post(client, {"success": [operation]}), 413, "too_large")
             assert refused["message"].startswith("success[0]: the ")
+    for many in (
+        {"success": [{"op": "get", "key": "k"}] * 129},
+        {"compare": [compare("k", "version", "=", 0)] * 129},
+    ):
+        with wire(small_node) as client:
+            refused = assert_error(post(client, many), 413, "too_large")
+            assert "has 129 items; at most 128 are allowed" in refused["message"]
     with wire(small_node) as client:
         assert post(client, {"success": [put(f"r/{n}", "") for n in range(6)]}).status == 200
         parts = [{"op": "delete_range", "start": f"r/{n}", "end": f"r/{n + 3}"} for n in (0, 3)]

@@ -16,7 +16,7 @@ from tests.crash_sweep.runner import SITES, Stage, faults, unlisted
 from tests.crash_sweep.sites import PURGE, TAKE, Site
 from tests.crash_sweep.strace import Fault
 
-SAMPLE_S = 60.0
+SAMPLE_S = 40.0
 OCCURRENCES_MAX = 200
 
 ALL = [

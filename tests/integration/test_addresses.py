@@ -1,14 +1,10 @@
-"""The guide's production addresses: three machines, played by three network namespaces."""
+"""Addresses of real machines, as the guide (examples/single-node-expansion/README.md) has them:
+three machines, played by three network namespaces.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 import signal
-from collections.abc import Iterator
-
-import pytest
 
 from tests.cluster import (
     GUIDE_CONFIGS,
@@ -20,35 +16,14 @@ from tests.cluster import (
     static_cluster,
     wait_for,
 )
-from tests.namespaces import add_switch, inside, remove, wire
+from tests.namespaces import inside, machines, needs_namespaces
 
 HOSTS = {1: "192.168.1.10", 2: "192.168.1.11", 3: "192.168.1.12"}
 CLIENT = "192.168.1.100"
 
-needs_namespaces = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2"
-)
-
-
-@contextlib.contextmanager
-def machines() -> Iterator[dict[int, str]]:
-    """One namespace per node, joined by a bridge in a namespace of its own where the client
-    lives: nothing of it can meet the addresses of the machine that runs the test."""
-    prefix = f"dengine-{os.getpid()}"
-    switch = f"{prefix}-switch"
-    names = {node_id: f"{prefix}-{node_id}" for node_id in HOSTS}
-    try:
-        add_switch(switch, f"{CLIENT}/24")
-        for node_id, name in names.items():
-            wire(switch, name, f"port{node_id}", f"{HOSTS[node_id]}/24")
-        yield {0: switch, **names}
-    finally:
-        for name in (switch, *names.values()):
-            remove(name)
-
 
 def production_text(node_id: int) -> str:
-    """Node 1 keeps the file of step 1; 2 and 3 are written as the guide's production part says."""
+    """Node 1 keeps the file of step 1; 2 and 3 have those of "On three machines"."""
     text = (GUIDE_CONFIGS / f"n{node_id}.toml").read_text(encoding="utf-8")
     if node_id == 1:
         return text
@@ -93,7 +68,7 @@ def test_production_addresses_with_node_1_on_its_wildcard(cluster: Cluster) -> N
     """Node 1 was started with 0.0.0.0 and is never restarted; the others reach it at 192.168.1.10
     and the cluster learns that address. Growth fails no write, the leader's loss is survived, and
     node 1 comes back with n1.toml."""
-    with machines() as namespaces, inside(namespaces[0]):
+    with machines(HOSTS, CLIENT) as namespaces, inside(namespaces[0]):
         nodes = {node_id: node_on(cluster, node_id, namespaces[node_id]) for node_id in HOSTS}
         wait_for(nodes[1].start().ready, "node 1 to be ready")
         writers = [Writer(nodes[1], "w1").start()]

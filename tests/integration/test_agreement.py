@@ -12,15 +12,15 @@ from zlib import crc32
 import lmdb
 import pytest
 
-from dengine.storage.state_store import (
+from dengine.storage.state_records import (
     APPLIED_KEY,
-    DATABASES,
     DATABASES_MAX,
-    DIGEST_EVERY,
+    REQUIRED,
     StateDigest,
     read_applied,
     record_hash,
 )
+from dengine.storage.state_store import DIGEST_EVERY
 from tests.cluster import Cluster, ServeProcess, Writer, static_cluster, wait_for
 from tests.crash_sweep.strace import Fault, Injection
 
@@ -34,7 +34,7 @@ def falsify(node: ServeProcess, key: bytes, value: bytes) -> None:
     right CRC, and a state hash that agrees. Only the other members know better."""
     path = next(node.directory.glob("state-*"))
     with lmdb.open(str(path), map_size=1 << 40, max_dbs=DATABASES_MAX) as environment:
-        keys, meta = (environment.open_db(name) for name in DATABASES)
+        keys, meta = (environment.open_db(name) for name in REQUIRED)
         with environment.begin(write=True) as txn:
             old = txn.get(key, db=keys)
             body = old[:25] + value

@@ -67,6 +67,22 @@ def test_a_founder_wiped_later_is_told_to_join(cluster: Cluster) -> None:
     assert voters(cluster.nodes[1].cluster()) == {1, 2, 3}
 
 
+def test_who_would_found_beside_a_cluster_is_told_to_join(cluster: Cluster) -> None:
+    """A newcomer whose own entry lacks role = 3 stops and says what to change, and after that it
+    joins; the cluster that is there notices nothing."""
+    ports = {node_id: free_port() for node_id in (1, 2)}
+    alone = config_text(1, {1: ports[1]}, 2, 2)
+    first = cluster.node(1, alone, ports[1]).start()
+    wait_for(first.ready, "node 1 to lead")
+    second = cluster.node(2, config_text(2, ports, 0, 2), ports[2])
+    assert second.start().wait_exit() == 76
+    assert "set role = 3 to join" in second.tail()
+    assert voters(first.cluster()) == {1}
+    second.config.write_text(config_text(2, ports, 3, 0), encoding="utf-8")
+    second.start()
+    cluster.wait_voters(1, 2)
+
+
 def test_a_node_killed_while_its_founding_write_hangs_founds_at_the_next_start(
     cluster: Cluster,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+from dengine.kv.commands import COMMAND_VERSION
 from dengine.storage.directory import DataDirectory
 from tests.cluster import (
     Cluster,
@@ -24,6 +25,12 @@ def incarnation(view: dict[str, object], node_id: int) -> object:
     members = view["members"]
     assert isinstance(members, list)
     return next(m["incarnation"] for m in members if m["id"] == node_id)
+
+
+def joining(node_id: int, address: str) -> dict[str, object]:
+    """What a node of this release asks for that wants to join."""
+    version = {"command_version": COMMAND_VERSION}
+    return {"id": node_id, "incarnation": "abc", "address": address, **version}
 
 
 def test_a_wiped_follower_is_filled_again_by_itself(cluster: Cluster) -> None:
@@ -88,7 +95,7 @@ def test_a_copied_configuration_file_does_not_evict_the_living_node(cluster: Clu
     ports = {1: nodes[1].port, 2: port, 3: nodes[3].port}
     copy = cluster.node(2, config_text(2, ports, 3, 0), port, name="copy").start()
     wait_for(lambda: copy.request("GET", "/livez").ok, "the copy to live")
-    join = {"id": 2, "incarnation": "abc", "address": f"127.0.0.1:{port}"}  # as the copy asks
+    join = joining(2, f"127.0.0.1:{port}")  # as the copy asks
     refused = nodes[1].call("POST", "/v1/cluster/members", join)
     assert refused.status == 409
     assert "node 2 is alive at" in refused.json()["message"]
@@ -150,7 +157,7 @@ def test_a_joiner_of_another_cluster_is_refused_before_anything_changes(
     wait_for(asked, "node 2 to ask")
     assert [m["id"] for m in other.cluster()["members"]] == [1]
     assert half_way.running
-    body = {"id": 3, "incarnation": "abc", "address": f"127.0.0.1:{port}", "cluster_id": "feed"}
+    body = joining(3, f"127.0.0.1:{port}") | {"cluster_id": "feed"}
     refused = other.call("POST", "/v1/cluster/members", body)
     assert (refused.status, refused.json()["error"]) == (409, "join_error")
     assert "foreign cluster" in refused.json()["message"]
@@ -166,8 +173,7 @@ def test_a_joiner_with_another_address_before_it_was_answered(cluster: Cluster) 
     wait_for(node.ready, "node 1 to be ready")
 
     def join(address: str) -> str:
-        body = {"id": 2, "incarnation": "abc", "address": address}
-        reply = node.call("POST", "/v1/cluster/members", body)
+        reply = node.call("POST", "/v1/cluster/members", joining(2, address))
         assert reply.ok, reply
         return str(next(m["address"] for m in reply.json()["members"] if m["id"] == 2))
 
@@ -184,8 +190,7 @@ def test_an_address_that_leads_back_to_the_leader_does_not_end_it(cluster: Clust
     port = free_port()
     node = cluster.node(1, config_text(1, {1: port}, 2, 2), port).start()
     wait_for(node.ready, "node 1 to be ready")
-    body = {"id": 2, "incarnation": "abc", "address": f"localhost:{port}"}
-    assert node.call("POST", "/v1/cluster/members", body).ok
+    assert node.call("POST", "/v1/cluster/members", joining(2, f"localhost:{port}")).ok
     met = f"node 2 at localhost:{port}: this node itself"
     wait_for(lambda: met in node.output(), "the leader to meet itself")
     assert "duplicate" not in node.output()

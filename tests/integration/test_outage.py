@@ -55,7 +55,7 @@ def test_a_write_that_nobody_answers_in_time_may_have_happened(cluster: Cluster)
 def test_what_is_said_while_one_voter_after_the_other_is_lost(cluster: Cluster) -> None:
     """Without one of three nothing more may fail, as the new leader knows from its first answer
     on. Without two of three the last one names both and why each fails: to operators, to probes,
-    and in its log (DESIGN 9)."""
+    and in its log."""
     static_cluster(cluster, 1, 2, 3)
     assert wait_for(lambda: cluster.nodes[1].cluster()["fault_tolerance"], "all to answer") == 1
     leader = cluster.wait_leader()

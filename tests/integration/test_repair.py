@@ -47,7 +47,7 @@ def test_a_single_node_with_a_damaged_log_keeps_its_state(cluster: Cluster) -> N
     before, view = records(node), node.cluster()
     node.stop()
     flip_entry(node, 20)
-    assert "dengine repair --accept-data-loss" in refused_start(node)
+    assert "dengine repair --accept-data-loss --config FILE`" in refused_start(node)
     old = tree(node.directory)
     code, said = repair(node)
     assert code == 1, said
@@ -93,7 +93,7 @@ def test_without_a_state_the_sound_beginning_of_the_log_is_kept(cluster: Cluster
     node.start()
     cluster.wait_leader()
     kept = {r["key"]: r["value"] for r in records(node)}
-    assert len(kept) == 27, "entries 1 and 2 are the founding and the leader's first"
+    assert len(kept) == 26, "1 is the founding, 2 the leader's first, 3 the first of version 2"
     assert kept.items() <= written.items()
 
 
@@ -143,6 +143,10 @@ def test_repair_is_refused_where_it_would_only_do_harm(cluster: Cluster, tmp_pat
     done = dengine("repair", "--config", node.config, "--accept-data-loss", cwd=node.cwd)
     assert "needs no repair" in one_sentence(done, 1)
     assert tree(node.directory) == old
+    secret = 'peer_secret_file = "/run/credentials/no-such-unit.service/peer_secret"'
+    node.config.write_text(f"{node.config.read_text()}\n[security]\n{secret}\n")
+    done = dengine("repair", "--config", node.config, cwd=node.cwd)
+    assert "needs no repair" in one_sentence(done, 1), "systemd has taken it away with the unit"
     absent = dengine("repair", "--data-dir", tmp_path / "none", "--node-id", 1)
     assert "not the data directory" in one_sentence(absent, 1)
     assert not (tmp_path / "none").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dengine.kv.commands import (
     Command,
@@ -23,7 +23,7 @@ from dengine.kv.commands import (
     Txn,
     TxnResult,
 )
-from dengine.kv.machine import Record
+from dengine.kv.store import TABLES, Event, Record, Table, Totals
 
 
 class DictView:
@@ -31,6 +31,10 @@ class DictView:
 
     def __init__(self) -> None:
         self.records: dict[bytes, Record] = {}
+        self.tables: dict[Table, dict[bytes, bytes]] = {name: {} for name in TABLES}
+        self.appended: dict[Table, bytes] = {}  # the last key
+        self.totals: Totals | None = None
+        self.changes: list[tuple[int, list[Event]]] = []
 
     def get(self, key: bytes) -> Record | None:
         return self.records.get(key)
@@ -39,15 +43,50 @@ class DictView:
         assert 1 <= len(key) <= 511, "LMDB would refuse this key"
         self.records[key] = record
 
+    def get_many(self, keys: Sequence[bytes], size: int | None) -> list[Record | None]:
+        found: list[Record | None] = []
+        for key in keys:
+            found.append(self.get(key))
+            if size is not None and sum(len(r.value) for r in found if r) > size:
+                break
+        return found
+
+    def put_many(self, keys: Sequence[bytes], records: Sequence[Record]) -> None:
+        for key, record in zip(keys, records, strict=True):
+            self.put(key, record)
+
     def delete(self, key: bytes) -> None:
         del self.records[key]
 
     def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
         return iter([k for k in sorted(self.records) if k >= start and (end is None or k < end)])
 
+    def read(self, table: Table, key: bytes) -> bytes | None:
+        return self.tables[table].get(key)
+
+    def write(self, table: Table, key: bytes, data: bytes) -> None:
+        assert 1 <= len(key) <= 511, "LMDB would refuse this key"
+        self.tables[table][key] = data
+
+    def append(self, table: Table, key: bytes, data: bytes) -> None:
+        assert key > self.appended.get(table, b"")
+        self.appended[table] = key
+        self.write(table, key, data)
+
+    def remove(self, table: Table, key: bytes) -> bytes | None:
+        return self.tables[table].pop(key, None)
+
+    def first(self, table: Table, start: bytes) -> tuple[bytes, bytes] | None:
+        found = min((k for k in self.tables[table] if k >= start), default=None)
+        return None if found is None else (found, self.tables[table][found])
+
+    def changed(self, revision: int, events: Sequence[Event]) -> None:
+        self.changes.append((revision, list(events)))
+
 
 class Twin:
-    """Applies one command after the other as DESIGN's paragraph "State machine" reads."""
+    """One command after the other, as simply as the rules in ARCHITECTURE.md, "The state machine",
+    can be written down."""
 
     def __init__(self) -> None:
         self.records: dict[bytes, Record] = {}

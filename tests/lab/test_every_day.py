@@ -87,6 +87,18 @@ def test_any_host_may_die(grown: Grown) -> None:
     site.play("verify").ok()
 
 
+def test_an_ordinary_user_finds_the_command(grown: Grown) -> None:
+    """The configuration is not for everybody: who names an endpoint and a token does without."""
+    for machine in grown.site.machines.values():
+        machine.run("install -m 600 -o vagrant /etc/dengine/secrets/token /tmp/token")
+        try:
+            where = f"--endpoint {machine.address}:{machine.port} --token-file /tmp/token"
+            said = machine.run(f"runuser -u vagrant -- dengine members {where}")
+        finally:
+            machine.run("rm /tmp/token")
+        assert "leader" in said
+
+
 def test_a_voter_that_lost_its_directory_stops_the_run(grown: Grown) -> None:
     """Its row names it and what to do, and nothing is changed."""
     n3 = grown.site.machines[3]
@@ -112,6 +124,7 @@ def test_destroy_stops_a_node_whose_file_is_gone(grown: Grown) -> None:
         assert machine.unit()["UnitFileState"] == "disabled", machine.name
         assert machine.run("pgrep -c -u dengine || true") == "0"
         assert machine.attempt("ls -d /var/lib/dengine/*").returncode != 0
+        assert machine.attempt("test -L /usr/local/bin/dengine").returncode != 0
 
 
 def test_a_cluster_is_made_again_where_one_was_destroyed(grown: Grown) -> None:
@@ -126,3 +139,38 @@ def test_a_cluster_is_made_again_where_one_was_destroyed(grown: Grown) -> None:
     site.learn_secrets()
     members = site.machines[1].json("/v1/cluster")["members"]
     assert {m["id"]: m["status"] for m in members} == dict.fromkeys(site.machines, "active")
+
+
+def test_a_backup_is_restored_on_the_hosts(grown: Grown) -> None:
+    """Step by step as in docs/operations.md, "Restore a backup on the hosts": two directories of
+    three are lost, and what the third one has is there again, on three voters of a new cluster."""
+    site = grown.site
+    n1 = site.machines[1]
+    dengine, backup = "/opt/dengine/current/bin/dengine", "/var/backups/dengine/last.dsnap"
+    assert n1.request("PUT", "/v1/kv/before/the/loss", b"kept").ok
+    assert n1.request("GET", "/v1/kv/before/the/loss").body == b"kept", "n1 has it"
+    lost = n1.json("/v1/cluster")["cluster_id"]
+    for i in (2, 3):
+        site.machines[i].run("systemctl stop dengine; rm -r /var/lib/dengine/*")
+
+    n1.run("systemctl stop dengine")
+    n1.run(f"{dengine} snapshot save {backup} --data-dir /var/lib/dengine --node-id 1")
+    site.play("destroy", "-e", "dengine_confirm=lab").ok()
+    site.play("expand", "--tags", "install").ok()
+    for machine in site.machines.values():
+        assert machine.unit()["ActiveState"] == "inactive", machine.name
+    n1.run(
+        f"{dengine} snapshot restore {backup} --data-dir /var/lib/dengine --node-id 1 "
+        f"--address {n1.address}:{n1.port}"
+    )
+    assert n1.run("find /var/lib/dengine ! -user dengine") == ""
+    site.play("expand").ok()
+
+    site.learn_secrets()
+    view = n1.json("/v1/cluster")
+    assert view["cluster_id"] != lost
+    assert {m["id"]: m["status"] for m in view["members"]} == dict.fromkeys(site.machines, "active")
+    for machine in site.machines.values():
+        assert machine.request("GET", "/v1/kv/before/the/loss").body == b"kept", machine.name
+    n1.run(f"rm {backup}")
+    site.play("verify").ok()

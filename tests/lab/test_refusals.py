@@ -248,7 +248,8 @@ SAVED = "/root/single.tar"
 def reset(site: Site, *, keep_release: bool = False) -> None:
     """Back to one voter and two blank machines; n1 keeps its release, and the others if told to."""
     gone = "/var/lib/dengine /etc/dengine /etc/systemd/system/dengine* /var/backups/dengine "
-    gone += "/run/dengine-deploy.json" + ("" if keep_release else " /opt/dengine")
+    gone += "/run/dengine-deploy.json"
+    gone += "" if keep_release else " /opt/dengine /usr/local/bin/dengine"
     for i in (2, 3):
         machine = site.machines[i]
         # The stand-in of a run that was killed goes on for a minute at most.

@@ -246,6 +246,21 @@ def test_a_stop_is_clean(node: Machine) -> None:
     assert node.request("GET", "/v1/kv/color").body == b"red"
 
 
+def test_a_stopped_node_can_be_looked_at(node: Machine) -> None:
+    """Its credentials are gone with the unit; who looks after it as root needs none of them."""
+    dengine, config = "/opt/dengine/current/bin/dengine", "/etc/dengine/dengine.toml"
+    assert b"leader" in node.attempt(f"{dengine} members").stdout
+    node.run("systemctl stop dengine")
+    assert "was not looked at" in node.run(f"{dengine} check-config {config}")
+    repair = node.attempt(f"{dengine} repair --config {config}")
+    assert repair.returncode == 1
+    assert b"needs no repair" in repair.stderr
+    members = node.attempt(f"{dengine} members")
+    assert members.returncode == 1
+    assert b"no endpoint answered" in members.stderr
+    node.start()
+
+
 def test_an_interrupt_is_a_clean_end_too(node: Machine) -> None:
     """SIGINT works as SIGTERM does: nothing is restarted."""
     node.run(f"kill -{int(signal.SIGINT)} {node.pid}")

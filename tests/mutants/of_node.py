@@ -85,10 +85,19 @@ MUTANTS: tuple[Mutant, ...] = (
         ("dengine.storage.recovery", "elif directory.installing:", "elif False:"),
     ),
     mutant(
+        "a stop within an install leaves the received file without a name",
+        (
+            "dengine.node.installing",
+            "self._installed = None\n\n",
+            "self._installed = self._fetched = None\n\n",
+        ),
+        tests="tests/node/test_snapshots.py",
+    ),
+    mutant(
         "a transaction that compares nothing",
         (
             "dengine.kv.machine",
-            "succeeded = all(holds(compare, view.get(compare.key)) for compare in txn.compare)",
+            "succeeded = holds(compare, view.get(compare.key))",
             "succeeded = True",
         ),
     ),
@@ -96,8 +105,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "the second half of a transaction is one revision later",
         (
             "dengine.kv.machine",
-            "result = _operate(operation, overlay, revision, deleted)",
-            "result = _operate(operation, overlay, after, deleted)",
+            "result = _operate(operation, overlay, view, revision, deleted)",
+            "result = _operate(operation, overlay, view, after, deleted)",
+        ),
+    ),
+    mutant(
+        "puts that are carried out all at once leave a revision out",
+        ("dengine.kv.machine", "now = revision + 1\n", "now = revision + 2\n"),
+    ),
+    mutant(
+        "what puts at once have replaced stays in the state's hash",
+        (
+            "dengine.storage.state_view",
+            "self.hash -= sum([row_hash(key",
+            "sum([row_hash(key",
         ),
     ),
     mutant(
@@ -123,8 +144,8 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "a deletion does not look at what it deletes",
         (
-            "dengine.storage.state_store",
-            "_decode_record(key, old, self._path, keys_only=True)",
+            "dengine.storage.state_view",
+            "sound_record(key, old, self._path, keys_only=True)",
             "pass",
         ),
     ),
@@ -140,8 +161,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "the state hash depends on the node",
         (
             "dengine.kv.machine",
-            "view.put(key, Record(old.create_revision, revision, old.version + 1, value))",
-            "view.put(key, Record(old.create_revision, revision, 1 + id(view) % 7, value))",
+            "version = old.version + 1",
+            "version = 1 + id(view) % 7",
         ),
     ),
     mutant(

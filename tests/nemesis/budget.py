@@ -1,6 +1,6 @@
 """How much damage for good a run may do: over all that is not repaired, a minority of the voters.
 
-With more than that nodes may only stop (DESIGN section 1), and what was acknowledged may be lost
+With more than that nodes may only stop (docs/correctness.md), and what was acknowledged may be lost
 for good, so a schedule must never get there. Damage that nobody has read yet counts: a flipped bit
 in a log may be met much later, when another node has lost its disk.
 """

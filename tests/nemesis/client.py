@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Mapping
-from typing import Any
+import random
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from tests.cluster import Reply
 from tests.nemesis.machines import PORT, host
+
+TIMEOUTS_MS = (500, 2000, 5000)
+GRACE_S = 3.0  # beyond the timeout that the node was given; then there is no answer
+EXPECTED = {200, 404, 412, 429, 503, 504, 507}
 
 
 class Unanswered(Exception):
@@ -18,6 +25,22 @@ class Unanswered(Exception):
     def __init__(self, why: str, *, sent: bool) -> None:
         super().__init__(why)
         self.sent = sent
+
+
+class Refused(Exception):
+    """A stream was asked for, and the answer is none."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(f"{reply.status} {reply.body[:200]!r}")
+        self.reply = reply
+
+
+class Message(NamedTuple):
+    """A server-sent event."""
+
+    event: str
+    id: int | None
+    data: Any  # from JSON
 
 
 class Connection:
@@ -84,6 +107,141 @@ async def call(
         return await connection.call(method, path, body, timeout_s)
 
 
+@dataclass
+class Tally:
+    """Of the answers to all clients. Times are time.monotonic()."""
+
+    acknowledged_at: list[float] = field(default_factory=list)
+    read_at: list[float] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    surprises: list[str] = field(default_factory=list)  # answers that no fault explains
+
+    @property
+    def operations(self) -> int:
+        return sum(self.counts.values())
+
+
+class Caller:
+    """What one client asks any node with, one request at a time.
+
+    Args:
+        rng: of this client.
+        tally: of all of them.
+        excused: may this node answer with an internal error now?
+    """
+
+    def __init__(self, rng: random.Random, tally: Tally, excused: Callable[[int], bool]) -> None:
+        self.rng = rng
+        self.tally = tally
+        self._excused = excused
+        self._connections: dict[int, Connection] = {}
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        node_id: int,
+        patience_s: float | None = None,
+    ) -> tuple[Reply | None, str]:
+        """The answer, if there was one, and the outcome if it was a refusal.
+
+        Args:
+            patience_s: hang up after that; None: a moment after the node should have answered.
+        """
+        timeout_ms = self.rng.choice(TIMEOUTS_MS)
+        if patience_s is None:
+            patience_s = timeout_ms / 1000 + GRACE_S
+        connection = self._connections.setdefault(node_id, Connection(node_id))
+        headers = {**headers, "Dengine-Timeout-Ms": str(timeout_ms)}
+        counts = self.tally.counts
+        try:
+            reply = await connection.request(method, path, body, headers, patience_s)
+        except Unanswered as error:
+            counts["unanswered" if error.sent else "not sent"] += 1
+            return None, "unknown" if error.sent else "none"
+        counts[str(reply.status)] += 1
+        if reply.status in (200, 404, 412):
+            return reply, ""
+        if reply.status not in EXPECTED:
+            self.surprise(node_id, f"{method} {path}", reply)
+        return reply, str(json.loads(reply.body).get("outcome", "unknown"))
+
+    def surprise(self, node_id: int, asked: str, reply: Reply) -> None:
+        """Note an answer that only what is being done to this node can explain."""
+        if not self._excused(node_id):
+            said = f"node {node_id}: {asked}: {reply.status} {reply.body[:200]!r}"
+            self.tally.surprises.append(said)
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+
+
+def held(reply: Reply) -> tuple[int, str | None]:
+    """Of a key, as an answer to GET shows it: mod_revision and value; (0, None) without one."""
+    if reply.status == 404:
+        return 0, None
+    return int(reply.headers["etag"].strip('"')), reply.body.decode()
+
+
+def another(rng: random.Random, nodes: Sequence[int], node_id: int) -> int:
+    """One of the nodes, and not this one if there are others."""
+    others = [other for other in nodes if other != node_id]
+    return rng.choice(others or [*nodes] or [node_id])
+
+
+async def follow(
+    node_id: int, path: str, headers: Mapping[str, str], patience_s: float
+) -> AsyncGenerator[Message, None]:
+    """The server-sent events of a stream, until its end.
+
+    Args:
+        patience_s: hang up when nothing has come for so long, not even a comment.
+
+    Raises:
+        Unanswered: it broke, or nothing came.
+        Refused: there is no stream.
+    """
+    writer: asyncio.StreamWriter | None = None
+    try:
+        async with asyncio.timeout(patience_s):
+            reader, writer = await asyncio.open_connection(host(node_id), PORT)
+            writer.write(_head("GET", path, None, headers))
+            status, names = await _reply_head(reader)
+            if status != 200:
+                body = await reader.readexactly(int(names.get("content-length", "0")))
+                raise Refused(Reply(status, names, body))
+        text = b""
+        while piece := await _chunk(reader, patience_s):
+            *whole, text = (text + piece).split(b"\n\n")
+            for block in whole:
+                if not block.startswith(b":"):
+                    yield _message(block.decode())
+    except (OSError, EOFError, TimeoutError, ValueError) as error:
+        raise Unanswered(f"{type(error).__name__}: {error}", sent=True) from None
+    finally:
+        if writer is not None:
+            writer.transport.abort()
+
+
+async def _chunk(reader: asyncio.StreamReader, patience_s: float) -> bytes:
+    """The next piece of a body that comes in pieces; b"" at its end."""
+    async with asyncio.timeout(patience_s):
+        size = int(await reader.readline(), 16)
+        return (await reader.readexactly(size + 2))[:size]
+
+
+def _message(block: str) -> Message:
+    try:
+        fields = dict(line.split(": ", 1) for line in block.splitlines())
+        number = fields.get("id")
+        return Message(fields["event"], int(number) if number else None, json.loads(fields["data"]))
+    except (KeyError, ValueError):  # no stream that broke, but one that is wrong
+        raise RuntimeError(f"no server-sent event: {block[:500]!r}") from None
+
+
 def _head(method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> bytes:
     lines = [f"{method} {path} HTTP/1.1", "Host: nemesis"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
@@ -94,11 +252,15 @@ def _head(method: str, path: str, body: bytes | None, headers: Mapping[str, str]
 
 async def _reply(reader: asyncio.StreamReader) -> tuple[Reply, bool]:
     """The answer, and whether the connection can be used again."""
+    status, headers = await _reply_head(reader)
+    body = await reader.readexactly(int(headers.get("content-length", "0")))
+    return Reply(status, headers, body), headers.get("connection", "").lower() != "close"
+
+
+async def _reply_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     headers = {}
     for line in head[1:]:
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip()
-    body = await reader.readexactly(int(headers.get("content-length", "0")))
-    goes_on = headers.get("connection", "").lower() != "close"
-    return Reply(int(head[0].split()[1]), headers, body), goes_on
+    return int(head[0].split()[1]), headers

@@ -321,6 +321,13 @@ class Nodes:
         leading = {i for i, status in statuses.items() if status["role"] == "leader"}
         return len(statuses) == len(self.wanted()) and len(leading) == 1 and named == leading
 
+    async def reign(self) -> tuple[int, int] | None:
+        """The term and the leader that all name who answer; None: they differ, or nobody leads."""
+        statuses = (await self.statuses()).values()
+        named = {(status["term"], (status["leader"] or {}).get("id")) for status in statuses}
+        term, leader = named.pop() if len(named) == 1 else (0, None)
+        return None if leader is None else (term, leader)
+
     async def whole(self) -> bool:
         """Is every node up and ready, and does everybody vote who should?"""
         leader = await self.leader()
@@ -378,17 +385,22 @@ class Nodes:
 
     async def at_rest(self, deadline_s: float) -> dict[int, Usage]:
         """What every node holds on to when nothing has happened for a while; a problem of the run
-        when that does not come in time."""
+        when that does not come in time.
+
+        Few entries that only carry the time are no change: while anything can expire there is one
+        every few seconds."""
         still, end = resting.Still(), time.monotonic() + deadline_s
         while True:
+            statuses = await self.statuses()
             position = [
-                (node_id, s["term"], s["last_index"], s["last_applied"], s["pending_writes"])
-                for node_id, s in sorted((await self.statuses()).items())
+                (node_id, s["term"], s["revision"], s["pending_writes"])
+                for node_id, s in sorted(statuses.items())
             ]
+            entries = max((s["last_index"] for s in statuses.values()), default=0)
             await asyncio.sleep(resting.LOOK_S)  # and the connections of the question are gone
             looks = {node.id: resting.look(node.serve.pid, children=True) for node in self.wanted()}
             usages = {node_id: usage for node_id, usage in looks.items() if usage is not None}
-            if len(position) == len(looks) == len(usages) and still.see(position, usages):
+            if len(position) == len(looks) == len(usages) and still.see(position, usages, entries):
                 return usages
             if time.monotonic() > end:
                 self.problems.append(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from tests.nemesis.faults import Faults, across, arrows
 from tests.nemesis.links import Link
@@ -61,9 +61,12 @@ async def isolate_majority(faults: Faults, action: Action) -> None:
     await cut_for(faults, action, pairs, f"each of {alone} from everybody")
 
 
-@contextlib.asynccontextmanager
-async def on_links(faults: Faults, action: Action) -> AsyncIterator[list[Link]]:
-    """The links that are hit. It counts when one of them had something to carry."""
+async def on_links(faults: Faults, action: Action, change: Callable[[Link, float], None]) -> None:
+    """It counts when one of the links that are hit had something to carry.
+
+    Args:
+        change: what is done to each of them; with 0, it is undone.
+    """
     assert faults.links is not None, "a plan without proxies has no such fault"
     pairs = await faults.pairs(action)
     amount = f" ({action.amount:.0f})" if action.amount else ""
@@ -71,45 +74,31 @@ async def on_links(faults: Faults, action: Action) -> AsyncIterator[list[Link]]:
     with faults.band(action, arrows(pairs) + amount) as band:
         before = sum(link.touched for link in links)
         try:
-            yield links
+            for link in links:
+                change(link, action.amount or 1.0)
+            await asyncio.sleep(action.seconds)
         finally:
+            for link in links:
+                change(link, 0.0)
             band.effective = sum(link.touched for link in links) > before
 
 
-async def slow_links(faults: Faults, action: Action) -> None:
-    """`amount` ms more in each direction, and up to as much again as jitter."""
-    async with on_links(faults, action) as links:
-        try:
-            for link in links:
-                link.delay_ms = action.amount
-            await asyncio.sleep(action.seconds)
-        finally:
-            for link in links:
-                link.delay_ms = 0.0
+def slow(link: Link, delay_ms: float) -> None:
+    """So much more in each direction, and up to as much again as jitter."""
+    link.delay_ms = delay_ms
 
 
-async def narrow_links(faults: Faults, action: Action) -> None:
-    """`amount` bytes per second."""
-    async with on_links(faults, action) as links:
-        try:
-            for link in links:
-                link.bytes_per_s = action.amount
-            await asyncio.sleep(action.seconds)
-        finally:
-            for link in links:
-                link.bytes_per_s = 0.0
+def narrow(link: Link, bytes_per_s: float) -> None:
+    """No more than that."""
+    link.bytes_per_s = bytes_per_s
 
 
-async def stuck_links(faults: Faults, action: Action) -> None:
+def stick(link: Link, stuck: float) -> None:
     """Nothing arrives, and the sender's kernel thinks it does: no reset, no lost segment."""
-    async with on_links(faults, action) as links:
-        try:
-            for link in links:
-                link.open.clear()
-            await asyncio.sleep(action.seconds)
-        finally:
-            for link in links:
-                link.open.set()
+    if stuck:
+        link.open.clear()
+    else:
+        link.open.set()
 
 
 FAULTS = {
@@ -118,7 +107,7 @@ FAULTS = {
     "bridge": bridge,
     "isolate": isolate,
     "isolate majority": isolate_majority,
-    "slow links": slow_links,
-    "narrow links": narrow_links,
-    "stuck links": stuck_links,
+    "slow links": partial(on_links, change=slow),
+    "narrow links": partial(on_links, change=narrow),
+    "stuck links": partial(on_links, change=stick),
 }

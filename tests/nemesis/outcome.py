@@ -26,6 +26,7 @@ class Outcome:
         lacking: what this machine does not have.
         drawn: faults that came, by kind.
         effective: those of them that had an effect.
+        besides: what there is of the workloads that not every plan asks for.
         led: terms that had a leader.
         peak: of any node under load.
         rest: of any node when all was over.
@@ -44,6 +45,7 @@ class Outcome:
     drawn: dict[str, int] = field(default_factory=dict)
     effective: dict[str, int] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)  # besides, such as flipped bits
+    besides: dict[str, int] = field(default_factory=dict)
     operations: int = 0
     load_s: float = 0.0
     leader_after_s: float = 0.0  # from the last fault to a leader that everybody names

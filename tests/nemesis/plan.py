@@ -19,6 +19,8 @@ GROWN = {"1->3": (2, 3), "3->5": (4, 5)}
 SPARES = 2
 OVERLAP = 0.35  # how often two faults come together
 REST_S = (0.3, 3.0)
+WORKLOADS = ("ttl", "keyed", "watch", "lock")  # beside the one that every run has
+HISTORY_REVISIONS = (150, 100_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class Plan:
     settings: dict[str, dict[str, int | str]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     grows_at: int = 0  # before this step the nodes join that make the shape
+    workloads: tuple[str, ...] = ()  # of WORKLOADS
 
     def __post_init__(self) -> None:
         rng = random.Random(f"nemesis {self.seed}")
@@ -130,6 +133,10 @@ class Plan:
         self.steps = self._schedule(random.Random(f"nemesis {self.seed} schedule"))
         self.grows_at = rng.randrange(min(2, len(self.steps)) + 1)
         self.disk = rng.choice(disks.KINDS) if self.small else ""
+        rng = random.Random(f"nemesis {self.seed} workloads")
+        drawn = rng.sample(WORKLOADS, rng.randint(2, len(WORKLOADS)))
+        self.workloads = tuple(name for name in WORKLOADS if name in drawn)
+        self.settings["kv"] = {"history_revisions": rng.choice(HISTORY_REVISIONS)}
 
     @property
     def founders(self) -> range:
@@ -202,6 +209,7 @@ class Plan:
             for section, values in self.settings.items()
         )
         lines = [f"seed {self.seed}: {self.shape}, {', '.join(extras)}", f"  {settings}"]
+        lines.append(f"  beside the registers and lists: {', '.join(self.workloads)}")
         for number, step in enumerate(self.steps):
             if number == self.grows_at and self.joiners:
                 lines.append(f"  nodes {', '.join(map(str, self.joiners))} join")

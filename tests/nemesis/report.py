@@ -36,6 +36,7 @@ def facts(outcome: Outcome) -> Facts:
         "seconds": plan.seconds,
         "shape": plan.shape,
         "links": "proxied" if plan.proxied else "direct",
+        "workloads": list(plan.workloads),
         "plan": plan.describe().splitlines(),
         "folder": str(outcome.folder),
         "verdict": outcome.verdict,
@@ -51,6 +52,7 @@ def facts(outcome: Outcome) -> Facts:
             for kind in kinds
         },
         "seen": outcome.seen,
+        "besides": outcome.besides,
         "leader_changes": outcome.leader_changes,
         "load_s": round(outcome.load_s, 3),
         "longest_gap_s": round(outcome.longest_gap_s, 3),
@@ -81,6 +83,9 @@ def summary(runs: Sequence[Facts]) -> Facts:
     for run in runs:
         for kind, counts in run["faults"].items():
             faults.setdefault(kind, Counter({"drawn": 0, "effective": 0})).update(counts)
+    besides: Counter[str] = Counter()
+    for run in runs:
+        besides.update(run["besides"])
     verdicts = Counter(run["verdict"] for run in runs)
     return {
         "runs": len(runs),
@@ -89,6 +94,7 @@ def summary(runs: Sequence[Facts]) -> Facts:
         "minutes_under_load": round(sum(run["load_s"] for run in runs) / 60, 2),
         "operations": sum(run["operations"] for run in runs),
         "acknowledged_writes": sum(run["acknowledged_writes"] for run in runs),
+        "besides": dict(besides),
         "faults": {kind: dict(counts) for kind, counts in sorted(faults.items())},
         "leader_changes": sum(run["leader_changes"] for run in runs),
         "searched_operations": sum(run["searched"]["operations"] for run in runs),
@@ -127,6 +133,7 @@ def as_text(runs: Sequence[Facts]) -> str:
         f"{total['acknowledged_writes']} acknowledged writes, {total['leader_changes']} leader "
         f"changes, {len(total['findings'])} findings. {total['searched_operations']} operations "
         "were judged by the general search as well.",
+        *_besides(total["besides"]),
         "",
         *_table([HEADINGS, *(_row(run) for run in runs)]),
         "",
@@ -140,6 +147,12 @@ def as_text(runs: Sequence[Facts]) -> str:
             lines += [f"- broken off: {run['broken_off']}"] if run["broken_off"] else []
             lines += [f"- {_indented(text)}" for text in (*run["lacking"], *run["exits"])]
     return "\n".join([*lines, ""])
+
+
+def _besides(counts: Mapping[str, int]) -> list[str]:
+    """A paragraph on the workloads that not every plan asks for."""
+    said = ", ".join(f"{count} {what}" for what, count in counts.items())
+    return ["", f"Beside the registers and lists: {said}."] if said else []
 
 
 def line(run: Facts) -> str:

@@ -1,7 +1,7 @@
 """What a node holds on to when nothing happens any more: memory, descriptors, threads, children.
 
 Under load every figure depends on the moment. A leak is what remains at rest: all faults are
-healed, the clients are gone, no snapshot is written, the log does not grow, and all that has been
+healed, the clients are gone, no snapshot is written, the log hardly grows, and all that has been
 so for a while. Then a node may use what the same process used when it was fresh, and room for what
 is stored there.
 """
@@ -19,6 +19,9 @@ import psutil
 
 LOOK_S = 0.5
 STILL_LOOKS = 10  # in a row, at which nothing has grown
+# From one look to the next: while anything can expire, the log hears of the time, from one node
+# alone every second.
+ENTRIES_MAX = 3
 GROWTH_BYTES = 48 * 1024 * 1024  # what allocators keep, and the entries kept for slow followers
 STREAMS = 3  # descriptors per other member: a stream, one that is being replaced, a transfer
 MORE_DESCRIPTORS = 6
@@ -80,16 +83,19 @@ class Still:
         self.looks = 0
         self.changed = ""  # what changed last
         self._before: tuple[object, Mapping[int, Usage]] | None = None
+        self._entries = 0
 
-    def see(self, position: object, usages: Mapping[int, Usage]) -> bool:
+    def see(self, position: object, usages: Mapping[int, Usage], entries: int = 0) -> bool:
         """True when nothing has changed for STILL_LOOKS looks.
 
         Args:
-            position: where the cluster is: terms, ends of logs, jobs.
+            position: where the cluster is: terms, revisions, jobs.
             usages: of every node. What becomes less does not count as a change, nor do a few pages
                 of memory.
+            entries: in the longest log, ever.
         """
-        change = self._change(position, usages)
+        change = self._change(position, usages, entries)
+        self._entries = entries
         if change:
             self.changed, self.looks = change, 0
             self._before = (position, dict(usages))
@@ -97,12 +103,14 @@ class Still:
             self.looks += 1
         return self.looks >= STILL_LOOKS
 
-    def _change(self, position: object, usages: Mapping[int, Usage]) -> str:
+    def _change(self, position: object, usages: Mapping[int, Usage], entries: int) -> str:
         if self._before is None:
             return "the first look"
         where, before = self._before
         if position != where:
             return f"{where} became {position}"
+        if entries > self._entries + ENTRIES_MAX:
+            return f"the log went on from entry {self._entries} to {entries}"
         for node_id, usage in usages.items():
             was = before.get(node_id, NOTHING)
             if usage.children:

@@ -33,7 +33,7 @@ from tests.nemesis.machines import (
     put_away,
     uninterrupted,
 )
-from tests.nemesis.nodes import Node, Nodes
+from tests.nemesis.nodes import Node, Nodes, holds_within
 from tests.nemesis.on_disks import begun_anew, threads_of
 from tests.nemesis.on_processes import free_descriptors, is_stopped
 from tests.nemesis.plan import KINDS, Action, Plan
@@ -59,7 +59,7 @@ def faults_of(tmp_path: Path, shape: str = "3") -> Iterator[Faults]:
     for node_id in machines.ids:
         machines.directory(node_id).mkdir()
     nodes = Nodes(plan, machines, said.append)
-    workload = Workload(0, lambda: [], lambda node_id: 0, lambda node_id: False)
+    workload = Workload(plan, lambda: [], lambda node_id: 0, lambda node_id: False)
     faults = Faults(machines, nodes, None, workload, said.append, trial.HOW)
     for node_id in plan.founders:
         nodes.all[node_id].wanted = True
@@ -272,6 +272,27 @@ def test_after_65_that_a_fault_explains_a_person_removes_the_directory(tmp_path:
         assert node.book.findings() == []
 
 
+def test_a_reign_is_one_term_and_one_leader_that_all_name(tmp_path: Path) -> None:
+    """Who has heard of a later term, or of no leader, may be right."""
+    with faults_of(tmp_path) as faults:
+
+        def reign(*named: tuple[int, int | None]) -> tuple[int, int] | None:
+            async def statuses() -> dict[int, dict[str, object]]:
+                return {
+                    number: {"term": term, "leader": None if leader is None else {"id": leader}}
+                    for number, (term, leader) in enumerate(named, 1)
+                }
+
+            faults.nodes.statuses = statuses  # type: ignore[method-assign]
+            return asyncio.run(faults.nodes.reign())
+
+        assert reign((5, 1), (5, 1), (5, 1)) == (5, 1)
+        assert reign((5, 1), (5, None)) is None
+        assert reign((5, 1), (6, 1)) is None
+        assert reign((5, None), (5, None)) is None
+        assert reign() is None
+
+
 def test_the_end_of_a_run_ends_every_process(tmp_path: Path) -> None:
     """Also one that is stopped, and nothing is started any more."""
     with faults_of(tmp_path) as faults:
@@ -366,13 +387,34 @@ def test_a_link_counts_what_a_fault_has_held_up(change: str) -> None:
     assert count == 1
 
 
+@pytest.mark.parametrize("name", ["slow links", "narrow links", "stuck links"])
+def test_links_are_well_again_when_their_fault_is_over(tmp_path: Path, name: str) -> None:
+    """All of them were hit meanwhile; without anything to carry that has no effect."""
+    with faults_of(tmp_path) as faults:
+        faults.links = Links(faults.machines, random.Random(1))
+        every = [faults.links.between(i, j) for i in (1, 2, 3) for j in (1, 2, 3) if i != j]
+
+        async def hit() -> bool:
+            return all(link.faulty for link in every)
+
+        async def come_and_go() -> bool:
+            fault = asyncio.create_task(faults.carry_out([Action(name, "all", 0.5, 5.0, 0)]))
+            were_hit = await holds_within(hit, 10.0)
+            await fault
+            return were_hit
+
+        assert asyncio.run(come_and_go())
+        assert not any(link.faulty for link in every)
+        assert (faults.drawn[name], faults.effective[name]) == (1, 0)
+
+
 def test_nobody_stops_the_cleaning_up_half_way() -> None:
     """An interrupt that comes meanwhile is there when it is done."""
     done = []
 
     def clean_up() -> None:
         with uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread: there may be others
             done.append("all")
         time.sleep(5)  # the signal comes first
 

@@ -23,7 +23,7 @@ from tests.cluster import wait_for
 from tests.nemesis import disks, report
 from tests.nemesis.machines import NODES, PREFIX, Machines, own_tag, remove_orphans
 from tests.nemesis.nodes import NO_LOOP_DEVICE, SMALL_DISK_BYTES
-from tests.nemesis.plan import KINDS, SHAPES, Plan
+from tests.nemesis.plan import KINDS, SHAPES, WORKLOADS, Plan
 from tests.nemesis.run import ROOT, missing, one
 from tests.reporting import STOPPED
 from tests.simulation.rotation import commit_number
@@ -31,6 +31,12 @@ from tests.simulation.rotation import commit_number
 BUDGET_S = float(os.environ.get("DENGINE_NEMESIS_SECONDS") or 180)
 BEGIN_S = 120.0  # of a run on a busy machine; a quiet one takes three seconds
 END_S = 120.0  # from a signal to the end of a run
+SHOWS = {  # what there is of a workload that has done what it is for
+    "ttl": ("puts with a TTL", "keys with a TTL found", "keys with a TTL gone"),
+    "keyed": ("keyed increments", "repetitions"),
+    "watch": ("changes watched", "watches resumed"),
+    "lock": ("locks held", "writes guarded by the lock", "writes guarded by its token"),
+}
 SAMPLE_S = 20.0  # of faults in a run; with the beginning and the end it takes more than twice that
 
 REASON = missing()
@@ -55,16 +61,21 @@ def test_nothing_is_lost_and_no_read_is_stale(tmp_path: Path) -> None:
             break  # one more would be too many
     assert report.write(runs, tmp_path / "report").exists()
     assert sum(run["acknowledged_writes"] for run in runs) > BUDGET_S, "hardly anything was written"
+    done = report.summary(runs)["besides"]
+    shown = {what for run in runs for name in run["workloads"] for what in SHOWS[name]}
+    assert shown <= done.keys(), f"some workload did nothing: {done}"
 
 
 def test_a_plan_follows_from_its_seed() -> None:
-    """A run can be repeated, and every kind of fault and every shape does come."""
+    """A run can be repeated, and every kind of fault, shape and workload does come."""
     plans = [Plan(seed, 40.0) for seed in range(200)]
     assert [plan.describe() for plan in plans] == [Plan(s, 40.0).describe() for s in range(200)]
     assert {plan.shape for plan in plans} == set(SHAPES)
     done = {action.name for plan in plans for step in plan.steps for action in step.actions}
     assert done == set(KINDS)
     assert {plan.disk for plan in plans} == {"", *disks.KINDS}
+    assert {name for plan in plans for name in plan.workloads} == set(WORKLOADS)
+    assert min(len(plan.workloads) for plan in plans) == 2
 
 
 def test_faults_that_damage_come_alone() -> None:

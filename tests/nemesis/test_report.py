@@ -31,6 +31,7 @@ def outcome(seed: int, folder: Path, *problems: str, broken: str = "") -> Outcom
         counts={"200": 40, "504": 2, "unanswered": 1},
         drawn={"kill": 2, "EIO": 1},
         effective={"kill": 1},
+        besides={"locks held": 3, "holders stopped": 2},
         operations=43,
         load_s=60.0,
         led=3,
@@ -51,6 +52,7 @@ def test_the_sums_are_those_of_all_runs(tmp_path: Path) -> None:
         "minutes_under_load": 2.0,
         "operations": 86,
         "acknowledged_writes": 6,
+        "besides": {"locks held": 6, "holders stopped": 4},
         "faults": {"EIO": {"drawn": 2, "effective": 0}, "kill": {"drawn": 4, "effective": 2}},
         "leader_changes": 4,
         "searched_operations": 60,
@@ -84,6 +86,7 @@ def test_the_table_has_a_row_for_each_run_and_each_fault(tmp_path: Path) -> None
     assert {len(row) for row in cells[:4]} == {len(report.HEADINGS)}
     assert ["kill", "4", "2"] in cells
     assert ["all", "6", "2"] in cells
+    assert "Beside the registers and lists: 6 locks held, 4 holders stopped." in text
 
 
 def test_a_report_can_be_read_and_added_to_others(tmp_path: Path) -> None:

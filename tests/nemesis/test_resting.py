@@ -90,6 +90,15 @@ def test_a_log_that_goes_on_is_no_rest() -> None:
     assert not any(still.see(number, {1: FRESH}) for number in range(3 * STILL_LOOKS))
 
 
+def test_a_log_that_hears_of_the_time_rests_and_a_busy_one_does_not() -> None:
+    """One entry a second says what time it is, and changes no key."""
+    for each, rests in ((1, True), (resting.ENTRIES_MAX + 1, False)):
+        still = Still()
+        looks = [still.see("here", {1: FRESH}, each * n) for n in range(3 * STILL_LOOKS)]
+        assert any(looks) is rests
+    assert "log" in still.changed
+
+
 def test_what_becomes_less_is_no_change() -> None:
     still = Still()
     usages = [FRESH._replace(descriptors=20 - n) for n in range(STILL_LOOKS + 1)]

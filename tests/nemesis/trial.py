@@ -15,7 +15,10 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from dengine.errors import FatalError
+from dengine.kv.store import decode_totals
 from dengine.storage.state_reader import StateReader
+from dengine.storage.state_records import TOTALS_KEY
+from dengine.storage.state_view import sound_data
 from tests.linearizability.checker import Operation
 from tests.nemesis import (
     by_operators,
@@ -24,6 +27,7 @@ from tests.nemesis import (
     on_disks,
     on_links,
     on_processes,
+    promise_verdicts,
     verdicts,
 )
 from tests.nemesis.client import Unanswered, call
@@ -35,6 +39,9 @@ from tests.nemesis.nodes import READY_S, Node, Nodes, holds_within
 from tests.nemesis.on_processes import STOP_S
 from tests.nemesis.outcome import OK, Outcome
 from tests.nemesis.plan import Plan
+from tests.nemesis.promise_verdicts import LOCK_KEYS, Count
+from tests.nemesis.watchers import behind
+from tests.nemesis.workers import COUNTED, SHORT_TTLS_S, TTL_PREFIX, TtlLook
 from tests.nemesis.workload import CLIENTS, LEVELS, Workload
 
 # Bounds that tell a cluster that does not recover from one on a busy machine: a quiet one takes a
@@ -44,10 +51,12 @@ OPERATORS_S = 120.0
 LEVEL_S = 60.0
 ANSWER_S = 20.0
 CALM_S = 2.0  # of load without faults, before the end
+LATE_S = 2.0  # a key goes with its time and a heartbeat; a quiet machine needs no more
+STEADY_S = 60.0  # until time has passed with one leader all the while
 REST_S = 60.0  # until the nodes have come to rest, which takes five when all is well
 OVERHEAD_S = 600.0  # everything but the faults, at its very worst
 INTERRUPTED = "somebody interrupted it"
-PREFIXES = ("s/", "c/", "r/", "l/")
+PREFIXES = ("s/", "c/", "r/", "l/", "n/", "g/", TTL_PREFIX, LOCK_KEYS)
 HOW = {
     **on_processes.FAULTS,
     **on_links.FAULTS,
@@ -90,7 +99,7 @@ class _Trial:
         self._say = lambda text: say(f"{time.monotonic() - self._began:7.2f}  {text}")
         self.nodes = Nodes(plan, machines, self._say)
         self.workload = Workload(
-            plan.seed,
+            plan,
             lambda: [node.id for node in self.nodes.wanted()],
             lambda node_id: self.nodes.all[node_id].boots,
             lambda node_id: self.nodes.all[node_id].damaged_now(),
@@ -111,8 +120,10 @@ class _Trial:
                 finally:
                     if self._loaded:
                         self.outcome.load_s = self.outcome.load_s or time.monotonic() - self._began
-                    await self.workload.stop(0.0)
-                    await faults.cancel()
+                    async with contextlib.AsyncExitStack() as ending:  # whatever one of them raises
+                        ending.push_async_callback(faults.cancel)
+                        ending.push_async_callback(self.workload.hang_up)
+                        await self.workload.stop(0.0)
         except TimeoutError:
             problems.append("the run did not end in time")
         except asyncio.CancelledError:
@@ -178,6 +189,8 @@ class _Trial:
         for node in nodes.wanted():
             await self._last_requests(node)
         await nodes.wait(nodes.level, "all nodes to have applied the same", LEVEL_S)
+        await self._let_time_pass()
+        await self._let_watchers_catch_up()
         rest = await nodes.at_rest(REST_S)
         nodes.problems += nodes.leaks(rest)
         for usage in rest.values():
@@ -200,6 +213,38 @@ class _Trial:
         await self.nodes.wait(written, f"a write through node {node.id}", ANSWER_S)
         await self.nodes.wait(read, f"reads through node {node.id}", ANSWER_S)
 
+    async def _let_time_pass(self) -> None:
+        """What goes with its time is gone then: all its time has passed under one leader."""
+        if not {"ttl", "lock"} & set(self._plan.workloads):
+            return
+        nodes, passing = self.nodes, self.workload.records.passing
+        heartbeat_ms = int(self._plan.settings["raft.election"]["heartbeat_ms"])
+        passing.late_s = LATE_S + heartbeat_ms / 1000
+        reign: tuple[int, int] | None = None
+
+        async def passed() -> bool:
+            nonlocal reign
+            before, reign = reign, await nodes.reign()
+            now = time.monotonic()
+            if reign is None or reign != before:
+                passing.rested_at = now
+            return now > passing.rested_at + max(SHORT_TTLS_S) + passing.late_s
+
+        await nodes.wait(passed, "time to pass under one leader", STEADY_S)
+
+    async def _let_watchers_catch_up(self) -> None:
+        workload = self.workload
+        if not workload.records.watched:
+            return
+        statuses = await self.nodes.statuses()
+        revision = max((status["revision"] for status in statuses.values()), default=0)
+
+        async def told() -> bool:
+            return not behind(workload.records.watched, revision)
+
+        await self.nodes.wait(told, f"watchers to be told of revision {revision}", ANSWER_S)
+        await workload.hang_up()
+
     async def _read_all(self, node_id: int) -> None:
         """All keys as this node holds them. Nothing happens meanwhile, so for the history that is a
         read of each key, also of one that is not there."""
@@ -210,9 +255,13 @@ class _Trial:
                 return
         returned = time.monotonic()
         for key, history in self.workload.records.history.items():
-            value, revision = found.get(key, _Item(None, 0))
-            result = (revision, value)
+            item = found.get(key, NOTHING)
+            result = (item.revision, item.value)
             history.append(Operation(CLIENTS + node_id, called, returned, "read", None, result))
+        passing = self.workload.records.passing
+        timed = {key for key in found if key.startswith(TTL_PREFIX)}  # also what was refused
+        for key in timed | {put.key for put in passing.puts}:
+            passing.looks.append(TtlLook(key, called, returned, found.get(key, NOTHING).value))
         self._held[node_id] = found
 
     async def _list(self, node_id: int, prefix: str, found: dict[str, _Item]) -> bool:
@@ -225,7 +274,7 @@ class _Trial:
                 self.nodes.problems.append(f"node {node_id} does not list {prefix}: {error}")
                 return False
             for item in page["items"]:
-                found[item["key"]] = _Item(item["value"], item["mod_revision"])
+                found[item["key"]] = _Item(item["value"], item["mod_revision"], item["version"])
             if page["next"] is None:
                 return True
             after = "&after=" + quote(page["next"], safe="")
@@ -241,21 +290,20 @@ class _Trial:
             return not any(node.up for node in stopped)
 
         await holds_within(ended, STOP_S)  # else the books say so
-        hashes = {node.id: self._state_of(node) for node in stopped if not node.up}
+        # By log time: an entry that only carries that may have come to some and not to the others.
+        states: dict[int, dict[int, str]] = {}
         for node in stopped:
+            if not node.up:
+                try:
+                    clock_ms, text = _state_of(node)
+                except FatalError as error:
+                    self.nodes.problems.append(f"node {node.id} has stopped with: {error.message}")
+                else:
+                    states.setdefault(clock_ms, {})[node.id] = text
             node.notice()
-        if len(set(hashes.values())) > 1:
-            self.nodes.problems.append(f"the nodes hold different states: {hashes}")
-
-    def _state_of(self, node: Node) -> str:
-        """Revision and hash of a state, which is read through."""
-        file = file_of(node.serve.directory, "state")
-        try:
-            with StateReader(file.parent) as state:
-                state.check()
-                return f"{state.digest.state_hash.hex()} at revision {state.digest.revision}"
-        except FatalError as error:
-            return error.message
+        for held in states.values():
+            if len(set(held.values())) > 1:
+                self.nodes.problems.append(f"the nodes hold different states: {held}")
 
     def judge(self) -> None:
         """What is wrong with what was seen; also with a run that broke off."""
@@ -268,6 +316,7 @@ class _Trial:
             *verdicts.one_leader_a_term(led),
             *records.surprises[: verdicts.SHOWN_MAX],
             *verdicts.eventual_reads(records),
+            *self._judge_promises(),
             *self._judge_the_end(),
         ]
         outcome.searched = searched = histories.search(records.history)
@@ -277,13 +326,21 @@ class _Trial:
             outcome.problems.append(f"{contradiction}\ndrawn in {drawn}")
         outcome.problems += searched.problems
 
+    def _judge_promises(self) -> list[str]:
+        held = next(iter(self._held.values()), None)
+        if held is None or "keyed" not in self._plan.workloads:
+            counts = {}
+        else:
+            items = {key: held.get(key, NOTHING) for key in COUNTED}
+            counts = {key: Count(item.value or "", item.version) for key, item in items.items()}
+        values = None if held is None else _values(held)
+        kept = int(self._plan.settings["kv"]["history_revisions"])
+        return promise_verdicts.promises_kept(self.workload.records, counts, values, kept)
+
     def _judge_the_end(self) -> list[str]:
         """Of a run that came so far."""
         records = self.workload.records
-        held = {
-            node_id: {key: item.value or "" for key, item in items.items()}
-            for node_id, items in self._held.items()
-        }
+        held = {node_id: _values(items) for node_id, items in self._held.items()}
         one = next(iter(held.values()), None)  # the others are the same, or that is a finding
         sets = {node_id: _under("s/", values) for node_id, values in held.items()}
         found = [*verdicts.same_everywhere(held), *verdicts.nothing_lost(records, sets)]
@@ -300,6 +357,7 @@ class _Trial:
         outcome.read_at = [at - began for at in records.read_at]
         outcome.counts = dict(sorted(records.counts.items()))
         outcome.operations = records.operations
+        outcome.besides = records.besides
         for node in self.nodes.all.values():
             outcome.boots += node.boots
             outcome.peak = outcome.peak.most(node.peak)
@@ -320,6 +378,29 @@ class _Item(NamedTuple):
 
     value: str | None
     revision: int
+    version: int
+
+
+NOTHING = _Item(None, 0, 0)
+
+
+def _state_of(node: Node) -> tuple[int, str]:
+    """Of a node that has stopped: the log time in ms, and hash and revision of its state, which is
+    read through. Raises FatalError."""
+    file = file_of(node.serve.directory, "state")
+    assert file is not None, f"node {node.id} has no state"
+    path = file.parent
+    with StateReader(path) as state:
+        state.check()
+        raw = state._txn.get(TOTALS_KEY, db=state._databases[b"meta"])
+        totals = decode_totals(sound_data(TOTALS_KEY, raw, path)) if raw else None
+        digest = state.digest
+    clock_ms = totals.clock_ms if totals is not None else 0
+    return clock_ms, f"{digest.state_hash.hex()} at revision {digest.revision}"
+
+
+def _values(items: Mapping[str, _Item]) -> dict[str, str]:
+    return {key: item.value or "" for key, item in items.items()}
 
 
 def _under(prefix: str, held: Mapping[str, str]) -> dict[str, str]:

@@ -1,8 +1,11 @@
 """Clients that write, swap, count, collect, append and read at three levels; what they saw.
 
+Beside them there is what the plan asks for: keys with a TTL and keyed increments (workers.py),
+watchers (watchers.py) and holders of a lock (locks.py).
+
 Everything is kept that a judge needs, and nothing is judged here. Each client asks any node, one
-request at a time, and repeats nothing. Every value is written once, so whoever reads one knows
-whose it is.
+request at a time, and repeats nothing but what has a key. Every value is written once, so whoever
+reads one knows whose it is.
 """
 
 from __future__ import annotations
@@ -13,25 +16,27 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from tests.cluster import Reply
 from tests.linearizability.checker import FOREVER, Operation
-from tests.nemesis.client import Connection, Unanswered
+from tests.nemesis.client import Caller, Tally, held
 from tests.nemesis.lists import ListTxn, Version, elements, text
+from tests.nemesis.locks import FENCED, GUARDED, HOLDERS, Holder, Holds
+from tests.nemesis.machines import PORT, host
+from tests.nemesis.plan import Plan
+from tests.nemesis.watchers import FOLLOWED, Watched, Watcher
+from tests.nemesis.workers import BACK_OFF_S, Increment, KeyedClient, Passing, TtlClient
 
 CLIENTS = 8
 THINK_S = 0.02  # on average, between two requests of a client: the load is bounded
-BACK_OFF_S = 0.05  # a node that is down refuses thousands a second
+TTL_CLIENTS, KEYED_CLIENTS = 2, 2
+FIRST_TTL, FIRST_KEYED = 100, 200  # numbers of clients
 REGISTERS, COUNTERS, LISTS = 4, 2, 3
 LIST_ELEMENTS = 24  # then another key is begun: an answer tells the whole list
 APPENDS = 3  # with what the answer to the last one has told
-TIMEOUTS_MS = (500, 2000, 5000)
-GRACE_S = 3.0  # beyond the timeout that the node was given; then there is no answer
 LEVELS = ("linearizable", "lease", "eventual")
-EXPECTED = {200, 404, 412, 429, 503, 504, 507}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ class Eventual:
 
 
 @dataclass
-class Records:
+class Records(Tally):
     """What the clients of a run have seen. Times are time.monotonic()."""
 
     history: dict[str, list[Operation]] = field(default_factory=dict)
@@ -59,14 +64,42 @@ class Records:
     lists: list[ListTxn] = field(default_factory=list)
     collected: dict[str, str] = field(default_factory=dict)  # acknowledged: key -> value
     attempted: dict[str, str] = field(default_factory=dict)  # unknown outcome
-    acknowledged_at: list[float] = field(default_factory=list)
-    read_at: list[float] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    surprises: list[str] = field(default_factory=list)  # answers that no fault explains
+    passing: Passing = field(default_factory=Passing)
+    watched: list[Watched] = field(default_factory=list)
+    holds: Holds = field(default_factory=Holds)
+    increments: list[Increment] = field(default_factory=list)
 
     @property
-    def operations(self) -> int:
-        return sum(self.counts.values())
+    def besides(self) -> dict[str, int]:
+        """How much there is of what not every plan asks for: what was done, not what was tried."""
+        looks = self.passing.looks
+        written = Counter(note.key for note in self.holds.notes if note.accepted)
+        found = {
+            "puts with a TTL": sum(put.revision > 0 for put in self.passing.puts),
+            "keys with a TTL found": sum(look.value is not None for look in looks),
+            "keys with a TTL gone": sum(look.value is None for look in looks),
+            "changes watched": sum(len(watched.changes) for watched in self.watched),
+            "watches resumed": sum(watched.resumed for watched in self.watched),
+            "watches behind the history": sum(len(watched.gaps) for watched in self.watched),
+            "locks held": len(self.holds.held),
+            "holders stopped": self.holds.stopped,
+            "writes guarded by the lock": written[GUARDED],
+            "writes guarded by its token": written[FENCED],
+            "keyed increments": sum(increment.done is True for increment in self.increments),
+            "repetitions": sum(increment.repeated for increment in self.increments),
+        }
+        return {what: count for what, count in found.items() if count}
+
+
+class Worker(Protocol):
+    """A client that does one thing after the other."""
+
+    rng: random.Random
+
+    async def once(self, node_id: int) -> bool:
+        """What it does next; False when it was not answered as a working cluster would."""
+
+    def close(self) -> None: ...
 
 
 class Workload:
@@ -80,40 +113,85 @@ class Workload:
 
     def __init__(
         self,
-        seed: int,
+        plan: Plan,
         nodes: Callable[[], list[int]],
         boot: Callable[[int], int],
         excused: Callable[[int], bool],
     ) -> None:
         self.records = Records()
-        self._seed = seed
+        self._plan = plan
         self._nodes = nodes
         self._boot = boot
         self._excused = excused
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._watching: list[asyncio.Task[None]] = []
+        self._holders: list[Holder] = []
         self._lists_begun = [1] * LISTS  # keys by place
         self.asked_for: list[str] = []  # keys of the set that may be there
 
     def start(self) -> None:
+        """The clients that every run has, and what its plan asks for beside them."""
+        begin = {
+            "ttl": self._put_for_a_time,
+            "keyed": self._count_under_keys,
+            "watch": self._watch,
+            "lock": self._hold_locks,
+        }
         for number in range(CLIENTS):
-            client = _Client(self, number, random.Random(f"{self._seed} client {number}"))
-            self._tasks.append(asyncio.create_task(self._loop(client)))
+            self._run(self._loop(_Client(self, number, self._rng("client", number))))
+        for name in self._plan.workloads:
+            begin[name]()
+
+    def _put_for_a_time(self) -> None:
+        for number in range(FIRST_TTL, FIRST_TTL + TTL_CLIENTS):
+            caller = self._caller("ttl", number)
+            self._run(self._loop(TtlClient(caller, number, self.records.passing)))
+
+    def _count_under_keys(self) -> None:
+        records = self.records
+        for number in range(FIRST_KEYED, FIRST_KEYED + KEYED_CLIENTS):
+            caller, seen = self._caller("keyed", number), (records.increments, records.history)
+            self._run(self._loop(KeyedClient(caller, number, self._nodes, *seen)))
+
+    def _watch(self) -> None:
+        founders = self._plan.founders
+        for number, prefix in enumerate(FOLLOWED):
+            watched, caller = Watched(number, prefix), self._caller("watcher", number)
+            watcher = Watcher(caller, watched, founders[number % len(founders)], self._nodes)
+            self.records.watched.append(watched)
+            self._watching.append(asyncio.create_task(watcher.run()))
+
+    def _hold_locks(self) -> None:
+        endpoints = [f"{host(i)}:{PORT}" for i in (*self._plan.ids, *self._plan.spares)]
+        for number in range(HOLDERS):
+            rng = self._rng("holder", number)
+            self._holders.append(Holder(number, rng, endpoints, self.records.holds))
+            self._run(self._holders[-1].run())
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
+    def _rng(self, what: str, number: int) -> random.Random:
+        return random.Random(f"{self._plan.seed} {what} {number}")
+
+    def _caller(self, what: str, number: int) -> Caller:
+        return Caller(self._rng(what, number), self.records, self._excused)
 
     async def stop(self, deadline_s: float) -> bool:
-        """Let every client finish its request; False when one did not in time."""
+        """Let every client finish its request; False when one did not in time. Watchers go on."""
         self._stopping = True
+        for holder in self._holders:
+            holder.ask_to_end()
         if not self._tasks:
             return True
         _, hanging = await asyncio.wait(self._tasks, timeout=deadline_s)
-        for task in self._tasks:
-            task.cancel()
-        results = await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
-        errors = [r for r in results if isinstance(r, Exception)]
-        if errors:
-            raise errors[0]
+        await _end(self._tasks)
         return not hanging
+
+    async def hang_up(self) -> None:
+        """The watchers have been told enough."""
+        await _end(self._watching)
 
     async def read_all(self, node_id: int) -> bool:
         """Read every key of the history once through this node; False when one was not answered."""
@@ -139,7 +217,7 @@ class Workload:
     def begin_list(self, place: int) -> None:
         self._lists_begun[place] += 1
 
-    async def _loop(self, client: _Client) -> None:
+    async def _loop(self, client: Worker) -> None:
         try:
             while not self._stopping:
                 await asyncio.sleep(client.rng.expovariate(1 / THINK_S))
@@ -150,6 +228,17 @@ class Workload:
             client.close()
 
 
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    """Those that have not ended are cancelled; what one of them has died of is raised."""
+    for task in tasks:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
 def keys() -> list[str]:
     """Those that are there all the time."""
     return [f"r/{n}" for n in range(REGISTERS)] + [f"c/{n}" for n in range(COUNTERS)]
@@ -158,16 +247,13 @@ def keys() -> list[str]:
 class _Client:
     def __init__(self, owner: Workload, number: int, rng: random.Random) -> None:
         self.rng = rng
+        self._caller = Caller(rng, owner.records, owner._excused)
+        self.close = self._caller.close
         self._owner = owner
         self._records = owner.records
         self._number = number
         self._made = 0
-        self._connections: dict[int, Connection] = {}
         self._known: dict[str, tuple[int, str]] = {}  # key -> revision and value, as last read
-
-    def close(self) -> None:
-        for connection in self._connections.values():
-            connection.close()
 
     async def once(self, node_id: int) -> bool:
         """One request; False when it was not answered as a working cluster would."""
@@ -211,7 +297,7 @@ class _Client:
             headers = {"If-None-Match": "*"} if expected is None else {"If-Match": f'"{expected}"'}
         with self._under_way(key, name, argument) as unknown:
             body = value.encode()
-            reply, outcome = await self._send("PUT", f"/v1/kv/{key}", body, headers, node_id)
+            reply, outcome = await self._caller.send("PUT", f"/v1/kv/{key}", body, headers, node_id)
         returned = time.monotonic()
         result: Any = None
         if reply is not None and reply.status == 200:
@@ -278,7 +364,9 @@ class _Client:
             for key, op in txn.operations():
                 under_way.enter_context(self._under_way(key, op.name, op.argument))
             records.lists.append(txn)  # as above
-            reply, outcome = await self._send("POST", "/v1/txn", txn.request(), headers, node_id)
+            reply, outcome = await self._caller.send(
+                "POST", "/v1/txn", txn.request(), headers, node_id
+            )
             records.lists.remove(txn)
         returned = time.monotonic()
         if reply is not None and reply.status == 200:
@@ -289,7 +377,7 @@ class _Client:
             txn = txn.refused(returned)
         for key in asked:
             self._known.pop(key, None)
-        found = {key: (revision, text(held)) for key, (revision, held) in txn.found.items()}
+        found = {key: (revision, text(shown)) for key, (revision, shown) in txn.found.items()}
         self._known.update({key: seen for key, seen in found.items() if seen[0]})
         records.lists.append(txn)
         for key, op in txn.operations():
@@ -299,17 +387,15 @@ class _Client:
     async def read(self, key: str, node_id: int, level: str) -> bool:
         boot, called = self._owner._boot(node_id), time.monotonic()
         path = f"/v1/kv/{key}?consistency={level}"
-        reply, _ = await self._send("GET", path, None, {}, node_id)
+        reply, _ = await self._caller.send("GET", path, None, {}, node_id)
         returned = time.monotonic()
         if reply is None or reply.status not in (200, 404):
             return False
         self._records.read_at.append(returned)
-        found = reply.status == 200
-        revision = int(reply.headers["etag"].strip('"')) if found else 0
-        value = reply.body.decode() if found else None
+        revision, value = held(reply)
         if level == "eventual":
             if boot == self._owner._boot(node_id):
-                seen = int(reply.headers["dengine-revision"]) if found else 0
+                seen = int(reply.headers["dengine-revision"]) if revision else 0
                 self._records.eventual.append(
                     Eventual(node_id, boot, called, returned, seen, key, revision, value)
                 )
@@ -328,7 +414,9 @@ class _Client:
         self._owner.asked_for.append(key)
         records.attempted[key] = value
         with self._under_way(key, "write", value) as unknown:
-            reply, outcome = await self._send("PUT", f"/v1/kv/{key}", value.encode(), {}, node_id)
+            reply, outcome = await self._caller.send(
+                "PUT", f"/v1/kv/{key}", value.encode(), {}, node_id
+            )
         returned, result = time.monotonic(), None
         if outcome == "none":
             del records.attempted[key]
@@ -342,26 +430,3 @@ class _Client:
             returned = FOREVER
         records.history[key].append(unknown._replace(returned=returned, result=result))
         return returned != FOREVER
-
-    async def _send(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], node_id: int
-    ) -> tuple[Reply | None, str]:
-        """The answer, if there was one, and the outcome if it was a refusal."""
-        timeout_ms = self.rng.choice(TIMEOUTS_MS)
-        connection = self._connections.setdefault(node_id, Connection(node_id))
-        headers = {**headers, "Dengine-Timeout-Ms": str(timeout_ms)}
-        counts = self._records.counts
-        try:
-            reply = await connection.request(
-                method, path, body, headers, timeout_ms / 1000 + GRACE_S
-            )
-        except Unanswered as error:
-            counts["unanswered" if error.sent else "not sent"] += 1
-            return None, "unknown" if error.sent else "none"
-        counts[str(reply.status)] += 1
-        if reply.status in (200, 404, 412):
-            return reply, ""
-        if reply.status not in EXPECTED and not self._owner._excused(node_id):
-            said = f"node {node_id}: {method} {path}: {reply.status} {reply.body[:200]!r}"
-            self._records.surprises.append(said)
-        return reply, str(json.loads(reply.body).get("outcome", "unknown"))

@@ -13,10 +13,17 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
+from dengine.config import Config
+from dengine.errors import ClusterUnavailable
+from dengine.node.addresses import AddressBook
+from dengine.node.admission import Admission
+from dengine.node.founding import Founding
 from dengine.node.peers import Peers
 from dengine.node.wire import ForwardRequest, Frame, Hello, Refused, encode
+from dengine.raft.raft import Raft
 from dengine.raft.types import MemberId
 from dengine.security import PeerSecret
+from dengine.storage.directory import DataDirectory
 
 WAIT_S = 10.0
 STRANGER = MemberId(9, 1009)
@@ -43,6 +50,16 @@ async def until(condition: Callable[[], object], what: str, timeout_s: float = W
             raise AssertionError(f"waited {timeout_s} s for {what}")
         await asyncio.sleep(0.002)
     return loop.time() - start
+
+
+def admission_of(
+    config: Config, directory: DataDirectory, raft: Raft, fail: Callable[[BaseException], None]
+) -> Admission:
+    """Who is let in at node 1, which is `raft`; `fail` is told what ends the node."""
+    founding = Founding(config, raft.me)
+    return Admission(
+        config, directory, raft, AddressBook(config), founding, connected=lambda _: None, fail=fail
+    )
 
 
 def local_address(listener: socket.socket) -> str:
@@ -100,7 +117,7 @@ class Host:
             on_disconnected=lambda member: self.on_disconnected(member),
             secret=self.secret,
         )
-        self._server = web.Server(self.peers.accept)
+        self._server = web.Server(self._accept)
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(
             self._server, "127.0.0.1", self.port, reuse_address=True
@@ -112,6 +129,12 @@ class Host:
         self._listener.close()
         await self.peers.close()
         await self._server.shutdown(1)
+
+    async def _accept(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await self.peers.accept(request)
+        except ClusterUnavailable as error:  # the API makes its JSON of it
+            return web.Response(status=error.status)
 
     def hello(self, expects: int | None, dialled: str) -> Hello:
         return Hello(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dengine.node.agreement import COMPARED_MAX, PATIENCE, Tally, Verdict
 from dengine.raft.membership import Member, Membership
 from dengine.raft.types import MemberId
-from dengine.storage.state_store import StateDigest
+from dengine.storage.state_records import StateDigest
 
 A, B, C, D = (MemberId(n, n) for n in (1, 2, 3, 4))
 GRACE_MS = 4000

@@ -12,18 +12,18 @@ import msgspec
 import pytest
 
 from dengine.config import Config, read
+from dengine.kv.commands import COMMAND_VERSION
 from dengine.node.addresses import AddressBook
-from dengine.node.admission import STRANGERS_MAX, Admission
+from dengine.node.admission import STRANGERS_MAX
 from dengine.node.cycle import Cycle
 from dengine.node.exchange import SERVED_MAX, Exchange
 from dengine.node.founding import Founding
 from dengine.node.members import CORRECT_EVERY_MS, REPEAT_REFUSAL_MS, Members
-from dengine.node.wire import COMMAND_VERSION, PROTOCOL_VERSION, ForwardRequest, Hello
-from dengine.raft.raft import Raft
+from dengine.node.wire import PROTOCOL_VERSION, ForwardRequest, Hello
 from dengine.raft.types import MemberId
 from dengine.storage.directory import DataDirectory
 from tests.cluster import config_text
-from tests.node.hosts import on_loop
+from tests.node.hosts import admission_of, on_loop
 from tests.raft.harness import A, B, C, leader, member, membership
 
 
@@ -43,25 +43,13 @@ def hello(who: MemberId, boot: int = 1) -> Hello:
     return Hello(PROTOCOL_VERSION, COMMAND_VERSION, "test", who, boot, "127.0.0.1:9", 1000, 0)
 
 
-def admission_of(config: Config, directory: DataDirectory, raft: Raft) -> Admission:
-    return Admission(
-        config,
-        directory,
-        raft,
-        AddressBook(config),
-        Founding(config, A),
-        connected=lambda _: None,
-        fail=lambda error: None,
-    )
-
-
 def test_strangers_are_forgotten_before_members(config: Config, tmp_path: Path) -> None:
     """Thousands of senders that no membership names cost a bounded memory, and the member that
     was heard before them is still known: its old Hello is not taken for an old directory."""
     raft = leader(A, membership(A, B)).raft
     directory = DataDirectory.open(tmp_path / "db", 1)
     directory.set_cluster_id("test")
-    admission = admission_of(config, directory, raft)
+    admission = admission_of(config, directory, raft, lambda _: None)
     newest = msgspec.structs.replace(hello(B), last_index=raft.log.last_index)
     assert admission.admit(newest, "10.0.0.2") is None
     for number in range(3 * STRANGERS_MAX):
@@ -84,7 +72,7 @@ def test_a_founders_hello_that_was_on_its_way_is_no_old_directory(
     entries on an older stream: the boot is known from before the founding."""
     raft = leader(A, membership(A, B)).raft
     directory = DataDirectory.open(tmp_path / "db", 1)
-    admission = admission_of(config, directory, raft)
+    admission = admission_of(config, directory, raft, lambda _: None)
     unfounded = msgspec.structs.replace(hello(B), cluster_id="")
     assert admission.admit(unfounded, "10.0.0.2") is None
     directory.set_cluster_id("test")
@@ -105,7 +93,7 @@ def test_a_garbled_hello_is_refused(
     """What would end the process later, or travel to every log, is not let in."""
     directory = DataDirectory.open(tmp_path / "db", 1)
     directory.set_cluster_id("test")
-    admission = admission_of(config, directory, leader(A, membership(A, B)).raft)
+    admission = admission_of(config, directory, leader(A, membership(A, B)).raft, lambda _: None)
     refused = admission.admit(msgspec.structs.replace(hello(B), **garbled), "10.0.0.2")
     assert refused is not None
     assert refused.reason == "protocol"

@@ -9,14 +9,14 @@ import pytest
 
 from dengine.config import read
 from dengine.errors import IdentityError
-from dengine.node.addresses import AddressBook
-from dengine.node.admission import Admission
+from dengine.kv.commands import COMMAND_VERSION
 from dengine.node.founding import Founding
-from dengine.node.wire import COMMAND_VERSION, PROTOCOL_VERSION, Hello
+from dengine.node.wire import PROTOCOL_VERSION, Hello
 from dengine.raft.types import MemberId
 from dengine.storage.directory import DataDirectory
 from tests.cluster import config_text
-from tests.raft.harness import A, B, C, leader, membership
+from tests.node.hosts import admission_of
+from tests.raft.harness import A, B, C, Disk, Server, leader, membership
 
 
 def founding_of(tmp_path: Path, *ids: int) -> Founding:
@@ -76,15 +76,7 @@ def test_a_founder_is_not_ended_by_whom_it_has_just_let_in(tmp_path: Path) -> No
     (tmp_path / "n1.toml").write_text(config_text(1, {1: 9081}, 0, 2), encoding="utf-8")
     config, ended = read(tmp_path / "n1.toml", {}), list[BaseException]()
     directory = DataDirectory.open(tmp_path / "db", 1)
-    admission = Admission(
-        config,
-        directory,
-        raft,
-        AddressBook(config),
-        Founding(config, A),
-        connected=lambda _: None,
-        fail=ended.append,
-    )
+    admission = admission_of(config, directory, raft, ended.append)
     joined = msgspec.structs.replace(hello(B), cluster_id=raft.membership.cluster_id)
     refused = admission.admit(joined, "10.0.0.2")
     assert refused is not None
@@ -93,3 +85,27 @@ def test_a_founder_is_not_ended_by_whom_it_has_just_let_in(tmp_path: Path) -> No
 
     directory.set_cluster_id(raft.membership.cluster_id)
     assert admission.admit(joined, "10.0.0.2") is None
+
+
+def test_who_would_found_beside_a_cluster_is_told_so_by_who_knows_its_members(
+    tmp_path: Path,
+) -> None:
+    """Node 2 was started with another role than 3, and would wait for ever to found with node 1. A
+    founder that came late itself cannot know whether node 2 is another one, and ends nobody."""
+    raft = leader(A, membership(A)).raft
+    (tmp_path / "n1.toml").write_text(config_text(1, {1: 9081}, 0, 2), encoding="utf-8")
+    config, ended = read(tmp_path / "n1.toml", {}), list[BaseException]()
+    directory = DataDirectory.open(tmp_path / "db", 1)
+    directory.set_cluster_id("c")
+    founder = msgspec.structs.replace(hello(B), cluster_id="", list_digest="of 1 and 2")
+
+    refused = admission_of(config, directory, raft, ended.append).admit(founder, "10.0.0.2")
+    assert refused is not None
+    assert refused.reason == "wiped", "which ends node 2 with 76"
+    assert "set role = 3 to join" in refused.message
+
+    late = Server(A, Disk()).raft
+    refused = admission_of(config, directory, late, ended.append).admit(founder, "10.0.0.2")
+    assert refused is not None
+    assert refused.reason == "foreign_cluster"
+    assert not ended

@@ -45,8 +45,8 @@ class Refusing:
 
 
 def test_the_reason_of_each_address_is_named(quick: None, caplog: pytest.LogCaptureFixture) -> None:
-    """DESIGN 3: refused, timed out, no leader, foreign cluster. A node without a leader answers
-    only when its time is up; that answer must still arrive."""
+    """Refused, timed out, no leader, foreign cluster. A node without a leader answers only when
+    its time is up; that answer must still arrive."""
 
     async def scenario() -> None:
         with socket.create_server(("127.0.0.1", 0)) as gone:

@@ -118,7 +118,7 @@ def test_a_node_of_no_cluster_has_no_view() -> None:
 def test_without_a_quorum_a_line_every_ten_seconds(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, voters: int
 ) -> None:
-    """DESIGN 9: it names the missing voters and why each fails; of two voters neither can be
+    """It names the missing voters and why each fails; of two voters neither can be
     spared, so the line says what is left when one is lost for good."""
     ports = {node_id: 9080 + node_id for node_id in range(1, voters + 1)}
     file = tmp_path / "n1.toml"
@@ -137,7 +137,7 @@ def test_without_a_quorum_a_line_every_ten_seconds(
         assert len(lines) == 3
         for missing in range(2, voters + 1):
             assert f"node {missing} has not been heard of" in lines[0]
-        assert ("`dengine repair`" in lines[0]) == (voters == 2)
+        assert ("`dengine repair --config FILE`" in lines[0]) == (voters == 2)
         readiness = node.readiness()
         assert not readiness.ready
         await node.stop()

@@ -35,8 +35,8 @@ from dengine.node.node import Node
 from dengine.node.snapshots import Snapshots
 from dengine.node.writer_process import WriterProcess
 from dengine.raft.membership import Membership
-from dengine.raft.raft import Raft, Restore
-from dengine.raft.types import LogId, MemberId, SnapshotRef
+from dengine.raft.raft import Raft, Ready, Restore
+from dengine.raft.types import HardState, LogId, MemberId, SnapshotRef
 from dengine.security import Secrets
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
@@ -423,6 +423,41 @@ def test_a_fetched_file_that_raft_declines_is_removed(
             assert list(snapshots.files.refs) == [info.ref]
             assert not partial.exists()
             assert not unpacked.exists()
+
+    on_loop(test)
+
+
+def test_a_node_that_stops_within_an_install_names_the_file_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk stood still: the task that asked for it is gone when the thread comes to write. A
+    log must not begin behind a file without a name."""
+    stage = Stage(tmp_path)
+    stage.raft.restore = lambda log_id, content: True
+
+    async def test() -> None:
+        info = stage.snapshot()
+        partial = info.path.with_name(f"fetch-{info.sha256}.partial")
+
+        async def fetched(*_: object) -> Done:
+            shutil.copytree(stage.directory.state_path(), stage.directory.next_state_path())
+            info.path.rename(partial)
+            return Done(str(partial), info.ref, info.header.taken_at_s)
+
+        async with stage.running() as snapshots:
+            await until(lambda: snapshots.files.refs, "the file to be verified")
+            monkeypatch.setattr(WriterProcess, "run", lambda self, *args: fetched(*args))
+            installer = snapshots.installer
+            fetching = asyncio.create_task(installer.fetch(SENDER, info.ref))
+            await until(lambda: installer.is_busy_with(MemberId(9, 9), info.ref), "the install")
+            fetching.cancel()
+            await asyncio.wait([fetching])
+            restore = Restore(info.ref.log_id, stage.raft.membership, reset_log=True)
+            hard_state = HardState(term=info.ref.term)
+            ready = SimpleNamespace(snapshot=restore, hard_state=hard_state)
+            await asyncio.to_thread(installer.persist, cast(Ready, ready))
+            assert info.path.exists()
+            assert not partial.exists()
 
     on_loop(test)
 

@@ -1,4 +1,4 @@
-"""When an entry is safe: paper 5.4.2; append ABA; a slow disk; failures R1, R3, R11.
+"""When an entry is safe: paper 5.4.2; append ABA; a slow disk.
 
 Whole `Ready`s are compared: what is not named must be empty.
 """
@@ -40,7 +40,7 @@ def ack(sender: MemberId, to: MemberId, term: int, index: int, index_term: int) 
 
 
 def test_an_acknowledgement_of_another_terms_entry_is_ignored() -> None:
-    """Failures R3: the same index, but not the entry the leader holds there."""
+    """The same index, but not the entry the leader holds there."""
     node = leader(A, ABC)
     node.raft.propose(b"x")
     node.settle()
@@ -49,7 +49,7 @@ def test_an_acknowledgement_of_another_terms_entry_is_ignored() -> None:
 
 
 def test_a_write_of_entries_that_were_replaced_meanwhile_makes_nothing_durable() -> None:
-    """Failures R3: written as 1, replaced by 2 in memory: only the second write counts."""
+    """Written as 1, replaced by 2 in memory: only the second write counts."""
     node = server(A, ABC)
     node.step(AppendRequest(B, A, 1, 1, 1, (normal(2, 1), normal(3, 1)), 1))
     node.take()
@@ -81,7 +81,7 @@ def test_entries_that_come_back_while_being_written_are_durable() -> None:
 
 
 def test_what_was_proposed_during_a_write_is_not_durable_with_it() -> None:
-    """10.2.1, failures R4: the leader counts itself for what that write held, and no more."""
+    """10.2.1: the leader counts itself for what that write held, and no more."""
     node = leader(A, ABC)
     node.raft.propose(b"x")
     node.take()
@@ -137,7 +137,7 @@ def test_older_entries_are_committed_together_with_one_of_the_own_term() -> None
 
 
 def test_a_leader_whose_disk_hangs_steps_down() -> None:
-    """DESIGN 4, failures R11: heartbeats go on and are answered, so only this ends it."""
+    """Heartbeats go on and are answered, so only this ends it."""
     node = leader(A, ABC)
     node.raft.propose(b"x")
     node.take()
@@ -164,7 +164,7 @@ def test_a_server_whose_disk_hangs_does_not_campaign() -> None:
 
 
 def test_a_disk_that_hangs_for_hours_fills_no_memory() -> None:
-    """DESIGN: every queue has a bound. Of the answers that wait, the newest survive."""
+    """Every queue has a bound. Of the answers that wait, the newest survive."""
     node = server(A, ABC)
     node.step(AppendRequest(B, A, 1, 1, 1, (normal(2, 1),), 1))
     node.take()

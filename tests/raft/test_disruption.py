@@ -1,4 +1,4 @@
-"""Who may depose whom: thesis 4.2.3, 6.2, 9.6; failures E4-E6. Whole `Ready`s are compared."""
+"""Who may depose whom: thesis 4.2.3, 6.2, 9.6. Whole `Ready`s are compared."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_pre_vote_is_refused_for_a_term_that_was_entered_already() -> None:
 
 
 def test_an_isolated_server_does_not_inflate_its_term() -> None:
-    """9.6, failures E6: an hour alone, and its return disturbs nobody."""
+    """9.6: an hour alone, and its return disturbs nobody."""
     cluster = Cluster(ABC)
     first = cluster.elect()
     (lost,) = [m for m in (B, C) if m != first.me][:1]
@@ -80,7 +80,7 @@ def test_an_isolated_server_does_not_inflate_its_term() -> None:
 
 
 def test_a_server_that_cannot_hear_the_leader_does_not_depose_it() -> None:
-    """9.6 and 4.2.3, failures E4: in a partial mesh the third hears both, and refuses."""
+    """9.6 and 4.2.3: in a partial mesh the third hears both, and refuses."""
     cluster = Cluster(ABC)
     first = cluster.elect()
     deaf = next(m for m in (A, B, C) if m != first.me)
@@ -131,14 +131,14 @@ def test_no_vote_within_timeout_ms_min_of_a_start() -> None:
 
 
 def test_a_sole_voter_needs_no_grace() -> None:
-    """DESIGN 3: it can have promised nothing to anybody else."""
+    """It can have promised nothing to anybody else."""
     node = server(A, membership(A, learners=[B]))
     node.step(PreVoteRequest(B, A, 2, 1, 1))
     assert node.take().messages == [PreVoteResponse(A, B, 2, True)]
 
 
 def test_a_persisted_single_voter_leads_at_once() -> None:
-    """DESIGN 3: the first tick after a start is enough, with two log writes."""
+    """The first tick after a start is enough, with two log writes."""
     node = server(A, membership(A), [1, 1])
     node.tick()
     ready = node.take()
@@ -204,7 +204,7 @@ def test_the_answers_of_learners_keep_no_leader_in_place() -> None:
 
 
 def test_a_leader_that_can_send_but_not_hear_makes_room() -> None:
-    """6.2, failures E5: its heartbeats would keep the others quiet for ever."""
+    """6.2: its heartbeats would keep the others quiet for ever."""
     cluster = Cluster(ABC)
     mute = cluster.elect()
     cluster.cut = {(m, mute.me) for m in (A, B, C) if m != mute.me}
@@ -223,7 +223,7 @@ def test_a_leader_that_slept_steps_down_before_anything_else() -> None:
 
 
 def test_a_follower_whose_stream_to_the_leader_broke_asks_early_but_never_too_early() -> None:
-    """DESIGN 3: soon after stickiness ends (4.2.3), when the others may have lost it as well."""
+    """Soon after stickiness ends (4.2.3), when the others may have lost it as well."""
     asked = []
     for seed in range(50):
         node = server(A, ABC, seed=seed)

@@ -72,7 +72,7 @@ def test_a_leader_that_sees_a_newer_term_becomes_a_follower() -> None:
 
 
 def test_votes_of_an_older_term_do_not_elect() -> None:
-    """5.1, failures E8: a late answer to an earlier candidacy is ignored."""
+    """5.1: a late answer to an earlier candidacy is ignored."""
     node = server(A, ABC)
     node.stand_for_election()
     node.stand_for_election()
@@ -169,7 +169,7 @@ def test_a_candidate_asks_for_votes_once_its_own_vote_is_durable() -> None:
 
 
 def test_the_own_vote_counts_only_once_durable() -> None:
-    """5.2, failures E1: here even the other voter's answer cannot overtake the disk."""
+    """5.2: here even the other voter's answer cannot overtake the disk."""
     node = server(A, ABC)
     node.tick(node.config.timeout_ms_max + 1)
     node.step(PreVoteResponse(B, A, 2, True))
@@ -249,7 +249,7 @@ def test_a_vote_resets_the_election_timer() -> None:
 
 def test_a_candidate_that_hears_the_leader_of_its_term_follows_it() -> None:
     """5.2: "the candidate recognizes the leader as legitimate and returns to follower state",
-    and takes over a conflicting log (failures E7).
+    and takes over a conflicting log.
     """
     node = server(A, ABC, [1, 1])
     node.stand_for_election()
@@ -341,7 +341,7 @@ def test_a_learner_never_campaigns() -> None:
 
 
 def test_a_learner_answers_requests_for_votes_by_its_log() -> None:
-    """4.2.1, failures E10: the candidate may know of its promotion before it does."""
+    """4.2.1: the candidate may know of its promotion before it does."""
     node = past_grace(server(C, membership(A, B, learners=[C])))
     node.step(PreVoteRequest(A, C, 2, 1, 1))
     node.step(VoteRequest(A, C, 2, 1, 1, False))
@@ -357,7 +357,7 @@ def test_the_votes_of_learners_and_strangers_do_not_count() -> None:
 
 
 def test_the_votes_of_another_incarnation_do_not_count() -> None:
-    """DESIGN 3, failures E3: a wiped voter has forgotten what it promised."""
+    """A wiped voter has forgotten what it promised."""
     wiped = MemberId(B.id, B.incarnation + 1)
     node = server(A, ABC)
     node.stand_for_election()
@@ -366,7 +366,7 @@ def test_the_votes_of_another_incarnation_do_not_count() -> None:
 
 
 def test_messages_for_an_older_incarnation_are_ignored() -> None:
-    """DESIGN 3: whatever they say was meant for a directory that is gone."""
+    """Whatever they say was meant for a directory that is gone."""
     wiped = MemberId(A.id, A.incarnation + 1)
     node = Server(wiped, Disk())
     node.tick(1000)
@@ -386,7 +386,7 @@ def test_a_no_op_is_the_first_entry_of_a_term() -> None:
 
 
 def test_a_founder_writes_the_membership_before_it_says_anything() -> None:
-    """DESIGN 3: entry 1 of term 1 on every founder, in the same write as a first vote."""
+    """Entry 1 of term 1 on every founder, in the same write as a first vote."""
     node = Server(A, Disk())
     node.settle()
     node.raft.bootstrap(ABC)
@@ -403,7 +403,7 @@ def test_a_founder_writes_the_membership_before_it_says_anything() -> None:
 
 
 def test_a_single_founder_leads_at_once() -> None:
-    """DESIGN 3: after three log writes it takes traffic."""
+    """After three log writes it takes traffic."""
     node = Server(A, Disk())
     node.settle()
     node.raft.bootstrap(membership(A))
@@ -414,6 +414,6 @@ def test_a_single_founder_leads_at_once() -> None:
 
 
 def test_a_server_that_has_a_log_founds_nothing() -> None:
-    """DESIGN 3: the persisted membership always wins."""
+    """The persisted membership always wins."""
     with pytest.raises(InvariantBroken, match="only an empty log can be founded"):
         server(A, ABC).raft.bootstrap(membership(A))

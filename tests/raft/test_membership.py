@@ -1,4 +1,4 @@
-"""Membership changes: paper 6; thesis 4.1-4.3; failures M1-M12. See also test_joint_crashes."""
+"""Membership changes: paper 6; thesis 4.1-4.3. See also test_joint_crashes."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def test_a_change_is_in_force_as_soon_as_it_is_appended() -> None:
 
 
 def test_a_change_that_is_truncated_is_rolled_back() -> None:
-    """4.1: "a server must be prepared to fall back to the previous configuration in its log"
-    (failures M5); also when the truncation reaches the disk before a restart.
+    """4.1: "a server must be prepared to fall back to the previous configuration in its log".
+    Also when the truncation reaches the disk before a restart.
     """
     node = server(B, ABC)
     new = apply_change(ABC, Remove(C.id))
@@ -127,7 +127,7 @@ def test_one_change_at_a_time() -> None:
 
 
 def test_a_new_leader_changes_nothing_before_its_no_op_is_committed() -> None:
-    """4.1 with Ongaro's erratum of 2015 (failures M2): else two changes of different terms may
+    """4.1 with Ongaro's erratum of 2015: else two changes of different terms may
     both go through, with majorities that do not meet.
     """
     node = server(A, ABC)
@@ -145,7 +145,7 @@ def test_a_follower_changes_nothing() -> None:
 
 
 def test_a_change_that_changes_nothing_appends_nothing() -> None:
-    """DESIGN 3: joining is idempotent (failures M9)."""
+    """Joining is idempotent."""
     node = leader(A, membership(A, B, C, learners=[D]))
     assert node.raft.propose_membership(AddLearner(member(D))) is None
     assert node.raft.propose_membership(Remove(77)) is None
@@ -180,7 +180,7 @@ def test_progress_and_activity_survive_promotion() -> None:
 
 
 def test_no_promotion_that_leaves_no_live_quorum() -> None:
-    """Failures M3, M11: a voter that does not answer would take the whole cluster with it. A
+    """A voter that does not answer would take the whole cluster with it. A
     learner that was just added is not alive until it has said something.
     """
     node = leader(A, membership(A))
@@ -196,7 +196,7 @@ def test_no_promotion_that_leaves_no_live_quorum() -> None:
 
 
 def test_no_removal_that_leaves_no_live_quorum() -> None:
-    """Failures M11: of {1,2,3} with 3 dead, removing 2 would leave {1,3} without a majority. A
+    """Of {1,2,3} with 3 dead, removing 2 would leave {1,3} without a majority. A
     leader so new that it cannot know asks for patience, which is retried, and never agrees.
     """
     node = server(A, ABC)
@@ -213,7 +213,7 @@ def test_no_removal_that_leaves_no_live_quorum() -> None:
 
 
 def test_the_last_voter_cannot_be_removed() -> None:
-    """Failures M11: refused, and nothing is appended."""
+    """Refused, and nothing is appended."""
     node = leader(A, membership(A, learners=[B]))
     with pytest.raises(Conflict, match="last voter"):
         node.raft.propose_membership(Remove(A.id))
@@ -278,7 +278,7 @@ def test_a_voter_campaigns_until_its_removal_is_committed() -> None:
 
 
 def test_a_removed_server_that_was_not_told_disturbs_nobody() -> None:
-    """4.2.3, failures E9: it no longer gets heartbeats, times out, and asks in vain."""
+    """4.2.3: it no longer gets heartbeats, times out, and asks in vain."""
     cluster = Cluster(ABC)
     first = cluster.elect()
     cluster.run(300)
@@ -353,7 +353,7 @@ def test_an_election_in_a_joint_state_needs_both_halves() -> None:
 
 
 def test_a_leader_finishes_a_joint_state_it_finds() -> None:
-    """4.3, failures M8: its no-op commits the joint entry, and C_new follows."""
+    """4.3: its no-op commits the joint entry, and C_new follows."""
     joint = apply_change(membership(A, learners=[B, C]), Promote((B, C)))
     node = server(B, joint)
     node.lead()
@@ -375,7 +375,7 @@ def test_proposals_go_on_in_a_joint_state() -> None:
 
 
 def test_a_wiped_voter_joins_as_a_learner_and_one_change_swaps_it_in() -> None:
-    """DESIGN 3: until then its old self counts as a dead voter. The swap is a change of two
+    """Until then its old self counts as a dead voter. The swap is a change of two
     voters, so it is joint, and the old self is buried.
     """
     node = leader(A, ABC)
@@ -395,13 +395,13 @@ def test_a_wiped_voter_joins_as_a_learner_and_one_change_swaps_it_in() -> None:
 
 
 def test_a_learner_wiped_again_replaces_its_former_self() -> None:
-    """DESIGN 3: no vote was ever its own, so nothing has to be swapped."""
+    """No vote was ever its own, so nothing has to be swapped."""
     members = apply_change(membership(A, learners=[B]), AddLearner(member(WIPED_B)))
     assert (members.learners, members.tombstones) == ((WIPED_B,), (B,))
 
 
 def test_a_removed_member_never_comes_back() -> None:
-    """DESIGN 3: "its id never returns", neither with the same directory nor with a new one."""
+    """Its id never returns, neither with the same directory nor with a new one."""
     members = apply_change(ABC, Remove(C.id))
     assert members.tombstones == (C,)
     assert members.was_removed(C.id)
@@ -411,7 +411,7 @@ def test_a_removed_member_never_comes_back() -> None:
 
 
 def test_removing_a_wiped_voter_removes_all_of_it() -> None:
-    """DESIGN 3: the node leaves, whatever its directories are called."""
+    """The node leaves, whatever its directories are called."""
     both = apply_change(ABC, AddLearner(member(WIPED_B)))
     members = apply_change(both, Remove(B.id))
     assert (members.voters, members.learners) == ((A, C), ())
@@ -422,7 +422,7 @@ def test_removing_a_wiped_voter_removes_all_of_it() -> None:
 
 
 def test_founders_are_voters() -> None:
-    """DESIGN 3: every founder is active from the first entry on."""
+    """Every founder is active from the first entry on."""
     members = found("test", [member(B), member(A)], Settings())
     assert members == membership(A, B)
 
@@ -440,7 +440,7 @@ def test_founders_are_voters() -> None:
     ],
 )
 def test_changes_that_make_no_sense_are_refused(wanted: Change, message: str) -> None:
-    """DESIGN 8: 409 with the reason; nothing is appended."""
+    """409 with the reason; nothing is appended."""
     with pytest.raises(Conflict, match=message):
         apply_change(membership(A, learners=[D]), wanted)
 
@@ -453,14 +453,14 @@ def test_changes_that_make_no_sense_are_refused(wanted: Change, message: str) ->
     ],
 )
 def test_newcomers_that_make_no_sense_are_refused(changes: dict[str, str], message: str) -> None:
-    """DESIGN 3, failures M9: never two members at one address, never a voter at once."""
+    """Never two members at one address, never a voter at once."""
     newcomer = msgspec.structs.replace(member(B), **changes)
     with pytest.raises(JoinError, match=message):
         apply_change(membership(A), AddLearner(newcomer))
 
 
 def test_read_only_learners_are_never_promoted() -> None:
-    """DESIGN 3: an operator makes them promotable first."""
+    """An operator makes them promotable first."""
     shy = msgspec.structs.replace(member(B), status=Status.READ_ONLY)
     members = apply_change(membership(A), AddLearner(shy))
     with pytest.raises(Conflict, match="read_only"):
@@ -475,7 +475,7 @@ def test_naming_a_learner_twice_makes_it_one_voter() -> None:
 
 
 def test_a_new_address_keeps_the_role() -> None:
-    """Failures M12 (etcd #21694): for a member that moved while it was down, too."""
+    """Also for a member that moved while it was down (etcd #21694)."""
     moved = msgspec.structs.replace(member(D), address="elsewhere:1")
     for wanted in (UpdateMember(moved), AddLearner(moved)):
         members = apply_change(membership(A, learners=[D]), wanted)
@@ -484,7 +484,7 @@ def test_a_new_address_keeps_the_role() -> None:
 
 
 def test_settings_are_replicated_like_members() -> None:
-    """DESIGN 3: what steers promotion is the same on every node."""
+    """What steers promotion is the same on every node."""
     node = leader(A, ABC)
     new = change(node, UpdateSettings(Settings(promotion="odd")))
     assert new.settings.promotion == "odd"

@@ -1,4 +1,4 @@
-"""Reads: thesis 6.4 (read index) and 6.4.1 (lease); failures D1-D6. Whole `Ready`s are compared."""
+"""Reads: thesis 6.4 (read index) and 6.4.1 (lease). Whole `Ready`s are compared."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def test_reads_that_arrive_while_a_round_is_out_share_the_next() -> None:
 
 
 def test_stale_and_repeated_answers_confirm_nothing() -> None:
-    """6.4, failures D2 (etcd #20418): an answer proves leadership only up to when its heartbeat
-    was sent.
-    """
+    """6.4 (etcd #20418): an answer proves leadership only up to when its heartbeat was sent."""
     node = leader(A, ABC)
     node.tick(100)
     node.take()  # round 2, periodic
@@ -128,7 +126,7 @@ def test_a_single_voter_confirms_at_once() -> None:
 
 
 def test_learners_and_strangers_confirm_nothing() -> None:
-    """6.4 and 4.2.1, failures D5; neither does another incarnation of a voter."""
+    """6.4 and 4.2.1; neither does another incarnation of a voter."""
     node = leader(A, membership(A, B, C, learners=[D, E]))
     read(node, 1)
     expect(node.take(), messages=heartbeat_round(2, B, C))
@@ -137,7 +135,7 @@ def test_learners_and_strangers_confirm_nothing() -> None:
 
 
 def test_a_joint_state_confirms_by_both_halves() -> None:
-    """4.3 and 6.4, failures D5."""
+    """4.3 and 6.4."""
     node = leader(A, membership(A, B, C, learners=[D, E]))
     for follower in (B, C, D, E):
         node.step(AppendResponse(follower, A, 2, True, 2, 2, 2, 2))
@@ -153,7 +151,7 @@ def test_a_joint_state_confirms_by_both_halves() -> None:
 
 def test_a_new_leader_serves_no_read_before_its_no_op_is_committed() -> None:
     """6.4: "it needs to commit a blank no-op entry": before that it may not know of everything
-    that was committed (failures D1, etcd #7331).
+    that was committed (etcd #7331).
     """
     node = server(A, ABC, [1, 1])
     node.lead()
@@ -172,7 +170,7 @@ def test_a_new_leader_serves_no_read_before_its_no_op_is_committed() -> None:
 
 
 def test_a_change_of_leader_fails_the_reads_that_wait() -> None:
-    """DESIGN 3: they can be tried again, but never served after a failed wait."""
+    """They can be tried again, but never served after a failed wait."""
     node = leader(A, ABC)
     read(node, 1)
     node.take()
@@ -223,7 +221,7 @@ def test_the_leader_confirms_before_it_answers_a_follower() -> None:
 
 
 def test_a_follower_without_a_leader_fails_the_read() -> None:
-    """DESIGN 3: at once; the client can try again."""
+    """At once; the client can try again."""
     node = server(B, ABC)
     read(node, 1)
     expect(node.take(), read_states=[ReadState(nonce(1, B), None)])
@@ -239,7 +237,7 @@ def test_whoever_does_not_lead_says_so() -> None:
 
 
 def test_a_leader_that_steps_down_tells_the_followers_that_wait() -> None:
-    """DESIGN 3: a change of leader fails waiting reads, wherever they were asked."""
+    """A change of leader fails waiting reads, wherever they were asked."""
     node = leader(A, ABC)
     node.step(ReadIndexRequest(B, A, 2, nonce(1, B), False))
     node.take()
@@ -251,7 +249,7 @@ def test_a_leader_that_steps_down_tells_the_followers_that_wait() -> None:
 def test_a_follower_that_loses_its_leader_fails_what_it_asked(
     other: HeartbeatRequest | None,
 ) -> None:
-    """DESIGN 3: another leader appears, or none is heard any more."""
+    """Another leader appears, or none is heard any more."""
     node = follower_of_a()
     read(node, 1)
     node.take()
@@ -276,7 +274,7 @@ def test_a_question_that_was_lost_is_given_up() -> None:
 
 
 def test_questions_that_wait_for_the_leader_are_bounded() -> None:
-    """DESIGN: every queue has a bound; beyond it a read fails at once and can be tried again."""
+    """Every queue has a bound; beyond it a read fails at once and can be tried again."""
     node = follower_of_a()
     for counter in range(ASKED_READS_MAX):
         read(node, counter)
@@ -318,7 +316,7 @@ def lease_length(answered_after_ms: int, **options: int) -> int:
 
 @pytest.mark.parametrize("answered_after_ms", [0, 50, 90])
 def test_a_lease_runs_from_when_the_heartbeat_was_sent(answered_after_ms: int) -> None:
-    """6.4.1, failures D3: however late the answer, the voter heard no later than it answered."""
+    """6.4.1: however late the answer, the voter heard no later than it answered."""
     assert lease_length(answered_after_ms) == 500
 
 
@@ -329,12 +327,12 @@ def test_a_lease_runs_from_when_the_heartbeat_was_sent(answered_after_ms: int) -
 def test_a_lease_is_at_most_half_of_the_shortest_timeout(
     lease_ms: int, follower_timeout: int, length: int
 ) -> None:
-    """DESIGN 3: min(lease_ms, half the smallest voter's timeout_ms_min), as members announce it."""
+    """The lesser of lease_ms and half the smallest timeout_ms_min that a voter announces."""
     assert lease_length(0, lease_ms=lease_ms, follower_timeout=follower_timeout) == length
 
 
 def test_a_lease_is_lost_in_sleep() -> None:
-    """6.4.1, failures D3, D4: the clock has gone on, and leadership may have."""
+    """6.4.1: the clock has gone on, and leadership may have."""
     for slept_ms in (500, 900):
         node = leader(A, ABC)
         node.tick(slept_ms)
@@ -343,7 +341,7 @@ def test_a_lease_is_lost_in_sleep() -> None:
 
 
 def test_old_answers_do_not_renew_a_lease() -> None:
-    """6.4.1, failures D3: repeated or late, they speak of when they were asked."""
+    """6.4.1: repeated or late, they speak of when they were asked."""
     node = leader(A, ABC)
     for _ in range(5):
         node.tick(100)
@@ -401,7 +399,7 @@ def test_a_lease_and_a_grown_membership() -> None:
 
 
 def test_a_deposed_leader_serves_no_stale_read() -> None:
-    """6.4 and 6.4.1, end to end (failures D8): cut off, it answers from its lease at most as long
+    """6.4 and 6.4.1, end to end: cut off, it answers from its lease at most as long
     as nobody else can lead, and not at all by read index.
     """
     for seed in range(20):

@@ -1,4 +1,4 @@
-"""Log replication: paper 5.3, 7; thesis 10.2.1; failures R2, R4-R7. See also test_commitment.
+"""Log replication: paper 5.3, 7; thesis 10.2.1. See also test_commitment.
 
 Whole `Ready`s are compared: what is not named must be empty.
 """
@@ -73,7 +73,7 @@ def test_an_entry_is_committed_once_a_majority_has_it_and_then_applied() -> None
 
 
 def test_a_leader_counts_itself_only_after_its_own_fsync() -> None:
-    """10.2.1, failures R4: one follower and an unsynced leader are no majority."""
+    """10.2.1: one follower and an unsynced leader are no majority."""
     node = leader(A, ABC)
     node.raft.propose(b"x")
     node.take()
@@ -97,7 +97,7 @@ def test_an_entry_may_commit_before_the_leader_has_it_on_disk_but_is_not_applied
 
 
 def test_while_one_write_is_under_way_only_writes_wait() -> None:
-    """DESIGN 4: messages leave, and what is proposed meanwhile shares the next write."""
+    """Messages leave, and what is proposed meanwhile shares the next write."""
     node = leader(A, ABC)
     node.raft.propose(b"x")
     node.take()
@@ -120,7 +120,7 @@ def test_learners_get_everything_and_count_for_nothing() -> None:
 
 
 def test_the_acknowledgement_of_another_incarnation_does_not_count() -> None:
-    """DESIGN 3: the wiped directory no longer holds what the old one had acknowledged."""
+    """The wiped directory no longer holds what the old one had acknowledged."""
     node = leader(A, ABC)
     node.raft.propose(b"x")
     node.settle()
@@ -218,7 +218,7 @@ def test_a_conflicting_tail_is_replaced() -> None:
 
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_late_repeated_or_reordered_appends_never_remove_anything(first: int) -> None:
-    """5.3, failures R2: "if an existing entry conflicts"; one that agrees is no reason to cut."""
+    """5.3: "if an existing entry conflicts"; one that agrees is no reason to cut."""
     node = server(A, ABC, [1, 1, 1, 1])
     late = AppendRequest(B, A, 1, first, 1, (normal(first + 1, 1),), 1)
     node.step(late, late)
@@ -298,7 +298,7 @@ def converge(chief: Server, follower: Server) -> int:
 def test_divergent_logs_agree_after_a_round_trip_per_term(
     leader_terms: list[int], follower_terms: list[int], most: int
 ) -> None:
-    """5.3, failures R6: "one AppendEntries RPC will be required for each term with conflicting
+    """5.3: "one AppendEntries RPC will be required for each term with conflicting
     entries, rather than one RPC per entry."
     """
     term = max(leader_terms + follower_terms)
@@ -335,7 +335,7 @@ def propose_each(node: Server, count: int) -> list[list[AppendRequest]]:
 
 
 def test_unanswered_appends_are_bounded() -> None:
-    """Failures R7: a follower that does not answer costs a bounded amount of memory."""
+    """A follower that does not answer costs a bounded amount of memory."""
     node = leader(A, ABC)
     sent = propose_each(node, INFLIGHT_MAX + 5)
     assert [len(s) for s in sent] == [1] * INFLIGHT_MAX + [0] * 5
@@ -414,7 +414,7 @@ def test_a_follower_that_needs_purged_entries_waits_for_a_snapshot() -> None:
 
 
 def test_a_heartbeat_beyond_the_log_betrays_an_old_copy() -> None:
-    """DESIGN 3: the leader counts on entries that were acknowledged and are gone."""
+    """The leader counts on entries that were acknowledged and are gone."""
     node = server(A, ABC, [1, 1])
     node.step(HeartbeatRequest(B, A, 1, 1, 3, 1))
     assert not node.raft.saw_lost_entries
@@ -424,7 +424,7 @@ def test_a_heartbeat_beyond_the_log_betrays_an_old_copy() -> None:
 
 
 def test_a_heartbeat_that_names_another_entry_betrays_an_old_copy() -> None:
-    """DESIGN 3: an old copy may be long enough and end differently; its tail is not committed."""
+    """An old copy may be long enough and end differently; its tail is not committed."""
     node = server(A, ABC, [1, 1])
     before = node.raft.log.commit_index
     node.step(HeartbeatRequest(B, A, 2, 1, 3, 2))

@@ -137,7 +137,7 @@ def test_a_member_that_has_what_was_offered_gets_the_entries_after_it() -> None:
 
 
 def test_late_answers_do_not_end_the_wait_for_a_snapshot() -> None:
-    """7, failures R5: acknowledgements of purged entries and old refusals change nothing."""
+    """7: acknowledgements of purged entries and old refusals change nothing."""
     node, ref = purged_leader()
     awaiting(node)
     node.settle()
@@ -183,7 +183,7 @@ def test_a_file_older_than_the_purged_log_is_not_offered() -> None:
 
 
 def test_a_transfer_goes_on_with_its_file_while_that_exists() -> None:
-    """DESIGN 5: a newer file does not start a long transfer again; a deleted one does."""
+    """A newer file does not start a long transfer again; a deleted one does."""
     node, old = purged_leader()
     awaiting(node)
     node.settle()
@@ -381,7 +381,7 @@ def test_a_sole_voter_without_state_does_not_campaign() -> None:
 
 
 def test_a_leader_that_loses_its_state_steps_down() -> None:
-    """DESIGN 5: one whose state is sound must lead."""
+    """One whose state is sound must lead."""
     node, _ = purged_leader()
     node.lose_state()
     reason = "its state is wrong"

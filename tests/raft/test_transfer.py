@@ -1,4 +1,4 @@
-"""Leadership transfer: thesis 3.10, 4.2.3, 6.4.1; failures E11. Whole `Ready`s are compared."""
+"""Leadership transfer: thesis 3.10, 4.2.3, 6.4.1. Whole `Ready`s are compared."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_nothing_is_proposed_meanwhile() -> None:
 
 def test_a_transfer_is_given_up_after_an_election_timeout() -> None:
     """3.10: "If leadership transfer does not complete after about an election timeout, the prior
-    leader aborts the transfer and resumes accepting client requests" (failures E11).
+    leader aborts the transfer and resumes accepting client requests."
     """
     node = leader(A, ABC)
     node.raft.transfer_leadership(B)
@@ -114,7 +114,7 @@ def test_no_lease_for_the_rest_of_the_term() -> None:
 
 @pytest.mark.parametrize(("to", "message"), [(D, "not a voter"), (C, "has not answered lately")])
 def test_only_a_live_voter_can_take_over(to: MemberId, message: str) -> None:
-    """DESIGN 8: refused with the reason, and leadership goes on."""
+    """Refused with the reason, and leadership goes on."""
     node = leader(A, membership(A, B, C, learners=[D]))
     for _ in range(11):
         node.tick(100)
@@ -180,7 +180,7 @@ def test_leadership_moves_under_load_within_a_few_messages() -> None:
 
 
 def test_a_target_that_dies_costs_one_election_timeout() -> None:
-    """3.10, failures E11: the leader leads on, or the others elect one."""
+    """3.10: the leader leads on, or the others elect one."""
     cluster = Cluster(ABC)
     old = cluster.elect()
     cluster.run(300)

@@ -33,9 +33,9 @@ from tests.linearizability.by_revision import check
 from tests.linearizability.checker import FOREVER, Operation, Verdict
 from tests.linearizability.models import VERSIONED
 from tests.linearizability.timeline import as_text
-from tests.simulation.invariants import violated
 from tests.simulation.loop import MS
 from tests.simulation.model import NOTHING, mark_of
+from tests.simulation.violation import violated
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine, Process
@@ -173,11 +173,16 @@ class Clients:
         return Call(slot, key, "read", None, None, level, now)
 
     def _swap_two(self, slot: int, key: bytes, value: bytes, rng: random.Random) -> Call:
-        """A transaction: if `key` is what it was, it and another one change together."""
+        """A transaction: if `key` is what it was, it and another one change together.
+
+        Some only put, which the machine does all at once; beside a read it goes one by one.
+        """
         other = rng.choice([k for k in map(self._key, range(self.world.plan.keys)) if k != key])
         expected = self._revision.get((slot, key))
         compare = Compare(key, "mod_revision", "=", expected or 0)
-        success = (Put(key, value), Put(other, b"+" + value))
+        success: tuple[Put | Get, ...] = (Put(key, value), Put(other, b"+" + value))
+        if rng.random() < 0.5:
+            success = (*success, Get(other))
         argument = (expected, value, other, b"+" + value)
         command = Txn((compare,), success, (Get(key),))
         return Call(slot, key, "txn", argument, command, "", self.world.scheduler.now)
@@ -308,12 +313,16 @@ class Clients:
         that moment, and is told the truth.
         """
         assert call.command is not None
-        mark, model = mark_of(call.command), self.world.checker.model
+        self.acknowledged(mark_of(call.command), result)
+
+    def acknowledged(self, mark: bytes, result: Result) -> None:
+        """As `_acknowledged`, of any request."""
+        model = self.world.checker.model
         index = model.index_of.get(mark)
         if index is None:
-            violated("11 acknowledged", f"{call.name}({mark!r}) was acknowledged uncommitted")
-        if model.results[mark] != result:
-            violated("11 outcome", f"{mark!r} was answered {result}, not {model.results[mark]}")
+            violated("11 acknowledged", f"{mark!r} was acknowledged uncommitted")
+        if result not in model.answers[mark]:
+            violated("11 outcome", f"{mark!r} was answered {result}, not {model.answers[mark]}")
         self.shown_index = max(self.shown_index, index)
 
     def _record(self, call: Call, returned: float, result: Any) -> None:
@@ -375,7 +384,7 @@ class Clients:
         """
         checker, model = self.world.checker, self.world.checker.model
         for key, operation, mark in self._unknown:
-            result = model.results.get(mark)
+            result = model.result(mark)
             if result is not None and _changed(result):
                 at = checker.committed_at[model.index_of[mark] - 1]
                 called = max(operation.called, at)

@@ -20,7 +20,7 @@ from dengine.raft.types import LogId
 from dengine.storage.snapshot_file import SUFFIX, SnapshotHeader
 from dengine.storage.snapshot_frames import DIGEST_BYTES, PARTIAL_SUFFIX, read_header_bytes
 from tests.simulation.disk import Inode
-from tests.simulation.invariants import violated
+from tests.simulation.violation import violated
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine

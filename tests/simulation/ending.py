@@ -5,6 +5,8 @@ an answer to every call                          ten, and the longest deadline o
 the shape that was asked for                     SETTLE_NS, for somebody may need a snapshot
 equal states on all members                      the same
 a write and a read of each level at each member  ten
+the end of all that has a time                   ten, and the longest time
+every change, to all who follow it               SETTLE_NS, for some catch up one by one
 equal states again                               ten
 and then every record is read through: states, logs, snapshots
 """
@@ -22,9 +24,9 @@ from dengine.storage.log_store import ENTRY, ENTRY_KEY
 from dengine.storage.snapshot_file import verify
 from tests.simulation.clients import LEVELS
 from tests.simulation.displaced import CLIENT_S
-from tests.simulation.invariants import violated
 from tests.simulation.loop import MS, SECOND
 from tests.simulation.machine import Machine, Process
+from tests.simulation.violation import violated
 from tests.simulation.writer import check_state
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 TIMEOUTS = 10  # election timeouts
 CALL_NS = int(CLIENT_S * SECOND)  # the longest deadline of a call
 SETTLE_NS = 20 * SECOND
+LONGEST_NS = int(2.5 * SECOND)  # of all times to live, by the slowest clock
 NUDGE_NS = 200 * MS  # an operator, or a client, tries again after that
 WRITE = ""  # beside LEVELS
 
@@ -55,8 +58,12 @@ class Ending:
         self._wait("an answer to every call", limit_ns, self._unanswered)
         self._wait("the shape that was asked for", SETTLE_NS, self._unsettled, self._insist)
         self._wait("equal states", SETTLE_NS, self._differing)
+        self._world.checker.promises.calm_since = self._world.checker.promises.clock_ms
         self._owed = {(m.id, kind): None for m in self._present() for kind in (WRITE, *LEVELS)}
         self._wait("answers of every member", self._timeouts_ns, self._owing, self._ask)
+        limit_ns = self._timeouts_ns + LONGEST_NS
+        self._wait("the end of all that has a time", limit_ns, self._world.checker.promises.lasting)
+        self._wait("all changes shown", SETTLE_NS, self._world.watchers.lacking)
         self._wait("equal states after that", self._timeouts_ns, self._differing)
         for machine in self._present():
             self._read_through(machine)
@@ -109,7 +116,7 @@ class Ending:
         return "" if node.raft.committed_in_term else "the leader has committed nothing in its term"
 
     def _unanswered(self) -> str:
-        count = len(self._world.clients.pending)
+        count = len(self._world.clients.pending) + self._world.sessions.waiting
         return f"{count} wait" if count else ""
 
     # --- the shape --------------------------------------------------------------------------------

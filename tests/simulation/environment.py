@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import lmdb
@@ -256,8 +256,8 @@ class Transaction:
         for key in list(self._tables[db].keys):
             self.delete(key, db)
 
-    def cursor(self) -> Cursor:
-        return Cursor(self, self._tables[self._db])
+    def cursor(self, db: bytes | None = None) -> Cursor:
+        return Cursor(self, self._table(db))
 
 
 class Cursor:
@@ -274,6 +274,9 @@ class Cursor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def _is_on_record(self) -> bool:
@@ -294,6 +297,10 @@ class Cursor:
     def next(self) -> bool:
         self._place += 1
         return self._is_on_record()
+
+    def putmulti(self, items: Iterable[tuple[bytes, bytes]]) -> None:
+        for key, value in items:
+            self._transaction.put(key, value)
 
     def delete(self) -> bool:
         return self._transaction.delete(self.key())

@@ -470,7 +470,7 @@ class Faults:
         self.world.note("wipe", machine.id)
         self.world.checker.crashed(process, power=True)
         machine.wipe()
-        self.world.clients.process_gone(process)
+        self.world.process_gone(process)
         self.world.restart_later(machine)
         self._mark(machine, "disk replaced", lambda: self._is_weak(machine))
 

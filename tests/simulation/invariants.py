@@ -5,14 +5,17 @@ Named by number: 0 nothing unexpected, 1 election safety, 2 leader append-only,
 voters, 7 one vote per term, by whom stays who it is, 8 membership changes, 9 order of the log's
 positions, and a durable snapshot behind what is purged (durability.py), 10 equal states, 11
 acknowledged means committed, 12 reads of what the log says, and fresh ones (clients.py), 13 nothing
-happens twice. What else the list of failures.md names speaks of sessions, watches and TTLs.
+happens twice, however often it is asked for (promises.py), 14 watches show each change that they
+select once, in order (watchers.py), 15 what has a time is there for all of it, and no longer
+(promises.py).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 from zlib import crc32
 
+from dengine.kv.commands import Deferred, Once
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.messages import (
     AppendResponse,
@@ -28,7 +31,9 @@ from dengine.raft.types import Entry, EntryKind, LogId, MemberId
 from dengine.storage.environment import CRC_RESIDUE
 from dengine.storage.log_store import ENTRY, ENTRY_KEY, HEAD, HEAD_KEY
 from tests.simulation.environment import Environment
-from tests.simulation.model import Model
+from tests.simulation.model import Model, Step
+from tests.simulation.promises import Promises
+from tests.simulation.violation import violated
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine, Process
@@ -36,18 +41,6 @@ if TYPE_CHECKING:
 
 
 HEAD_SEED = crc32(HEAD_KEY)
-
-
-class Violation(AssertionError):
-    """`invariant` is a short name."""
-
-    def __init__(self, invariant: str, text: str) -> None:
-        super().__init__(f"[{invariant}] {text}")
-        self.invariant = invariant
-
-
-def violated(invariant: str, text: str) -> NoReturn:
-    raise Violation(invariant, text)
 
 
 class _Head:
@@ -89,7 +82,9 @@ class Checker:
         self.committed_at: list[int] = []
         self.committed_term = 0
         self.model = Model()
+        self.promises = Promises(world)
         self._entries: dict[tuple[int, int], tuple[Entry, int]] = {}
+        self._made_at: dict[tuple[int, int], int] = {}
         self._seen: dict[Process, _Seen] = {}
         self._new_memberships: list[Entry] = []
         self._votes: dict[tuple[MemberId, int], MemberId] = {}
@@ -232,6 +227,7 @@ class Checker:
             found = known.get(place)
             if found is None:
                 known[place] = (entry, terms[-1])
+                self._made_at[place] = self.world.scheduler.now
                 if entry.kind is EntryKind.CONFIG and entry.index > 1:
                     self._new_memberships.append(entry)
             elif found != (entry, terms[-1]):
@@ -308,14 +304,24 @@ class Checker:
         self.committed_in.append(raft.term)
         self.committed_at.append(self.world.scheduler.now)
         self.committed_term = max(self.committed_term, entry.term)
-        for mark in self.model.committed(entry):
-            if mark in self.model.index_of:
-                violated("13 once", f"{mark!r} is committed twice")
-            if mark in self.world.clients.refused:
-                violated("11 outcome", f"{mark!r} was refused, and is committed at {entry.index}")
+        step = self.model.committed(entry)
+        if step is not None:
+            self._carried_out(step)
+            self.promises.follow(step, self._made_at[(entry.index, entry.term)])
         if entry.kind is EntryKind.CONFIG:
             self.world.membership = decode_membership(entry.data)
             self._configs.append((entry.index, self.world.membership))
+
+    def _carried_out(self, step: Step) -> None:
+        model, refused = self.model, self.world.clients.refused
+        for outcome in step.outcomes:
+            mark = outcome.mark
+            if not isinstance(outcome.result, Deferred):
+                if mark in model.index_of and not isinstance(outcome.command, Once):
+                    violated("13 once", f"{mark!r} is committed twice")
+                if mark in refused:
+                    violated("11 outcome", f"{mark!r} was refused, and is committed: {step.index}")
+            model.take_in(outcome, step.index)
 
     def _durable(self, log_id: LogId, raft: Raft) -> bool:
         """By the membership in force where the entry stands, or by a newer one that counts it."""

@@ -42,7 +42,7 @@ class Machine:
         self.address = f"{self.host}:{PORT}"
         self.rng = random.Random(f"{world.seed} machine {node_id}")
         plan = world.plan
-        offset_ns = self.rng.randint(1, 10**6) * MS * 1000
+        offset_ns = self.rng.randint(1, 10**6) * MS * 1000 + self.rng.randrange(MS)
         rate = self.rng.uniform(0.9, 1.1) if plan.skewed_clocks else 1.0
         self.clock = Clock(world.scheduler, offset_ns, rate)
         self.founders = founders
@@ -134,7 +134,9 @@ class Machine:
             membership=plan.membership,
             snapshot=plan.snapshot,
             read=settings.Read(lease_ms=plan.lease_ms),
-            kv=settings.Kv(),
+            kv=settings.Kv(
+                history_revisions=plan.history_revisions, idempotency_window_s=plan.window_s
+            ),
             limits=settings.Limits(reserve_bytes=1000),
             log=settings.Log(),
             security=settings.Security(),

@@ -1,20 +1,48 @@
-"""What the committed log says: the result of every command, and each key at every index."""
+"""What the committed log says: the result of every command, each key at every index, and what every
+revision has changed.
+
+The log is carried out by the real state machine. What must hold of that machine itself is judged
+elsewhere: by what clients have seen (clients.py), and by a count kept by hand (promises.py).
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from dengine.kv.commands import Command, DeleteRange, Put, Result, Txn, decode_batch
-from dengine.kv.machine import Record, apply_batch
+from dengine.kv.commands import (
+    Command,
+    Deferred,
+    DeleteRange,
+    DeleteResult,
+    Full,
+    LeaseRevoked,
+    Once,
+    OperationResult,
+    Put,
+    PutResult,
+    Result,
+    Txn,
+    TxnResult,
+    batch_clock_ms,
+    decode_batch,
+)
+from dengine.kv.machine import apply_batch
+from dengine.kv.store import TABLES, Event, Record, Rules, Table, Totals
+from dengine.raft.membership import decode_membership
 from dengine.raft.types import Entry, EntryKind
+from dengine.storage.state_view import rules_of
+from tests.simulation.environment import Table as SortedTable
 
 NOTHING = (0, None)  # what a read says of a key that is not there
 
 
 def mark_of(command: Command) -> bytes:
-    """Tells apart all commands of a run: a put by its value, a deletion by its limit, a transaction
-    by what it puts first."""
+    """Tells apart all requests of a run: a put by its value, a deletion by its limit, a transaction
+    by what it puts first, and what may be sent again by the key under which it is."""
+    if isinstance(command, Once):
+        return once_mark(command.key, command.number)
     if isinstance(command, Put):
         return command.value
     if isinstance(command, Txn):
@@ -23,57 +51,160 @@ def mark_of(command: Command) -> bytes:
     return b"-%d" % command.limit
 
 
-class _Records(dict[bytes, Record]):
-    """The state machine's view of a dict; `touched` are the keys that have changed."""
+def once_mark(key: str, number: int | None) -> bytes:
+    """Of a request under an idempotency key."""
+    return f"#{key}:{number}".encode()
+
+
+class Outcome(NamedTuple):
+    """One command of an entry. `events` are what it has changed; None: nothing."""
+
+    mark: bytes
+    command: Command
+    result: Result
+    events: Sequence[Event] | None
+
+
+class Step(NamedTuple):
+    """One entry of commands.
+
+    Attributes:
+        clock_ms: the log time that it carries; None for the format that has none.
+        ended: what time has changed before the commands had their turn; None: nothing.
+    """
+
+    index: int
+    term: int
+    clock_ms: int | None
+    ended: Sequence[Event] | None
+    outcomes: list[Outcome]
+
+
+class _View:
+    """The state machine's view of plain tables in memory; `touched` are the keys that changed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.records = SortedTable()
+        self.tables = {name: SortedTable() for name in TABLES}
+        self.totals: Totals | None = None
         self.touched: dict[bytes, None] = {}
+        self.changes: dict[int, Sequence[Event]] = {}
+
+    def get(self, key: bytes) -> Record | None:
+        return self.records.data.get(key)  # type: ignore[return-value]
 
     def put(self, key: bytes, record: Record) -> None:
-        self[key] = record
+        self.records.put(key, record)  # type: ignore[arg-type]
         self.touched[key] = None
 
+    def get_many(self, keys: Sequence[bytes], size: int | None) -> list[Record | None]:
+        found: list[Record | None] = []
+        for key in keys:
+            found.append(self.get(key))
+            if size is not None and sum(len(r.value) for r in found if r) > size:
+                break
+        return found
+
+    def put_many(self, keys: Sequence[bytes], records: Sequence[Record]) -> None:
+        for key, record in zip(keys, records, strict=True):
+            self.put(key, record)
+
     def delete(self, key: bytes) -> None:
-        del self[key]
+        self.records.delete(key)
         self.touched[key] = None
 
     def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
-        return iter(sorted(k for k in self if start <= k and (end is None or k < end)))
+        keys = self.records.keys
+        last = len(keys) if end is None else bisect_left(keys, end)
+        return iter(keys[bisect_left(keys, start) : last])
+
+    def read(self, table: Table, key: bytes) -> bytes | None:
+        return self.tables[table].data.get(key)
+
+    def write(self, table: Table, key: bytes, data: bytes) -> None:
+        self.tables[table].put(key, data)
+
+    append = write
+
+    def remove(self, table: Table, key: bytes) -> bytes | None:
+        data = self.tables[table].data.get(key)
+        if data is not None:
+            self.tables[table].delete(key)
+        return data
+
+    def first(self, table: Table, start: bytes) -> tuple[bytes, bytes] | None:
+        rows = self.tables[table]
+        place = bisect_left(rows.keys, start)
+        if place == len(rows.keys):
+            return None
+        return rows.keys[place], rows.data[rows.keys[place]]
+
+    def changed(self, revision: int, events: Sequence[Event]) -> None:
+        self.changes[revision] = list(events)
 
 
 class Model:
     """Grows with the committed log.
 
     Attributes:
-        results: of every command, by its mark.
-        index_of: the entry that a command is in.
+        answers: to every command, by its mark: one for each time that it was carried out, or found
+            to have been.
+        index_of: the first entry that a command is in.
+        revision: after the last entry.
     """
 
     def __init__(self) -> None:
-        self.results: dict[bytes, Result] = {}
+        self.answers: dict[bytes, list[Result]] = {}
         self.index_of: dict[bytes, int] = {}
-        self._records = _Records()
-        self._revision = 0
+        self.revision = 0
+        self._view = _View()
+        self._rules = Rules()
+        self._revisions = [0]  # after each entry, by its index
         self._changes: dict[bytes, tuple[list[int], list[tuple[int, bytes | None]]]] = {}
 
-    def committed(self, entry: Entry) -> Iterator[bytes]:
-        """The next entry. Yields the marks of its commands, each before it is taken in."""
-        if entry.kind is not EntryKind.NORMAL:
-            return
-        records = self._records
-        self._revision, results = apply_batch(entry.data, records, self._revision)
-        for command, result in zip(decode_batch(entry.data), results, strict=True):
-            mark = mark_of(command)
-            yield mark
-            self.index_of[mark] = entry.index
-            self.results[mark] = result
-        for key in records.touched:
-            record = records.get(key)
+    def committed(self, entry: Entry) -> Step | None:
+        """Carry out the next entry; None for one that is not of commands. Each of them is known
+        only after `take_in`."""
+        step = None
+        if entry.kind is EntryKind.CONFIG:
+            self._rules = rules_of(decode_membership(entry.data))
+        elif entry.kind is EntryKind.NORMAL:
+            step = self._carry_out(entry)
+        self._revisions.append(self.revision)
+        return step
+
+    def _carry_out(self, entry: Entry) -> Step:
+        view, before = self._view, self.revision
+        self.revision, results = apply_batch(entry.data, view, before, self._rules, entry.index)
+        for key in view.touched:
+            record = view.get(key)
             indexes, values = self._changes.setdefault(key, ([], []))
             indexes.append(entry.index)
             values.append(NOTHING if record is None else (record.mod_revision, record.value))
-        records.touched.clear()
+        view.touched.clear()
+        revisions = range(before + 1, self.revision + 1)
+        new = {r: view.changes[r] for r in revisions if r in view.changes}
+        made = [_revision_made(result) for result in results]
+        assert {*new, *made}.issuperset(revisions), f"entry {entry.index} leaves a revision out"
+        ended = new.pop(before + 1, None) if before + 1 not in made else None
+        commands = decode_batch(entry.data)
+        outcomes = [
+            Outcome(mark_of(command), command, result, new.pop(revision, None))
+            for command, result, revision in zip(commands, results, made, strict=True)
+        ]
+        assert not new, f"entry {entry.index}: revisions {list(new)} are of no command"
+        return Step(entry.index, entry.term, batch_clock_ms(entry.data), ended, outcomes)
+
+    def take_in(self, outcome: Outcome, index: int) -> None:
+        """A command of entry `index` is known from here on. What was put off does not count yet."""
+        if not isinstance(outcome.result, Deferred):
+            self.index_of.setdefault(outcome.mark, index)
+            self.answers.setdefault(outcome.mark, []).append(outcome.result)
+
+    def result(self, mark: bytes) -> Result | None:
+        """What a command has come to; None: nothing (yet)."""
+        answers = self.answers.get(mark, ())
+        return next((answer for answer in answers if not isinstance(answer, Full)), None)
 
     def read(self, key: bytes, index: int) -> tuple[int, bytes | None]:
         """mod_revision and value of `key` after entry `index`."""
@@ -82,3 +213,26 @@ class Model:
             return values[-1]
         place = bisect_right(indexes, index)
         return values[place - 1] if place else NOTHING
+
+    def revision_at(self, index: int) -> int:
+        """After entry `index`."""
+        return self._revisions[index]
+
+    def changed_by(self, revision: int) -> Sequence[Event]:
+        """Nothing, for one that was made in the format that records no events."""
+        return self._view.changes.get(revision, ())
+
+    @property
+    def compacted(self) -> int:
+        """The newest revision that the history does not have any more."""
+        totals = self._view.totals
+        return self.revision if totals is None else totals.history_first - 1
+
+
+def _revision_made(result: Result | OperationResult) -> int:
+    """By the command that came to this, when it was carried out; 0: none."""
+    if isinstance(result, TxnResult):
+        return result.revision if any(map(_revision_made, result.results)) else 0
+    if isinstance(result, DeleteResult | LeaseRevoked):
+        return result.revision if result.deleted else 0
+    return result.revision if isinstance(result, PutResult) else 0

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from dengine.node.peers import PeerStatus
 from dengine.node.wire import Frame, Hello, RaftFrame, Refused, decode, encode
 from dengine.raft.types import MemberId
-from tests.simulation.invariants import Violation
 from tests.simulation.loop import MS
+from tests.simulation.violation import Violation
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Process

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dengine import snapshot_writer
+from dengine.kv import expiry, once, recorder
 from dengine.node import (
     backoff,
     cycle,
@@ -28,6 +29,7 @@ from dengine.node import (
     status,
     transfers,
     verifying,
+    watch_hub,
 )
 from dengine.node import node as node_module
 from dengine.raft import log as raft_log
@@ -128,6 +130,16 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (cycle, "time", _Time),
         (cycle, "LogWriter", writer.LogWriter),
         (cycle, "StateFlusher", _Flusher),
+        (cycle, "TICK_MS", limits["tick_ms"]),
+        (expiry, "KEYS_MAX", limits["expire_keys"]),
+        (recorder, "WORK_KEYS_MAX", limits["work_keys"]),
+        (once, "RESULTS_MAX", limits["results"]),
+        (once, "OPAQUE_MAX", limits["opaque"]),
+        (watch_hub, "time", _Time),
+        (watch_hub, "PROGRESS_S", 0.3),
+        (watch_hub, "QUEUE_MAX", limits["watch_queue"]),
+        (watch_hub, "CATCH_UP_REVISIONS", limits["watch_step"]),
+        (watch_hub, "CATCH_UP_S", 0.0 if limits["watch_step"] < 100 else 0.005),
         (status, "time", _Time),
         (transfers, "time", _Time),
         (snapshots, "time", _Time),

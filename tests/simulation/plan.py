@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from dengine.config import Election, Membership, Snapshot
 
+MANY = 1000  # as many as the product allows, and more than a run has
 SHAPES = ("1", "3", "3", "3", "3", "5", "1->3", "1->3", "3->5", "replace")
 
 # Each is on in about half of the seeds, or more rarely.
@@ -68,6 +69,10 @@ class Plan:
     seconds: float = 4.0
     calm: float = 1.0  # by how much longer the pauses between faults are
     limits: dict[str, int] = field(default_factory=dict)
+    sessions: int = 2
+    watchers: int = 2
+    history_revisions: int = 100_000
+    window_s: int = 600  # for which results are remembered
 
     def __post_init__(self) -> None:
         rng = random.Random(f"{self.seed} plan")
@@ -105,6 +110,19 @@ class Plan:
             "append_bytes": rng.choice((1, 100, 1 << 20)),
             "tail_entries": rng.choice((4, 16, 4096)),
             "purge_step": rng.choice((1, 7, 256)),
+        }
+        self.sessions = rng.choice((1, 2, 3))
+        self.watchers = rng.choice((1, 2, 3))
+        self.history_revisions = rng.choice((5, 40, 100_000))
+        self.window_s = rng.choice((1, 600, 600))
+        self.limits |= {
+            "tick_ms": rng.choice((100, 300, 1000)),
+            "expire_keys": rng.choice((2, 3, MANY, MANY)),
+            "work_keys": rng.choice((2, 5, 10_000, 10_000)),
+            "results": rng.choice((1, 3, MANY)),
+            "opaque": rng.choice((3, 100_000)),
+            "watch_queue": rng.choice((1, 3, 1000)),
+            "watch_step": rng.choice((1, 3, 100)),
         }
 
     @property

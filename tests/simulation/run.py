@@ -32,11 +32,11 @@ from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 from tests.reporting import STOPPED, stdout_apart
-from tests.simulation.invariants import Violation
 from tests.simulation.loop import Crash
 from tests.simulation.plan import Plan
 from tests.simulation.rotation import commit
 from tests.simulation.shrinking import shrink, write_trace
+from tests.simulation.violation import Violation
 from tests.simulation.workers import each
 from tests.simulation.world import World
 
@@ -313,7 +313,7 @@ class Session:
         """Returns the exit code. Ctrl-C and SIGTERM end it at once, also in the background of a
         script, whose shell has SIGINT ignored."""
         for stop in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(stop, signal.default_int_handler)
+            signal.signal(stop, self._stop)
         progress = _Progress()
         try:
             for tally, failure in each(self._numbers(), self._examine, died):
@@ -329,10 +329,16 @@ class Session:
             return STOPPED
         return 1 if self.failures else 0
 
+    def _stop(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.stopped = True
+        raise KeyboardInterrupt
+
     def _numbers(self) -> Iterator[int]:
         """Asked for the next seed as soon as a core is free. After a failure no more are begun:
         those before it have been, and are waited for, so the lowest that fails is found."""
         for seed in self._seeds:
+            if self.stopped:  # what is raised in the midst of a fork, Python only prints
+                raise KeyboardInterrupt
             if time.monotonic() >= self._end or (self.failures and not self._keep_going):
                 return
             self.begun = seed

@@ -23,7 +23,10 @@ from tests.simulation.run import Tally, examine, explain, narrow_down, run_seed,
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = float(os.environ.get("DENGINE_SIM_SECONDS") or 360)
 HALVES = (0, 1)  # each for one core
-RARE_SEEDS = range(300)  # the same in every run; it takes far fewer to see everything once
+# Between them they have seen everything in SOMETIMES. A change of dengine may move what a seed
+# does: then others are tried as well, the same in every run.
+KNOWN_SEEDS = (10, 22, 31, 95, 134, 144, 220, 225, 274, 298, 300, 308)
+RARE_SEEDS = (*KNOWN_SEEDS, *(seed for seed in range(600) if seed not in KNOWN_SEEDS))
 
 # What must have happened in some of them, or the faults do not reach where they should.
 SOMETIMES = (
@@ -38,6 +41,7 @@ SOMETIMES = (
     "ENOSPC at a commit",
     "ENOSPC at a new name",
     "buried",
+    "change seen",
     "crashed in the middle",
     "disk replaced",
     "displaced entry committed",
@@ -53,18 +57,27 @@ SOMETIMES = (
     "install crashed",
     "joint state",
     "joint state crashed",
+    "key expired",
     "leader crashed",
+    "lease expired",
     "log purged",
     "log rotted",
     "log truncated",
+    "nothing more can be remembered",
     "outcome unknown",
     "pages dropped",
     "power lost",
     "power lost while down",
     "promoted",
+    "put off",
     "read at a deposed leader",
     "reincarnated",
     "removed node stopped",
+    "repeated",
+    "repeated too late",
+    "request given up",
+    "revoked",
+    "revoked in steps",
     "searched",
     "snapshot cut",
     "snapshot installed",
@@ -75,6 +88,9 @@ SOMETIMES = (
     "take done",
     "unpack done",
     "verify done",
+    "watch cancelled",
+    "watch compacted",
+    "watch resumed",
     "write crashed",
     "write survived unheard",
 )
@@ -125,7 +141,7 @@ def digest_of(seed: int, hash_seed: str) -> str:
     return ended.stdout
 
 
-@pytest.mark.parametrize("seed", [1, 8, 15, 23])
+@pytest.mark.parametrize("seed", [1, 15])
 def test_a_seed_is_always_the_same_run(seed: int) -> None:
     """Else no failure could be replayed."""
     assert digest_of(seed, "1") == digest_of(seed, "2")

@@ -38,12 +38,15 @@ from tests.simulation.clients import Clients
 from tests.simulation.durability import Durability
 from tests.simulation.ending import Ending
 from tests.simulation.faults import Faults
-from tests.simulation.invariants import Checker, Violation
+from tests.simulation.invariants import Checker
 from tests.simulation.loop import MS, SECOND, Scheduler
 from tests.simulation.machine import Machine, Process
 from tests.simulation.network import Habits, Network
 from tests.simulation.patches import installed
 from tests.simulation.plan import Plan
+from tests.simulation.sessions import Sessions
+from tests.simulation.violation import Violation
+from tests.simulation.watchers import Watchers
 from tests.simulation.words import told
 
 RESTART_MS = (20, 400)
@@ -71,6 +74,8 @@ class World:
         for node_id in range(1, plan.founders + plan.joiners + 1):
             self.machines[node_id] = Machine(self, node_id, founders)
         self.clients = Clients(self)
+        self.sessions = Sessions(self)
+        self.watchers = Watchers(self)
         self.faults = Faults(self)
 
     def _habits(self) -> Habits:
@@ -127,8 +132,13 @@ class World:
             return
         self.note("power cut" if power else "kill", machine.id)
         machine.crash(power=power)
-        self.clients.process_gone(process)
+        self.process_gone(process)
         self.restart_later(machine)
+
+    def process_gone(self, process: Process) -> None:
+        """Whoever was connected to it sees that break."""
+        for whoever in (self.clients, self.sessions, self.watchers):
+            whoever.process_gone(process)
 
     def restart_later(self, machine: Machine) -> None:
         pause_ns = machine.rng.randint(*RESTART_MS) * MS
@@ -147,7 +157,7 @@ class World:
             return
         self.note("exit", machine.id, type(error).__name__, error)
         machine.crash()
-        self.clients.process_gone(process)
+        self.process_gone(process)
         cause = error.__cause__ if error is not None else None
         if isinstance(cause, Violation):  # noticed inside of a turn
             raise cause
@@ -230,6 +240,8 @@ class World:
         timeout_ns = self.plan.election.timeout_ms_max * MS
         self.scheduler.run_until(3 * timeout_ns)
         self.clients.start()
+        self.sessions.start()
+        self.watchers.start()
         self.faults.start()
         self.scheduler.run_until(self.scheduler.now + int(self.plan.seconds * SECOND))
         Ending(self).run()

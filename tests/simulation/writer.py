@@ -19,7 +19,7 @@ from dengine.raft.membership import decode_membership
 from dengine.raft.raft import Ready
 from dengine.storage.environment import CRC_BYTES, CRC_RESIDUE, DATA_FILE
 from dengine.storage.snapshot_jobs import Check, Done, Fetch, Job
-from dengine.storage.state_store import (
+from dengine.storage.state_records import (
     APPLIED_KEY,
     DATABASES,
     MEMBERSHIP_KEY,

@@ -18,7 +18,8 @@ from dengine.kv.commands import Command, Delete, DeleteRange, Put
 from dengine.raft.types import Entry, MemberId
 from dengine.storage.environment import pack_crc
 from dengine.storage.state_reader import check_state
-from dengine.storage.state_store import DIGEST_EVERY, StateStore, sum_bytes
+from dengine.storage.state_records import sum_bytes
+from dengine.storage.state_store import DIGEST_EVERY, StateStore
 from tests.storage.states import commands, config, membership, put
 
 FIRST = config(1, membership(MemberId(1, 1)))

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dengine.errors import DataCorruption, InvariantBroken
+from dengine.errors import ConfigError, DataCorruption, InvariantBroken
 from dengine.kv.commands import (
+    COMMAND_VERSION,
     Command,
     Condition,
     Delete,
@@ -21,6 +22,7 @@ from dengine.kv.commands import (
     Invalid,
     Put,
     PutResult,
+    batch_version,
     encode_batch,
     encode_command,
 )
@@ -116,7 +118,13 @@ def compare(
 
 
 @settings(max_examples=60)
-@given(st.lists(st.binary(max_size=60) | st.binary(max_size=60).map(lambda b: b"\x01" + b)))
+@given(
+    st.lists(
+        st.binary(max_size=60).filter(lambda data: batch_version(data) <= COMMAND_VERSION)
+        | st.binary(max_size=60).map(lambda data: b"\x01" + data)
+        | st.binary(max_size=60).map(lambda data: b"\x02" + data)
+    )
+)
 def test_any_bytes_apply_and_give_the_same_twice(datas: list[bytes]) -> None:
     """No committed entry, whatever is in it, can stop a node or tell two nodes apart."""
     entries = [Entry(n, 1, EntryKind.NORMAL, data) for n, data in enumerate(datas, 1)]
@@ -234,3 +242,25 @@ def test_what_was_synced_is_in_the_file(store: StateStore, path: Path) -> None:
     again = reopened(store, path)
     assert len(again.page(b"", None, 1000, False).items) == 100
     again.close()
+
+
+def test_an_entry_of_a_newer_release_stops_the_node_before_it(store: StateStore) -> None:
+    """A node too old for an entry must not apply a part of it: it says what to do and applies
+    nothing, neither that entry nor any other of its transaction."""
+    store.apply([entry(1, Put(b"k", b"1"))])
+    newer = Entry(3, 1, EntryKind.NORMAL, bytes([COMMAND_VERSION + 1]) + b"whatever")
+    with pytest.raises(ConfigError, match="entry 3 is of command version 3") as caught:
+        store.apply([entry(2, Put(b"k", b"2")), newer])
+    assert caught.value.exit_code == 78
+    assert store.applied == LogId(1, 1)
+    assert store.get(b"k") == Record(1, 1, 1, b"1")
+
+
+def test_what_is_applied_in_one_go_can_be_bounded(store: StateStore) -> None:
+    """The loop has other things to do: whoever calls says after each entry whether to go on."""
+    asked = iter([True, False])
+    entries = [entry(index, Put(b"k", b"%d" % index)) for index in range(1, 5)]
+    assert len(store.apply(entries, lambda: next(asked))) == 2
+    assert store.applied == LogId(2, 1)
+    store.apply(entries[2:])
+    assert store.get(b"k") == Record(1, 4, 4, b"4")

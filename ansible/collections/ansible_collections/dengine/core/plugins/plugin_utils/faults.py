@@ -124,8 +124,8 @@ def _lost(survey: Survey) -> Iterator[Row]:
                 host,
                 "identity",
                 f"a cluster was at work here ({trace}); {facts['data_dir']} holds nothing of it",
-                "mount its disk if it is not, and run this again. If the data are lost: `dengine "
-                "snapshot restore` of a backup (docs/operations.md); or, for a new and empty "
+                "mount its disk if it is not, and run this again. If the data are lost: "
+                "docs/operations.md, 'Restore a backup on the hosts'; or, for a new and empty "
                 "cluster, destroy.yml and then this again",
                 "no trace of an earlier cluster",
             )
@@ -181,7 +181,7 @@ def _leaderless(survey: Survey) -> Iterator[Row]:
                 "cluster",
                 "cluster",
                 f"no leader: {reason}",
-                "start the missing voters; docs/operations.md, 'Lost quorum'",
+                "start the missing voters; docs/operations.md, 'When something is lost'",
                 "a leader",
             )
             return

@@ -1,0 +1,283 @@
+"""What the command line does in an event loop: following changes, and running a command while
+something is held.
+
+While COMMAND runs, this process adopts everything that COMMAND starts and leaves behind (Linux's
+child subreaper), so that nothing of it outlives the lock when that is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dengine.cli.commands import print_json_line, printable, shortened
+from dengine.cli.remote import Remote
+from dengine.client import Change, Client, Lock
+from dengine.client.encoding import json_bytes
+from dengine.client.leases import margin_s
+
+FAILED = 1
+NO_COMMAND = 127  # as a shell says it
+BY_SIGNAL = 128
+TERMINATE_MAX_S = 0.5  # for what is ended to clean up
+GONE_S = 5.0  # for what was killed to be gone
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _client(remote: Remote) -> Client:
+    return Client(remote.endpoints, token=remote.token, timeout_s=remote.timeout_s)
+
+
+# --- following ------------------------------------------------------------------------------------
+
+
+def watch(args: Namespace, remote: Remote) -> int:
+    """Print changes until interrupted."""
+
+    async def follow() -> None:
+        key = None if args.key is None else os.fsencode(args.key)
+        prefix = None if args.prefix is None else os.fsencode(args.prefix)
+        async with (
+            _client(remote) as client,
+            client.watch(
+                key, prefix=prefix, from_revision=args.from_revision, prev=args.prev
+            ) as watching,
+        ):
+            async for change in watching:
+                _show(change, as_json=args.json)
+
+    asyncio.run(follow())
+    return 0
+
+
+def _show(change: Change, *, as_json: bool) -> None:
+    if as_json:
+        events = []
+        for event in change.events:
+            shown: dict[str, Any] = {"type": event.type, **json_bytes("key", event.key)}
+            if event.value is not None:
+                shown |= {**json_bytes("value", event.value), "created": event.created}
+            if event.prev is not None:
+                shown |= json_bytes("prev", event.prev)
+            events.append(shown)
+        print_json_line({"revision": change.revision, "events": events})
+        return
+    for event in change.events:
+        line = f"{change.revision}  {event.type:6}  {printable(event.key)}"
+        if event.value is not None:
+            line += f"  {shortened(printable(event.value))}"
+        if event.prev is not None:
+            line += f"  (was {shortened(printable(event.prev))})"
+        print(line, flush=True)
+
+
+def observe(args: Namespace, remote: Remote) -> int:
+    """Print who leads until interrupted."""
+
+    async def follow() -> None:
+        async with _client(remote) as client:
+            async for leader in client.election(os.fsencode(args.name)).observe():
+                if args.json:
+                    known = leader and {**json_bytes("value", leader.value), "token": leader.token}
+                    print_json_line({"leader": known})
+                elif leader is None:
+                    print("nobody leads", flush=True)
+                else:
+                    print(f"{printable(leader.value)} leads (token {leader.token})", flush=True)
+
+    asyncio.run(follow())
+    return 0
+
+
+# --- holding --------------------------------------------------------------------------------------
+
+
+def run_holding(
+    remote: Remote, what: str, command: list[str], ttl_s: int, take: Callable[[Client], Lock]
+) -> int:
+    """Run `command` while what `take` makes is held, or without one hold it until interrupted.
+
+    Args:
+        what: names it in messages, such as "lock 'nightly'".
+        ttl_s: of the lease of what is held.
+
+    Returns: the exit code.
+    """
+    if command and shutil.which(command[0]) is None:
+        print(f"dengine: {command[0]}: there is no such command", file=sys.stderr)
+        return NO_COMMAND
+    return asyncio.run(_Holding(remote, what, command, ttl_s).run(take))
+
+
+class _Holding:
+    """One run of a command, and the signals that concern it."""
+
+    def __init__(self, remote: Remote, what: str, command: list[str], ttl_s: int) -> None:
+        self._remote = remote
+        self._what = what
+        self._command = command
+        self._ttl_s = ttl_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._ended_by: signal.Signals | None = None
+        self._over = False  # the command has ended: what is left to do is quick
+
+    async def run(self, take: Callable[[Client], Lock]) -> int:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def pass_on(number: signal.Signals) -> None:
+            if self._over:
+                return
+            if self._process is None:  # nothing runs yet: leave the queue
+                self._ended_by = number
+                task.cancel()
+            elif number != signal.SIGINT or not in_foreground():  # a terminal told it already
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.send_signal(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, pass_on, number)
+        try:
+            async with _client(self._remote) as client:
+                return await self._hold(take(client))
+        except asyncio.CancelledError:
+            if self._ended_by is None:
+                raise
+            return BY_SIGNAL + self._ended_by
+
+    async def _hold(self, lock: Lock) -> int:
+        await lock.__aenter__()
+        try:
+            if not self._command:
+                print(f"{self._what}: held, token {lock.token}", flush=True)
+                await lock.lost.wait()
+                self._shout("")
+                return FAILED
+            return await self._run_command(lock)
+        finally:
+            if not lock.lost.is_set():
+                await lock.release()
+
+    async def _run_command(self, lock: Lock) -> int:
+        _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._process = process = await asyncio.create_subprocess_exec(
+            *self._command,
+            env={**os.environ, "DENGINE_LOCK_TOKEN": str(lock.token)},
+            preexec_fn=partial(end_with_parent, os.getpid()),
+        )
+        ended = asyncio.create_task(process.wait())
+        lost = asyncio.create_task(lock.lost.wait())
+        await asyncio.wait({ended, lost}, return_when=asyncio.FIRST_COMPLETED)
+        lost.cancel()
+        self._over = ended.done()
+        if self._over and not lock.lost.is_set():
+            code = ended.result()
+            return code if code >= 0 else BY_SIGNAL - code
+        self._shout("; ending the command and everything that it started")
+        survivors = await end_descendants(terminate_s(self._ttl_s))
+        await asyncio.wait({ended}, timeout=GONE_S)
+        if survivors:
+            print(
+                f"dengine: process {', '.join(map(str, survivors))} could not be ended and goes on "
+                f"without {self._what}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return FAILED
+
+    def _shout(self, consequence: str) -> None:
+        print(
+            f"dengine: {self._what} is LOST: the cluster could not be reached in time, and another "
+            f"may hold it now{consequence}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def end_with_parent(parent: int) -> None:
+    """In the child of `parent`, before it becomes COMMAND: when `parent` is killed, nobody holds
+    the lock for it any more, so it ends, too. Also where that happened before this call.
+    """
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_foreground() -> bool:
+    """Is this process one of those that its terminal, wherever it reads from, sends Ctrl-C to?"""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:  # it has none
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+def terminate_s(ttl_s: float) -> float:
+    """From SIGTERM to SIGKILL: what ignores the first has to be gone before another may hold the
+    lock, which is `margin_s` after we hear that it is lost.
+    """
+    return min(TERMINATE_MAX_S, margin_s(ttl_s) / 2)
+
+
+async def end_descendants(terminate_s: float) -> list[int]:
+    """SIGTERM to everything below this process, then SIGKILL until nothing is left.
+
+    Returns: the processes that are still there, which the kernel holds up or which are not ours.
+    """
+    _signal_all(signal.SIGTERM)
+    loop = asyncio.get_running_loop()
+    until = loop.time() + terminate_s
+    while any(_descendants()):
+        if loop.time() >= until:
+            break
+        await asyncio.sleep(0.02)
+    until = loop.time() + GONE_S
+    while any(_descendants()) and loop.time() < until:
+        _signal_all(signal.SIGKILL)
+        await asyncio.sleep(0.02)
+    return list(_descendants())
+
+
+def _signal_all(number: signal.Signals) -> None:
+    for pid in _descendants():
+        try:
+            os.kill(pid, number)
+        except OSError:  # gone meanwhile, or not ours to end
+            continue
+
+
+def _descendants() -> Iterator[int]:
+    """The processes below this one that have not ended."""
+    children: dict[int, list[int]] = {}
+    for directory in Path("/proc").iterdir():
+        if not directory.name.isdecimal():
+            continue
+        try:
+            text = (directory / "stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        state, parent = text.rpartition(")")[2].split()[:2]
+        if state not in "ZX":
+            children.setdefault(int(parent), []).append(int(directory.name))
+    found = list(children.get(os.getpid(), ()))
+    while found:
+        pid = found.pop()
+        found += children.get(pid, ())
+        yield pid

@@ -1,0 +1,186 @@
+"""How a call becomes a request and bytes survive the way: addresses, targets, headers, JSON fields.
+
+Little to load, for the command line uses it too.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+from urllib.parse import quote, urlsplit
+
+from dengine.errors import InvalidRequest
+
+DEFAULT_PORT = 9081
+PAGE_ITEMS = 1000  # what a node gives at once, unless its limits.page is smaller
+
+Match = int | Sequence[int] | Literal["*"]  # the revisions of a conditional write
+
+
+def parse_endpoint(text: str) -> str:
+    """ "host:port" of "host:port" or "http://host:port/"; the default port is 9081.
+
+    Raises:
+        ValueError: `text` is neither.
+    """
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"{text!r} is not an endpoint: write it like 192.168.1.10:9081")
+    url = urlsplit(text if "//" in text else f"//{text}", scheme="http")
+    try:
+        host, port = url.hostname, url.port or DEFAULT_PORT
+    except ValueError:
+        host, port = None, 0
+    if url.scheme != "http" or not host or url.path not in ("", "/") or url.query or url.username:
+        raise ValueError(f"{text!r} is not an endpoint: write it like 192.168.1.10:9081")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def key_target(key: bytes, **query: str | None) -> str:
+    """The request target of a single key; every byte of it survives the way."""
+    fields = {name: value for name, value in query.items() if value is not None}
+    if key in (b".", b".."):  # a proxy on the way would take these as steps in a path
+        fields["key_base64"] = base64.b64encode(key).decode()
+        return target("/v1/kv", **fields)
+    return target(f"/v1/kv/{quote(key, safe='')}", **fields)
+
+
+def target(path: str, **query: str | bytes | int | None) -> str:
+    """`path` with the query fields that are not None; bytes are percent-encoded as they are."""
+    fields = [
+        f"{name}={quote(value if isinstance(value, bytes) else str(value), safe='')}"
+        for name, value in query.items()
+        if value is not None
+    ]
+    return f"{path}?{'&'.join(fields)}" if fields else path
+
+
+def lease_target(id: str) -> str:
+    """Raises ValueError for what cannot be the id of a lease."""
+    if not id or not id.isascii() or not id.isprintable():
+        raise ValueError(f"{id!r} is not the id of a lease")
+    return f"/v1/leases/{quote(id, safe='')}"
+
+
+def json_bytes(name: str, data: bytes) -> dict[str, str]:
+    """Bytes as a field of JSON: a string, or base64 where they are no UTF-8."""
+    try:
+        return {name: data.decode()}
+    except UnicodeDecodeError:
+        return {f"{name}_base64": base64.b64encode(data).decode()}
+
+
+def field_bytes(fields: Mapping[str, Any], name: str) -> bytes | None:
+    """The reverse: the bytes of the field `name` of a JSON answer, None where there is none.
+
+    Raises:
+        ValueError: what is there is neither a string nor base64.
+    """
+    encoded = fields.get(f"{name}_base64")
+    if isinstance(encoded, str):
+        try:
+            return base64.b64decode(encoded, validate=True)
+        except binascii.Error:
+            raise ValueError(f"{name}_base64 is not base64") from None
+    text = fields.get(name)
+    if text is None and encoded is None:
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is not a string")
+    return text.encode("utf-8", "surrogatepass")
+
+
+def as_key(key: str | bytes) -> bytes:
+    """The bytes of a key; text is UTF-8.
+
+    Raises:
+        TypeError: it is neither text nor bytes.
+    """
+    if isinstance(key, str):
+        return key.encode()
+    if isinstance(key, bytes | bytearray | memoryview):
+        return bytes(key)
+    raise TypeError(f"a key is str or bytes, not {type(key).__name__}")
+
+
+def as_value(value: bytes) -> bytes:
+    """`value`, which has to be bytes.
+
+    Raises:
+        TypeError: it is not: text has many encodings, and only its owner knows which.
+    """
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    raise TypeError(f"a value is bytes, not {type(value).__name__}: encode text yourself")
+
+
+def as_seconds(ttl_s: float, what: str) -> int:
+    """`ttl_s` as nodes take it.
+
+    Raises:
+        ValueError: it is no whole number of seconds above 0.
+    """
+    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or ttl_s != int(ttl_s):
+        raise ValueError(f"{what} is a whole number of seconds, not {ttl_s!r}")
+    if ttl_s < 1:
+        raise ValueError(f"{what} is at least 1 second, not {ttl_s!r}")
+    return int(ttl_s)
+
+
+def conditions(if_match: Match | None, if_none_match: bool) -> dict[str, str]:
+    """The headers of a conditional write."""
+    headers = {}
+    if if_match is not None:
+        revisions = [if_match] if isinstance(if_match, int) else if_match
+        headers["If-Match"] = "*" if if_match == "*" else ", ".join(f'"{r}"' for r in revisions)
+    if if_none_match:
+        headers["If-None-Match"] = "*"
+    return headers
+
+
+def selection(
+    prefix: str | bytes | None, start: str | bytes | None, end: str | bytes | None
+) -> dict[str, bytes]:
+    """The query fields that choose a range of keys.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if prefix is not None and (start is not None or end is not None):
+        raise ValueError("give a prefix, or start and end")
+    bounds = {"prefix": prefix, "start": start, "end": end}
+    return {name: as_key(bound) for name, bound in bounds.items() if bound is not None}
+
+
+class Paging:
+    """Which page of a listing to ask for next, until its end or until `limit` items came.
+
+    `limit` is that of the next page, None for as many as the node gives, and `after` where it
+    begins. `over`: there is no next one.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._left = limit
+        self._most = PAGE_ITEMS
+        self.after: str | None = None
+        self.over = False
+
+    @property
+    def limit(self) -> int | None:
+        return None if self._left is None else min(self._left, self._most)
+
+    def took(self, items: int, after: str | None) -> None:
+        """A page of `items` came, which the page `after` continues; None: it was the last."""
+        self.after = after
+        if self._left is not None:
+            self._left -= items
+        self.over = after is None or (self._left is not None and self._left <= 0)
+
+    def take_less(self, refusal: InvalidRequest) -> bool:
+        """Does the node only give fewer at once (its limits.page)? Then ask for so many."""
+        maximum = refusal.details.get("maximum")
+        if self.limit is None or not isinstance(maximum, int) or not 0 < maximum < self.limit:
+            return False
+        self._most = maximum
+        return True

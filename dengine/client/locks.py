@@ -1,0 +1,423 @@
+"""Locks: a queue of keys, each bound to the lease of whoever waits. Elections are the same, and the
+value of the first key says who leads.
+
+Who wants the lock creates `_lock/NAME/LEASE`. The key that was created first holds the lock, and
+its creation revision is the fencing token: it grows from holder to holder. Everybody else watches
+the one key before his own, so a release wakes one waiter and not all. A holder that dies, or is cut
+off, loses its key with its lease. The holder watches his own key, which somebody may delete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from dengine.client.encoding import as_key
+from dengine.client.leases import Lease
+from dengine.client.types import Change, ClientClosed, Compare, Item, LeaseLost, LockLost
+from dengine.errors import Compacted, DengineError, NotFound, PreconditionFailed, RequestTimeout
+
+if TYPE_CHECKING:
+    from dengine.client.client import Client
+
+PAUSE_S = 0.2  # before a place in the queue that was lost is taken anew
+NAME_BYTES = 400  # of a lock; with what is around it, it has to fit into a key
+LOCKS = b"_lock/"
+ELECTIONS = b"_election/"
+
+
+def _checked_name(name: str | bytes) -> bytes:
+    """The bytes of the name of a lock or an election. Raises TypeError, ValueError."""
+    data = as_key(name)
+    if not 0 < len(data) <= NAME_BYTES:
+        raise ValueError(f"a name has 1 to {NAME_BYTES} bytes, not {len(data)}")
+    return data
+
+
+class Lock:
+    """A named lock, or with `Client.election` the leadership; held inside `async with`.
+
+    `token` is the fencing token: it grows from one holder to the next. A resource that remembers
+    the highest token it has seen, and refuses lower ones, is safe from a holder that was stopped
+    and does not know yet that its time is over. For data in this cluster, `guard` in a transaction
+    does the same. `key` is what holds the place. `lost` is an event: set at once when the lock may
+    belong to somebody else. Leaving raises LockLost then, unless another exception is on its way.
+
+    It is entered once, by one task: whoever else wants the lock makes a `Lock` of his own.
+
+    Example:
+        async with client.lock("reports", timeout_s=30) as lock:
+            done = await client.txn([lock.guard], [Put("reports/last", b"today")])
+            assert done.succeeded and lock.token > 0
+    """
+
+    def __init__(
+        self, client: Client, prefix: bytes, value: bytes, ttl_s: int, timeout_s: float | None
+    ) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._value = value
+        self._ttl_s = ttl_s
+        self._timeout_s = timeout_s
+        self._lease: Lease | None = None
+        self._entered = self._released = False
+        self.lost = asyncio.Event()
+        self.key = b""
+        self.token = 0
+        self._teller: asyncio.Task[None] | None = None
+
+    @property
+    def guard(self) -> Compare:
+        """For `Client.txn`: the transaction succeeds only while this lock is held."""
+        if not self.token:
+            raise RuntimeError("this lock is not held yet: enter it with `async with`")
+        return Compare(self.key, "mod_revision", "=", self.token)
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds that the lock is held for certain, were the cluster out of reach from now on."""
+        if self._lease is None or not self.token or self.lost.is_set():
+            return 0.0
+        return self._lease.remaining_s
+
+    def check(self) -> None:
+        """Say whether it is still held.
+
+        Raises:
+            LockLost: it may belong to somebody else.
+        """
+        if self.remaining_s <= 0:
+            self.lost.set()
+            raise LockLost(
+                f"the lock {self._name!r} is lost: its key is gone, or its lease was not renewed"
+            )
+
+    async def __aenter__(self) -> Lock:
+        """Wait for the lock.
+
+        Raises:
+            RequestTimeout: not within `timeout_s`; nothing is held, outcome none.
+            DengineError: nodes refuse, as for `Client.put`; failures that may pass are waited out.
+            RuntimeError: it was entered before; whoever did that goes on holding it.
+        """
+        if self._entered:  # outside of what follows: the lease to let go of is not ours
+            raise RuntimeError("a lock is entered once: make another one")
+        self._entered = True
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._acquire()
+        except TimeoutError:
+            await self._let_go()
+            raise RequestTimeout(
+                f"the lock {self._name!r} was not free within {self._timeout_s:g} s",
+                outcome="none",
+            ) from None
+        except BaseException:
+            await self._let_go()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._released:
+            return
+        self._released = True
+        was_lost = self.lost.is_set() or self.remaining_s <= 0
+        await self._let_go()
+        if was_lost and error is None:
+            raise LockLost(f"the lock {self._name!r} was lost before it was released")
+
+    async def release(self) -> None:
+        """Let go before the end of the block, which is then quiet. Raises as that end would.
+        What is not held is left as it is.
+        """
+        if self.token:
+            await self.__aexit__(None, None, None)
+
+    async def resign(self) -> None:
+        """`release`, as leaders call it."""
+        await self.release()
+
+    @property
+    def _name(self) -> str:
+        return self._prefix.split(b"/", 1)[1].rstrip(b"/").decode("utf-8", "replace")
+
+    async def _let_go(self) -> None:
+        """End the lease, and with it our place. Silent in an outage: the lease ends by itself."""
+        teller, self._teller = self._teller, None
+        if teller is not None:
+            teller.cancel()
+            await asyncio.wait({teller})
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await lease.revoke()
+        self.lost.set()
+
+    # --- the queue --------------------------------------------------------------------------------
+
+    async def _acquire(self) -> None:
+        """Queue until our key is the first. A place that is lost in an outage is taken anew."""
+        while not await self._queue():
+            if self._lease is not None:
+                await self._lease.revoke()
+                self._lease = None
+            await asyncio.sleep(PAUSE_S)
+        assert self._lease is not None
+        self._teller = self._client.spawn(self._until_lost(self._lease), "dengine-client-lock")
+        self._teller.add_done_callback(self._told)
+
+    async def _until_lost(self, lease: Lease) -> None:
+        """Return when the lease has ended, or our key is gone while that goes on."""
+        gone = asyncio.create_task(self._until_deleted())
+        ended = asyncio.create_task(lease.lost.wait())
+        try:
+            await asyncio.wait({gone, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                gone.result()
+        finally:
+            for task in (gone, ended):
+                task.cancel()
+            await asyncio.gather(gone, ended, return_exceptions=True)
+
+    def _told(self, teller: asyncio.Task[None]) -> None:
+        """Lost is also what nobody watches over any more: the client was closed, or is refused."""
+        if not teller.cancelled():
+            teller.exception()
+        self.lost.set()
+
+    async def _until_deleted(self) -> None:
+        """Return when our key is no more what it was when we got the lock.
+
+        Raises:
+            DengineError: no node will ever tell.
+        """
+        revision: int | None = self.token
+        while True:
+            try:
+                if revision is None:
+                    end = self.key + b"\x00"
+                    listing = self._client.list(
+                        start=self.key, end=end, limit=1, keys_only=True, consistency="linearizable"
+                    )
+                    page = await anext(listing.pages())
+                    if not any(item.create_revision == self.token for item in page.items):
+                        return
+                    revision = page.revision
+                await self._gone(self.key, revision)
+                return
+            except Compacted:
+                revision = None  # the key says itself whether it is still ours
+            except DengineError as error:
+                if not error.retryable:
+                    raise
+                await asyncio.sleep(PAUSE_S)  # meanwhile the lease says what is certain
+
+    async def _queue(self) -> bool:
+        """Take a place and wait until it is the first; False when it is lost before."""
+        lease = self._lease = Lease(self._client, self._ttl_s)
+        try:
+            await lease.grant()
+            self.key = self._prefix + lease.id.encode()
+            placed = await self._client.put(self.key, self._value, lease=lease, if_none_match=True)
+            if not await self._our_turn(lease, placed.revision):
+                return False
+        except (LeaseLost, NotFound, PreconditionFailed):
+            return False
+        except DengineError as error:
+            if not error.retryable:
+                raise
+            return False
+        self.token = placed.revision
+        return True
+
+    async def _our_turn(self, lease: Lease, ours: int) -> bool:
+        """Wait until nobody is before us; False when the lease is lost before."""
+        turn = self._client.spawn(self._wait_turn(ours), "dengine-client-turn")
+        lost = self._client.spawn(lease.lost.wait(), "dengine-client-turn-lost")
+        try:
+            await asyncio.wait({turn, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not turn.done():
+                return False
+            if turn.cancelled():
+                raise ClientClosed("this client was closed while it waited for a lock")
+            turn.result()
+            return lease.remaining_s > 0
+        finally:
+            for task in (turn, lost):
+                task.cancel()
+            await asyncio.gather(turn, lost, return_exceptions=True)
+
+    async def _wait_turn(self, ours: int) -> None:
+        while True:
+            try:
+                before = await self._before(ours)
+                if before is None:
+                    return
+                await self._gone(before[0].key, before[1])
+            except Compacted:
+                continue  # so long ago that the queue has to be looked at anew
+            except DengineError as error:
+                if not error.retryable:
+                    raise
+                await asyncio.sleep(PAUSE_S)  # our place is kept as long as the lease is
+
+    async def _before(self, ours: int) -> tuple[Item, int] | None:
+        """The waiter just before us, and the revision at which it was; None when we are first.
+
+        Pages are read one after the other, and may differ in revision. Whoever is before us is
+        there all the time until he goes for good, so he is in the page that would hold him.
+
+        Raises:
+            LeaseLost: our own key is gone.
+        """
+        found: Item | None = None
+        present, oldest = False, 0
+        listing = self._client.list(prefix=self._prefix, keys_only=True, consistency="linearizable")
+        async for page in listing.pages():
+            oldest = oldest or page.revision
+            for item in waiting(page.items, self._prefix):
+                present = present or item.create_revision == ours
+                if item.create_revision >= ours:
+                    continue
+                if found is None or item.create_revision > found.create_revision:
+                    found = item
+        if not present:
+            raise LeaseLost("our place in the queue is gone")
+        return None if found is None else (found, oldest)
+
+    async def _gone(self, key: bytes, revision: int) -> None:
+        """Wait until `key`, which was there at `revision`, is deleted or expires.
+
+        Raises:
+            Compacted: what has happened since is not known any more.
+        """
+        async with self._client.watch(key, from_revision=revision + 1) as watch:
+            async for change in watch:
+                if any(event.type != "put" for event in change.events):
+                    return
+
+
+def named_lock(client: Client, name: str | bytes, ttl_s: int, timeout_s: float | None) -> Lock:
+    """What `Client.lock` returns. Raises TypeError, ValueError: no lock has that name."""
+    return Lock(client, LOCKS + _checked_name(name) + b"/", b"", ttl_s, timeout_s)
+
+
+def waiting(items: tuple[Item, ...], prefix: bytes) -> list[Item]:
+    """Those that wait in the queue of `prefix`, and not in one whose name begins with it."""
+    return [item for item in items if b"/" not in item.key[len(prefix) :]]
+
+
+# --- elections ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """Who leads: what it campaigned with, and its fencing token."""
+
+    value: bytes
+    token: int
+
+
+class Election:
+    """Made by `Client.election`. Any number of candidates campaign; one leads.
+
+    Example:
+        election = client.election("scheduler")
+        async with election.campaign(b"host-a") as leadership:
+            leader = await election.leader()
+            assert leader.value == b"host-a" and leader.token == leadership.token
+        assert await election.leader() is None
+    """
+
+    def __init__(self, client: Client, name: str | bytes) -> None:
+        self._client = client
+        self._prefix = ELECTIONS + _checked_name(name) + b"/"
+
+    def campaign(self, value: bytes, *, ttl_s: int = 10, timeout_s: float | None = None) -> Lock:
+        """Stand for election: `async with` waits until we lead, and leaving it resigns.
+
+        A candidate that loses its place in an outage queues again. A leader that is cut off for
+        `ttl_s` seconds is told so by `lost`, and by LockLost on leaving; to lead again it
+        campaigns again.
+
+        Args:
+            value: what others learn of the leader, for example its address.
+            ttl_s: whole seconds after which a dead leader is replaced.
+            timeout_s: how long to wait for the leadership; None: as long as it takes.
+
+        Example:
+            async with client.election("scheduler").campaign(b"host-a") as leadership:
+                assert not leadership.lost.is_set()
+        """
+        return Lock(self._client, self._prefix, value, ttl_s, timeout_s)
+
+    async def leader(self) -> Leader | None:
+        """Who leads now, None while nobody does. Errors are those of `Client.get`.
+
+        Example:
+            assert await client.election("scheduler").leader() is None
+        """
+        return _first((await self._candidates())[0])
+
+    async def observe(self) -> AsyncIterator[Leader | None]:
+        """The leader now, and then each that follows; None while nobody leads.
+
+        Every leader is seen, in order, also over failures of nodes; only when the history that the
+        cluster keeps is shorter than an interruption are some left out. Errors: those of a watch.
+
+        Example:
+            async for leader in client.election("scheduler").observe():
+                assert leader is None
+                break
+        """
+        leader: Leader | None = None
+        known = False
+        while True:
+            candidates, revision = await self._candidates()
+            if not known or _first(candidates) != leader:
+                leader, known = _first(candidates), True
+                yield leader
+            try:
+                watch = self._client.watch(prefix=self._prefix, from_revision=revision + 1)
+                async with watch:
+                    async for change in watch:
+                        _follow(candidates, change, self._prefix)
+                        if _first(candidates) != leader:
+                            leader = _first(candidates)
+                            yield leader
+            except Compacted:
+                continue
+
+    async def _candidates(self) -> tuple[dict[bytes, Leader], int]:
+        """All of them by key, and the revision from which changes have to be followed."""
+        found: dict[bytes, Leader] = {}
+        revision = 0
+        listing = self._client.list(prefix=self._prefix, consistency="linearizable")
+        async for page in listing.pages():
+            revision = revision or page.revision
+            for item in waiting(page.items, self._prefix):
+                found[item.key] = Leader(item.value, item.create_revision)
+        return found, revision
+
+
+def _first(candidates: dict[bytes, Leader]) -> Leader | None:
+    return min(candidates.values(), key=lambda leader: leader.token, default=None)
+
+
+def _follow(candidates: dict[bytes, Leader], change: Change, prefix: bytes) -> None:
+    for event in change.events:
+        if b"/" in event.key[len(prefix) :]:
+            continue
+        if event.value is None:
+            candidates.pop(event.key, None)
+        else:
+            known = candidates.get(event.key)
+            token = change.revision if known is None else known.token
+            candidates[event.key] = Leader(event.value, token)

@@ -1,0 +1,198 @@
+"""Mutants of what the log's time ends, of leases, of exactly-once, and of watches."""
+
+from __future__ import annotations
+
+from tests.mutants.edits import Mutant, mutant
+
+MUTANTS: tuple[Mutant, ...] = (
+    # --- the log's time ---------------------------------------------------------------------------
+    mutant(
+        "the leader's own clock for the log's time",
+        (
+            "dengine.node.cycle",
+            "self.raft.proposal_clock_ms(self._state.clock_ms) if new",
+            "boottime_ms() if new",
+        ),
+    ),
+    mutant(
+        "a register that runs ahead of its leader stays there",
+        (
+            "dengine.raft.log_clock",
+            "(term, clock_ms) > self._heard",
+            "(term > self._heard[0] or clock_ms > self.at(now_ms))",
+        ),
+    ),
+    mutant(
+        "each register that takes over adds a millisecond",
+        ("dengine.raft.log_clock", "clock_ms, now_ms + 1", "clock_ms, now_ms"),
+    ),
+    mutant(
+        "heartbeats do not tell the time",
+        ("dengine.raft.raft", "self.clock.learn(m.term, m.clock_ms, self._now_ms)", "pass"),
+        tests="tests/raft/test_log_clock.py",
+    ),
+    mutant(
+        "nobody says that the time has come",
+        ("dengine.node.cycle", "return now_ms >= due_ms or now_ms", "return now_ms"),
+    ),
+    # --- what ends --------------------------------------------------------------------------------
+    mutant(
+        "a millisecond early",
+        ("dengine.kv.leases", "ttl_s * 1000 + 1", "ttl_s * 1000"),
+    ),
+    mutant(
+        "what is nearly due is ended, too",
+        (
+            "dengine.kv.expiry",
+            "if due.at_ms > now_ms:\n            break\n        start",
+            "if due.at_ms > now_ms + 50:\n            break\n        start",
+        ),
+    ),
+    mutant(
+        "a new value goes with the time of the old one",
+        (
+            "dengine.kv.recorder",
+            "self._let_go(key, old)\n        if record.expires_ms:",
+            "pass\n        if record.expires_ms:",
+        ),
+    ),
+    mutant(
+        "new values that are put at once go with the time of the old ones",
+        (
+            "dengine.kv.recorder",
+            "self._let_go(key, old)\n            made",
+            "pass\n            made",
+        ),
+    ),
+    mutant(
+        "what time ends is told as a deletion",
+        (
+            "dengine.kv.recorder",
+            "Event(EXPIRE if self.expiring else DELETE, key",
+            "Event(DELETE, key",
+        ),
+    ),
+    # --- leases -----------------------------------------------------------------------------------
+    mutant(
+        "a key that was there before hangs on no lease",
+        (
+            "dengine.kv.recorder",
+            "elif record.lease:",
+            "elif record.lease and old is None:",
+        ),
+    ),
+    mutant(
+        "a key that was taken from a lease goes with it",
+        ("dengine.kv.recorder", "if old.lease:\n", "if False:\n"),
+    ),
+    mutant(
+        "a lease that ends takes only one key with it",
+        (
+            "dengine.kv.expiry",
+            "deleted += _delete(recorder, key, allowance)\n    view, totals",
+            "deleted += not deleted and _delete(recorder, key, allowance)\n    view, totals",
+        ),
+    ),
+    mutant(
+        "a lease that was kept alive ends all the same",
+        (
+            "dengine.kv.leases",
+            "    _forget_due(recorder, command.lease, lease)\n"
+            "    _store(recorder, command.lease, Lease(lease.ttl_s, expires_ms(",
+            "    _store(recorder, command.lease, Lease(lease.ttl_s, expires_ms(",
+        ),
+    ),
+    mutant(
+        "a lease is used after its time",
+        (
+            "dengine.kv.tables",
+            "self.going == ALIVE and clock_ms < self.expires_ms",
+            "self.going == ALIVE",
+        ),
+        tests="tests/kv/test_expiry.py::test_a_lease_whose_time_is_over_cannot_be_used",
+    ),
+    # --- exactly once -----------------------------------------------------------------------------
+    mutant(
+        "a numbered request is carried out again",
+        (
+            "dengine.kv.once",
+            "    if known is not None:\n        _store_client",
+            "    if False:\n        _store_client",
+        ),
+    ),
+    mutant(
+        "a request under any other key is carried out again",
+        ("dengine.kv.once", 'known = view.read("opaque", name)', "known = None"),
+    ),
+    mutant(
+        "one result less is remembered",
+        ("dengine.kv.once", "if client.kept >= RESULTS_MAX:", "if client.kept >= RESULTS_MAX - 1:"),
+    ),
+    mutant(
+        "a client that goes on working is forgotten",
+        ("dengine.kv.once", "if over_ms > recorder.clock_ms:", "if False:"),
+    ),
+    mutant(
+        "results are left out of an installed snapshot",
+        (
+            "dengine.storage.state_store",
+            "        self.close()\n        self._open(path)\n",
+            "        self.close()\n        self._open(path)\n"
+            "        with self._environment.begin(write=True) as txn:\n"
+            '            txn.drop(self._tables["results"], delete=False)\n',
+        ),
+    ),
+    mutant(
+        "a command that was put off is answered",
+        ("dengine.node.proposals", "if type(result) is Deferred and", "if False and"),
+    ),
+    # --- watches ----------------------------------------------------------------------------------
+    mutant(
+        "a watch resumes one revision late",
+        (
+            "dengine.node.watch_hub",
+            "applied + 1 if first is None else first, prev",
+            "applied + 1 if first is None else first + 1, prev",
+        ),
+    ),
+    mutant(
+        "a watch is live one revision early",
+        (
+            "dengine.node.watch_hub",
+            "if watch.position > self._state.revision:",
+            "if watch.position >= self._state.revision:",
+        ),
+    ),
+    mutant(
+        "what finds no room is lost",
+        (
+            "dengine.node.watch_hub",
+            "                    watch.position = revision\n",
+            "                    watch.position = revision + 1\n",
+        ),
+    ),
+    mutant(
+        "progress beyond what was delivered",
+        (
+            "dengine.node.watch_hub",
+            "Progress(min(applied, watch.position - 1))",
+            "Progress(applied)",
+        ),
+    ),
+    mutant(
+        "watches go on behind an installed snapshot",
+        (
+            "dengine.node.watch_hub",
+            "watch.position = max(watch.position, self._revision + 1)",
+            "watch.position = self._state.revision + 1",
+        ),
+    ),
+    mutant(
+        "a watch shows a neighbour of its prefix",
+        (
+            "dengine.node.watch_index",
+            "return key.startswith(self.key) if self.is_prefix",
+            "return key >= self.key if self.is_prefix",
+        ),
+    ),
+)
