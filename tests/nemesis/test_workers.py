@@ -44,6 +44,8 @@ async def node(monkeypatch: pytest.MonkeyPatch, answer: Handler) -> AsyncIterato
         answer: told the first line of a request and its headers.
     """
 
+    serving: list[tuple[asyncio.Task[None], asyncio.StreamWriter]] = []
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         line, *fields = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
         headers = dict(field.split(": ", 1) for field in fields)
@@ -54,11 +56,20 @@ async def node(monkeypatch: pytest.MonkeyPatch, answer: Handler) -> AsyncIterato
             await asyncio.sleep(0)
         writer.close()
 
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.append((asyncio.create_task(serve(reader, writer)), writer))
+
     port = free_port()
     monkeypatch.setattr(client, "host", lambda node_id: "127.0.0.1")
     monkeypatch.setattr(client, "PORT", port)
-    async with await asyncio.start_server(serve, "127.0.0.1", port):
-        yield
+    async with await asyncio.start_server(accept, "127.0.0.1", port):
+        try:
+            yield
+        finally:
+            for task, writer in serving:  # a client that has its answer may go before its server
+                task.cancel()
+                writer.transport.abort()
+            await asyncio.gather(*(task for task, _ in serving), return_exceptions=True)
 
 
 def answered(status: int, body: str) -> bytes:
