@@ -315,10 +315,11 @@ def _keys_lines(many: ManyKeys) -> list[str]:
 def _watched_line(watched: Watched) -> str:
     peak_mib = max(watched.during_mib)
     return (
-        f"- {watched.watchers} watchers of one key on the leader, {watched.stalled} of which read "
-        f"nothing: {watched.changes} changes of 1 KiB, {watched.events} events delivered, p50 "
+        f"- {watched.watchers} watchers on the leader, {watched.stalled} of which take nothing: "
+        f"{watched.changes} changes of 1 KiB, {watched.events} events delivered to the others, p50 "
         f"{watched.p50_ms:.1f} ms, p99 {watched.p99_ms:.1f} ms, longest {watched.max_ms:.1f} ms "
-        f"from before the PUT; resident {watched.before_mib:.0f} MiB before, at most "
+        "from before the PUT; those who took nothing, of 64 KiB each time, were dropped after "
+        f"{watched.dropped_s:.0f} s; resident {watched.before_mib:.0f} MiB before, at most "
         f"{peak_mib:.0f} MiB"
     )
 

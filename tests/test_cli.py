@@ -668,7 +668,7 @@ def test_check_config(tmp_path: Path) -> None:
 def test_the_client_commands_need_no_node_packages(serving: Serving) -> None:
     """`pip install dengine` alone reads and writes; what is missing is named by what needs it."""
     server = serving(Answer(body=b"v"))
-    absent = ["lmdb", "msgspec", "prometheus_client", "psutil", "uvloop", "xxhash"]
+    absent = ["lmdb", "msgspec", "prometheus_client", "psutil", "uvloop", "xxhash", "zlib_ng"]
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "from dengine.cli.main import main; sys.exit(main(sys.argv[1:]))"

@@ -117,7 +117,7 @@ def test_an_install_without_any_network(wheelhouse: Path, venv: Path) -> None:
     assert said.stdout.split()[-1] == __version__
     imported = run(
         *(venv / "bin" / "python", "-I", "-c"),
-        "import aiohttp, dengine.cli.serve, lmdb, msgspec, orjson, psutil, uvloop, xxhash",
+        "import aiohttp, dengine.cli.serve, lmdb, msgspec, orjson, psutil, uvloop, xxhash, zlib_ng",
     )
     assert imported.returncode == 0, imported.stdout
 
@@ -170,7 +170,16 @@ def test_every_pin_has_a_wheel_for_every_host() -> None:
     lock = (ROOT / "requirements" / "lock.txt").read_text()
     pins = re.findall(r"^([\w.-]+)==\S+((?: \\\n +--hash=sha256:\w{64})+)$", lock, re.MULTILINE)
     counts = {name: hashes.count("--hash") for name, hashes in pins}
-    assert {"aiohttp", "lmdb", "msgspec", "orjson", "psutil", "uvloop", "xxhash"} <= counts.keys()
+    assert {
+        "aiohttp",
+        "lmdb",
+        "msgspec",
+        "orjson",
+        "psutil",
+        "uvloop",
+        "xxhash",
+        "zlib-ng",
+    } <= counts.keys()
     assert counts["psutil"] == 2, "one abi3 wheel per architecture"
     assert set(counts.values()) <= {1, 2, 6}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import faulthandler
 import logging
@@ -29,6 +30,9 @@ GIL_SWITCH_S = 0.0002  # the log writer's short steps must not wait 5 ms for a b
 UNKNOWN_HOST = (socket.EAI_NONAME, socket.EAI_NODATA)
 WATCHDOG_FEEDS = 4  # per interval: one that is late or lost does not matter
 STOP_GRACE_S = 5.0  # for requests under way after SIGTERM
+# glibc's mallopt(3). With its defaults the top of the heap goes back to the kernel after a batch of
+# some size, and is faulted in anew for the next one: a quarter of what it costs to apply that.
+MALLOC_OPTIONS = {-1: 16 * 1024 * 1024, -3: 8 * 1024 * 1024}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
 log = logging.getLogger("dengine.serve")
 
@@ -43,6 +47,7 @@ def serve(path: Path | None) -> int:
     sys.setswitchinterval(GIL_SWITCH_S)
     faulthandler.enable()  # the watchdog's SIGABRT leaves in the journal where it hung
     _raise_open_files_limit()
+    _keep_freed_memory()
     with (
         StdoutLog(config.log.level, config.log.format, config.cluster.node_id),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
@@ -144,6 +149,13 @@ def _greet(config: Config) -> None:
         cluster.listen_address,
         problem,
     )
+
+
+def _keep_freed_memory() -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every libc has it
+    if mallopt is not None:
+        for option, size in MALLOC_OPTIONS.items():
+            mallopt(option, size)
 
 
 def _raise_open_files_limit() -> None:

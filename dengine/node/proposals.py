@@ -12,7 +12,7 @@ from dengine.kv.commands import Deferred
 from dengine.raft.types import Entry, LogId
 
 BATCH_COMMANDS_MAX = 1024
-BATCH_BYTES_MAX = 4 * 1024 * 1024
+BATCH_BYTES_MAX = 512 * 1024  # members work on one entry while the leader takes in the next
 
 
 class _Waiting(NamedTuple):
@@ -63,7 +63,7 @@ class Proposals:
         self._queue.append(_Waiting(command, future, deadline))
 
     def take_batch(self) -> list[_Waiting]:
-        """The next commands that share one entry: at most 1024 of them or 4 MiB."""
+        """The next commands that share one entry: at most 1024 of them or 512 KiB, never none."""
         batch: list[_Waiting] = []
         size = 0
         while self._queue and len(batch) < BATCH_COMMANDS_MAX:

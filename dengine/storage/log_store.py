@@ -22,10 +22,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
-from zlib import crc32
 
 import lmdb
 import msgspec
+from zlib_ng.zlib_ng import crc32
 
 from dengine.errors import DataCorruption, IdentityError, InvariantBroken, StorageIO
 from dengine.raft.membership import Membership, decode_membership

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from zlib import crc32
 
 import lmdb
+from zlib_ng.zlib_ng import crc32
 
 from dengine.errors import DataCorruption
 from dengine.raft.types import Entry, LogId

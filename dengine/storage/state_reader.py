@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
-from zlib import crc32
 
 import lmdb
 import msgspec
+from zlib_ng.zlib_ng import crc32
 
 from dengine.errors import DataCorruption, StorageIO
 from dengine.raft.membership import Membership, decode_membership

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import struct
 from typing import Final
-from zlib import crc32
 
 import msgspec
 from xxhash import xxh3_128_intdigest
+from zlib_ng.zlib_ng import crc32
 
 from dengine.kv.store import TABLES, Record, Table
 from dengine.raft.types import LogId
@@ -101,15 +101,15 @@ def is_sound(key: bytes, raw: bytes | memoryview) -> bool:
 def encode_row(key: bytes, record: Record) -> bytes:
     """The key, and right after it the whole record in the database `keys`: what its hash is made
     of, so that nothing needs to be copied for that."""
-    value, layout, more = record.value, _PLAIN, b""
+    layout, more = _PLAIN, b""
     if record.expires_ms:
         layout, more = _EXPIRES, _TIME.pack(record.expires_ms)
     elif record.lease:
         lease = record.lease.encode()
         layout, more = _LEASED, bytes([len(lease)]) + lease
     head = _pack_record(layout, record.create_revision, record.mod_revision, record.version)
-    head = key + head + more
-    return b"".join((head, value, pack_crc(crc32(value, crc32(head)))))
+    row = b"".join((key, head, more, record.value))
+    return row + pack_crc(crc32(row))
 
 
 def decode_record(raw: bytes | memoryview, keys_only: bool = False) -> Record | int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
-from zlib import crc32
 
 import lmdb
 import msgspec
+from zlib_ng.zlib_ng import crc32
 
 from dengine.errors import ConfigError, DataCorruption, InvariantBroken
 from dengine.kv.commands import COMMAND_VERSION, batch_version

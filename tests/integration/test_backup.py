@@ -297,7 +297,7 @@ def test_the_installed_client_saves_without_the_packages_of_a_node(
     """A machine that only takes backups needs neither lmdb nor msgspec, and checks them too."""
     node = single(cluster)
     fill(node, 5)
-    absent = ["lmdb", "msgspec", "prometheus_client", "psutil", "uvloop", "xxhash"]
+    absent = ["lmdb", "msgspec", "prometheus_client", "psutil", "uvloop", "xxhash", "zlib_ng"]
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "from dengine.cli.main import main; sys.exit(main(sys.argv[1:]))"
