@@ -98,7 +98,7 @@ test-packages:
 	@scripts/system-packages.sh e2fsprogs iproute2 nftables strace util-linux
 
 crash-sweep: $(STAMP) test-packages ## A crash or an error at every step on disk of the snapshot paths; 100 000 increments (an hour)
-	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/raft/test_random.py tests/crash_sweep \
+	DENGINE_CRASH_SWEEP=1 $(PYTHON) -m pytest tests/raft/test_random.py tests/api/test_openapi.py tests/crash_sweep \
 		$(patsubst %,tests/integration/test_%.py,crashes damage exactly_once locks secrets snapshot_writer) -v $(SHARED) 2
 
 ansible-full: $(STAMP) ## The playbooks killed at every task, each check made to fail (hours)

@@ -13,6 +13,7 @@ from dengine.raft.types import Entry, LogId
 
 BATCH_COMMANDS_MAX = 1024
 BATCH_BYTES_MAX = 512 * 1024  # members work on one entry while the leader takes in the next
+COMMAND_BYTES_MAX = 4 * 1024 * 1024  # of one alone: an entry, and with it a frame, is never larger
 
 
 class _Waiting(NamedTuple):
@@ -63,7 +64,7 @@ class Proposals:
         self._queue.append(_Waiting(command, future, deadline))
 
     def take_batch(self) -> list[_Waiting]:
-        """The next commands that share one entry: at most 1024 of them or 512 KiB, never none."""
+        """The next commands that share an entry: 1024 or 512 KiB at most, or one that is larger."""
         batch: list[_Waiting] = []
         size = 0
         while self._queue and len(batch) < BATCH_COMMANDS_MAX:

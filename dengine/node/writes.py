@@ -46,7 +46,7 @@ from dengine.kv.tables import may_be_lease
 from dengine.node.cycle import Cycle
 from dengine.node.forwarding import Forwarding
 from dengine.node.leading import RETRY_S, AtLeader
-from dengine.node.proposals import BATCH_BYTES_MAX
+from dengine.node.proposals import COMMAND_BYTES_MAX
 from dengine.node.room import Room
 from dengine.raft.types import MemberId
 
@@ -248,10 +248,10 @@ class Writes:
 
 def _require_size(data: bytes) -> None:
     """Whatever the limits say: a larger one fits neither into an entry nor into a frame."""
-    if len(data) > BATCH_BYTES_MAX:
+    if len(data) > COMMAND_BYTES_MAX:
         raise TooLarge(
-            f"the request has {len(data)} bytes as a command; {BATCH_BYTES_MAX} fit into an entry "
-            "of the log: split it"
+            f"the request has {len(data)} bytes as a command; {COMMAND_BYTES_MAX} fit into an "
+            "entry of the log: split it"
         )
 
 

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
-
-from zlib_ng.zlib_ng import crc32
+from zlib import crc32
 
 from dengine.errors import Conflict, DataCorruption, StorageIO
 
