@@ -229,9 +229,9 @@ def test_a_listing_follows_its_pages(serving: Serving) -> None:
     server = serving(script)
     done = dengine("list", "a/", "--endpoint", server.endpoint)
     assert done.stdout.decode().splitlines() == [
-        "KEY  REVISION  VERSION  VALUE",
-        "a/1         1        1  \\x1b[31mred",
-        "\\xff         1        1  v",
+        "KEY  REVISION  VERSION  TTL  VALUE",
+        "a/1         1        1       \\x1b[31mred",
+        "\\xff         1        1       v",
     ]
     assert server.asked[0].target == "/v1/kv?prefix=a%2F"
     assert server.asked[1].target == "/v1/kv?prefix=a%2F&after=dG9rZW4%3D"
@@ -252,9 +252,9 @@ def test_numbers_are_keys_and_values_like_any_others(serving: Serving) -> None:
 
     done = dengine("list", "--endpoint", serving(script).endpoint)
     assert done.stdout.decode().splitlines() == [
-        "KEY  REVISION  VERSION  VALUE",
-        "7          10        1  5",
-        "long-key        20        1  other",
+        "KEY  REVISION  VERSION  TTL  VALUE",
+        "7          10        1       5",
+        "long-key        20        1       other",
     ]
 
 
@@ -344,10 +344,10 @@ def test_a_listing_is_printed_page_by_page(serving: Serving, form: tuple[str, ..
         assert lines == ["a/1", "a/2a/2a/2", "a/3a/3a/3"]
     else:
         assert lines == [
-            "KEY  REVISION  VERSION  VALUE",
-            "a/1         1        1  é",
-            "a/2a/2a/2         1        1  v",
-            "a/3a/3a/3         1        1  v",
+            "KEY  REVISION  VERSION  TTL  VALUE",
+            "a/1         1        1       é",
+            "a/2a/2a/2         1        1       v",
+            "a/3a/3a/3         1        1       v",
         ]
 
 
@@ -355,7 +355,7 @@ def test_an_empty_listing_is_one_too(serving: Serving) -> None:
     empty: dict[str, Any] = {"revision": 5, "items": [], "count": 0, "next": None}
     at = ("--endpoint", serving(as_json(empty)).endpoint)
     assert json.loads(dengine("list", "--json", *at).stdout) == empty
-    assert dengine("list", *at).stdout == b"KEY  REVISION  VERSION  VALUE\n"
+    assert dengine("list", *at).stdout == b"KEY  REVISION  VERSION  TTL  VALUE\n"
 
 
 def test_what_came_before_a_page_that_fails_is_printed(serving: Serving) -> None:

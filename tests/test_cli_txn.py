@@ -20,6 +20,8 @@ def test_lines_become_the_json_of_the_call() -> None:
     if accounts/a version >= 2
     put accounts/a 3
     put 'with space' "two words"
+    put sessions/a 1 ttl 60
+    put sessions/b 1 lease 2f1-0-6c789e114b3c
     delete accounts/old
     delete-prefix session/
     delete-range a b
@@ -36,6 +38,8 @@ def test_lines_become_the_json_of_the_call() -> None:
         "success": [
             {"op": "put", "key": "accounts/a", "value": "3"},
             {"op": "put", "key": "with space", "value": "two words"},
+            {"op": "put", "key": "sessions/a", "value": "1", "ttl": 60},
+            {"op": "put", "key": "sessions/b", "value": "1", "lease": "2f1-0-6c789e114b3c"},
             {"op": "delete", "key": "accounts/old"},
             {"op": "delete_range", "prefix": "session/"},
             {"op": "delete_range", "start": "a", "end": "b"},
@@ -61,6 +65,12 @@ def test_a_comment_begins_where_a_word_could(line: str, key: str) -> None:
     assert parse(line)["success"] == [{"op": "delete", "key": key}]
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\x0c", "\x85", "\r"])
+def test_only_a_newline_ends_a_line(character: str) -> None:
+    text = f"put k 'a{character}b'\ndelete l"
+    assert parse(text)["success"][0]["value"] == f"a{character}b"
+
+
 def test_bytes_that_are_no_text_travel_in_base64() -> None:
     raw = b"put k\xff v\xfe".decode("utf-8", "surrogateescape")
     assert parse(raw)["success"] == [{"op": "put", "key_base64": "a/8=", "value_base64": "dv4="}]
@@ -71,6 +81,7 @@ def test_bytes_that_are_no_text_travel_in_base64() -> None:
     [
         ("put k", "line 1, 'put k': not an operation"),
         ("put k v w", "not an operation"),
+        ("put k v ttl soon", "line 1, 'put k v ttl soon'"),
         ("\nincrement k", "line 2, 'increment k'"),
         ("if k value ~ 5", "not a comparison"),
         ("if k version = five", "line 1"),

@@ -132,8 +132,14 @@ def test_every_client_command_against_a_real_node(node: ServeProcess) -> None:
     ]
     assert dengine(node, "delete", "a/1") == b"revision 5 (1 key deleted)\n"
     assert "--all allows that" in failed(node, "delete", "--prefix", "", code=2)
+    assert "--end goes with --start" in failed(node, "delete", "..", "--end", "z", code=2)
+    assert "--all goes with --prefix" in failed(node, "delete", "..", "--all", code=2)
     assert dengine(node, "list", "--count") == b"3\n"
     assert dengine(node, "delete", "--prefix", "", "--all") == b"revision 6 (3 keys deleted)\n"
+    dengine(node, "put", "brief", "1", "--ttl", "3600")
+    assert json.loads(dengine(node, "get", "brief", "--json"))["ttl"] > 3500
+    assert re.search(r"^brief +7 +1 +3[56]\d\d +1$", dengine(node, "list").decode(), re.MULTILINE)
+    dengine(node, "delete", "brief")
 
     assert json.loads(dengine(node, "status", "--json"))[0]["role"] == "leader"
     assert re.search(r"127\.0\.0\.1:\d+ +1  leader", dengine(node, "status").decode())

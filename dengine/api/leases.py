@@ -90,7 +90,8 @@ def _shown(key: bytes) -> Any:
 
 _ID = Parameter("id", "of the lease", "2f1-0-6c789e114b3c", True, "path")
 _GRANTED = Body(
-    "the lease, and its seconds of life from now on", {"id": "2f1-0-6c789e114b3c", "ttl": 60}
+    "the lease, and its seconds of life from this write on, which a repetition is not",
+    {"id": "2f1-0-6c789e114b3c", "ttl": 60},
 )
 _ERRORS = (413, 429, 503, 504, 507)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
@@ -105,6 +106,12 @@ _ERRORS: dict[int, DengineError] = {
 }
 # What these have for certain beside the rest.
 _DETAILS = {410: "compact_revision", 412: "current_revision"}
+_ERROR_HEADERS = {
+    401: ("WWW-Authenticate",),
+    405: ("Allow",),
+    429: ("Retry-After",),
+    503: ("Retry-After",),
+}
 
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:
@@ -142,8 +149,8 @@ def _schemas(shapes: list[type]) -> dict[str, Any]:
 
 
 def _operation(route: Route, prefix: str = "") -> dict[str, Any]:
-    name = "".join(part.capitalize() for part in route.summary.replace("?", "").split())
-    where = "" if "{" in route.path else "At" + route.path.title().replace("/", "")
+    name = _identifier(route.summary)
+    where = "" if "{" in route.path else "At" + _identifier(route.path.replace("/", " "))
     refusals = (*COMMON_ERRORS, *(() if route.access == "open" else (401,)), *route.errors)
     operation: dict[str, Any] = {
         "operationId": f"{prefix}{route.method.capitalize() if not prefix else ''}{name}{where}",
@@ -161,6 +168,11 @@ def _operation(route: Route, prefix: str = "") -> dict[str, Any]:
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": _content(route.body)}
     return operation
+
+
+def _identifier(text: str) -> str:
+    """Its words as one: generated clients make names of functions of that."""
+    return "".join(part.capitalize() for part in re.findall(r"[A-Za-z0-9]+", text))
 
 
 def _parameter(parameter: Parameter) -> dict[str, Any]:
@@ -235,7 +247,9 @@ def _error(status: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"$ref": "#/components/schemas/Error"}
     if status in _DETAILS:
         schema = {"allOf": [schema, {"type": "object", "required": [_DETAILS[status]]}]}
+    headers = {name: {"schema": {"type": "string"}} for name in _ERROR_HEADERS.get(status, ())}
     return {
         "description": HTTPStatus(status).phrase,
+        **({"headers": headers} if headers else {}),
         "content": {"application/json": {"schema": schema, "example": _ERRORS[status].to_dict()}},
     }

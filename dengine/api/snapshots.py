@@ -198,7 +198,7 @@ def routes(calls: SnapshotCalls) -> list[Route]:
             "Download a snapshot",
             {200: file, 206: part},
             (name, Parameter("Range", "resume from a byte", "bytes=5-", place="header")),
-            errors=(416,),
+            errors=(416, 503),
             streams=True,
             access="fetch",
         ),

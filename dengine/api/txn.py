@@ -222,6 +222,10 @@ class TxnCalls:
     async def txn(self, request: Request) -> Response:
         timeout_s = params.timeout_s(request)
         body = await self._bodies.read(request, self._limits.txn_bytes)
+        if params.write_condition(request) is not None:
+            raise InvalidRequest(
+                "If-Match and If-None-Match apply to a single key only: a transaction has compare"
+            )
         txn = self._command(decode_json(body, request, TxnJson))
         once = params.once_key(request, body)
         result = await self._node.write(txn, self._loop.time() + timeout_s, once)
@@ -334,7 +338,8 @@ def routes(calls: TxnCalls) -> list[Route]:
             body=Body(
                 "comparisons, and operations for each outcome: put, get, delete, delete_range. A "
                 "list has at most 128 of them (limits.txn_ops), else 413. "
-                "A key that does not exist has mod_revision and version 0. "
+                "A key that does not exist has mod_revision and version 0, and no value: whatever "
+                "is compared with that does not hold, != neither. "
                 "What it reads has at most 4 MiB, and 64 KiB with an Idempotency-Key.",
                 _EXAMPLE,
                 shape=TxnJson,

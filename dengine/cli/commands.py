@@ -23,7 +23,7 @@ USAGE = 2
 
 
 def get(args: Namespace, remote: Remote) -> int:
-    """Write the value's bytes to stdout; `--json` adds key and revision."""
+    """Write the value's bytes to stdout; `--json` adds key, revision and remaining TTL."""
     key = os.fsencode(args.key)
     try:
         reply = remote.call("GET", key_target(key, consistency=args.consistency))
@@ -32,7 +32,8 @@ def get(args: Namespace, remote: Remote) -> int:
     if args.json:
         revision = int(reply.headers.get("ETag", "0").strip('"'))
         named = {**json_bytes("key", key), **json_bytes("value", reply.body)}
-        print_json({**named, "mod_revision": revision})
+        ttl = reply.headers.get("Dengine-TTL")
+        print_json({**named, "mod_revision": revision, "ttl": None if ttl is None else int(ttl)})
     else:
         sys.stdout.flush()
         sys.stdout.buffer.write(reply.body)
@@ -58,8 +59,11 @@ def put(args: Namespace, remote: Remote) -> int:
 def delete(args: Namespace, remote: Remote) -> int:
     """Delete one key, or with `--prefix` or `--start/--end` a range of them."""
     if args.prefix == "" and not args.all:
-        print("dengine: an empty prefix deletes every key: --all allows that", file=sys.stderr)
-        return USAGE
+        return _usage("an empty prefix deletes every key: --all allows that")
+    if args.end is not None and args.start is None:
+        return _usage("--end goes with --start: it is where that range ends")
+    if args.all and args.prefix is None and args.start is None:
+        return _usage("--all goes with --prefix or --start")
     if args.key is not None:
         where, headers = key_target(os.fsencode(args.key)), _conditions(args)
     else:
@@ -69,6 +73,11 @@ def delete(args: Namespace, remote: Remote) -> int:
     count = reply["deleted"]
     print(f"revision {reply['revision']} ({count} {'key' if count == 1 else 'keys'} deleted)")
     return 0
+
+
+def _usage(message: str) -> int:
+    print(f"dengine: {message}", file=sys.stderr)
+    return USAGE
 
 
 def list_keys(args: Namespace, remote: Remote) -> int:
@@ -86,7 +95,8 @@ def list_keys(args: Namespace, remote: Remote) -> int:
     if args.json:
         _print_json_pages(_pages(args, remote))
         return 0
-    table = Table(("KEY", "REVISION", "VERSION", "VALUE"), (False, True, True, False))
+    heads = ("KEY", "REVISION", "VERSION", "TTL", "VALUE")
+    table = Table(heads, (False, True, True, True, False))
     for page in _pages(args, remote):  # as many as there are, and none of them kept
         if args.keys_only:
             sys.stdout.write(_lines(printable(item_bytes(item, "key")) for item in page["items"]))
@@ -98,7 +108,8 @@ def list_keys(args: Namespace, remote: Remote) -> int:
 def _listed(item: dict[str, Any]) -> tuple[object, ...]:
     """A key as the table of a listing has it."""
     value = shortened(printable(item_bytes(item, "value")))
-    return printable(item_bytes(item, "key")), item["mod_revision"], item["version"], value
+    ttl_s = "" if item.get("ttl") is None else item["ttl"]
+    return printable(item_bytes(item, "key")), item["mod_revision"], item["version"], ttl_s, value
 
 
 def _print_json_pages(pages: Iterator[dict[str, Any]]) -> None:

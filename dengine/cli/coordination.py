@@ -122,7 +122,7 @@ def _add_lease(subcommands: Subcommands, endpoints: str) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     ).add_subparsers(metavar="COMMAND", required=True, title="commands")
-    client = arguments.client(5.0, "in all")
+    client = arguments.client(5.0, "for each request and its repetitions")
 
     def add(name: str, about: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = group.add_parser(

@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dengine {__version__}")
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
-    client = arguments.client(5.0, "in all")
+    client = arguments.client(5.0, "for each request and its repetitions")
 
     def add(name: str, about: str, epilog: str, *, parent: bool = True) -> argparse.ArgumentParser:
         return subcommands.add_parser(

@@ -28,9 +28,11 @@ EXAMPLES = """\
   dengine txn --json < transaction.json
 
 Lines: if KEY exists|absent, if KEY value|version|mod_revision =|!=|<|<=|>|>= OPERAND; then put KEY
-VALUE, get KEY, delete KEY, delete-prefix PREFIX, delete-range START END; those after a line "else"
-are for the case that not all comparisons hold. Quotes as in a shell, # begins a comment. All of it
-happens as one change, or nothing. Input that begins with { is the JSON of POST /v1/txn.
+VALUE, put KEY VALUE ttl SECONDS, put KEY VALUE lease ID, get KEY, delete KEY, delete-prefix PREFIX,
+delete-range START END; those after a line "else" are for the case that not all comparisons hold.
+Quotes as in a shell, but within a line; # begins a comment. Of a key that does not exist no
+comparison of the value holds. All happens as one change, or nothing; either branch ends with 0.
+Input that begins with { is the JSON of POST /v1/txn.
 What is read has at most 64 KiB, and 4 MiB where all that is done is get.
 """
 
@@ -78,7 +80,7 @@ def parse(text: str) -> dict[str, Any]:
     """The JSON of `POST /v1/txn` from lines. Raises InvalidRequest, which names the line."""
     asked: dict[str, list[dict[str, Any]]] = {"compare": [], "success": [], "failure": []}
     branch = "success"
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             words = shlex.split(_without_comment(line))
             if words == ["else"] and branch == "success":
@@ -129,6 +131,10 @@ def _operation(words: list[str]) -> dict[str, Any]:
     match words:
         case ["put", key, value]:
             return {"op": "put", **_bytes("key", key), **_bytes("value", value)}
+        case ["put", key, value, "ttl", seconds]:
+            return _operation(["put", key, value]) | {"ttl": int(seconds)}
+        case ["put", key, value, "lease", lease]:
+            return _operation(["put", key, value]) | {"lease": lease}
         case ["get" | "delete" as op, key]:
             return {"op": op, **_bytes("key", key)}
         case ["delete-prefix", prefix]:
@@ -136,8 +142,8 @@ def _operation(words: list[str]) -> dict[str, Any]:
         case ["delete-range", start, end]:
             return {"op": "delete_range", **_bytes("start", start), **_bytes("end", end)}
     raise ValueError(
-        "not an operation: put KEY VALUE, get KEY, delete KEY, delete-prefix PREFIX, "
-        "delete-range START END, else"
+        "not an operation: put KEY VALUE, put KEY VALUE ttl SECONDS, put KEY VALUE lease ID, "
+        "get KEY, delete KEY, delete-prefix PREFIX, delete-range START END, else"
     )
 
 

@@ -47,7 +47,8 @@ class Compare:
     """A condition on one key.
 
     `operand` is bytes for "value", a bool for "exists" and a whole number for "mod_revision" and
-    "version", which are 0 for a key that does not exist.
+    "version", which are 0 for a key that does not exist. Such a key has no value: whatever is
+    compared with that does not hold, "!=" neither.
 
     Example:
         holds = Compare("accounts/a", "value", "=", b"5")

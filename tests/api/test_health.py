@@ -98,6 +98,18 @@ def test_the_document_is_complete_and_has_examples(client: Wire) -> None:
                 for content in body.get("content", {}).values():
                     assert "example" in content or "$ref" in content["schema"]
     assert len(ids) == len(set(ids))
+    assert all(name.isidentifier() and name.isascii() for name in ids), ids
+
+
+def test_errors_name_the_headers_that_say_what_to_do(client: Wire) -> None:
+    named = {"401": "WWW-Authenticate", "405": "Allow", "429": "Retry-After", "503": "Retry-After"}
+    for operations in _document(client)["paths"].values():
+        for operation in operations.values():
+            for status, reply in operation["responses"].items():
+                if int(status) >= 400:
+                    assert list(reply.get("headers", ())) == [
+                        named[s] for s in named if s == status
+                    ]
 
 
 def test_one_call_may_answer_in_two_forms(client: Wire) -> None:

@@ -147,6 +147,23 @@ def test_bad_input_is_refused_in_words(client: Wire, body: Json | bytes, words: 
     assert post(client, {}).json()["revision"] == before
 
 
+@pytest.mark.parametrize("header", ['If-Match: "7"', "If-None-Match: *"])
+def test_a_condition_of_one_key_is_refused(client: Wire, header: str) -> None:
+    """Left unheeded, the change would happen although it does not hold."""
+    body = json.dumps({"success": [{"op": "put", "key": "k", "value": "v"}]}).encode()
+    headers = f"Content-Type: application/json\r\n{header}\r\n"
+    error = assert_error(client.request("POST", "/v1/txn", body, headers), 400, "invalid_request")
+    assert "compare" in error["message"]
+
+
+@pytest.mark.parametrize("relation", ["=", "!=", "<", ">="])
+def test_no_comparison_holds_of_the_value_of_a_key_that_is_not_there(
+    client: Wire, relation: str
+) -> None:
+    asked = {"compare": [compare("never/there", "value", relation, "v")]}
+    assert post(client, asked).json()["succeeded"] is False
+
+
 def test_it_takes_json_only(client: Wire) -> None:
     answer = client.request("POST", "/v1/txn", b"{}", "Content-Type: text/plain\r\n")
     assert_error(answer, 415, "unsupported_media")
