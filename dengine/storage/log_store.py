@@ -187,6 +187,7 @@ class LogStore:
         Raises:
             StorageIO: the disk refused; nothing was acknowledged and no later save is tried,
                 since the kernel may have dropped what it could not write.
+            DataCorruption: the log has rotted where they are to go; nothing was written.
             InvariantBroken: the entries would leave a gap.
         """
         if hard_state is None and not entries:
@@ -291,7 +292,8 @@ class LogStore:
         if not extent.starts[0] < first <= extent.last_index + 1:
             raise self._outside(first)
         for index in range(first, extent.last_index + 1):
-            txn.delete(ENTRY_KEY.pack(b"e", index))
+            if not txn.delete(ENTRY_KEY.pack(b"e", index)):
+                raise self._damaged_entry(index, "is missing")
         extent = extent.cut(first - 1)
         for entry in entries:
             if entry.index != extent.last_index + 1 or entry.term < extent.terms[-1]:
@@ -304,7 +306,9 @@ class LogStore:
             key = ENTRY_KEY.pack(b"e", entry.index)
             head = ENTRY.pack(entry.term, entry.kind)
             crc = crc32(entry.data, crc32(head, crc32(key)))
-            txn.put(key, b"".join((head, entry.data, pack_crc(crc))), append=True)
+            if not txn.put(key, b"".join((head, entry.data, pack_crc(crc))), append=True):
+                # LMDB holds a later key than any that was put: one has rotted, or a page has.
+                raise self._damaged_entry(entry.index, "cannot come last: a later one is there")
             extent = extent.extend(entry.index, entry.term)
         return extent
 

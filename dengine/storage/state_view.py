@@ -190,7 +190,8 @@ class StateView:
     def append(self, table: Table, key: bytes, data: bytes) -> None:
         new = signed(key, data)
         if not self._put(key, new, append=True, db=self._databases[table]):
-            raise InvariantBroken(f"{self._path}: {key!r} does not come after all of {table}")
+            # Only appended to, it cannot hold a later key, unless one has rotted, or a page has.
+            raise damage(self._path, key, f"does not come after all others of {table}")
         self.hash += record_hash(_NUMBERS[table], key, new)
 
     def remove(self, table: Table, key: bytes) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import stat
 import subprocess
 import sys
@@ -210,6 +211,22 @@ def test_damage_while_running_is_found_on_read(store: LogStore, path: Path) -> N
     with pytest.raises(DataCorruption) as caught:
         store.entries(1, 3, 2**40)
     assert caught.value.details["index"] == 2
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_nothing_is_saved_behind_a_key_that_has_rotted(
+    store: LogStore, path: Path, replaced: bool
+) -> None:
+    """LMDB puts nothing before the last key it finds. What it did not take is not acknowledged."""
+    store.save(None, [normal(index, 1) for index in range(1, 4)])
+    key = b"e" + (3).to_bytes(8, "big")
+    for match in re.finditer(key, (path / "data.mdb").read_bytes()):
+        flip(path / "data.mdb", match.start() + 1, 0x40)
+    index = 3 if replaced else 4
+    with pytest.raises(DataCorruption) as caught:
+        store.save(None, [normal(index, 2)])
+    assert caught.value.details["index"] == index
+    assert store.last_index() == 3
 
 
 @pytest.mark.parametrize(

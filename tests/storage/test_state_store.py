@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,9 +28,11 @@ from dengine.kv.commands import (
     encode_command,
 )
 from dengine.kv.machine import Record
+from dengine.kv.tables import number_key
 from dengine.raft.membership import Member, found
 from dengine.raft.membership import Settings as ClusterSettings
 from dengine.raft.types import Entry, EntryKind, LogId, MemberId
+from dengine.storage.marks import DAMAGED_MARK
 from dengine.storage.state_store import PAGE_BYTES_MAX, StateStore
 from tests.kv.twin import Twin
 
@@ -233,6 +236,25 @@ def test_damage_in_a_record_is_found_on_read(store: StateStore, path: Path, size
         assert caught.value.details == {"file": str(file), "key": "rotten"}
     assert store.applied.index == 1
     assert store.get(b"other") is None
+
+
+def test_history_goes_on_behind_no_key_that_has_rotted(store: StateStore, path: Path) -> None:
+    """A flipped bit makes the newest revision one of the far future: what comes next is not put
+    before it, and it is the state that is damaged, which a restart builds again."""
+    data = encode_batch([encode_command(Put(b"k", b"v"))], 1000)
+    store.apply([Entry(index, 1, EntryKind.NORMAL, data) for index in range(1, 301)])
+    store.sync()
+    newest = number_key(store.revision)
+    file = path / "data.mdb"
+    content = file.read_bytes()
+    with open(file, "r+b") as stream:
+        for match in re.finditer(re.escape(newest), content):
+            stream.seek(match.start())
+            stream.write(b"\x40" + newest[1:])
+    with pytest.raises(DataCorruption, match="does not come after all others of history"):
+        store.apply([Entry(301, 1, EntryKind.NORMAL, data)])
+    assert (path / DAMAGED_MARK).exists()
+    assert (store.applied.index, store.revision) == (300, 300)
 
 
 def test_what_was_synced_is_in_the_file(store: StateStore, path: Path) -> None:
