@@ -46,15 +46,22 @@ class Commands:
         self._started: list[subprocess.Popen[str]] = []
 
     def start(
-        self, *args: str, terminal: int | None = None, redirected: bool = True
+        self,
+        *args: str,
+        terminal: int | None = None,
+        redirected: bool = True,
+        stderr: int = subprocess.PIPE,
+        through: Sequence[str] = (),
     ) -> subprocess.Popen[str]:
-        """`terminal`: the one whose foreground it is; `redirected`: it does not read from it."""
+        """`terminal`: the one whose foreground it is; `redirected`: it does not read from it;
+        `through`: a command that becomes it, such as nohup.
+        """
         process = subprocess.Popen(
-            [sys.executable, "-m", "dengine", *args],
+            [*through, sys.executable, "-m", "dengine", *args],
             env=self._environ,
             stdin=subprocess.DEVNULL if redirected else terminal,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             start_new_session=terminal is not None,
             preexec_fn=terminal and partial(fcntl.ioctl, terminal, termios.TIOCSCTTY, 0),

@@ -185,16 +185,14 @@ class _Holding:
         if self._over and not lock.lost.is_set():
             code = ended.result()
             return code if code >= 0 else BY_SIGNAL - code
-        self._shout("; ending the command and everything that it started")
         survivors = await end_descendants(terminate_s(self._ttl_s))
         await asyncio.wait({ended}, timeout=GONE_S)
+        # Only now: where nobody takes what we say, saying it stops this process.
         if survivors:
-            print(
-                f"dengine: process {', '.join(map(str, survivors))} could not be ended and goes on "
-                f"without {self._what}",
-                file=sys.stderr,
-                flush=True,
-            )
+            those = ", ".join(map(str, survivors))
+            self._shout(f"; process {those} could not be ended and goes on without it")
+        else:
+            self._shout("; the command and everything that it started were ended")
         return FAILED
 
     def _shout(self, consequence: str) -> None:
