@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,11 @@ def pid_in(file: Path) -> int:
     return int(file.read_text())
 
 
+def proc_status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
 # --- a lock that is lost
 
 
@@ -76,3 +82,28 @@ def test_a_command_ends_with_its_lock_also_where_nobody_reads_stderr(
 
     until(drained, "the message")
     assert holding.wait(WAIT_S) == 1
+
+
+# --- its signals
+
+
+@pytest.mark.parametrize(
+    ("number", "through"),
+    [
+        (signal.SIGHUP, ("nohup",)),
+        (signal.SIGINT, ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")),
+    ],
+)
+def test_an_ignored_signal_stays_ignored(
+    commands: Commands, tmp_path: Path, number: signal.Signals, through: tuple[str, ...]
+) -> None:
+    """By the command too: `nohup dengine lock` goes on when its terminal is gone, and what a script
+    starts with & hears no Ctrl-C."""
+    script = f"echo $$ > {tmp_path}/pid; exec sleep 1000"
+    holding = commands.start("lock", "job", "--", "sh", "-c", script, through=through)
+    pid = pid_in(tmp_path / "pid")
+    for one in (pid, holding.pid):
+        assert int(proc_status(one)["SigIgn"], 16) & 1 << (number - 1)
+        os.kill(one, number)
+    holding.terminate()  # handled after what came before
+    assert holding.wait(WAIT_S) == 128 + signal.SIGTERM

@@ -148,7 +148,9 @@ class _Holding:
                     self._process.send_signal(number)
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, pass_on, number)
+            # What is ignored, by nohup say, stays so: here, and in the command, which inherits it.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, pass_on, number)
         try:
             async with _client(self._remote) as client:
                 return await self._hold(take(client))
