@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.client.fake_server import ClusterThread, cluster_thread
-from tests.test_cli_coordination import WAIT_S, Commands, alive, hang, until
+from tests.test_cli_coordination import WAIT_S, Commands, alive, hang, heal, until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -82,6 +82,7 @@ def test_a_command_ends_with_its_lock_also_where_nobody_reads_stderr(
 
     until(drained, "the message")
     assert holding.wait(WAIT_S) == 1
+    served.do(heal)
 
 
 # --- its signals
@@ -107,3 +108,23 @@ def test_an_ignored_signal_stays_ignored(
         os.kill(one, number)
     holding.terminate()  # handled after what came before
     assert holding.wait(WAIT_S) == 128 + signal.SIGTERM
+
+
+# --- its orphans
+
+
+def test_what_the_command_leaves_behind_leaves_no_zombies(
+    commands: Commands, tmp_path: Path
+) -> None:
+    """A daemon that starts others for weeks would fill the table of processes. The command's own
+    exit code is told as ever.
+    """
+    orphans = "for n in $(seq 20); do (sh -c 'exit 3' &); done"
+    script = f"{orphans}; echo $$ > {tmp_path}/pid; read line < {tmp_path}/go; exit 7"
+    os.mkfifo(tmp_path / "go")
+    holding = commands.start("lock", "job", "--", "sh", "-c", script)
+    pid = pid_in(tmp_path / "pid")
+    children = Path(f"/proc/{holding.pid}/task/{holding.pid}/children")
+    until(lambda: children.read_text().split() == [str(pid)], "the orphans to be gone")
+    (tmp_path / "go").write_text("\n")
+    assert holding.wait(WAIT_S) == 7

@@ -31,6 +31,7 @@ NO_COMMAND = 127  # as a shell says it
 BY_SIGNAL = 128
 TERMINATE_MAX_S = 0.5  # for what is ended to clean up
 GONE_S = 5.0  # for what was killed to be gone
+REAP_S = 1.0  # how often what COMMAND has left behind is looked after
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -181,8 +182,10 @@ class _Holding:
         )
         ended = asyncio.create_task(process.wait())
         lost = asyncio.create_task(lock.lost.wait())
+        reaper = asyncio.create_task(reap_orphans(process.pid))
         await asyncio.wait({ended, lost}, return_when=asyncio.FIRST_COMPLETED)
-        lost.cancel()
+        for task in (lost, reaper):
+            task.cancel()
         self._over = ended.done()
         if self._over and not lock.lost.is_set():
             code = ended.result()
@@ -213,6 +216,22 @@ def end_with_parent(parent: int) -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def reap_orphans(command: int) -> None:
+    """Take leave of children that have ended, again and again: those that this process has adopted
+    have nobody else who does. The status of the child `command` is left to whoever waits for it.
+    """
+    while True:
+        _reap(command)
+        await asyncio.sleep(REAP_S)
+
+
+def _reap(command: int) -> None:
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    with contextlib.suppress(ChildProcessError):  # there are no children
+        while (child := os.waitid(os.P_ALL, 0, ended)) and child.si_pid != command:
+            os.waitpid(child.si_pid, 0)
 
 
 def in_foreground() -> bool:
