@@ -6,13 +6,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from tests.client.fake_server import ClusterThread, cluster_thread
-from tests.test_cli_coordination import WAIT_S, Commands, alive, hang, heal, until
+from tests.test_cli_coordination import WAIT_S, Commands, alive, hang, heal, queued, until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -53,7 +55,7 @@ def pid_in(file: Path) -> int:
 
 def proc_status(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {name: value.strip() for name, _, value in (text.partition(":") for text in lines)}
 
 
 # --- a lock that is lost
@@ -65,7 +67,7 @@ def test_a_command_ends_with_its_lock_also_where_nobody_reads_stderr(
     """As behind a pager, or after Ctrl-S. What there is to say is said when it is read."""
     reading, writing = full_pipe
     script = f"echo $$ > {tmp_path}/pid; exec sleep 1000"
-    lock = ("lock", "job", "--ttl", "2", "--", "sh", "-c", script)
+    lock = ("lock", "job", "--ttl", "3", "--", "sh", "-c", script)
     holding = commands.start(*lock, stderr=writing)
     pid = pid_in(tmp_path / "pid")
     served.do(hang)
@@ -83,6 +85,87 @@ def test_a_command_ends_with_its_lock_also_where_nobody_reads_stderr(
     until(drained, "the message")
     assert holding.wait(WAIT_S) == 1
     served.do(heal)
+
+
+def ended_for(holding: subprocess.Popen[str]) -> str:
+    """What is said of a lock that is lost."""
+    _, err = holding.communicate(timeout=WAIT_S)
+    assert holding.returncode == 1
+    return err
+
+
+def test_how_a_lock_was_lost_is_said(
+    served: ClusterThread, commands: Commands, tmp_path: Path
+) -> None:
+    """Somebody deleted its key, or the cluster was silent; nobody looks for the one where it was
+    the other.
+    """
+
+    def held(file: Path) -> subprocess.Popen[str]:
+        script = f"echo $$ > {file}; exec sleep 1000"
+        holding = commands.start("lock", "job", "--ttl", "3", "--", "sh", "-c", script)
+        pid_in(file)
+        return holding
+
+    holding = held(tmp_path / "first")
+    commands.run("delete", "--prefix", "_lock/job/")
+    assert "LOST: its key is gone: it was deleted, or its lease has ended" in ended_for(holding)
+    holding = held(tmp_path / "second")
+    served.do(hang)
+    assert "it was not renewed for 3 s" in ended_for(holding)
+    served.do(heal)
+
+
+def test_a_holder_that_was_stopped_does_not_blame_the_cluster(
+    served: ClusterThread, commands: Commands, tmp_path: Path
+) -> None:
+    script = f"echo $$ > {tmp_path}/pid; exec sleep 1000"
+    holding = commands.start("lock", "job", "--ttl", "3", "--", "sh", "-c", script)
+    pid = pid_in(tmp_path / "pid")
+    holding.send_signal(signal.SIGSTOP)
+    until(lambda: queued(served, "job") == 0, "the lease to end")
+    holding.send_signal(signal.SIGCONT)
+    said = ended_for(holding)
+    assert "it was not renewed for 3 s" in said or "its lease has ended" in said
+    assert not alive(pid)
+
+
+# --- a lock that is waited for
+
+
+def line_with(text: str, stream: IO[str] | None) -> str:
+    """The first line that has `text` in it."""
+    assert stream is not None
+    return next(line for line in stream if text in line).rstrip("\n")
+
+
+def test_a_cluster_that_is_out_of_reach_is_named(commands: Commands) -> None:
+    """Not the lock: nobody has looked at it."""
+    nowhere = ("lock", "job", "--endpoint", "127.0.0.1:1")
+    failed = commands.run(*nowhere, "--wait", "1", "--", "true")
+    assert failed.returncode == 1
+    assert "could not be had within 1 s: no answer within" in failed.stderr
+    assert "127.0.0.1:1: refused" in failed.stderr
+    waiting = commands.start(*nowhere, "--timeout", "1", "--", "true")
+    said = line_with("no answer within", waiting.stderr)
+    assert said.startswith("dengine: waiting for lock 'job': ")
+    assert "127.0.0.1:1: refused" in said
+
+
+def test_waiting_is_told_only_to_who_listens(
+    served: ClusterThread, commands: Commands, tmp_path: Path, full_pipe: tuple[int, int]
+) -> None:
+    """Nobody hears the first waiter, who gets the lock in his turn all the same."""
+    holder = commands.start("lock", "job", "--", "sleep", "1000")
+    until(lambda: queued(served, "job") == 1, "the holder")
+    unheard = commands.start("lock", "job", "--", "touch", f"{tmp_path}/had", stderr=full_pipe[1])
+    until(lambda: queued(served, "job") == 2, "the first waiter")
+    heard = commands.start("lock", "job", "--", "true")
+    said = line_with("another holds it", heard.stderr)
+    assert said == "dengine: waiting for lock 'job': another holds it"
+    holder.terminate()
+    assert [unheard.wait(WAIT_S), heard.wait(WAIT_S)] == [0, 0]
+    assert (tmp_path / "had").exists()
 
 
 # --- its signals

@@ -232,7 +232,13 @@ def _lock(args: argparse.Namespace, remote: Remote) -> int:
     def take(client: Any) -> Any:
         return client.lock(os.fsencode(args.name), ttl_s=args.ttl, timeout_s=args.wait)
 
+    remote = _within_wait(args, remote)
     return run_holding(remote, f"lock {args.name!r}", args.command, args.ttl, take)
+
+
+def _within_wait(args: argparse.Namespace, remote: Remote) -> Remote:
+    """`remote` whose requests take no longer than the waiting may: what fails is known by then."""
+    return remote if args.wait is None else remote.within(min(args.wait, remote.timeout_s))
 
 
 def _elect(args: argparse.Namespace, remote: Remote) -> int:
@@ -254,4 +260,5 @@ def _elect(args: argparse.Namespace, remote: Remote) -> int:
         election = client.election(os.fsencode(args.name))
         return election.campaign(os.fsencode(args.value), ttl_s=args.ttl, timeout_s=args.wait)
 
+    remote = _within_wait(args, remote)
     return run_holding(remote, f"leadership of {args.name!r}", args.command, args.ttl, take)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import select
 import shutil
 import signal
 import sys
@@ -18,19 +19,21 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dengine.cli.commands import print_json_line, printable, shortened
 from dengine.cli.remote import Remote
 from dengine.client import Change, Client, Lock
 from dengine.client.encoding import json_bytes
 from dengine.client.leases import margin_s
+from dengine.client.locks import TAKEN, UNTOLD
 
 FAILED = 1
 NO_COMMAND = 127  # as a shell says it
 BY_SIGNAL = 128
 TERMINATE_MAX_S = 0.5  # for what is ended to clean up
 GONE_S = 5.0  # for what was killed to be gone
+WAITING_S = 3.0  # before it is said what is waited for
 REAP_S = 1.0  # how often what COMMAND has left behind is looked after
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -161,17 +164,35 @@ class _Holding:
             return BY_SIGNAL + self._ended_by
 
     async def _hold(self, lock: Lock) -> int:
-        await lock.__aenter__()
+        telling = asyncio.create_task(self._tell_why_it_waits(lock))
+        try:
+            await lock.__aenter__()
+        finally:
+            telling.cancel()
         try:
             if not self._command:
                 print(f"{self._what}: held, token {lock.token}", flush=True)
                 await lock.lost.wait()
-                self._shout("")
+                self._shout(lock, "")
                 return FAILED
             return await self._run_command(lock)
         finally:
             if not lock.lost.is_set():
                 await lock.release()
+
+    async def _tell_why_it_waits(self, lock: Lock) -> None:
+        """On stderr, when it has lasted a while, and again when it is for another sort of reason.
+        Never where that would have to wait: our turn may come meanwhile.
+        """
+        said = ""
+        pause_s = WAITING_S
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = 1.0
+            sort = lock.why if lock.why in (UNTOLD, TAKEN) else "it fails"
+            if lock.why and sort != said and is_taken_at_once(sys.stderr):
+                print(f"dengine: waiting for {self._what}: {lock.why}", file=sys.stderr, flush=True)
+                said = sort
 
     async def _run_command(self, lock: Lock) -> int:
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -195,18 +216,22 @@ class _Holding:
         # Only now: where nobody takes what we say, saying it stops this process.
         if survivors:
             those = ", ".join(map(str, survivors))
-            self._shout(f"; process {those} could not be ended and goes on without it")
+            self._shout(lock, f"; process {those} could not be ended and goes on without it")
         else:
-            self._shout("; the command and everything that it started were ended")
+            self._shout(lock, "; the command and everything that it started were ended")
         return FAILED
 
-    def _shout(self, consequence: str) -> None:
+    def _shout(self, lock: Lock, consequence: str) -> None:
         print(
-            f"dengine: {self._what} is LOST: the cluster could not be reached in time, and another "
-            f"may hold it now{consequence}",
+            f"dengine: {self._what} is LOST: {lock.why}; another may hold it now{consequence}",
             file=sys.stderr,
             flush=True,
         )
+
+
+def is_taken_at_once(stream: TextIO | None) -> bool:
+    """Can a line be written to it without waiting for its reader? None: it was closed."""
+    return stream is not None and bool(select.select([], [stream], [], 0)[1])
 
 
 def end_with_parent(parent: int) -> None:

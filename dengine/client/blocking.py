@@ -342,6 +342,10 @@ class Lock(_Held[AsyncLock]):
         return self._held.token
 
     @property
+    def why(self) -> str:
+        return self._held.why
+
+    @property
     def guard(self) -> Compare:
         return self._held.guard
 

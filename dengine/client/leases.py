@@ -106,7 +106,7 @@ class Lease:
     def _is_lost(self) -> bool:
         """Its time may be up before its keeper, which waits for its turn, can say so."""
         if self.remaining_s <= 0:
-            self._lose(f"it could not be renewed for {self.ttl_s:g} s")
+            self._lose(f"it was not renewed for {self.ttl_s:g} s")
         return self.lost.is_set()
 
     def _loss(self) -> LeaseLost:
@@ -168,7 +168,7 @@ class Lease:
             await asyncio.sleep(min(pause_s, self.remaining_s))
             left_s = self.remaining_s
             if left_s <= 0:
-                self._lose(f"it could not be renewed for {self.ttl_s:g} s")
+                self._lose(f"it was not renewed for {self.ttl_s:g} s")
                 return
             asked = _Stopwatch()
             try:

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from dengine.client.client import Client
 
 PAUSE_S = 0.2  # before a place in the queue that was lost is taken anew
+PLACE_LOST = (LeaseLost, NotFound, PreconditionFailed)
 NAME_BYTES = 400  # of a lock; with what is around it, it has to fit into a key
 LOCKS = b"_lock/"
 ELECTIONS = b"_election/"
+
+UNTOLD = "no node has said yet who holds it"
+TAKEN = "another holds it"
+LATE = "its lease was not renewed in time"
 
 
 def _checked_name(name: str | bytes) -> bytes:
@@ -45,6 +50,7 @@ class Lock:
     and does not know yet that its time is over. For data in this cluster, `guard` in a transaction
     does the same. `key` is what holds the place. `lost` is an event: set at once when the lock may
     belong to somebody else. Leaving raises LockLost then, unless another exception is on its way.
+    `why` says, for a person, why it is not held: what is waited for, or how it was lost.
 
     It is entered once, by one task: whoever else wants the lock makes a `Lock` of his own.
 
@@ -65,9 +71,10 @@ class Lock:
         self._lease: Lease | None = None
         self._entered = self._released = False
         self.lost = asyncio.Event()
+        self.why = UNTOLD
         self.key = b""
         self.token = 0
-        self._teller: asyncio.Task[None] | None = None
+        self._teller: asyncio.Task[str] | None = None
 
     @property
     def guard(self) -> Compare:
@@ -90,10 +97,8 @@ class Lock:
             LockLost: it may belong to somebody else.
         """
         if self.remaining_s <= 0:
-            self.lost.set()
-            raise LockLost(
-                f"the lock {self._name!r} is lost: its key is gone, or its lease was not renewed"
-            )
+            self._lose(LATE)
+            raise LockLost(f"the lock {self._name!r} is lost: {self.why}")
 
     async def __aenter__(self) -> Lock:
         """Wait for the lock.
@@ -111,9 +116,10 @@ class Lock:
                 await self._acquire()
         except TimeoutError:
             await self._let_go()
+            what = "was not free" if self.why == TAKEN else "could not be had"
+            why = "" if self.why == TAKEN else f": {self.why}"
             raise RequestTimeout(
-                f"the lock {self._name!r} was not free within {self._timeout_s:g} s",
-                outcome="none",
+                f"the lock {self._name!r} {what} within {self._timeout_s:g} s{why}", outcome="none"
             ) from None
         except BaseException:
             await self._let_go()
@@ -130,9 +136,11 @@ class Lock:
             return
         self._released = True
         was_lost = self.lost.is_set() or self.remaining_s <= 0
+        if was_lost:
+            self._lose(LATE)
         await self._let_go()
         if was_lost and error is None:
-            raise LockLost(f"the lock {self._name!r} was lost before it was released")
+            raise LockLost(f"the lock {self._name!r} was lost before it was released: {self.why}")
 
     async def release(self) -> None:
         """Let go before the end of the block, which is then quiet. Raises as that end would.
@@ -151,6 +159,7 @@ class Lock:
 
     async def _let_go(self) -> None:
         """End the lease, and with it our place. Silent in an outage: the lease ends by itself."""
+        self._lose("it was released")
         teller, self._teller = self._teller, None
         if teller is not None:
             teller.cancel()
@@ -158,6 +167,10 @@ class Lock:
         lease, self._lease = self._lease, None
         if lease is not None:
             await lease.revoke()
+
+    def _lose(self, why: str) -> None:
+        """It is not held from now on. The first reason counts, also the one why it never was."""
+        self.why = self.why or why
         self.lost.set()
 
     # --- the queue --------------------------------------------------------------------------------
@@ -173,24 +186,32 @@ class Lock:
         self._teller = self._client.spawn(self._until_lost(self._lease), "dengine-client-lock")
         self._teller.add_done_callback(self._told)
 
-    async def _until_lost(self, lease: Lease) -> None:
-        """Return when the lease has ended, or our key is gone while that goes on."""
+    async def _until_lost(self, lease: Lease) -> str:
+        """Return when our key is gone, and say so.
+
+        Raises:
+            LeaseLost: the lease has ended before.
+            DengineError: no node will ever tell.
+        """
         gone = asyncio.create_task(self._until_deleted())
         ended = asyncio.create_task(lease.lost.wait())
         try:
             await asyncio.wait({gone, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
-                gone.result()
+            if not gone.done():
+                lease.check()
+            await gone
+            return "its key is gone: it was deleted, or its lease has ended"
         finally:
             for task in (gone, ended):
                 task.cancel()
             await asyncio.gather(gone, ended, return_exceptions=True)
 
-    def _told(self, teller: asyncio.Task[None]) -> None:
+    def _told(self, teller: asyncio.Task[str]) -> None:
         """Lost is also what nobody watches over any more: the client was closed, or is refused."""
-        if not teller.cancelled():
-            teller.exception()
-        self.lost.set()
+        if teller.cancelled():
+            self._lose("the client was closed")
+        else:
+            self._lose(str(teller.exception() or teller.result()))
 
     async def _until_deleted(self) -> None:
         """Return when our key is no more what it was when we got the lock.
@@ -227,14 +248,14 @@ class Lock:
             self.key = self._prefix + lease.id.encode()
             placed = await self._client.put(self.key, self._value, lease=lease, if_none_match=True)
             if not await self._our_turn(lease, placed.revision):
+                lease.check()  # says why
                 return False
-        except (LeaseLost, NotFound, PreconditionFailed):
-            return False
         except DengineError as error:
-            if not error.retryable:
+            if not (error.retryable or isinstance(error, PLACE_LOST)):
                 raise
+            self.why = error.message
             return False
-        self.token = placed.revision
+        self.token, self.why = placed.revision, ""
         return True
 
     async def _our_turn(self, lease: Lease, ours: int) -> bool:
@@ -260,12 +281,14 @@ class Lock:
                 before = await self._before(ours)
                 if before is None:
                     return
+                self.why = TAKEN
                 await self._gone(before[0].key, before[1])
             except Compacted:
                 continue  # so long ago that the queue has to be looked at anew
             except DengineError as error:
                 if not error.retryable:
                     raise
+                self.why = error.message
                 await asyncio.sleep(PAUSE_S)  # our place is kept as long as the lease is
 
     async def _before(self, ours: int) -> tuple[Item, int] | None:

@@ -83,7 +83,7 @@ def test_an_outage_is_told_before_the_lease_can_end() -> None:
                 with pytest.raises(LeaseLost):
                     lease.check()
 
-        with pytest.raises(LeaseLost, match="could not be renewed for 5 s"):
+        with pytest.raises(LeaseLost, match="was not renewed for 5 s"):
             await owner()
 
     over(scenario)

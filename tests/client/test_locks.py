@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from dengine.client import Client, Lock, LockLost, Put
-from dengine.client.locks import Leader
+from dengine.client.locks import TAKEN, UNTOLD, Leader
 from dengine.errors import ClusterUnavailable, DengineError, InvalidRequest, RequestTimeout
 from tests.client.fake_server import FakeCluster, fake_cluster
 from tests.client.fake_state import Asked
@@ -132,6 +132,41 @@ def test_waiting_ends_when_the_caller_says_so() -> None:
             assert failed.value.outcome == "none"
             assert queued(cluster) == 1
             held.check()
+
+    over(scenario)
+
+
+def test_a_lock_that_nobody_could_be_asked_about_is_not_called_taken() -> None:
+    """What failed is named, as far as it is known within the time there was."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        for node in cluster.nodes:
+            await node.kill()
+        for timeout_s, why in ((3, UNTOLD), (25, r"no answer within .* \(.*127.0.0.1")):
+            with pytest.raises(RequestTimeout, match=f"could not be had within .* s: {why}") as it:
+                async with client.lock("job", timeout_s=timeout_s):
+                    pass
+            assert it.value.outcome == "none"
+
+    over(scenario)
+
+
+def test_a_lock_says_why_it_is_not_held() -> None:
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        async with Client(cluster.endpoints) as other:
+            holder, waiter = client.lock("job"), other.lock("job")
+            assert (await holder.__aenter__()).why == ""
+            waiting = asyncio.create_task(waiter.__aenter__())
+            await until(lambda: waiter.why == TAKEN)
+            await holder.release()
+            assert holder.why == "it was released"
+            assert (await waiting).why == ""
+            for node in cluster.nodes:
+                node.hang()
+            await waiter.lost.wait()
+            assert "it was not renewed for 10 s" in waiter.why
+            with pytest.raises(LockLost, match="it was not renewed for 10 s"):
+                await waiter.release()
 
     over(scenario)
 
