@@ -58,6 +58,43 @@ def proc_status(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (text.partition(":") for text in lines)}
 
 
+# --- its command
+
+
+def test_a_command_that_cannot_be_run_is_told_as_shells_do(
+    commands: Commands, tmp_path: Path
+) -> None:
+    """Before any lock is waited for; a mere name is looked for on the PATH, as ever."""
+    (tmp_path / "script").write_text("#!/bin/sh\n")
+    for there in (tmp_path / "script", tmp_path):
+        done = commands.run("lock", "job", "--", str(there))
+        assert (done.returncode, done.stderr) == (126, f"dengine: {there}: is not executable\n")
+    for name in ("no-such-command-here", "tests", str(tmp_path / "nothing")):
+        done = commands.run("lock", "job", "--", name)
+        assert (done.returncode, done.stderr) == (
+            127,
+            f"dengine: {name}: there is no such command\n",
+        )
+
+
+@pytest.mark.parametrize(
+    "words", [("lock", "job"), ("lock", "job", "sleep", "1"), ("elect", "job", "me", "ls", "-l")]
+)
+def test_a_command_without_its_dashes_is_told_of_them(
+    commands: Commands, words: tuple[str, ...]
+) -> None:
+    done = commands.run(*words)
+    assert done.returncode == 2
+    assert "-- COMMAND" in done.stderr.splitlines()[-1]
+    misspelt = commands.run(*words[:2], "--no-such-option", "--", "true")
+    assert misspelt.returncode == 2
+    assert misspelt.stderr.endswith("unrecognized arguments: --no-such-option\n")
+
+
+def test_help_says_what_goes_on_without_the_lock(commands: Commands) -> None:
+    assert "After a normal end of COMMAND" in commands.run("lock", "--help").stdout
+
+
 # --- a lock that is lost
 
 

@@ -43,11 +43,13 @@ in its process group or not: SIGTERM, and SIGKILL half a second later, or sooner
 10: a twentieth of it. What changed to another user is ended only if this process may; else named.
 That is the work of this process. Where it is killed itself, by SIGKILL, COMMAND is killed too, but
 nothing that COMMAND has started, which goes on without the lock until it looks at its token; nor
-COMMAND itself where it is set-user-ID, as sudo is.
-SIGTERM, SIGHUP and SIGINT are passed on to COMMAND; but in the foreground of a terminal SIGINT is
-taken for Ctrl-C, which COMMAND has heard itself: to end it from a script, send SIGTERM, not SIGINT.
-Exit code: that of COMMAND, 128 + N when signal N ended it, 127 when there is no such command, 1
-when the lock was lost or could not be had.
+COMMAND itself where it is set-user-ID, as sudo is. After a normal end of COMMAND, what it leaves
+running goes on, too, without the lock.
+SIGTERM, SIGHUP and SIGINT are passed on to COMMAND, or ignored by both where they were before, as
+under nohup; but in the foreground of a terminal SIGINT is taken for Ctrl-C, which COMMAND has heard
+itself: to end it from a script, send SIGTERM, not SIGINT.
+Exit code: that of COMMAND, 128 + N when signal N ended it, 127 when there is no such command, 126
+when it is not executable, 1 when the lock was lost or could not be had.
 """
 ELECT_EXAMPLES = """\
   dengine elect scheduler $(hostname)                       leads until it is interrupted
@@ -67,6 +69,14 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         return words, []
     at = words.index("--")
     return words[:at], words[at + 1 :]
+
+
+def unknown_arguments(argv: Sequence[str], unknown: Sequence[str]) -> str:
+    """What to say of the words `unknown` of `argv`: often they are a command, without its `--`."""
+    problem = f"unrecognized arguments: {' '.join(unknown)}"
+    if argv[0] in ("lock", "elect") and "--" not in argv:
+        problem += f" (a command to run follows --: dengine {argv[0]} ... -- COMMAND)"
+    return problem
 
 
 def add_commands(add: Add, subcommands: Subcommands, endpoints: str) -> None:

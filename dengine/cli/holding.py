@@ -29,7 +29,7 @@ from dengine.client.leases import margin_s
 from dengine.client.locks import TAKEN, UNTOLD
 
 FAILED = 1
-NO_COMMAND = 127  # as a shell says it
+NOT_EXECUTABLE, NO_COMMAND = 126, 127  # as a shell says it
 BY_SIGNAL = 128
 TERMINATE_MAX_S = 0.5  # for what is ended to clean up
 GONE_S = 5.0  # for what was killed to be gone
@@ -120,8 +120,11 @@ def run_holding(
     Returns: the exit code.
     """
     if command and shutil.which(command[0]) is None:
-        print(f"dengine: {command[0]}: there is no such command", file=sys.stderr)
-        return NO_COMMAND
+        is_path = os.sep in command[0]
+        there = os.path.exists(command[0]) if is_path else shutil.which(command[0], os.F_OK)
+        problem = "is not executable" if there else "there is no such command"
+        print(f"dengine: {command[0]}: {problem}", file=sys.stderr)
+        return NOT_EXECUTABLE if there else NO_COMMAND
     return asyncio.run(_Holding(remote, what, command, ttl_s).run(take))
 
 

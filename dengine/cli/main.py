@@ -62,8 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (None: the process's own) and return its exit code."""
     use_utf8()
     parser = _parser()
-    words, command = coordination.split_command(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(words)
+    argv = sys.argv[1:] if argv is None else argv
+    words, command = coordination.split_command(argv)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(coordination.unknown_arguments(argv, unknown))
     if command:
         args.command = command
     try:
