@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 from types import TracebackType
 from typing import Final
 
@@ -142,6 +143,7 @@ class Watch:
         from_revision: int | None,
         prev: bool,
     ) -> None:
+        self._source: watch_hub.Watch | None = None
         if from_revision is not None and from_revision < 1:
             raise ValueError(f"revisions begin at 1, not {from_revision}")
         self._node = node
@@ -150,10 +152,16 @@ class Watch:
         self._prev = prev
         self._placed = from_revision is not None  # is it fixed where it starts?
         self._begun = False
-        self._source: watch_hub.Watch | None = None
         self._large: _LargeChange | None = None  # was taken from there, and not returned yet
         self._ended = False
         self.revision = 0 if from_revision is None else from_revision - 1
+
+    def __del__(self) -> None:
+        """Who leaves the loop over it with `break` gives its place in the node back."""
+        if self._source is not None:
+            # Perhaps in another thread, or amid the work of the node's own watches: not here.
+            with suppress(RuntimeError):  # the loop is closed, and its node has ended before
+                self._loop.call_soon_threadsafe(self._source.close)
 
     async def __aenter__(self) -> Watch:
         """From here on nothing is missed. Raises as `Engine.watch` says."""
@@ -238,6 +246,7 @@ class Watch:
         if not self._placed:
             self.revision = source.first - 1
         self._placed = self._begun = True
+        self._loop = asyncio.get_running_loop()
         if self._ended:  # closed meanwhile
             source.close()
         return source

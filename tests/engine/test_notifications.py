@@ -217,6 +217,40 @@ def test_the_number_of_watches_is_bounded(tmp_path: Path) -> None:
     used(tmp_path, app, limits__watchers=2)
 
 
+def test_a_watch_that_is_dropped_gives_its_place_back(tmp_path: Path) -> None:
+    """Who leaves the loop over it does not have to close it, whichever thread drops it last."""
+
+    async def app(engine: dengine.Engine) -> None:
+        first = await engine.put("k", b"1")
+        hub = engine._embedded.node.hub
+        for _ in range(3 * 4):
+            async for change in engine.watch("k", from_revision=first.revision):
+                assert change.revision == first.revision
+                break
+        held = [engine.watch("k", from_revision=first.revision)]
+        await next_of(held[0])
+        await until(lambda: hub.count == 1, "the places of those that were left")
+        await asyncio.to_thread(held.clear)
+        await until(lambda: hub.count == 0, "the place of the one that a thread has dropped")
+
+    used(tmp_path, app, limits__watchers=4)
+
+
+def test_a_watch_may_outlive_its_event_loop(tmp_path: Path) -> None:
+    """Dropped after the end it says nothing, and neither does one that was refused."""
+    held: list[dengine.engine.Watch] = []
+
+    async def app(engine: dengine.Engine) -> None:
+        first = await engine.put("k", b"1")
+        held.append(engine.watch("k", from_revision=first.revision))
+        await next_of(held[0])
+        with pytest.raises(ValueError, match="begin at 1"):
+            engine.watch("k", from_revision=0)
+
+    used(tmp_path, app)
+    held.clear()
+
+
 def test_leaving_ends_a_watch(tmp_path: Path) -> None:
     async def app() -> None:
         async with alone(tmp_path) as engine:
