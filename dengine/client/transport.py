@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -130,6 +130,7 @@ class Transport:
         self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._session: _Session | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._streams: set[aiohttp.ClientResponse] = set()
         self._probes: dict[str, _Probe] = {}
         self._asked_members_at = -math.inf
         self._learning: asyncio.Task[None] | None = None
@@ -175,11 +176,10 @@ class Transport:
         finally:
             session.free.release()
 
-    @contextlib.asynccontextmanager
     async def stream(
         self, node: Node, target: str, headers: Mapping[str, str], limit_s: float
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The endless answer of `node`, which has to begin within `limit_s` seconds.
+    ) -> aiohttp.ClientResponse:
+        """The endless answer of `node`, which has to begin within `limit_s` seconds; `end` it.
 
         Raises:
             Unanswered: it does not.
@@ -190,15 +190,21 @@ class Transport:
         with unanswered():
             async with asyncio.timeout(limit_s):
                 response = await self._open().http.get(_url(node, target), headers=sending)
+        self._streams.add(response)  # which also keeps it from being collected before its end
         try:
             if response.status != 200 or response.content_type != "text/event-stream":
                 with unanswered():
                     async with asyncio.timeout(limit_s):
                         body = await response.read()
                 raise parse_error(node.address, response.status, body)
-            yield response
-        finally:
-            response.close()
+        except BaseException:
+            self.end(response)
+            raise
+        return response
+
+    def end(self, stream: aiohttp.ClientResponse) -> None:
+        stream.close()
+        self._streams.discard(stream)
 
     # --- what goes on behind ----------------------------------------------------------------------
 
@@ -272,9 +278,9 @@ class Transport:
         """In a forked process: leave alone what belongs to its parent."""
         if self._pid == os.getpid():
             return
-        _INHERITED.append((self._session, self._tasks, self._probes, self._learning))
+        _INHERITED.append((self._session, self._tasks, self._streams, self._probes, self._learning))
         self._pid, self._session = os.getpid(), None
-        self._tasks, self._probes, self._learning = set(), {}, None
+        self._tasks, self._streams, self._probes, self._learning = set(), set(), {}, None
         self._asked_members_at = -math.inf
 
     async def close(self) -> None:
@@ -287,6 +293,8 @@ class Transport:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in tuple(self._streams):
+            self.end(stream)
         if self._session is not None:
             await self._session.http.close()
         self._session = None

@@ -8,6 +8,7 @@ is one of server-sent events.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -60,23 +61,20 @@ class Watch:
         prev: bool,
         current_revision: Callable[[], Awaitable[int]],
     ) -> None:
-        self._transport = transport
-        self._chosen = chosen
-        self._prev = prev
-        self._current_revision = current_revision
-        self.revision = 0 if from_revision is None else from_revision - 1
-        self._begun = from_revision is not None
-        self._ready: deque[Change] = deque()
-        self._failures = 0
-        self._unliked: list[Node] = []  # nodes that have just ended a stream of ours
-        self._stream: AsyncGenerator[None] | None = None
-        self._response: aiohttp.ClientResponse | None = None
-        self._greeted = False  # the stream has said its first word
-        self._ended = False
+        # Nothing in there knows of this object, so that it ends with the last who holds it.
+        self._course = _Course(transport, chosen, from_revision, prev, current_revision)
+
+    def __del__(self) -> None:
+        """Who leaves the loop over it with `break` lets go of the stream."""
+        self._course.let_go()
+
+    @property
+    def revision(self) -> int:
+        return self._course.revision
 
     async def __aenter__(self) -> Watch:
         """From here on nothing is missed. Errors are those of `Client.get`."""
-        await self._begin()
+        await self._course.begin()
         return self
 
     async def __aexit__(
@@ -99,15 +97,53 @@ class Watch:
             Unauthorized, Forbidden, InvalidRequest: no node will ever answer.
             ClientClosed: the client was closed.
         """
-        if self._ended:
+        change = await self._course.next()
+        if change is None:
             raise StopAsyncIteration
-        await self._begin()
+        return change
+
+    async def aclose(self) -> None:
+        """Let go of the stream. The iteration has ended, also for a task that waits in it."""
+        await self._course.aclose()
+
+
+class _Course:
+    """Where a watch is, and the stream that brings it on."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        chosen: dict[str, bytes],
+        from_revision: int | None,
+        prev: bool,
+        current_revision: Callable[[], Awaitable[int]],
+    ) -> None:
+        self._transport = transport
+        self._chosen = chosen
+        self._prev = prev
+        self._current_revision = current_revision
+        self.revision = 0 if from_revision is None else from_revision - 1
+        self._begun = from_revision is not None
+        self._ready: deque[Change] = deque()
+        self._failures = 0
+        self._unliked: list[Node] = []  # nodes that have just ended a stream of ours
+        self._stream: AsyncGenerator[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the stream
+        self._response: aiohttp.ClientResponse | None = None
+        self._greeted = False  # the stream has said its first word
+        self._ended = False
+
+    async def next(self) -> Change | None:
+        """What `Watch.__anext__` says; None: it has ended."""
+        if self._ended:
+            return None
+        await self.begin()
         try:
             while not (self._ready or self._ended):
                 await self._advance()
             if self._ended:
                 await self.aclose()  # once more: it may have come while a stream began
-                raise StopAsyncIteration
+                return None
         except DengineError:
             await self.aclose()
             raise
@@ -116,7 +152,6 @@ class Watch:
         return change
 
     async def aclose(self) -> None:
-        """Let go of the stream. The iteration has ended, also for a task that waits in it."""
         self._ended = True
         if self._stream is None:
             return
@@ -127,7 +162,17 @@ class Watch:
         stream, self._stream = self._stream, None
         await stream.aclose()
 
-    async def _begin(self) -> None:
+    def let_go(self) -> None:
+        """Nobody watches any more; called from any thread."""
+        if self._stream is not None and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, its streams are ended
+                self._loop.call_soon_threadsafe(self._close_soon)
+
+    def _close_soon(self) -> None:
+        if not self._transport.closed:  # else this stream is, too
+            self._transport.spawn(self.aclose(), "dengine-client-watch-end")
+
+    async def begin(self) -> None:
         """Fix where the watch starts, by a read that any node can answer: were it left to the first
         stream, a node that hangs could not say where to go on.
         """
@@ -140,7 +185,7 @@ class Watch:
         if self._transport.closed:
             raise closed()
         if self._stream is None:
-            self._stream = self._messages()
+            self._stream, self._loop = self._messages(), asyncio.get_running_loop()
         try:
             await anext(self._stream)
         except StopAsyncIteration:
@@ -165,17 +210,17 @@ class Watch:
             prev="1" if self._prev else None,
         )
         try:
-            async with self._transport.stream(node, where, {}, BEGIN_S) as response:
-                self._response, self._greeted, parser = response, False, Parser()
-                while True:
-                    chunk = await self._chunk(node, response.content)
-                    try:
-                        messages = parser.feed(chunk)
-                    except ValueError as error:
-                        raise Unanswered(str(error), sent=False) from None
-                    for message in messages:
-                        self._take(message)
-                    yield
+            response = await self._transport.stream(node, where, {}, BEGIN_S)
+            self._response, self._greeted, parser = response, False, Parser()
+            while True:
+                chunk = await self._chunk(node, response.content)
+                try:
+                    messages = parser.feed(chunk)
+                except ValueError as error:
+                    raise Unanswered(str(error), sent=False) from None
+                for message in messages:
+                    self._take(message)
+                yield
         except _Ended as ended:
             self._unliked.append(node)
             self._failures = 1 if ended.well else self._failures + 1
@@ -190,6 +235,8 @@ class Watch:
                 raise  # not one of them can serve it
             self._leave(node)
         finally:
+            if self._response is not None:
+                self._transport.end(self._response)
             self._response = None
 
     def _leave(self, node: Node) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import hypothesis
 import pytest
@@ -39,7 +40,7 @@ def streaming(cluster: FakeCluster) -> FakeNode:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for it, for a thousand virtual seconds at most."""
+    """Wait for it, for a thousand seconds at most, virtual ones in most tests."""
     for _ in range(20_000):
         if condition():
             return
@@ -347,6 +348,76 @@ def test_closing_wakes_who_waits() -> None:
             await other
 
     over(scenario)
+
+
+def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What asyncio says of connections and generators that nobody has closed."""
+    return [record.getMessage() for record in caplog.records if record.name == "asyncio"]
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Without what the collector of cycles does in its own time."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_leaving_the_loop_over_a_watch_ends_its_stream(caplog: pytest.LogCaptureFixture) -> None:
+    """As the example of `Client.watch` does: at once, and asyncio has nothing to complain of."""
+
+    async def app() -> None:
+        async with fake_cluster(1) as cluster, Client(cluster.endpoints) as client:
+            put = await client.put("k", b"1")
+            for _ in range(10):
+                async for change in client.watch("k", from_revision=put.revision):
+                    assert change.revision == put.revision
+                    break
+            await until(lambda: cluster.nodes[0].streams == 0)
+
+    asyncio.run(asyncio.wait_for(app(), 60))
+    gc.collect()
+    assert complaints(caplog) == []
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_client_that_is_closed_closes_its_watches(
+    held: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Right behind a loop that was left, and where somebody still has the watch."""
+    watches: list[Watch] = []
+
+    async def app() -> None:
+        async with fake_cluster(1) as cluster:
+            for _ in range(10):
+                async with Client(cluster.endpoints) as client:
+                    put = await client.put("k", b"1")
+                    watch = client.watch("k", from_revision=put.revision)
+                    await anext(watch)
+                    if held:
+                        watches.append(watch)
+                    del watch
+                gc.collect()
+            await until(lambda: cluster.nodes[0].streams == 0)
+
+    asyncio.run(asyncio.wait_for(app(), 60))
+    watches.clear()
+    gc.collect()
+    assert complaints(caplog) == []
+
+
+def test_a_watch_that_a_thread_drops_ends_its_stream() -> None:
+    async def app() -> None:
+        async with fake_cluster(1) as cluster, Client(cluster.endpoints) as client:
+            put = await client.put("k", b"1")
+            watches = [client.watch("k", from_revision=put.revision)]
+            await anext(watches[0])
+            await asyncio.to_thread(watches.clear)
+            await until(lambda: cluster.nodes[0].streams == 0)
+
+    asyncio.run(asyncio.wait_for(app(), 60))
 
 
 @each_seed
