@@ -43,6 +43,7 @@ from dengine.client.types import (
     PutResult,
     TxnResult,
     Value,
+    lease_id,
     only_reads,
 )
 from dengine.client.watching import Watch
@@ -189,7 +190,7 @@ class Client:
         where = key_target(
             as_key(key),
             ttl=None if ttl_s is None else str(as_seconds(ttl_s, "ttl_s")),
-            lease=lease.id if isinstance(lease, Lease) else lease,
+            lease=None if lease is None else lease_id(lease),
         )
         headers = conditions(if_match, if_none_match)
         data = as_value(value)

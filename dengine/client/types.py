@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from dengine.client.encoding import Paging, as_key, as_value, field_bytes, json_bytes
+from dengine.client.encoding import Paging, as_key, as_seconds, as_value, field_bytes, json_bytes
 from dengine.errors import DengineError, InvalidRequest
 
 EventType = Literal["put", "delete", "expire"]
@@ -75,23 +75,52 @@ class Compare:
         return fields | {"operand": self.operand}
 
 
+class HasId(Protocol):
+    """A lease of either client, or of an engine."""
+
+    @property
+    def id(self) -> str: ...
+
+
+def lease_id(lease: HasId | str) -> str:
+    """The cluster's name for `lease`.
+
+    Raises:
+        TypeError: it is no lease.
+        InvalidRequest: it is empty.
+    """
+    name = lease if isinstance(lease, str) else getattr(lease, "id", None)
+    if not isinstance(name, str):
+        raise TypeError(f"a lease is a Lease or its id, not {type(lease).__name__}")
+    if not name:
+        raise InvalidRequest("the lease is empty: it is the id of a lease")
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Store `value`; it expires after `ttl_s` whole seconds, or with the lease of that id."""
+    """Store `value`; it expires after `ttl_s` whole seconds, or with that lease, or of that id."""
 
     key: str | bytes
     value: bytes
     ttl_s: int | None = None
-    lease: str | None = None
+    lease: HasId | str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
+        """Its JSON in `POST /v1/txn`.
+
+        Raises:
+            TypeError: the key, the value or the lease is none.
+            ValueError: `ttl_s` is no whole number of seconds above 0, or stands beside a lease.
+        """
         fields: dict[str, Any] = {"op": "put", **json_bytes("key", as_key(self.key))}
         fields |= json_bytes("value", as_value(self.value))
+        if self.ttl_s is not None and self.lease is not None:
+            raise ValueError("a value ends with ttl_s or with a lease: give one of them")
         if self.ttl_s is not None:
-            fields["ttl"] = self.ttl_s
+            fields["ttl"] = as_seconds(self.ttl_s, "ttl_s")
         if self.lease is not None:
-            fields["lease"] = self.lease
+            fields["lease"] = lease_id(self.lease)
         return fields
 
 

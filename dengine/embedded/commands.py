@@ -11,7 +11,6 @@ from typing import get_args
 from dengine.api.txn import checked
 from dengine.client import types
 from dengine.client.encoding import Match, as_key, as_seconds, as_value, selection
-from dengine.client.leases import Lease
 from dengine.config import Limits
 from dengine.errors import InvalidRequest, TooLarge
 from dengine.kv.commands import (
@@ -147,20 +146,16 @@ def put(
     value: bytes,
     condition: Condition | None,
     ttl_s: float | None,
-    lease: Lease | str | None,
+    lease: types.HasId | str | None,
 ) -> Put | ExpiringPut:
     """Raises TypeError, ValueError, InvalidRequest."""
-    if isinstance(lease, Lease):
-        lease = lease.id
     if ttl_s is not None and lease is not None:
         raise ValueError("a value ends with ttl_s or with a lease: give one of them")
     if ttl_s is not None:
         seconds = checked_seconds(ttl_s, "ttl_s")
         return ExpiringPut(as_key(key), as_value(value), condition, seconds, "")
     if lease is not None:
-        if not lease:
-            raise InvalidRequest("the lease is empty: it is the id of a lease")
-        return ExpiringPut(as_key(key), as_value(value), condition, 0, lease)
+        return ExpiringPut(as_key(key), as_value(value), condition, 0, types.lease_id(lease))
     return Put(as_key(key), as_value(value), condition)
 
 

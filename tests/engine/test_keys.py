@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 import dengine
-from dengine.client import Compare, Delete, DeleteRange, Get, Put
+from dengine.client import Client, Compare, Delete, DeleteRange, Get, Put, sync
 from dengine.client.types import DeleteResult, Item, OperationResult, PutResult, TxnResult
 from dengine.errors import (
     ClusterUnavailable,
@@ -170,6 +170,45 @@ def test_time_to_live(tmp_path: Path) -> None:
             await engine.put("k", b"v", ttl_s=10**9)
 
     used(tmp_path, app)
+
+
+WRONG = (
+    (Put("k", b"", ttl_s=0), ValueError, "at least 1 second"),
+    (Put("k", b"", ttl_s=1.5), ValueError, "whole number of seconds"),
+    (Put("k", b"", ttl_s=1, lease="x"), ValueError, "give one of them"),
+    (Put("k", b"", lease=7), TypeError, "a lease is a Lease or its id, not int"),
+    (Put("k", b"", lease=""), InvalidRequest, "the lease is empty"),
+)
+
+
+def test_a_put_of_a_transaction_is_the_same_for_engine_and_clients(tmp_path: Path) -> None:
+    """It takes the lease itself, and what is wrong with it is told in the same words."""
+
+    async def app() -> None:
+        async with dengine.Engine(tmp_path, listen_address="127.0.0.1:0") as engine:
+            await engine.wait_ready(PATIENT_S)
+            async with Client(engine.address) as client:
+                await holds(engine)
+                await holds(client)
+            await asyncio.to_thread(holds_too, engine.address)
+
+    async def holds(store: dengine.Engine | Client) -> None:
+        async with store.lease(60) as lease:
+            assert (await store.txn(success=[Put("l", b"1", lease=lease)])).succeeded
+            assert (await store.lease_info(lease.id)).keys == (b"l",)
+        for put, kind, message in WRONG:
+            with pytest.raises(kind, match=message):
+                await store.txn(success=[put])
+
+    def holds_too(address: str) -> None:
+        with sync.Client(address) as client, client.lease(60) as lease:
+            assert client.txn(success=[Put("l", b"1", lease=lease)]).succeeded
+            assert client.lease_info(lease.id).keys == (b"l",)
+            for put, kind, message in WRONG:
+                with pytest.raises(kind, match=message):
+                    client.txn(success=[put])
+
+    on(uvloop.new_event_loop, app)
 
 
 def test_leases_locks_and_elections(tmp_path: Path) -> None:
