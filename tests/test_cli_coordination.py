@@ -200,6 +200,29 @@ def test_keepalive_goes_on_until_it_is_interrupted(
     assert renewing.wait(WAIT_S) == 130
 
 
+def test_a_hung_node_costs_no_short_lease(served: ClusterThread, commands: Commands) -> None:
+    """Neither the one that is named first, nor the one that has answered until now."""
+
+    def hang(number: int) -> Callable[[FakeCluster], None]:
+        def change(cluster: FakeCluster) -> None:
+            for node in cluster.nodes:
+                node.heal()
+            cluster.leader = cluster.nodes[2]
+            cluster.nodes[number].hang()
+
+        return change
+
+    name = commands.run("lease", "grant", "2").stdout.strip()
+    served.do(hang(0))
+    renewing = commands.start("lease", "keepalive", name)
+    for hung in (0, 1, 0):
+        served.do(hang(hung))
+        for _ in range(3):
+            assert line(renewing.stdout) == f"lease {name} lasts 2 s"
+    renewing.send_signal(signal.SIGINT)
+    assert renewing.wait(WAIT_S) == 130
+
+
 # --- writes that happen once
 
 

@@ -177,26 +177,37 @@ def _grant(args: argparse.Namespace, remote: Remote) -> int:
 
 
 def _keepalive(args: argparse.Namespace, remote: Remote) -> int:
-    """Renew until interrupted. Failures that may pass are tried again while the lease lasts."""
+    """Renew until interrupted, at the node that answered last. Failures that may pass are tried
+    again while the lease lasts.
+    """
     where = _target(args.id)
     holds_until = time.monotonic()
+    limit_s = remote.timeout_s  # before it is known how long the lease lasts
     while True:
         asked = time.monotonic()
         try:
-            reply = remote.json("POST", f"{where}/keepalive", kind="renewal")
+            answer = remote.within(limit_s).call("POST", f"{where}/keepalive", kind="renewal")
         except NotFound:
             raise NotFound(f"lease {args.id} has ended") from None
         except DengineError as error:
             if args.once or not error.retryable or time.monotonic() >= holds_until:
                 raise
             time.sleep(0.2)
+            limit_s = _limit_s(remote, holds_until)
             continue
-        ttl_s = float(reply["ttl"])
+        remote = remote.beginning_with(answer.endpoint)
+        ttl_s = float(answer.json()["ttl"])
         holds_until = asked + ttl_s
         print(f"lease {args.id} lasts {ttl_s:g} s", flush=True)
         if args.once:
             return 0
         time.sleep(ttl_s / RENEWALS)
+        limit_s = _limit_s(remote, holds_until)
+
+
+def _limit_s(remote: Remote, holds_until: float) -> float:
+    """For one renewal: as for any call, but not longer than the lease lasts."""
+    return min(remote.timeout_s, max(holds_until - time.monotonic(), 0.1))
 
 
 def _show(args: argparse.Namespace, remote: Remote) -> int:

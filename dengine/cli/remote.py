@@ -146,6 +146,11 @@ class Remote:
         """The same with another time limit."""
         return Remote(self.endpoints, timeout_s, self.token)
 
+    def beginning_with(self, endpoint: str) -> Remote:
+        """The same, with `endpoint`, which is one of them, tried before the others."""
+        others = (other for other in self.endpoints if other != endpoint)
+        return Remote((endpoint, *others), self.timeout_s, self.token)
+
     def call(
         self,
         method: str,
@@ -192,8 +197,10 @@ class Remote:
             keyed = {} if key is None else {"Idempotency-Key": key.text}
             sending = {**(headers or {}), **keyed, **self.authorization}
             wait = share if repeatable else left
+            # A lease does not wait: the next node may renew it as well.
+            margin = 0.0 if kind == "renewal" else REPLY_MARGIN_S
             try:
-                return _exchange(connection, endpoint, method, target, body, sending, wait)
+                return _exchange(connection, endpoint, method, target, body, sending, wait, margin)
             except (OSError, http.client.HTTPException) as error:
                 problems.append(f"{endpoint}: {_reason(error)}")
                 if not repeatable:
@@ -247,9 +254,10 @@ def _exchange(
     body: bytes | None,
     headers: Mapping[str, str],
     wait_s: float,
+    margin_s: float,
 ) -> Reply:
     assert connection.sock is not None
-    connection.sock.settimeout(wait_s + REPLY_MARGIN_S)
+    connection.sock.settimeout(wait_s + margin_s)
     timeout_ms = min(max(int(wait_s * 1000), 100), 60_000)
     connection.request(method, target, body, {**headers, "Dengine-Timeout-Ms": str(timeout_ms)})
     response = connection.getresponse()
