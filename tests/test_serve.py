@@ -351,3 +351,19 @@ def test_what_the_system_refuses_ends_serve_as_documented(
     monkeypatch.setattr("dengine.cli.serve.serve", refused)
     assert main(["serve"]) == code
     assert os.strerror(number) in capsys.readouterr().err
+
+
+def test_a_node_that_cannot_read_its_modules_may_be_started_again(tmp_path: Path) -> None:
+    """Without a descriptor left, say: that passes, and is no code that systemd stops at."""
+    program = (
+        "import resource, shutil, sys\n"  # argparse asks shutil how wide the terminal is
+        "from dengine.cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        f"sys.exit(main(['serve', '--config', {str(tmp_path / 'n1.toml')!r}]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 75, done
+    assert "the system refused" in done.stderr
+    assert "Too many open files" in done.stderr

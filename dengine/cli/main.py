@@ -296,11 +296,12 @@ def _add_bench(add: Add) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from dengine.cli.serve import serve
-
     try:
+        from dengine.cli.serve import serve
+
         return serve(args.config)
-    except OSError as error:  # of this system: what the node itself meets, it says in its own words
+    # Of this system, modules included: what the node itself meets, it says in its own words.
+    except OSError as error:
         kind = StorageIO if error.errno in DISK_FAILED else TryAgain
         where = f"{error.filename}: " if error.filename else ""
         raise kind(f"the system refused: {where}{error.strerror or error}") from error

@@ -178,6 +178,8 @@ def return_by_snapshot(cluster: Cluster, rng: random.Random, meanwhile: Callable
     meanwhile()
 
     def purged() -> bool:
+        for node in cluster.running():  # the counters may be done before the snapshots
+            node.call("POST", "/v1/snapshots")
         lists = [node.call("GET", "/v1/snapshots").json() for node in cluster.running()]
         return all(view["purged_index"] > index for view in lists)
 

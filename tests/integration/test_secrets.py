@@ -153,7 +153,7 @@ def test_joiners_fetch_and_no_process_shows_a_secret(guarded: Cluster, tmp_path:
         guarded.wait_leader()
         writer = Writer(first, "w", pause_s=0.0).start()
         wait_for(
-            lambda: first.call("GET", "/v1/snapshots").json()["purged_index"], "a purged log", 30
+            lambda: first.call("GET", "/v1/snapshots").json()["purged_index"], "a purged log", 120
         )
         taken_by = len(watcher.writers)
         for node_id in (2, 3):

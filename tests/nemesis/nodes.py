@@ -37,7 +37,7 @@ SMALL_DISK_BYTES = 64_000_000  # while nothing fills it
 NO_LOOP_DEVICE = "no loop device can be had here"
 # After these a node stays down, as the unit has it: a person is needed, or it must not come back.
 FINAL = (65, 70, 76, 78)
-DAMAGED, STORAGE_IO = 65, 74
+DAMAGED, STORAGE_IO, TRY_AGAIN = 65, 74, 75
 COMPLAINTS = re.compile(
     r"^Traceback|Fatal Python error|was never (retrieved|awaited)", re.MULTILINE
 )

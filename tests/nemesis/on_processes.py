@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.nemesis.client import Connection
 from tests.nemesis.faults import Faults, names
-from tests.nemesis.nodes import holds_within
+from tests.nemesis.nodes import TRY_AGAIN, holds_within
 from tests.nemesis.plan import Action
 
 STOP_S = 40.0  # with a leader to hand over to, and perhaps paused meanwhile
@@ -70,9 +70,13 @@ async def pause(faults: Faults, action: Action) -> None:
 
 async def few_descriptors(faults: Faults, action: Action) -> None:
     """So few that neither peers nor clients get a connection that they do not have already."""
+    answering = await faults.nodes.statuses()
     node = (await faults.hit(action))[0]
     idle = [Connection(node.id) for _ in range(IDLE_CONNECTIONS)]
-    with faults.band(action, names([node])) as band, contextlib.suppress(OSError):
+    excuse: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if node.id not in answering:  # one that has just begun still reads its modules
+        excuse = node.excuse((TRY_AGAIN,), "it starts without a descriptor left")
+    with excuse, faults.band(action, names([node])) as band, contextlib.suppress(OSError):
         pid = node.serve.pid
         soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         limit = len(os.listdir(f"/proc/{pid}/fd")) + int(action.amount)
