@@ -70,8 +70,12 @@ async def pause(faults: Faults, action: Action) -> None:
 
 async def few_descriptors(faults: Faults, action: Action) -> None:
     """So few that neither peers nor clients get a connection that they do not have already."""
+    hit = await faults.hit(action)
     answering = await faults.nodes.statuses()
-    node = (await faults.hit(action))[0]
+    node = hit[0]
+    if not node.up:  # down, or about to be started for the first time
+        with faults.band(action, names(hit)):
+            return
     idle = [Connection(node.id) for _ in range(IDLE_CONNECTIONS)]
     excuse: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if node.id not in answering:  # one that has just begun still reads its modules
