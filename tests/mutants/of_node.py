@@ -185,8 +185,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "what a newer leader replaced stays on the disk",
         (
             "dengine.storage.log_store",
-            "for index in range(first, extent.last_index + 1):\n            txn.delete",
-            "for index in range(0):\n            txn.delete",
+            "for index in range(first, extent.last_index + 1):\n            if not txn.delete",
+            "for index in range(0):\n            if not txn.delete",
         ),
     ),
     mutant(
