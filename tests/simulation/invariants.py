@@ -268,8 +268,9 @@ class Checker:
         if commit < before:
             violated("4 committed", f"{me}: commit went back from {before} to {commit}")
         seen.commit = commit
+        # Until an install is durable the disk holds the log from before, whose tail may be another.
         kept = min(commit, raft.log.stable_index)
-        if kept > self._kept.get(me, 0):
+        if kept >= raft.log.base.index and kept > self._kept.get(me, 0):
             self._kept[me] = kept
         if commit == before:
             return
