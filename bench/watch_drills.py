@@ -25,9 +25,7 @@ CONNECTIONS = 64
 CHANGES_PER_S = 10
 PADDING = "x" * 1000
 STALLED_VALUE = "x" * 65536  # beside each change: it soon fills the buffers between
-DROPPED_S = (
-    90.0  # within which readers that take nothing are given up: after 20 to 30 s, it is said
-)
+DROPPED_S = 90.0  # for readers that take nothing to be given up; the node says 20 to 30
 PUT_S = 5.0
 SETTLE_S = 2.0  # for the last events to arrive
 
