@@ -58,6 +58,7 @@ test: ROTATE := --rotate
 test: test-all ## Install what the tests need and run them: of the slowest kinds half, by commit
 
 test-all: lint test-packages ## The same, and all of those
+	@scripts/system-packages.sh chromium-headless-shell fish zsh
 	@$(MAKE) --no-print-directory -j 2 test-shared lab-prepared ROTATE=$(ROTATE)
 	@$(MAKE) --no-print-directory -j 2 test-apart test-pure ROTATE=$(ROTATE)
 

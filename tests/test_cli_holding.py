@@ -77,6 +77,17 @@ def test_a_command_that_cannot_be_run_is_told_as_shells_do(
         )
 
 
+def test_a_file_that_the_kernel_cannot_start_is_told_and_the_lock_given_back(
+    commands: Commands, tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    program.write_text("of no format\n")
+    program.chmod(0o755)
+    for _ in range(2):  # without waiting for the end of the first one's lease
+        done = commands.run("lock", "unstartable", "--", str(program))
+        assert (done.returncode, done.stderr) == (126, f"dengine: {program}: Exec format error\n")
+
+
 @pytest.mark.parametrize(
     "words", [("lock", "job"), ("lock", "job", "sleep", "1"), ("elect", "job", "me", "ls", "-l")]
 )

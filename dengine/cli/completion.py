@@ -171,8 +171,7 @@ def _fish(levels: list[_Level]) -> str:
             if word.startswith("--"):
                 value = ""
                 if word in takes:
-                    choices = f" -a '{' '.join(takes[word])}'" if takes[word] else ""
-                    value = f" -r{choices}"
+                    value = f" -x -a '{' '.join(takes[word])}'" if takes[word] else " -r"
                 lines.append(f"complete -c dengine{condition} -l {word[2:]}{value} -d '{about}'")
             else:
                 lines.append(f"complete -c dengine{condition} -f -a {word} -d '{about}'")

@@ -199,11 +199,15 @@ class _Holding:
 
     async def _run_command(self, lock: Lock) -> int:
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._process = process = await asyncio.create_subprocess_exec(
-            *self._command,
-            env={**os.environ, "DENGINE_LOCK_TOKEN": str(lock.token)},
-            preexec_fn=partial(end_with_parent, os.getpid()),
-        )
+        try:
+            self._process = process = await asyncio.create_subprocess_exec(
+                *self._command,
+                env={**os.environ, "DENGINE_LOCK_TOKEN": str(lock.token)},
+                preexec_fn=partial(end_with_parent, os.getpid()),
+            )
+        except OSError as error:  # a format or an interpreter that is not there, arguments too long
+            print(f"dengine: {self._command[0]}: {error.strerror}", file=sys.stderr)
+            return NOT_EXECUTABLE
         ended = asyncio.create_task(process.wait())
         lost = asyncio.create_task(lock.lost.wait())
         reaper = asyncio.create_task(reap_orphans(process.pid))

@@ -235,6 +235,8 @@ class Transaction:
         if not 1 <= len(key) <= 511:
             raise lmdb.BadValsizeError("mdb_put: MDB_BAD_VALSIZE")
         table = self._tables[self._db if db is None else db]
+        if append and table.keys and table.keys[-1] >= key:
+            return False  # MDB_APPEND takes nothing but a key behind all others
         self._undo.append((table, key, table.data.get(key)))
         table.put(key, value)
         return True

@@ -145,7 +145,7 @@ class Checker:
         if member is not None and log is not None:
             held = self._once_held.setdefault(member, {})
             for key, raw in log.tables[b""].data.items():
-                if key[:1] == b"e":
+                if key[:1] == b"e" and crc32(raw, crc32(key)) == CRC_RESIDUE:  # not rotted before
                     held[ENTRY_KEY.unpack(key)[1]] = ENTRY.unpack_from(raw)[0]
             head = self._head(log, machine.id)
             for index in range(1, head.purged + 1 if head else 1):
