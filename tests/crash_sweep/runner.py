@@ -14,7 +14,7 @@ from tests.crash_sweep.scenarios import PATHS, Scenario, litter
 from tests.crash_sweep.sites import (
     CHANGING,
     DISTRUST,
-    FIRST_TAKE,
+    FIRST,
     INSTALL,
     PURGE,
     REBUILD,
@@ -24,9 +24,10 @@ from tests.crash_sweep.sites import (
 from tests.crash_sweep.strace import Fault, Injection, Strace, process_of, recorded, wait_gone
 
 SITES: dict[str, tuple[Site, ...]] = {
-    "first take": FIRST_TAKE,
+    "first take": FIRST,
     "take": TAKE,
     "purge": PURGE,
+    "first install": FIRST,
     "install": INSTALL,
     "rebuild": REBUILD,
     "distrust": DISTRUST,
@@ -83,7 +84,7 @@ class Stage:
     def scenario(self, path: str) -> Scenario:
         """The nodes of `path`, at rest."""
         kind = PATHS[path]
-        if type(self._scenario) is not kind:
+        if type(self._scenario) is not kind or kind.walked_once:
             self.clear()
             self._count += 1
             directory = self._directory / f"{self._count}"

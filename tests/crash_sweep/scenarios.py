@@ -46,7 +46,10 @@ class Scenario:
 
     Attributes:
         acknowledged: what every node must hold, no more and no less.
+        walked_once: each walk needs new nodes.
     """
+
+    walked_once = False
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -220,6 +223,8 @@ class Install(Scenario):
         return {
             "fetched": snapshots / f"fetch-{self._ref['sha256']}.partial",
             "snapshots/": snapshots,
+            "snapshots/ made": snapshots,
+            "parent of snapshots/": directory,
             **state_files(directory),
         }
 
@@ -230,6 +235,12 @@ class Install(Scenario):
         return self.victim.status()["last_applied"] >= self._ref["index"] and (
             _view(self.victim)["job"] is None
         )
+
+
+class InstallFirst(Install):
+    """The same while there is no directory for snapshots yet, as after no other walk."""
+
+    walked_once = True
 
 
 class Rebuild(Scenario):
@@ -323,6 +334,7 @@ PATHS: dict[str, type[Scenario]] = {
     "first take": TakeFirst,
     "take": TakeAndPurge,
     "purge": TakeAndPurge,
+    "first install": InstallFirst,
     "install": Install,
     "rebuild": Rebuild,
     "distrust": Distrust,

@@ -45,7 +45,8 @@ class Site(NamedTuple):
         return f"{self.syscalls.split(',')[0]} {self.file}"
 
 
-FIRST_TAKE: Final = (
+# Of the first snapshot, taken or fetched.
+FIRST: Final = (
     Site("snapshots/ made", "mkdir"),
     Site("parent of snapshots/", SYNCS),
 )
@@ -98,7 +99,6 @@ def _unpack(who: str, state: str = "new state") -> tuple[Site, ...]:
 
 
 INSTALL: Final = (
-    Site("snapshots/", "mkdir"),
     Site("fetched", "openat", about=2),
     Site("fetched", "ftruncate"),
     Site("fetched", WRITES, about=8),

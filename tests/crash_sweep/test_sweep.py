@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash_sweep.runner import SITES, Stage, faults, unlisted
-from tests.crash_sweep.sites import PURGE, TAKE, Site
+from tests.crash_sweep.sites import FIRST, INSTALL, PURGE, TAKE, Site
 from tests.crash_sweep.strace import Fault
 
 SAMPLE_S = 40.0
@@ -51,10 +51,17 @@ def test_every_point(
 @pytest.mark.timeout(180)
 def test_the_list_of_steps_is_complete(stage: Stage, tmp_path: Path) -> None:
     """No path does anything in the data directory that the sweep does not know of."""
-    ends = {"first take": TAKE, "take": PURGE, "purge": TAKE}  # they share a way
+    # They share a way.
+    others = {
+        "first take": TAKE,
+        "take": PURGE,
+        "purge": TAKE,
+        "first install": INSTALL,
+        "install": FIRST,
+    }
     missing = {}
     for path, sites in SITES.items():
-        found = unlisted(stage.scenario(path), (*sites, *ends.get(path, ())), tmp_path / "strace")
+        found = unlisted(stage.scenario(path), (*sites, *others.get(path, ())), tmp_path / "strace")
         if found:
             missing[path] = sorted(found)
     assert not missing, missing
