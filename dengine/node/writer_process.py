@@ -103,10 +103,10 @@ class WriterProcess:
                 process.stdin.close()
             ended = await self._follow(process.stdout, report, watch)
             async with asyncio.timeout(STALL_S):
-                return ended, await process.wait()
+                return ended, await _ended(process)
         finally:
             _kill(process)
-            await process.wait()
+            await _ended(process)
             self._process = None
 
     async def _start(self) -> asyncio.subprocess.Process:
@@ -122,7 +122,7 @@ class WriterProcess:
             with suppress(OSError):
                 process = await starting
                 _kill(process)
-                await process.wait()
+                await _ended(process)
             raise
 
     async def _follow(
@@ -181,6 +181,21 @@ def _read_by_lmdb(job: Job) -> str:
             return str(fetched_path(Path(job.directory), job.ref.sha256))
         case Verify():
             return ""
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """Its exit code, once it has ended. One that a dead disk holds up may take as long as that.
+
+    The loop learns of it by SIGCHLD, which is lost when a debugger, or strace, attaches to this
+    process or lets go of it just then; another one has the loop look again.
+    """
+    ending = asyncio.ensure_future(process.wait())
+    try:
+        while not (await asyncio.wait({ending}, timeout=WATCH_S))[0]:
+            os.kill(os.getpid(), signal.SIGCHLD)
+        return ending.result()
+    finally:
+        ending.cancel()
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -101,6 +103,35 @@ def test_one_that_cannot_be_started_may_be_tried_again(
         assert "exit code 0" in await attempt()
 
     uvloop.run(attempts())  # ends, unlike after a failed attempt by uvloop itself
+
+
+def test_an_end_that_nobody_was_told_of_is_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A SIGCHLD can be lost, as when a debugger lets go of the node: it would wait for ever."""
+    program = tmp_path / "writer"
+    program.write_text("#!/bin/sh\nwhile ! [ -e go ]; do sleep 0.01; done\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(writer_process, "WATCH_S", 0.05)
+    monkeypatch.chdir(tmp_path)
+    libc, of_the_loop = ctypes.CDLL(None), ctypes.create_string_buffer(256)  # a struct sigaction
+    writer = WriterProcess()
+
+    async def attempt() -> None:
+        job = asyncio.create_task(writer.run(A_JOB))
+        await until(lambda: writer.pid is not None, "the writer")
+        libc.sigaction(signal.SIGCHLD, None, of_the_loop)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        child = psutil.Process(writer.pid)
+        (tmp_path / "go").touch()
+        await until(lambda: child.status() == psutil.STATUS_ZOMBIE, "its end")
+        libc.sigaction(signal.SIGCHLD, of_the_loop, None)
+        with pytest.raises(TryAgain, match="exit code 0"):
+            async with asyncio.timeout(10):
+                await job
+
+    uvloop.run(attempt())
 
 
 def test_one_that_says_nothing_is_watched_too(
