@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Final, Self, cast
 
 from dengine.client.client import Client, Consistency
-from dengine.client.encoding import Match
+from dengine.client.encoding import Match, as_lease_id
 from dengine.client.leases import Lease
 from dengine.client.locks import Election, Lock, named_lock
 from dengine.client.types import (
@@ -417,7 +417,7 @@ class Engine:
             granted = await engine.grant_lease(60)
             assert (await engine.keepalive_lease(granted.id)).ttl_s == 60
         """
-        command = kv.LeaseKeepAlive(id)
+        command = kv.LeaseKeepAlive(as_lease_id(id))
         done = await self._alive.calls.write(command, kv.LeaseResult, None, timeout_s)
         return LeaseInfo(done.lease, done.ttl_s, None, ())
 
@@ -427,7 +427,8 @@ class Engine:
         Example:
             await engine.revoke_lease((await engine.grant_lease(60)).id)
         """
-        await self._alive.calls.write(kv.LeaseRevoke(id), kv.LeaseRevoked, None, timeout_s)
+        command = kv.LeaseRevoke(as_lease_id(id))
+        await self._alive.calls.write(command, kv.LeaseRevoked, None, timeout_s)
 
     async def lease_info(self, id: str, *, timeout_s: float | None = None) -> LeaseInfo:
         """What the cluster knows of a lease; of its keys at most 1000.
@@ -441,7 +442,7 @@ class Engine:
             await engine.put("session/7", b"anna", lease=granted.id)
             assert (await engine.lease_info(granted.id)).keys == (b"session/7",)
         """
-        return await self._alive.reads.lease(id, timeout_s)
+        return await self._alive.reads.lease(as_lease_id(id), timeout_s)
 
     # --- the cluster ------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dengine.client.attempts import Attempts, Key, Kind
+from dengine.client.encoding import as_idempotency_key
 from dengine.client.nodes import Node, Prefer
 from dengine.client.transport import Reply, Transport, Unanswered, closed
 from dengine.client.types import ClientClosed
@@ -98,6 +99,8 @@ class Calls:
         timeout_s: float | None,
     ) -> Reply:
         """Send a write under its key, or one of this client. Raises as `RetryingRequest.run`."""
+        if idempotency_key is not None:
+            as_idempotency_key(idempotency_key)
         deadline = self._deadline(timeout_s)
         await _turn(self._writing, deadline, f"{WRITES_AT_ONCE} writes")
         key = Key(idempotency_key) if idempotency_key is not None else self._transport.keys.take()

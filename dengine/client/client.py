@@ -20,6 +20,7 @@ import orjson
 from dengine.client.calls import JSON, Calls
 from dengine.client.encoding import (
     Match,
+    as_from_revision,
     as_key,
     as_seconds,
     as_value,
@@ -45,6 +46,7 @@ from dengine.client.types import (
     Value,
     lease_id,
     only_reads,
+    txn_parts,
 )
 from dengine.client.watching import Watch
 from dengine.errors import KeyNotFound
@@ -335,9 +337,9 @@ class Client:
             )
             assert done.succeeded and done.results[1].item.value == b"5"
         """
-        parts = {"compare": compare, "success": success, "failure": failure}
+        parts = txn_parts(compare, success, failure)
         body = orjson.dumps({name: [p.to_json() for p in part] for name, part in parts.items()})
-        if idempotency_key is None and only_reads((*success, *failure)):
+        if idempotency_key is None and only_reads((*parts["success"], *parts["failure"])):
             reply = await self._calls.read("/v1/txn", timeout_s, body=body)
         else:
             reply = await self._calls.write(
@@ -371,8 +373,7 @@ class Client:
         """
         if (key is None) == (prefix is None):
             raise ValueError("watch takes a key or a prefix")
-        if from_revision is not None and from_revision < 1:
-            raise ValueError(f"revisions begin at 1, not {from_revision}")
+        from_revision = as_from_revision(from_revision)
         chosen = {"key": as_key(key)} if key is not None else {"prefix": as_key(prefix or b"")}
 
         async def current_revision() -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
@@ -15,6 +16,9 @@ from dengine.errors import InvalidRequest
 
 DEFAULT_PORT = 9081
 PAGE_ITEMS = 1000  # what a node gives at once, unless its limits.page is smaller
+
+IDEMPOTENCY_KEY = re.compile("[!-~]{1,128}")
+REVISION_MAX = 2**63 - 2  # the last that a watch can begin with
 
 Match = int | Sequence[int] | Literal["*"]  # the revisions of a conditional write
 
@@ -56,11 +60,37 @@ def target(path: str, **query: str | bytes | int | None) -> str:
     return f"{path}?{'&'.join(fields)}" if fields else path
 
 
-def lease_target(id: str) -> str:
+def as_lease_id(id: str) -> str:
     """Raises ValueError for what cannot be the id of a lease."""
     if not id or not id.isascii() or not id.isprintable():
         raise ValueError(f"{id!r} is not the id of a lease")
-    return f"/v1/leases/{quote(id, safe='')}"
+    return id
+
+
+def lease_target(id: str) -> str:
+    """Raises as `as_lease_id`."""
+    return f"/v1/leases/{quote(as_lease_id(id), safe='')}"
+
+
+def as_idempotency_key(text: str) -> str:
+    """Raises InvalidRequest for what no node would take, or no header could carry."""
+    if not IDEMPOTENCY_KEY.fullmatch(text):
+        raise InvalidRequest("an idempotency key has 1 to 128 visible ASCII characters")
+    return text
+
+
+def as_from_revision(revision: int | None) -> int | None:
+    """The first revision that a watch wants.
+
+    Raises:
+        ValueError: there is none below 1.
+        InvalidRequest: there never will be one that large.
+    """
+    if revision is None or 1 <= revision <= REVISION_MAX:
+        return revision
+    if revision < 1:
+        raise ValueError(f"revisions begin at 1, not {revision}")
+    raise InvalidRequest(f"from_revision is a number from 1 to {REVISION_MAX}")
 
 
 def json_bytes(name: str, data: bytes) -> dict[str, str]:
@@ -128,12 +158,30 @@ def as_seconds(ttl_s: float, what: str) -> int:
     return int(ttl_s)
 
 
+def matched(if_match: Match) -> tuple[int, ...]:
+    """The revisions that may be there, () for any.
+
+    Raises:
+        InvalidRequest: it is no revision, nor some of them, nor "*". Text is none: of its
+            characters each would be one.
+    """
+    revisions: tuple[int, ...] = ()
+    if isinstance(if_match, str | bytes):
+        fits = if_match == "*"
+    else:
+        revisions = (if_match,) if isinstance(if_match, int) else tuple(if_match)
+        fits = bool(revisions) and all(type(revision) is int for revision in revisions)
+    if not fits:
+        raise InvalidRequest('if_match is a revision, or some of them, or "*"')
+    return revisions
+
+
 def conditions(if_match: Match | None, if_none_match: bool) -> dict[str, str]:
-    """The headers of a conditional write."""
+    """The headers of a conditional write. Raises InvalidRequest."""
     headers = {}
     if if_match is not None:
-        revisions = [if_match] if isinstance(if_match, int) else if_match
-        headers["If-Match"] = "*" if if_match == "*" else ", ".join(f'"{r}"' for r in revisions)
+        revisions = matched(if_match)
+        headers["If-Match"] = ", ".join(f'"{r}"' for r in revisions) or "*"
     if if_none_match:
         headers["If-None-Match"] = "*"
     return headers

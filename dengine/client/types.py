@@ -6,11 +6,19 @@ Every `revision` is the one of the whole state at which the answer holds.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from dengine.client.encoding import Paging, as_key, as_seconds, as_value, field_bytes, json_bytes
+from dengine.client.encoding import (
+    Paging,
+    as_key,
+    as_seconds,
+    as_value,
+    field_bytes,
+    json_bytes,
+    selection,
+)
 from dengine.errors import DengineError, InvalidRequest
 
 EventType = Literal["put", "delete", "expire"]
@@ -66,13 +74,27 @@ class Compare:
         """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
         fields: dict[str, Any] = json_bytes("key", as_key(self.key))
         fields |= {"target": self.target, "op": self.relation}
+        operand = self.sound_operand()
+        if isinstance(operand, bytes):
+            return fields | json_bytes("operand", operand)
+        return fields | {"operand": operand}
+
+    def sound_operand(self) -> bytes | int | bool:
+        """The operand, of the type that its target has.
+
+        Raises:
+            TypeError: it has another one.
+            InvalidRequest: no number is that large.
+        """
         if self.target == "value":
             if not isinstance(self.operand, bytes | bytearray | memoryview):
                 raise TypeError("a value is compared with bytes")
-            return fields | json_bytes("operand", bytes(self.operand))
+            return bytes(self.operand)
         if not isinstance(self.operand, int):
             raise TypeError(f"{self.target} is compared with a number, or True and False")
-        return fields | {"operand": self.operand}
+        if not -(2**63) <= self.operand < 2**63:
+            raise InvalidRequest(f"{self.target} is compared with a number from -2^63 to 2^63-1")
+        return self.operand
 
 
 class HasId(Protocol):
@@ -156,16 +178,32 @@ class DeleteRange:
     all: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
+        """Its JSON in `POST /v1/txn`. Raises TypeError, and ValueError for a prefix and bounds."""
         fields: dict[str, Any] = {"op": "delete_range"}
-        for name in ("prefix", "start", "end"):
-            bound = getattr(self, name)
-            if bound is not None:
-                fields |= json_bytes(name, as_key(bound))
+        for name, bound in selection(self.prefix, self.start, self.end).items():
+            fields |= json_bytes(name, bound)
         return fields | {"all": True} if self.all else fields
 
 
 Operation = Put | Get | Delete | DeleteRange
+
+
+def txn_parts(
+    compare: Iterable[Compare], success: Iterable[Operation], failure: Iterable[Operation]
+) -> dict[str, tuple[Any, ...]]:
+    """The parts of a transaction by name, each read once: an iterator would be empty afterwards.
+
+    Raises:
+        TypeError: there is something else among them.
+    """
+    parts = {"compare": tuple(compare), "success": tuple(success), "failure": tuple(failure)}
+    for name, part in parts.items():
+        for item in part:
+            if name == "compare" and not isinstance(item, Compare):
+                raise TypeError(f"a comparison is a Compare, not {item!r}")
+            if name != "compare" and not isinstance(item, Operation):
+                raise TypeError(f"an operation is a Put, Get, Delete or DeleteRange, not {item!r}")
+    return parts
 
 
 def only_reads(operations: Sequence[Operation]) -> bool:

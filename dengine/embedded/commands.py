@@ -10,7 +10,7 @@ from typing import get_args
 
 from dengine.api.txn import checked
 from dengine.client import types
-from dengine.client.encoding import Match, as_key, as_seconds, as_value, selection
+from dengine.client.encoding import Match, as_key, as_seconds, as_value, matched, selection
 from dengine.config import Limits
 from dengine.errors import InvalidRequest, TooLarge
 from dengine.kv.commands import (
@@ -128,16 +128,8 @@ def condition(if_match: Match | None, if_none_match: bool) -> Condition | None:
     """The condition of a write, None when it has none. Raises InvalidRequest."""
     if if_match is None:
         return Condition(None, True) if if_none_match else None
-    if isinstance(if_match, str):
-        revisions: tuple[int, ...] = ()
-        fits = if_match == "*"
-    else:
-        revisions = (if_match,) if isinstance(if_match, int) else tuple(if_match)
-        fits = bool(revisions) and all(type(revision) is int for revision in revisions)
-    if not fits:
-        raise InvalidRequest('if_match is a revision, or some of them, or "*"')
     # What can be no revision never matches, and does not fit into a command.
-    revisions = tuple(r if 0 < r < 2**63 else 0 for r in revisions)
+    revisions = tuple(r if 0 < r < 2**63 else 0 for r in matched(if_match))
     return Condition(revisions, if_none_match)
 
 
@@ -166,14 +158,15 @@ def txn(
     limits: Limits,
 ) -> Txn:
     """Raises TypeError, ValueError, InvalidRequest, TooLarge."""
-    for name, part in {"compare": compare, "success": success, "failure": failure}.items():
+    parts = types.txn_parts(compare, success, failure)
+    for name, part in parts.items():
         if len(part) > limits.txn_ops:
             raise TooLarge(f"{name} has {len(part)} items; at most {limits.txn_ops} are allowed")
     made = checked(
         Txn(
-            tuple(_compare(item) for item in compare),
-            tuple(_operation(item, limits) for item in success),
-            tuple(_operation(item, limits) for item in failure),
+            tuple(_compare(item) for item in parts["compare"]),
+            tuple(_operation(item, limits) for item in parts["success"]),
+            tuple(_operation(item, limits) for item in parts["failure"]),
         )
     )
     size = len(encode_command(made))
@@ -190,10 +183,7 @@ def _compare(asked: types.Compare) -> Compare:
             f"a comparison is of {', '.join(get_args(Target))} by {' '.join(get_args(Relation))}, "
             f"not of {asked.target!r} by {asked.relation!r}"
         )
-    operand = asked.operand
-    if isinstance(operand, bytearray | memoryview):
-        operand = bytes(operand)
-    return Compare(as_key(asked.key), asked.target, asked.relation, operand)
+    return Compare(as_key(asked.key), asked.target, asked.relation, asked.sound_operand())
 
 
 def _operation(asked: types.Operation, limits: Limits) -> Operation:
@@ -206,7 +196,7 @@ def _operation(asked: types.Operation, limits: Limits) -> Operation:
             return Delete(as_key(key))
         case types.DeleteRange(prefix, start, end, all):
             return delete_range(prefix, start, end, all, limits)
-    raise TypeError(f"an operation is a Put, Get, Delete or DeleteRange, not {asked!r}")
+    raise AssertionError(f"{asked!r} is no operation")  # txn_parts lets none through
 
 
 # --- what it came to ------------------------------------------------------------------------------

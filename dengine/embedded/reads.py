@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Final
 
 from dengine.api.kv import CONSISTENCY_LEVELS, DEFAULT_BARRIER
+from dengine.client.encoding import as_from_revision
 from dengine.client.types import Change, Event, EventType, LeaseInfo, Listing, Page, Value
 from dengine.config import Config
 from dengine.embedded.calls import Calls
@@ -144,8 +145,7 @@ class Watch:
         prev: bool,
     ) -> None:
         self._source: watch_hub.Watch | None = None
-        if from_revision is not None and from_revision < 1:
-            raise ValueError(f"revisions begin at 1, not {from_revision}")
+        from_revision = as_from_revision(from_revision)
         self._node = node
         self._calls = calls
         self._selection = selection

@@ -288,6 +288,22 @@ def test_wrong_arguments_are_told_before_anything_is_sent() -> None:
     run(scenario())
 
 
+def test_an_iterator_of_operations_is_one_transaction_under_one_key() -> None:
+    """It gives its items only once, and a transaction of none of them would be a read."""
+
+    async def scenario() -> None:
+        async with fake_cluster(1) as cluster, Client(cluster.endpoints) as client:
+            cluster.nodes[0].drop_replies = 1
+            puts = (Put(f"k{n}", b"v") for n in range(2))
+            done = await client.txn(iter([]), puts)  # type: ignore[arg-type]
+            assert len(done.results) == 2
+            keys = [a.headers["Idempotency-Key"] for a in cluster.asked if a.path == "/v1/txn"]
+            assert len(keys) == 2
+            assert len(set(keys)) == 1
+
+    run(scenario())
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for it, for a hundred virtual seconds at most."""
     for _ in range(10_000):

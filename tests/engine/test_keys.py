@@ -12,7 +12,14 @@ import uvloop
 
 import dengine
 from dengine.client import Client, Compare, Delete, DeleteRange, Get, Put, sync
-from dengine.client.types import DeleteResult, Item, OperationResult, PutResult, TxnResult
+from dengine.client.types import (
+    DeleteResult,
+    Item,
+    OperationResult,
+    PutResult,
+    TxnResult,
+    Value,
+)
 from dengine.errors import (
     ClusterUnavailable,
     IdempotencyMismatch,
@@ -117,7 +124,6 @@ def test_transactions(tmp_path: Path) -> None:
         other = await engine.txn([Compare("n", "version", ">", 0)], [], [Put("n", b"3")])
         assert (other.succeeded, other.results) == (False, (OperationResult("put", created=True),))
         for wrong in (
-            engine.txn([Compare("n", "value", "=", 1)]),
             engine.txn([Compare("n", "size", "=", 1)]),  # type: ignore[arg-type]
             engine.txn([Compare("n", "exists", "<", True)]),
             engine.txn([Compare("n", "version", "<", 2**70)]),
@@ -207,6 +213,48 @@ def test_a_put_of_a_transaction_is_the_same_for_engine_and_clients(tmp_path: Pat
             for put, kind, message in WRONG:
                 with pytest.raises(kind, match=message):
                     client.txn(success=[put])
+
+    on(uvloop.new_event_loop, app)
+
+
+MISTAKES: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
+    (lambda s: s.txn([Compare("a", "value", "=", 1)]), TypeError, "compared with bytes"),
+    (lambda s: s.txn([Compare("a", "version", "=", b"1")]), TypeError, "with a number"),
+    (lambda s: s.txn([Compare("a", "version", "=", 2**63)]), InvalidRequest, "2\\^63"),
+    (lambda s: s.txn([Compare("a", "version", "=", -(2**80))]), InvalidRequest, "2\\^63"),
+    (lambda s: s.txn([Compare("a", "age", "=", 1)]), InvalidRequest, "age"),
+    (lambda s: s.txn([], [Compare("a", "exists", "=", True)]), TypeError, "an operation is a Put"),
+    (lambda s: s.txn([Get("a")]), TypeError, "a comparison is a Compare"),
+    (lambda s: s.txn([], [DeleteRange("a", "b")]), ValueError, "a prefix, or start and end"),
+    (lambda s: s.put("a", b"", if_match="12"), InvalidRequest, "if_match is a revision"),
+    (lambda s: s.put("a", b"", if_match=b"12"), InvalidRequest, "if_match is a revision"),
+    (lambda s: s.put("a", b"", if_match=True), InvalidRequest, "if_match is a revision"),
+    (lambda s: s.put("a", b"", if_match=[]), InvalidRequest, "if_match is a revision"),
+    (lambda s: s.delete("a", if_match="1"), InvalidRequest, "if_match is a revision"),
+    (lambda s: s.put("a", b"", idempotency_key="a\nb"), InvalidRequest, "visible ASCII"),
+    (lambda s: s.put("a", b"", idempotency_key=""), InvalidRequest, "visible ASCII"),
+    (lambda s: s.keepalive_lease(""), ValueError, "not the id of a lease"),
+    (lambda s: s.lease_info("é"), ValueError, "not the id of a lease"),
+    (lambda s: s.revoke_lease(""), ValueError, "not the id of a lease"),
+    (lambda s: anext(s.watch("a", from_revision=0)), ValueError, "begin at 1"),
+    (lambda s: anext(s.watch("a", from_revision=2**63 - 1)), InvalidRequest, "from_revision is"),
+]
+
+
+def test_the_same_mistake_is_the_same_error_for_engine_and_client(tmp_path: Path) -> None:
+    """So an app that changes from one to the other catches what it caught, and nothing is done."""
+
+    async def app() -> None:
+        async with dengine.Engine(tmp_path, listen_address="127.0.0.1:0") as engine:
+            await engine.wait_ready(PATIENT_S)
+            await engine.put("a", b"kept")
+            async with Client(engine.address) as client:
+                for number, (call, kind, message) in enumerate(MISTAKES):
+                    for store in (engine, client):
+                        with pytest.raises(kind, match=message) as caught:
+                            await call(store)
+                        assert type(caught.value) is kind, (number, store)
+            assert await engine.get("a") == Value(b"a", b"kept", 1, 1)
 
     on(uvloop.new_event_loop, app)
 
