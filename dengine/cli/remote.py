@@ -230,7 +230,10 @@ class Remote:
         """`call` with a JSON body (None: no body), and the JSON of the answer."""
         if body is None:
             return self.call(method, target, key=key, kind=kind).json()
-        data = json.dumps(body).encode()
+        # No longer than what was read, for a node counts its bytes; and it is the node's to refuse
+        # what is no UTF-8 in there.
+        text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+        data = text.encode("utf-8", "surrogatepass")
         headers = {"Content-Type": "application/json"}
         return self.call(method, target, data, headers, key=key, kind=kind).json()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dengine.cli.commands import item_bytes, print_json, print_table, printable, write_key
 from dengine.cli.remote import Remote
-from dengine.client.encoding import json_bytes
+from dengine.client.encoding import sent_bytes
 from dengine.errors import InvalidRequest
 
 RELATIONS = ("=", "!=", "<", "<=", ">", ">=")
@@ -148,7 +148,7 @@ def _operation(words: list[str]) -> dict[str, Any]:
 
 
 def _bytes(name: str, text: str) -> dict[str, str]:
-    return json_bytes(name, os.fsencode(text))
+    return sent_bytes(name, os.fsencode(text))
 
 
 def _row(operation: dict[str, Any], result: dict[str, Any]) -> tuple[str, str, str]:

@@ -16,8 +16,8 @@ from dengine.client.encoding import (
     as_seconds,
     as_value,
     field_bytes,
-    json_bytes,
     selection,
+    sent_bytes,
 )
 from dengine.errors import DengineError, InvalidRequest
 
@@ -72,11 +72,11 @@ class Compare:
 
     def to_json(self) -> dict[str, Any]:
         """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
-        fields: dict[str, Any] = json_bytes("key", as_key(self.key))
+        fields: dict[str, Any] = sent_bytes("key", as_key(self.key))
         fields |= {"target": self.target, "op": self.relation}
         operand = self.sound_operand()
         if isinstance(operand, bytes):
-            return fields | json_bytes("operand", operand)
+            return fields | sent_bytes("operand", operand)
         return fields | {"operand": operand}
 
     def sound_operand(self) -> bytes | int | bool:
@@ -135,8 +135,8 @@ class Put:
             TypeError: the key, the value or the lease is none.
             ValueError: `ttl_s` is no whole number of seconds above 0, or stands beside a lease.
         """
-        fields: dict[str, Any] = {"op": "put", **json_bytes("key", as_key(self.key))}
-        fields |= json_bytes("value", as_value(self.value))
+        fields: dict[str, Any] = {"op": "put", **sent_bytes("key", as_key(self.key))}
+        fields |= sent_bytes("value", as_value(self.value))
         if self.ttl_s is not None and self.lease is not None:
             raise ValueError("a value ends with ttl_s or with a lease: give one of them")
         if self.ttl_s is not None:
@@ -154,7 +154,7 @@ class Get:
 
     def to_json(self) -> dict[str, Any]:
         """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
-        return {"op": "get", **json_bytes("key", as_key(self.key))}
+        return {"op": "get", **sent_bytes("key", as_key(self.key))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class Delete:
 
     def to_json(self) -> dict[str, Any]:
         """Its JSON in `POST /v1/txn`. Raises TypeError for a key or value that is none."""
-        return {"op": "delete", **json_bytes("key", as_key(self.key))}
+        return {"op": "delete", **sent_bytes("key", as_key(self.key))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class DeleteRange:
         """Its JSON in `POST /v1/txn`. Raises TypeError, and ValueError for a prefix and bounds."""
         fields: dict[str, Any] = {"op": "delete_range"}
         for name, bound in selection(self.prefix, self.start, self.end).items():
-            fields |= json_bytes(name, bound)
+            fields |= sent_bytes(name, bound)
         return fields | {"all": True} if self.all else fields
 
 

@@ -233,3 +233,20 @@ def test_the_command_line_shows_what_became_of_it(node: ServeProcess, client: Wi
         assert refused.stderr.startswith("dengine: ")
         assert refused.stderr.count("\n") == 1
     assert client.request("GET", "/v1/kv?prefix=cli/&count_only=1").json()["count"] == 0
+
+
+def test_the_command_line_sends_no_more_than_it_reads(node: ServeProcess, client: Wire) -> None:
+    """What a node takes as it stands is taken from `dengine txn`, too."""
+    text = "\u6c34" * 300_000
+    puts = [put(f"cli/zh/{number}", text) for number in (0, 1)]
+    body = json.dumps({"success": puts}, ensure_ascii=False, separators=(",", ":")).encode()
+    assert post(client, body).status == 200
+    done = dengine_txn(node, body)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert client.request("GET", "/v1/kv/cli/zh/1").body.decode() == text
+    raw = b"\xff".join(json.dumps({"success": [put("cli/x", "|")]}).encode().split(b"|"))
+    for broken in (raw, rb'{"success": [{"op": "get", "key": "\ud800"}]}'):
+        refused = dengine_txn(node, broken)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("dengine: the JSON body is not acceptable: ")
+    client.request("DELETE", "/v1/kv?prefix=cli/")

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import closing
 
+import orjson
 import pytest
 
 from dengine.client import (
@@ -22,6 +23,7 @@ from dengine.client import (
     calls,
     transport,
 )
+from dengine.client.encoding import field_bytes
 from dengine.errors import (
     DengineError,
     InvalidRequest,
@@ -166,6 +168,31 @@ def test_transactions() -> None:
             assert cluster.state.keys == {}
 
     run(scenario())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\0" * 400_000,
+        b'"' * 400_000,
+        b"a\n\x1f" * 100_000,
+        b"\xff" * 400_000,
+        b'{"a": 1}' * 9,
+        b"",
+    ],
+)
+def test_a_transaction_is_hardly_larger_than_its_values(value: bytes) -> None:
+    """Their JSON is what a node measures: NULs as strings would take six bytes each."""
+    sent = Put("k", value).to_json()
+    assert field_bytes(sent, "value") == value
+    assert len(orjson.dumps(sent)) < 1.4 * len(value) + 60
+    compared = Compare("k", "value", "=", value).to_json()
+    assert len(orjson.dumps(compared)) < 1.4 * len(value) + 80
+
+
+def test_text_stays_text_in_a_transaction() -> None:
+    for text in ('{"host": "a", "port": 1}', "two\nlines\n", "ключ", "\x1b", '"'):
+        assert Put(text, text.encode()).to_json() == {"op": "put", "key": text, "value": text}
 
 
 def test_leases_by_hand() -> None:
