@@ -6,7 +6,6 @@ Little to load, for the command line uses it too.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -22,6 +21,8 @@ REVISION_MAX = 2**63 - 2  # the last that a watch can begin with
 # JSON has a backslash before each of these, and six bytes for each of those.
 _ESCAPED_IN_TWO = b'"\\\b\t\n\f\r'
 _ESCAPED_IN_SIX = bytes(set(range(32)) - set(_ESCAPED_IN_TWO))
+
+_ONE_ALPHABET = str.maketrans("-_", "+/")
 
 Match = int | Sequence[int] | Literal["*"]  # the revisions of a conditional write
 
@@ -120,16 +121,19 @@ def _base64_field(name: str, data: bytes) -> dict[str, str]:
 
 
 def field_bytes(fields: Mapping[str, Any], name: str) -> bytes | None:
-    """The reverse: the bytes of the field `name` of a JSON answer, None where there is none.
+    """The reverse: the bytes of the field `name` of JSON, None where there is none.
 
     Raises:
-        ValueError: what is there is neither a string nor base64.
+        ValueError: what is there is neither a string nor base64, of either alphabet, with or
+            without padding.
     """
     encoded = fields.get(f"{name}_base64")
     if isinstance(encoded, str):
+        # As a node takes it (api/params.py), for a request is read here as well.
+        digits = encoded.translate(_ONE_ALPHABET).rstrip("=")
         try:
-            return base64.b64decode(encoded, validate=True)
-        except binascii.Error:
+            return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+        except ValueError:
             raise ValueError(f"{name}_base64 is not base64") from None
     text = fields.get(name)
     if text is None and encoded is None:

@@ -250,3 +250,19 @@ def test_the_command_line_sends_no_more_than_it_reads(node: ServeProcess, client
         assert refused.returncode == 1
         assert refused.stderr.startswith("dengine: the JSON body is not acceptable: ")
     client.request("DELETE", "/v1/kv?prefix=cli/")
+
+
+def test_the_command_line_reads_base64_as_the_node_does(node: ServeProcess, client: Wire) -> None:
+    """Of either alphabet, with or without padding: what was done is told."""
+    keys = {"-_8": "\\xfb\\xff", "+/8=": "\\xfb\\xff", "Y2xp": "cli", "_w==": "\\xff"}
+    puts = [{"op": "put", "key_base64": key, "value_base64": "_w"} for key in keys]
+    done = dengine_txn(node, json.dumps({"success": puts}).encode())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[1] for line in done.stdout.splitlines()[2:]] == list(keys.values())
+    assert client.request("GET", "/v1/kv/%FB%FF").body == b"\xff"
+    wrong = json.dumps({"success": [{"op": "get", "key_base64": "Y"}]}).encode()
+    refused = dengine_txn(node, wrong)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("dengine: success[0]: key_base64 is not valid base64")
+    for key in ("cli", "%FB%FF", "%FF"):
+        assert client.request("DELETE", f"/v1/kv/{key}").status == 200
