@@ -13,6 +13,7 @@ from aiohttp import web
 from dengine.api import params
 from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
 from dengine.api.protocol import Request, Response, json_response
+from dengine.api.replies import ClusterReply, JoinReply
 from dengine.api.routes import Body, Handler, Parameter, Route
 from dengine.api.sse import stream
 from dengine.config import IDEMPOTENCY_WINDOW_MIN_S, MAX_ZONE, parse_address
@@ -248,14 +249,14 @@ _VIEW = Body(
         "fault_tolerance": 0,
         "advice": "one voter tolerates no failure: join two more nodes",
     },
-    nullable=frozenset({"leader", "match", "lag", "ready", "fault_tolerance"}),
+    shape=ClusterReply,
 )
-_JOINED = {
+_JOINED: dict[str, Any] = {
     "cluster_id": "6c789e114b3c0c52701eaefa5361b817",
     "leader": {"id": 1, "address": "127.0.0.1:9081"},
     "members": [{"id": 1, "address": "127.0.0.1:9081"}, {"id": 2, "address": "127.0.0.1:9082"}],
 }
-_REMOVED = {"id": 2, "removed": True}
+_REMOVED = Body("done", {"id": 2, "removed": True})
 _STREAM = Body(
     "server-sent events",
     'event: membership\ndata: {"members":[]}\n\n',
@@ -298,6 +299,10 @@ def _takes(shape: type, example: dict[str, Any]) -> Body:
     return Body("JSON object", example, shape=shape)
 
 
+def _done(example: dict[str, Any], shape: type | None = None) -> Body:
+    return Body("done", example, shape=shape)
+
+
 def _changes(calls: ClusterCalls) -> list[Route]:
     member = "/v1/cluster/members/{id}"
     join = {
@@ -311,14 +316,14 @@ def _changes(calls: ClusterCalls) -> list[Route]:
     moved = {"id": 2, "address": "127.0.0.1:9092", "zone": "az-b", "status": "active"}
     promoted = {"promoted": [2, 3], "voters": [1, 2, 3]}
     settings = {"settings": {**_VIEW.example["settings"], "promotion": "odd"}}
-    table: list[tuple[str, str, Handler, str, Body | None, dict[str, Any]]] = [
+    table: list[tuple[str, str, Handler, str, Body | None, Body]] = [
         (
             "POST",
             "/v1/cluster/members",
             calls.join,
             "Join as a learner",
             _takes(Join, join),
-            _JOINED,
+            _done(_JOINED, JoinReply),
         ),
         (
             "PUT",
@@ -326,7 +331,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             calls.update_member,
             "Change a member",
             _takes(MemberUpdate, {"address": moved["address"]}),
-            moved,
+            _done(moved),
         ),
         ("DELETE", member, calls.remove_member, "Remove a member for good", None, _REMOVED),
         (
@@ -335,7 +340,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             calls.promote,
             "Promote learners",
             _takes(Promote, {"ids": [2, 3]}),
-            promoted,
+            _done(promoted),
         ),
         (
             "POST",
@@ -343,7 +348,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             calls.transfer_leader,
             "Transfer leadership",
             _takes(Leader, {"id": 2}),
-            {"leader": 2},
+            _done({"leader": 2}),
         ),
         (
             "PUT",
@@ -351,7 +356,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             calls.change_settings,
             "Change replicated settings",
             _takes(SettingsUpdate, {"promotion": "odd"}),
-            settings,
+            _done(settings),
         ),
     ]
     return [
@@ -360,7 +365,7 @@ def _changes(calls: ClusterCalls) -> list[Route]:
             path,
             handler,
             summary,
-            {200: Body("done", reply)},
+            {200: reply},
             (_ID,) if path is member else (),
             body,
             _CHANGE_ERRORS if body is None else (*_BODY_ERRORS, *_CHANGE_ERRORS),

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import generate_latest
 
+from dengine import __version__
 from dengine.api import params
 from dengine.api.protocol import Request, Response, json_response
+from dengine.api.replies import ReadyReply, StatusReply
 from dengine.api.routes import Body, Handler, Parameter, Route
 from dengine.errors import ClusterUnavailable, NotLeader
 
@@ -65,20 +67,47 @@ class HealthCalls:
         return json_response(self._node.local_status())
 
 
+_STATUS = {
+    "node_id": 1,
+    "incarnation": "1f3a5c7e9b2d4f60",
+    "cluster_id": "6c789e114b3c0c52701eaefa5361b817",
+    "version": __version__,
+    "role": "leader",
+    "term": 2,
+    "leader": {"id": 1, "address": "127.0.0.1:9081"},
+    "commit_index": 12,
+    "last_applied": 12,
+    "last_index": 12,
+    "first_index": 1,
+    "revision": 7,
+    "compact_revision": 0,
+    "log_time_ms": 90_500,
+    "leases": 0,
+    "voters": [1],
+    "learners": [],
+    "proposals": 9,
+    "pending_writes": 0,
+    "watchers": 0,
+    "uptime_s": 93.25,
+}
+
+
 def routes(calls: HealthCalls) -> list[Route]:
     """What supervisors, load balancers and metrics ask."""
     ok = Body("yes", _OK)
+    ready = Body("yes", _OK, shape=ReadyReply)
+    behind = Body("yes, and how many entries it is behind", _OK | {"lag": 0})
     verbose = Parameter("verbose", "name every check", True)
     lag = Parameter("lag", "most entries it may be behind", 100, minimum=0, maximum=MAX_LAG)
-    status = {"node_id": 1, "role": "leader", "term": 2, "commit_index": 12, "last_applied": 12}
+    status = Body("its state", _STATUS, shape=StatusReply)
     metrics = Body("Prometheus text", "dengine_term 2.0\n", "text/plain")
     return [
         _open("/livez", calls.livez, "Is the process alive?", ok),
-        _open("/readyz", calls.readyz, "Can it serve?", ok, (verbose,), (503,)),
+        _open("/readyz", calls.readyz, "Can it serve?", ready, (verbose,), (503,)),
         _open("/leader", calls.leader, "Is it the leader?", ok, errors=(503,)),
-        _open("/replica", calls.replica, "A replica?", ok, (lag,), (503,)),
+        _open("/replica", calls.replica, "A replica?", behind, (lag,), (503,)),
         Route("GET", "/metrics", calls.metrics, "Metrics", {200: metrics}),
-        Route("GET", "/v1/status", calls.status, "This node", {200: Body("its state", status)}),
+        Route("GET", "/v1/status", calls.status, "This node", {200: status}),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dengine.api import params
 from dengine.api.params import BodyReader
 from dengine.api.protocol import Request, Response, json_response
+from dengine.api.replies import PageReply
 from dengine.api.routes import Body, Parameter, Route
 from dengine.errors import (
     IdempotencyMismatch,
@@ -373,6 +374,7 @@ _PAGE = Body(
         "count": 1,
         "next": None,
     },
+    shape=PageReply,
 )
 _WRITE_ERRORS = (409, 411, 412, 413, 415, 422, 429, 503, 504, 507)
 _DELETE_ERRORS = (409, 412, 413, 422, 429, 503, 504, 507)

@@ -11,6 +11,7 @@ from dengine.api import params
 from dengine.api.kv import DEFAULT_BARRIER, IDEMPOTENT, refusal, text_or_base64
 from dengine.api.params import MAX_JSON_BYTES, BodyReader, decode_json
 from dengine.api.protocol import Request, Response, json_response
+from dengine.api.replies import LeaseReply
 from dengine.api.routes import Body, Parameter, Route
 from dengine.kv.commands import (
     TTL_S_MAX,
@@ -106,6 +107,7 @@ def routes(calls: LeaseCalls) -> list[Route]:
     seen = Body(
         "the lease; of the keys that it holds at most 1000",
         {"id": "2f1-0-6c789e114b3c", "ttl": 60, "remaining": 48, "keys": ["service/web/1"]},
+        shape=LeaseReply,
     )
     return [
         Route(

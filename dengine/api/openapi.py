@@ -72,6 +72,11 @@ _ERROR_SCHEMA: dict[str, Any] = {
             "items": {"type": "string"},
             "description": "of 503: why this node is not ready",
         },
+        "checks": {
+            "type": "object",
+            "additionalProperties": {"type": "boolean"},
+            "description": "of 503, where asked for: whether each is in order",
+        },
         "size_bytes": {"type": "integer", "description": "of 416: the size of the file"},
         "allow": {"type": "string", "description": "of 405: the methods that are possible"},
     },
@@ -210,26 +215,25 @@ def _content(body: Body) -> dict[str, Any]:
     if body.shape is not None:
         schema = {"$ref": _REF.format(name=body.shape.__name__)}
     elif body.media_type == "application/json":
-        schema = _schema(body.example, body.nullable)
+        schema = _schema(body.example)
     else:
         schema = {"type": "string"}
     content = {body.media_type: {"schema": schema, "example": body.example}}
     return content if body.otherwise is None else content | _content(body.otherwise)
 
 
-def _schema(example: Any, nullable: frozenset[str], name: str = "") -> dict[str, Any]:
-    """What `example` is one of. The properties in `nullable` may be null as well; of those that are
-    null in the example nothing more is said.
-    """
-    if example is None:
-        return {}
-    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
-    kind = kinds.get(type(example), "object")
-    schema: dict[str, Any] = {"type": [kind, "null"] if name in nullable else kind}
-    if kind == "array":
-        schema["items"] = _schema(example[0], nullable) if example else {}
-    elif kind == "object":
-        schema["properties"] = {n: _schema(part, nullable, n) for n, part in example.items()}
+def _schema(example: Any) -> dict[str, Any]:
+    """What `example` is one of. Null is no example of anything: such bodies have a shape."""
+    kinds: dict[type, str] = {
+        **{bool: "boolean", int: "integer", float: "number", str: "string"},
+        **{list: "array", dict: "object"},
+    }
+    schema: dict[str, Any] = {"type": kinds[type(example)]}
+    if isinstance(example, list):
+        schema["items"] = _schema(example[0])
+    elif isinstance(example, dict):
+        schema["properties"] = {name: _schema(part) for name, part in example.items()}
+        schema["required"] = list(example)
     return schema
 
 

@@ -40,7 +40,8 @@ class Parameter:
 @dataclass(frozen=True, slots=True)
 class Body:
     """What a call takes or answers. `example` is a JSON value, or text for other media types.
-    `shape` is the struct that a JSON body is decoded as, or that a reply is one of.
+    `shape` is the struct that a JSON body is decoded as, or that a reply is one of; without one
+    it has what the example has.
     """
 
     text: str
@@ -48,7 +49,6 @@ class Body:
     media_type: str = "application/json"
     headers: tuple[str, ...] = ()
     otherwise: Body | None = None  # what the same status carries in another case
-    nullable: frozenset[str] = frozenset()  # properties that may be null, at any depth
     shape: type | None = None
 
 

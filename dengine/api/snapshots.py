@@ -16,6 +16,7 @@ from aiohttp import web
 from dengine.api import params
 from dengine.api.params import BodyReader
 from dengine.api.protocol import Request, Response, json_response, taken
+from dengine.api.replies import SnapshotsReply
 from dengine.api.routes import Body, Parameter, Route
 from dengine.errors import (
     ClusterUnavailable,
@@ -180,6 +181,7 @@ def routes(calls: SnapshotCalls) -> list[Route]:
     file = Body("the file", "DENGSNAP", "application/octet-stream", ("ETag", "Accept-Ranges"))
     part = Body("a part of it", "GSNAP", "application/octet-stream", ("ETag", "Content-Range"))
     taken = Body("taken", {"state": "done", "snapshot": _EXAMPLE})
+    every = Body("all", _LIST, shape=SnapshotsReply)
     running = Body("not finished yet; it goes on", {"state": "running"})
     return [
         Route(
@@ -190,7 +192,7 @@ def routes(calls: SnapshotCalls) -> list[Route]:
             {200: taken, 202: running},
             errors=(411, 413, 415, 503),
         ),
-        Route("GET", "/v1/snapshots", calls.list_all, "List snapshots", {200: Body("all", _LIST)}),
+        Route("GET", "/v1/snapshots", calls.list_all, "List snapshots", {200: every}),
         Route(
             "GET",
             "/v1/snapshots/{name}",

@@ -12,6 +12,7 @@ from dengine.api import params
 from dengine.api.kv import IDEMPOTENT, refusal, row
 from dengine.api.params import BodyReader, decode_json
 from dengine.api.protocol import Request, Response, json_response
+from dengine.api.replies import TxnReply
 from dengine.api.routes import Body, Route
 from dengine.errors import InvalidRequest, TooLarge
 from dengine.kv.commands import (
@@ -269,45 +270,6 @@ class TxnCalls:
             found.lease,
         )
         return row(operation.key, record, self._node.lifetimes.remaining_s(record))
-
-
-# --- the JSON of a reply, as it is described ------------------------------------------------------
-
-
-class ItemReply(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    key: str | msgspec.UnsetType = msgspec.UNSET
-    key_base64: str | msgspec.UnsetType = msgspec.UNSET
-    value: str | msgspec.UnsetType = msgspec.UNSET
-    value_base64: str | msgspec.UnsetType = msgspec.UNSET
-    mod_revision: int
-    create_revision: int
-    version: int
-    ttl: int | None
-    lease: str | None
-
-
-class PutReply(msgspec.Struct, forbid_unknown_fields=True, tag_field="op", tag="put"):
-    created: bool
-
-
-class GetReply(msgspec.Struct, forbid_unknown_fields=True, tag_field="op", tag="get"):
-    item: ItemReply | None
-
-
-class DeleteReply(msgspec.Struct, forbid_unknown_fields=True, tag_field="op", tag="delete"):
-    deleted: int
-
-
-class DeleteRangeReply(
-    msgspec.Struct, forbid_unknown_fields=True, tag_field="op", tag="delete_range"
-):
-    deleted: int
-
-
-class TxnReply(msgspec.Struct, forbid_unknown_fields=True):
-    revision: int
-    succeeded: bool
-    results: list[PutReply | GetReply | DeleteReply | DeleteRangeReply]
 
 
 _EXAMPLE = {

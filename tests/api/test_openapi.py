@@ -23,7 +23,7 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
-from dengine.api import txn
+from dengine.api import replies
 from dengine.config import parse_address
 from tests.api.conftest import start_node
 from tests.api.raw import Wire
@@ -160,11 +160,76 @@ def test_the_results_of_a_transaction_are_described(client: Wire) -> None:
     ]
     reply = client.json("POST", "/v1/txn", {"success": operations})
     assert reply.status == 200
-    done = msgspec.json.decode(reply.body, type=txn.TxnReply)
+    done = msgspec.json.decode(reply.body, type=replies.TxnReply)
     assert len(done.results) == len(operations)
     document = client.request("GET", "/v1/openapi.json").json()
     schema = document["paths"]["/v1/txn"]["post"]["responses"]["200"]["content"]
     assert schema["application/json"]["schema"] == {"$ref": "#/components/schemas/TxnReply"}
+
+
+def _json_schemas(document: Any) -> Iterator[dict[str, Any]]:
+    """Of everything that is answered."""
+    yield from document["components"]["schemas"].values()
+    for operation in _operations(document):
+        for reply in operation["responses"].values():
+            if "application/json" in reply.get("content", {}):
+                yield reply["content"]["application/json"]["schema"]
+
+
+def _parts(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield schema
+    for part in (*schema.get("properties", {}).values(), *schema.get("anyOf", ())):
+        yield from _parts(part)
+    if "items" in schema:
+        yield from _parts(schema["items"])
+
+
+def test_every_field_of_an_answer_has_a_type(client: Wire) -> None:
+    document = client.request("GET", "/v1/openapi.json").json()
+    for schema in _json_schemas(document):
+        assert {} not in list(_parts(schema)), schema
+
+
+def test_answers_are_what_the_document_says(node: ServeProcess, client: Wire) -> None:
+    """With keys and values that are no UTF-8 and such that are, and fields that are null or not."""
+    document = client.request("GET", "/v1/openapi.json").json()
+    schema = schemathesis.openapi.from_dict(document)
+    schema.config.base_url = f"http://{node.host}:{node.port}"
+
+    def answer(method: str, path: str, **asked: Any) -> Any:
+        case = schema[path][method].Case(**asked)
+        response = case.call()
+        case.validate_response(response, checks=CHECKS)
+        assert response.status_code == 200, response.content
+        return response.json()
+
+    lease = answer("POST", "/v1/leases", body={"ttl": 60}, media_type="application/json")["id"]
+    for key, query in (
+        ("%FF%00", f"?lease={lease}"),
+        ("text", f"?lease={lease}"),
+        ("ttl", "?ttl=600"),
+    ):
+        assert client.request("PUT", f"/v1/kv/real/{key}{query}", b"\xff\x00").status == 200
+    assert client.request("PUT", "/v1/kv/real/stays", b"text").status == 200
+    for query in ({}, {"limit": 2}, {"keys_only": "true"}, {"count_only": "true"}):
+        page = answer("GET", "/v1/kv", query={"prefix": "real/", **query})
+        assert page["count"] == (2 if "limit" in query else 4)
+    seen = answer("GET", "/v1/leases/{id}", path_parameters={"id": lease})
+    assert seen["keys"] == ["real/text", {"key_base64": "cmVhbC//AA=="}]
+    keys: list[dict[str, str]] = [{"key": "real/text"}, {"key_base64": "cmVhbC//AA=="}]
+    txn = {
+        "success": [
+            *({"op": "get", **key} for key in (*keys, {"key": "real/none"})),
+            *({"op": "delete", **key} for key in keys),
+            {"op": "delete_range", "prefix": "real/"},
+        ]
+    }
+    answer("POST", "/v1/txn", body=txn, media_type="application/json")
+    answer("DELETE", "/v1/leases/{id}", path_parameters={"id": lease})
+    answer("POST", "/v1/snapshots", headers={"Dengine-Timeout-Ms": "60000"})
+    for path in ("/v1/cluster", "/v1/status", "/v1/snapshots", "/livez", "/readyz", "/leader"):
+        answer("GET", path)
+    assert answer("GET", "/readyz", query={"verbose": "true"})["checks"]["leader"] is True
 
 
 def _exchange(case: Case, session: requests.Session) -> int:
