@@ -110,7 +110,7 @@ _ERRORS: dict[int, DengineError] = {
     )
 }
 # What these have for certain beside the rest.
-_DETAILS = {410: "compact_revision", 412: "current_revision"}
+_DETAILS = {405: "allow", 410: "compact_revision", 412: "current_revision"}
 _ERROR_HEADERS = {
     401: ("WWW-Authenticate",),
     405: ("Allow",),

@@ -5,8 +5,8 @@ whole PUT (a full `web.Request` and `web.Response` are half of its time, and it 
 every request). So a request here is five slots over the parsed message, all requests of a
 connection run in its one task, and a response is bytes that were put together once.
 
-Every limit (docs/reference.md) that a slow or oversized *sender* can hit is enforced in this file;
-all refusals are the JSON of `DengineError.to_dict`.
+Every limit (docs/reference.md) that a slow or oversized *sender* can hit is enforced in this file
+(parsing.py has those that the parser knows); all refusals are the JSON of `DengineError.to_dict`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 from aiohttp import web
 from aiohttp.http import StreamWriter
-from aiohttp.http_exceptions import BadHttpMethod, LineTooLong
 from aiohttp.web_protocol import ERROR, _ErrInfo
 
+from dengine.api.parsing import (
+    MAX_HEADER_BYTES,
+    MAX_HEADER_FIELDS,
+    MAX_URI_BYTES,
+    parser_error,
+)
 from dengine.errors import (
     DengineError,
-    HeadersTooLarge,
     InvalidRequest,
     MethodNotAllowed,
     RateLimited,
-    UriTooLong,
 )
 
 if TYPE_CHECKING:
@@ -43,9 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dengine.api")
 
-MAX_URI_BYTES = 8192
-MAX_HEADER_BYTES = 8191  # one less, so that a LineTooLong tells which of the two was too long
-MAX_HEADER_FIELDS = 64
 HEADER_TIMEOUT_S = 5.0
 IDLE_TIMEOUT_S = 75.0
 LINGER_S = 2.0  # how long the rest of a refused request is read, so that the refusal arrives
@@ -53,7 +53,6 @@ WRITE_STALL_S = 30.0  # for a client to take
 SLICE_BYTES = 64 * 1024  # so much of its response
 MAX_CONNECTIONS = 16_384
 SPARE_FILES = 128  # descriptors kept for the disk and for peers when the limit is lower
-ALL_METHODS = "GET, HEAD, PUT, POST, DELETE, OPTIONS"
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
@@ -235,9 +234,11 @@ def json_response(body: Any, status: int = 200, headers: bytes = b"") -> Respons
 
 
 def error_response(error: DengineError, *, close: bool = False, headers: bytes = b"") -> Response:
-    """The JSON for `error`, with Retry-After where a later attempt makes sense."""
+    """The JSON for `error`, with Retry-After where a later attempt makes sense, and Allow."""
     if error.status in (429, 503):
         headers += b"Retry-After: 1\r\n"
+    elif isinstance(error, MethodNotAllowed):
+        headers += b"Allow: %b\r\n" % error.details["allow"].encode()
     return Response(error.status, orjson.dumps(error.to_dict()), _JSON + headers, close=close)
 
 
@@ -246,11 +247,18 @@ class Server(web.Server):
 
     Args:
         name_leader: fills in the `leader` of an error, where one is known.
+        allowed: the methods that a request target takes; it raises NotFound.
     """
 
-    def __init__(self, handler: Any, name_leader: Callable[[DengineError], None]) -> None:
+    def __init__(
+        self,
+        handler: Any,
+        name_leader: Callable[[DengineError], None],
+        allowed: Callable[[str], str],
+    ) -> None:
         super().__init__(handler)
         self.name_leader = name_leader
+        self.allowed = allowed
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.max_connections = max(1, min(MAX_CONNECTIONS, files - SPARE_FILES))
 
@@ -412,10 +420,10 @@ class Connection(web.RequestHandler):
         """
         if isinstance(exc, ConnectionError):
             raise exc
-        error = _parser_error(exc)
-        cast(Server, self._manager).name_leader(error)
-        allow = b"Allow: %b\r\n" % ALL_METHODS.encode() if error.status == 405 else b""
-        return cast(web.StreamResponse, error_response(error, close=True, headers=allow))
+        server = cast(Server, self._manager)
+        error = parser_error(exc, server.allowed)
+        server.name_leader(error)
+        return cast(web.StreamResponse, error_response(error, close=True))
 
     def hang_up(self) -> None:
         """End the connection so that what was written still arrives.
@@ -481,19 +489,3 @@ class Connection(web.RequestHandler):
             )
             self.transport.write(_STATUS_LINES[error.status] + _date() + head + response.body)
             self.hang_up()
-
-
-def _parser_error(error: BaseException | None) -> DengineError:
-    """What the parser complained about, in our words."""
-    text = getattr(error, "message", "") or "the request could not be parsed"
-    if isinstance(error, LineTooLong):
-        if error.args[1] == MAX_URI_BYTES:
-            return UriTooLong(f"the request target is longer than {MAX_URI_BYTES} bytes")
-        return HeadersTooLarge(f"a header field is larger than {MAX_HEADER_BYTES} bytes")
-    if text == "Too many headers received":
-        return HeadersTooLarge(f"the header has more than {MAX_HEADER_FIELDS} fields")
-    if "HTTPS traffic" in text:
-        return InvalidRequest("this port speaks plain HTTP, and a TLS handshake came in")
-    if isinstance(error, BadHttpMethod) and " HTTP/1." in text:
-        return MethodNotAllowed(f"this method does not exist here; use one of {ALL_METHODS}")
-    return InvalidRequest(f"not a valid HTTP/1.1 request: {text.splitlines()[0].rstrip(':')}")

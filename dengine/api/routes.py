@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dengine.api.params import IDEMPOTENCY_KEY, origin_form, parse_query
-from dengine.api.protocol import ALL_METHODS, Request, Response
+from dengine.api.parsing import ALL_METHODS
+from dengine.api.protocol import Request, Response
 from dengine.errors import InvalidRequest, MethodNotAllowed, NotFound
 
 # Who may call: holders of the token; everybody; these or a node that proves to be one; or, where
@@ -144,7 +145,7 @@ class RouteTable:
         if target.startswith("/v1/kv/"):  # the hot path
             calls, request.tail = self._keys, target[7:]
         else:
-            calls, request.tail = self._find(target, request)
+            calls, request.tail = self._find(target, request.message.method)
         call = calls.get(request.message.method)
         if call is None:
             raise MethodNotAllowed(
@@ -156,22 +157,23 @@ class RouteTable:
         request.params = parse_query(query, call.query) if query else {}
         return call
 
-    def allowed(self, request: Request) -> str:
-        """The Allow header for the path of `request`; raises NotFound when there is none."""
-        target = request.message.path.partition("?")[0]
-        return ALL_METHODS if target == "*" else allow(self._find(target, request)[0])
+    def allowed(self, target: str) -> str:
+        """The Allow header for a request target; raises NotFound when nothing is served there."""
+        path = target.partition("?")[0]
+        return ALL_METHODS if path == "*" else allow(self._find(path, "OPTIONS")[0])
 
     def access(self, request: Request) -> Access:
         """Who may do what `request` asks for; what does not exist is for nobody without a token."""
+        message = request.message
         try:
-            calls, _ = self._find(request.message.path.partition("?")[0], request)
+            calls, _ = self._find(message.path.partition("?")[0], message.method)
         except NotFound:
             return "token"
-        call = calls.get(request.message.method)
+        call = calls.get(message.method)
         return "token" if call is None else call.access
 
-    def _find(self, target: str, request: Request) -> tuple[Calls, str]:
-        if request.message.method != "CONNECT":
+    def _find(self, target: str, method: str) -> tuple[Calls, str]:
+        if method != "CONNECT":
             target = origin_form(target)
         calls = self._exact.get(target)
         if calls is not None:

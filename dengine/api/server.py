@@ -19,8 +19,8 @@ import orjson
 from dengine.api import cluster, health, kv, leases, openapi, snapshots, txn, watch
 from dengine.api.guard import Guard
 from dengine.api.params import IDEMPOTENCY_KEY, BodyReader
+from dengine.api.parsing import MAX_HEADER_BYTES
 from dengine.api.protocol import (
-    MAX_HEADER_BYTES,
     Connection,
     Request,
     Response,
@@ -34,7 +34,6 @@ from dengine.errors import (
     FatalError,
     HeadersTooLarge,
     InvalidRequest,
-    MethodNotAllowed,
     TryAgain,
     Unauthorized,
 )
@@ -75,7 +74,7 @@ class HttpServer:
         self._table = RouteTable(self._routes())
         address = self._config.cluster.listen_address
         host, port = parse_address(address)
-        self._web = Server(self._handle, self._name_leader_to_anyone)
+        self._web = Server(self._handle, self._name_leader_to_anyone, self._table.allowed)
         try:
             self._listener = await loop.create_server(
                 self._web, host, port, backlog=BACKLOG, reuse_address=True
@@ -170,7 +169,7 @@ class HttpServer:
 
     def _options(self, request: Request) -> Response:
         try:
-            allow = self._table.allowed(request)
+            allow = self._table.allowed(request.message.path)
         except DengineError as error:
             return self._refusal(error)
         return Response(204, b"", b"Allow: %b\r\n" % allow.encode())
@@ -187,11 +186,8 @@ class HttpServer:
 
     def _refusal(self, error: DengineError) -> Response:
         self._name_leader(error)
-        headers = b""
-        if isinstance(error, MethodNotAllowed):
-            headers = b"Allow: %b\r\n" % error.details["allow"].encode()
         # A connection with an oversized header stays refused, so it ends.
-        return error_response(error, close=isinstance(error, HeadersTooLarge), headers=headers)
+        return error_response(error, close=isinstance(error, HeadersTooLarge))
 
     def _observe(self, call: Call, request: Request, response: Response, seconds: float) -> None:
         self._node.metrics_observe_request(call.name, seconds)

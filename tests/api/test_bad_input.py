@@ -52,8 +52,28 @@ def test_what_is_no_request_is_a_json_error(
 ) -> None:
     answer = _send(node, data)
     assert_error(answer, status, name)
-    if status == 405:
-        assert "PUT" in answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "allow"),
+    [
+        ("BREW", "/v1/kv/a?ttl=1", "PUT, GET, HEAD, DELETE, OPTIONS"),
+        ("get", "/v1/kv/it's", "PUT, GET, HEAD, DELETE, OPTIONS"),
+        ("GETS", "http://proxied/v1/txn", "POST, OPTIONS"),
+        ("BREW", "/v1/leases/x/keepalive", "POST, OPTIONS"),
+        ("BREW", "*", "GET, HEAD, PUT, POST, DELETE, OPTIONS"),
+        ("BREW", "/nowhere", "GET, HEAD, PUT, POST, DELETE, OPTIONS"),
+        ("TRACE", "/v1/txn", "POST, OPTIONS"),
+    ],
+)
+def test_a_405_says_what_its_path_takes(
+    node: ServeProcess, method: str, target: str, allow: str
+) -> None:
+    """In its header and its body, also where the parser knows no such method."""
+    answer = _send(node, f"{method} {target} HTTP/1.1\r\nHost: t\r\n\r\n".encode())
+    refused = assert_error(answer, 405, "method_not_allowed")
+    assert (answer.headers["allow"], refused["allow"]) == (allow, allow)
+    assert refused["message"].endswith(f"use one of {allow}")
 
 
 def test_63_header_fields_are_fine(node: ServeProcess) -> None:
@@ -210,7 +230,7 @@ def test_random_bytes_never_harm_the_node(node: ServeProcess) -> None:
 
 def test_a_full_table_of_connections_says_when_to_come_again() -> None:
     async def scenario() -> bytes:
-        server = Server(None, lambda error: None)
+        server = Server(None, lambda error: None, lambda target: "")
         server.max_connections = 0
         listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
         async with listener:

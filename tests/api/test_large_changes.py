@@ -81,7 +81,7 @@ async def serving(
     monkeypatch.setattr(watch_messages, "PART_EVENTS", 10)
     stage = Stage(plans)
     monkeypatch.setattr(watch, "_text", stage.text)
-    server = Server(stage.handle, lambda error: None)
+    server = Server(stage.handle, lambda error: None, lambda target: "")
     listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
     try:
         yield stage, listener.sockets[0].getsockname()[1]

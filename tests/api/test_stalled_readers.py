@@ -33,7 +33,7 @@ class Listening(Server):
     """Knows when a connection is gone."""
 
     def __init__(self, handler: Handler) -> None:
-        super().__init__(handler, lambda error: None)
+        super().__init__(handler, lambda error: None, lambda target: "")
         self.let_go = asyncio.Event()
 
     def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
