@@ -152,10 +152,8 @@ def _bytes(name: str, text: str) -> dict[str, str]:
 
 
 def _row(operation: dict[str, Any], result: dict[str, Any]) -> tuple[str, str, str]:
-    name = "prefix" if "prefix" in operation or "prefix_base64" in operation else "start"
-    if operation["op"] != "delete_range":
-        name = "key"
-    shown = printable(item_bytes(operation, name))
+    names = ("prefix", "start") if operation["op"] == "delete_range" else ("key",)
+    shown = printable(next(filter(None, (item_bytes(operation, name) for name in names)), b""))
     match result:
         case {"created": created}:
             return "put", shown, "created" if created else "replaced"
