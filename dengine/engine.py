@@ -22,9 +22,10 @@ from types import TracebackType
 from typing import Any, Final, Self, cast
 
 from dengine.client.client import Client, Consistency
+from dengine.client.elections import Election
 from dengine.client.encoding import Match, as_lease_id
 from dengine.client.leases import Lease
-from dengine.client.locks import Election, Lock, named_lock
+from dengine.client.locks import Lock, named_lock
 from dengine.client.types import (
     Compare,
     DeleteResult,

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dengine.client.client import Client as Client
+    from dengine.client.elections import Election as Election
+    from dengine.client.elections import Leader as Leader
     from dengine.client.leases import Lease as Lease
-    from dengine.client.locks import Election as Election
-    from dengine.client.locks import Leader as Leader
     from dengine.client.locks import Lock as Lock
     from dengine.client.types import Change as Change
     from dengine.client.types import ClientClosed as ClientClosed
@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "client": ("Client",),
+    "elections": ("Election", "Leader"),
     "leases": ("Lease",),
-    "locks": ("Election", "Leader", "Lock"),
+    "locks": ("Lock",),
     "types": (
         *("ClientClosed", "LeaseLost", "LockLost"),
         *("Compare", "Delete", "DeleteRange", "Get", "Put"),

@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from dengine.client.client import Client
+from dengine.client.elections import Election as AsyncElection
+from dengine.client.elections import Leader
 from dengine.client.leases import Lease as AsyncLease
-from dengine.client.locks import Election as AsyncElection
-from dengine.client.locks import Leader
 from dengine.client.locks import Lock as AsyncLock
 from dengine.client.types import Change, ClientClosed, Compare, Item, Page
 from dengine.client.types import Listing as AsyncListing

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import orjson
 
 from dengine.client.calls import JSON, Calls
+from dengine.client.elections import Election
 from dengine.client.encoding import (
     Match,
     as_from_revision,
@@ -31,7 +32,7 @@ from dengine.client.encoding import (
     target,
 )
 from dengine.client.leases import Lease
-from dengine.client.locks import Election, Lock, named_lock
+from dengine.client.locks import Lock, named_lock
 from dengine.client.nodes import Nodes, Prefer
 from dengine.client.transport import Transport
 from dengine.client.types import (

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from dengine.client import Client, Lock, LockLost, Put
-from dengine.client.locks import TAKEN, UNTOLD, Leader
+from dengine.client.elections import Leader
+from dengine.client.locks import TAKEN, UNTOLD
 from dengine.errors import ClusterUnavailable, DengineError, InvalidRequest, RequestTimeout
 from tests.client.fake_server import FakeCluster, fake_cluster
 from tests.client.fake_state import Asked

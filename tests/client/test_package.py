@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 import dengine.client
-from dengine.client import attempts, client, leases, locks, sync, types, watching
+from dengine.client import attempts, client, elections, leases, locks, sync, types, watching
 from tests.client.fake_server import cluster_thread, fake_cluster
 from tests.client.virtual import run
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parent.parent.parent
-MODULES = (client, leases, locks, types, watching)
+MODULES = (client, elections, leases, locks, types, watching)
 NAMES: dict[str, Any] = {name: getattr(dengine.client, name) for name in dir(dengine.client)}
 
 
@@ -123,7 +123,7 @@ def test_every_operation_has_an_example() -> None:
 
 def test_both_clients_have_the_same_names() -> None:
     """Who knows one knows the other: names, parameters and defaults agree."""
-    pairs = ((client.Client, sync.Client), (locks.Election, sync.Election))
+    pairs = ((client.Client, sync.Client), (elections.Election, sync.Election))
     for one, other in pairs:
         names = {n for n, v in vars(one).items() if not n.startswith("_")} - {"spawn"}
         assert names == {n for n, v in vars(other).items() if not n.startswith("_")}

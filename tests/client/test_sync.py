@@ -17,7 +17,7 @@ import pytest
 
 from dengine.client import ClientClosed, Compare, LockLost, Put
 from dengine.client.blocking import LoopThread
-from dengine.client.locks import Leader
+from dengine.client.elections import Leader
 from dengine.client.sync import Client
 from dengine.errors import PreconditionFailed, RequestTimeout
 from tests.client.fake_server import ClusterThread, cluster_thread
