@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from dengine.client.client import Client
 from dengine.client.elections import Election as AsyncElection
@@ -24,6 +24,7 @@ from dengine.client.locks import Lock as AsyncLock
 from dengine.client.types import Change, ClientClosed, Compare, Item, Page
 from dengine.client.types import Listing as AsyncListing
 from dengine.client.watching import Watch as AsyncWatch
+from dengine.errors import DengineError
 
 STOP_S = 10.0
 TOLD_S = 1.0  # for calls under way to learn that their client is closed
@@ -50,6 +51,18 @@ class LoopThread:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` returns or raises. An exception here, such as Ctrl-C, ends it there."""
+        future = self._start(work)
+        try:
+            return _result(future)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """As `run`, but an exception here leaves `work` to its end there."""
+        return _result(self._start(work))
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         if self.pid != os.getpid():
             work.close()
             raise RuntimeError("this was made before the process forked: make it again")
@@ -60,16 +73,7 @@ class LoopThread:
             if self._stopping:
                 work.close()
                 raise ClientClosed("this client is closed: make a new one")
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise ClientClosed(
-                "this client was closed meanwhile: make a new one", outcome="unknown"
-            ) from None
-        except BaseException:
-            future.cancel()
-            raise
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def errand(self, work: Coroutine[Any, Any, Any]) -> None:
         """Have `work` done without waiting for it, as when an object is collected."""
@@ -121,6 +125,15 @@ class LoopThread:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._loop.shutdown_asyncgens()
+
+
+def _result(future: concurrent.futures.Future[T]) -> T:
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError:
+        raise ClientClosed(
+            "this client was closed meanwhile: make a new one", outcome="unknown"
+        ) from None
 
 
 class Holder:
@@ -260,13 +273,46 @@ def _close(loop: LoopThread, watch: AsyncWatch) -> None:
 Held = TypeVar("Held", AsyncLease, AsyncLock)
 
 
+class _Entry(Generic[Held]):
+    """One time that something is entered. Only the loop knows whether Ctrl-C came before or after
+    it was held.
+    """
+
+    def __init__(self, held: Held) -> None:
+        self._held: Held = held
+        self._entered = self._dropped = False
+
+    async def enter(self) -> None:
+        await self._held.__aenter__()
+        self._entered = True
+        if self._dropped:
+            await self.drop()
+
+    async def drop(self) -> None:
+        """Nobody is going to leave it: let it go, where it is held, or as soon as it is."""
+        self._dropped = True
+        if self._entered:
+            with contextlib.suppress(DengineError):
+                await self._held.__aexit__(None, None, None)
+
+
+def _drop(loop: LoopThread, entries: list[_Entry[Held]]) -> None:
+    for entry in entries:
+        loop.errand(entry.drop())
+
+
 class _Held(Generic[Held]):
-    """What `with` holds, and what may be lost meanwhile."""
+    """What `with` holds, and what may be lost meanwhile. When nobody holds the object any more, as
+    after Ctrl-C in the first or last step of `with`, it is let go.
+    """
 
     def __init__(self, loop: LoopThread, held: Held, owner: object) -> None:
         self._loop = loop
         self._held: Held = held
         self._owner = owner
+        self._entries: list[_Entry[Held]] = []
+        # At the end of the interpreter others may still be at work under it: its time ends it then.
+        weakref.finalize(self, _drop, loop, self._entries).atexit = False
 
     @property
     def lost(self) -> Lost:
@@ -282,13 +328,31 @@ class _Held(Generic[Held]):
         """Raises LeaseLost, of a lock LockLost, when it is not held, or nobody knows."""
         self._loop.run(_soon(self._held.check))
 
+    def __enter__(self) -> Self:
+        entry = _Entry(self._held)
+        self._entries.append(entry)
+        try:
+            self._loop.run(entry.enter())
+        except BaseException:
+            self._loop.errand(entry.drop())
+            raise
+        return self
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._loop.run(self._held.__aexit__(kind, error, trace))
+        """Ctrl-C ends the waiting for it only."""
+        self._leave(lambda: self._held.__aexit__(kind, error, trace))
+
+    def _leave(self, leaving: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            self._loop.finish(leaving())
+        except BaseException:  # perhaps before that was begun
+            _drop(self._loop, self._entries)
+            raise
 
 
 class Lost:
@@ -315,7 +379,7 @@ class Lost:
 
 
 class Lease(_Held[AsyncLease]):
-    """As `dengine.client.Lease`, with `with`."""
+    """As `dengine.client.Lease`, with `with`. It is kept alive as long as this object is held."""
 
     @property
     def id(self) -> str:
@@ -325,13 +389,9 @@ class Lease(_Held[AsyncLease]):
     def ttl_s(self) -> float:
         return self._held.ttl_s
 
-    def __enter__(self) -> Lease:
-        self._loop.run(self._held.__aenter__())
-        return self
-
 
 class Lock(_Held[AsyncLock]):
-    """As `dengine.client.Lock`, with `with`."""
+    """As `dengine.client.Lock`, with `with`. It is kept as long as this object is held."""
 
     @property
     def key(self) -> bytes:
@@ -349,15 +409,11 @@ class Lock(_Held[AsyncLock]):
     def guard(self) -> Compare:
         return self._held.guard
 
-    def __enter__(self) -> Lock:
-        self._loop.run(self._held.__aenter__())
-        return self
-
     def release(self) -> None:
-        self._loop.run(self._held.release())
+        self._leave(self._held.release)
 
     def resign(self) -> None:
-        self._loop.run(self._held.resign())
+        self._leave(self._held.resign)
 
 
 class Election:

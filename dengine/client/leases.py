@@ -141,13 +141,16 @@ class Lease:
         self._keeper.add_done_callback(self._keeper_ended)
 
     async def revoke(self) -> None:
-        """End it now, if a node can be reached within a moment; its time ends it otherwise."""
+        """End it now, if a node can be reached within a moment; its time ends it otherwise, also
+        when this is cancelled.
+        """
+        holds = bool(self._id) and not self.lost.is_set()
+        if holds:  # before the first pause, in which this may be cancelled
+            self._lose("it was revoked")
         await _cancel(self._keeper)
-        if not self._id or self.lost.is_set():
-            return
-        self._lose("it was revoked")
-        with contextlib.suppress(DengineError):
-            await self._client.revoke_lease(self._id, timeout_s=REVOKE_S)
+        if holds:
+            with contextlib.suppress(DengineError):
+                await self._client.revoke_lease(self._id, timeout_s=REVOKE_S)
 
     def _keeper_ended(self, task: asyncio.Task[None]) -> None:
         """Without its keeper a lease ends unseen: say so at once."""

@@ -9,6 +9,7 @@ off, loses its key with its lease. The holder watches his own key, which somebod
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,8 @@ class Lock:
     does the same. `key` is what holds the place. `lost` is an event: set at once when the lock may
     belong to somebody else. Leaving raises LockLost then, unless another exception is on its way.
     `why` says, for a person, why it is not held: what is waited for, or how it was lost.
+
+    A leave that is cancelled goes on by itself; the lock is free after `ttl_s` at the latest.
 
     It is entered once, by one task: whoever else wants the lock makes a `Lock` of his own.
 
@@ -154,15 +157,22 @@ class Lock:
         return self._prefix.split(b"/", 1)[1].rstrip(b"/").decode("utf-8", "replace")
 
     async def _let_go(self) -> None:
-        """End the lease, and with it our place. Silent in an outage: the lease ends by itself."""
+        """Give our place up. Silent in an outage: the lease ends by itself."""
         self._lose("it was released")
         teller, self._teller = self._teller, None
         if teller is not None:
             teller.cancel()
+        await self._leave_queue()
+        if teller is not None:
             await asyncio.wait({teller})
+
+    async def _leave_queue(self) -> None:
+        """End the lease, and with it our place; that goes on when this is cancelled."""
         lease, self._lease = self._lease, None
         if lease is not None:
-            await lease.revoke()
+            with contextlib.suppress(DengineError):  # closed, and nobody renews the lease
+                leaving = self._client.spawn(lease.revoke(), "dengine-client-leave")
+                await asyncio.wait({leaving})
 
     def _lose(self, why: str) -> None:
         """It is not held from now on. The first reason counts, also the one why it never was."""
@@ -174,9 +184,7 @@ class Lock:
     async def _acquire(self) -> None:
         """Queue until our key is the first. A place that is lost in an outage is taken anew."""
         while not await self._queue():
-            if self._lease is not None:
-                await self._lease.revoke()
-                self._lease = None
+            await self._leave_queue()
             await asyncio.sleep(PAUSE_S)
         assert self._lease is not None
         self._teller = self._client.spawn(self._until_lost(self._lease), "dengine-client-lock")

@@ -7,7 +7,7 @@
 
 An event loop in a thread of its own does the work. Several threads may share a client. A forked
 process gets a loop, connections and idempotency keys of its own with its first call. Ctrl-C ends
-the call that is under way, and leaves the client usable.
+the call that is under way, and leaves the client usable; leaving a lease or a lock goes on behind.
 """
 
 from __future__ import annotations

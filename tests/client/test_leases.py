@@ -260,3 +260,21 @@ def test_a_renewal_has_all_the_time_that_is_left() -> None:
             assert not lease.lost.is_set()
 
     over(scenario)
+
+
+def test_a_revocation_that_is_cancelled_keeps_nothing_alive() -> None:
+    """Whenever that happens: the lease is lost at once, and ends with its time at the latest."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        for turns in range(1, 12):
+            lease = await client.lease(5).__aenter__()
+            revoking = asyncio.create_task(lease.revoke())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            revoking.cancel()
+            await asyncio.gather(revoking, return_exceptions=True)
+            assert lease.lost.is_set()
+            await asyncio.sleep(6)
+            assert cluster.state.leases == {}, turns
+
+    over(scenario)

@@ -531,6 +531,47 @@ def test_a_holder_whose_key_is_deleted_is_told() -> None:
     over(scenario)
 
 
+@pytest.mark.parametrize("what", ["lock", "leadership"])
+def test_a_leave_that_is_cancelled_lets_go(what: str) -> None:
+    """Whenever that happens; the next one does not even have to wait for the lease to end."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        for turns in range(1, 12):
+            lock = client.lock("job") if what == "lock" else client.election("job").campaign(b"me")
+            await lock.__aenter__()
+            leaving = asyncio.create_task(lock.release())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            assert lock.lost.is_set()
+            began = now()
+            await until(lambda: not cluster.state.leases)
+            assert now() - began < 2, turns
+
+    over(scenario)
+
+
+def test_who_cancels_waiting_twice_leaves_the_queue() -> None:
+    """The second time while the first is being heeded."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        async with client.lock("job"):
+            for turns in range(1, 12):
+                waiter = asyncio.create_task(client.lock("job").__aenter__())
+                await until(lambda: queued(cluster) == 2)
+                waiter.cancel()
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                waiter.cancel()
+                await asyncio.gather(waiter, return_exceptions=True)
+                began = now()
+                await until(lambda: len(cluster.state.leases) == 1)
+                assert now() - began < 2, turns
+
+    over(scenario)
+
+
 def test_a_watch_that_cannot_go_on_yet_loses_no_lock() -> None:
     async def scenario(cluster: FakeCluster, client: Client) -> None:
         async with client.lock("job", ttl_s=30) as lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import gc
 import os
 import signal
@@ -12,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dengine.client import ClientClosed, Compare, LockLost, Put
 from dengine.client.blocking import LoopThread
 from dengine.client.elections import Leader
-from dengine.client.sync import Client
+from dengine.client.sync import Client, Lease, Lock
 from dengine.errors import PreconditionFailed, RequestTimeout
 from tests.client.fake_server import ClusterThread, cluster_thread
 
@@ -325,6 +327,118 @@ def test_ctrl_c_ends_the_call_and_not_the_client(served: ClusterThread) -> None:
         process.wait()
     assert out.split() == ["watching", "interrupted", "usable"]
     assert (process.returncode, err) == (0, "")
+
+
+# --- Ctrl-C in the first and last steps of `with`
+
+
+class CtrlC:
+    """Raises KeyboardInterrupt in this thread's next wait for the client, or instead of its next
+    request to it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._thread = threading.current_thread()
+        self._when: Callable[[], bool] | None = None
+        self._first = False
+        waiting, asking = concurrent.futures.Future.result, asyncio.run_coroutine_threadsafe
+
+        def result(future: Any, timeout: float | None = None) -> Any:
+            if self._is_due():
+                self._raise()
+            return waiting(future, timeout)
+
+        def ask(work: Any, loop: Any) -> Any:
+            if self._first and self._is_due():
+                work.close()
+                self._raise()
+            return asking(work, loop)
+
+        monkeypatch.setattr(concurrent.futures.Future, "result", result)
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", ask)
+
+    def instead(self) -> None:
+        self._when, self._first = (lambda: True), True
+
+    def as_soon_as(self, when: Callable[[], bool]) -> None:
+        self._when, self._first = when, False
+
+    def _is_due(self) -> bool:
+        return self._when is not None and threading.current_thread() is self._thread
+
+    def _raise(self) -> None:
+        when, self._when = self._when, None
+        assert when is not None
+        until(when, "the moment of Ctrl-C")
+        raise KeyboardInterrupt
+
+
+TAKES: list[Callable[[Client], Lease | Lock]] = [
+    lambda client: client.lease(600),
+    lambda client: client.lock("job", ttl_s=600),
+    lambda client: client.election("e").campaign(b"me", ttl_s=600),
+]
+
+
+@pytest.mark.parametrize("take", TAKES)
+@pytest.mark.parametrize("when", ["before", "at once", "meanwhile"])
+def test_ctrl_c_while_leaving_lets_go(
+    client: Client,
+    served: ClusterThread,
+    take: Callable[[Client], Lease | Lock],
+    when: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Long before the lease ends."""
+    nodes, state = served.cluster.nodes, served.cluster.state
+    ctrl_c, held = CtrlC(monkeypatch), take(client)
+    with pytest.raises(KeyboardInterrupt), held:  # noqa: PT012
+        if when == "before":
+            ctrl_c.instead()
+        elif when == "at once":
+            ctrl_c.as_soon_as(lambda: True)
+        else:
+            for node in nodes:
+                served.do(lambda _, node=node: setattr(node, "late_s", 0.2))
+            ctrl_c.as_soon_as(held.lost.is_set)
+    until(lambda: not state.leases, "the end of the lease")
+    assert held.lost.wait(WAIT_S)
+
+
+@pytest.mark.parametrize("take", TAKES)
+def test_ctrl_c_while_entering_leaves_nothing_held(
+    client: Client,
+    served: ClusterThread,
+    take: Callable[[Client], Lease | Lock],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where it comes when it is held already, and `with` does not know yet."""
+    state = served.cluster.state
+    ctrl_c, held = CtrlC(monkeypatch), take(client)
+    ctrl_c.as_soon_as(lambda: served.do(lambda _: len(state.leases)) == 1 and is_held(held))
+    with pytest.raises(KeyboardInterrupt):
+        held.__enter__()
+    until(lambda: not state.leases, "the end of the lease")
+
+
+def is_held(held: Lease | Lock) -> bool:
+    return held._held.remaining_s > 0 and (isinstance(held, Lease) or held.token > 0)
+
+
+@pytest.mark.parametrize("take", TAKES)
+def test_what_nobody_holds_any_more_is_let_go(
+    client: Client, served: ClusterThread, take: Callable[[Client], Lease | Lock]
+) -> None:
+    """As when Ctrl-C comes between the last step of the block and the first of leaving it."""
+    held = take(client).__enter__()
+    with pytest.raises(RuntimeError, match="once"):
+        held.__enter__()
+    gc.collect()
+    held.check()
+    assert len(served.cluster.state.leases) == 1
+    del held
+    gc.collect()
+    until(lambda: not served.cluster.state.leases, "the end of the lease")
 
 
 def test_the_loop_does_not_wait_for_itself(client: Client) -> None:

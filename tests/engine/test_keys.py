@@ -288,6 +288,13 @@ def test_leases_locks_and_elections(tmp_path: Path) -> None:
             leader = await engine.election("boss").leader()
             assert leader is not None
             assert leader.value == b"me"
+        lock = await engine.lock("job").__aenter__()
+        leaving = asyncio.create_task(lock.release())
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        async with engine.lock("job", timeout_s=PATIENT_S):
+            pass
         assert await engine.count(start="_", end="`") == 0, "nothing stays behind"
 
     used(tmp_path, app)
