@@ -415,6 +415,9 @@ class Lock(_Held[AsyncLock]):
     def resign(self) -> None:
         self._leave(self._held.resign)
 
+    def proclaim(self, value: bytes) -> None:
+        self._loop.run(self._held.proclaim(value))
+
 
 class Election:
     """As `dengine.client.Election`."""

@@ -3,7 +3,8 @@
 Who wants the lock creates `_lock/NAME/LEASE`. The key that was created first holds the lock, and
 its creation revision is the fencing token: it grows from holder to holder. Everybody else watches
 the one key before his own, so a release wakes one waiter and not all. A holder that dies, or is cut
-off, loses its key with its lease. The holder watches his own key, which somebody may delete.
+off, loses its key with its lease. The holder watches his own key, which somebody may delete, or
+write: a plain put takes it from its lease.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from dengine.client.encoding import as_key
-from dengine.client.leases import Lease
+from dengine.client.leases import REVOKE_S, Lease
 from dengine.client.types import ClientClosed, Compare, Item, LeaseLost, LockLost
 from dengine.errors import Compacted, DengineError, NotFound, PreconditionFailed, RequestTimeout
 
@@ -29,6 +30,8 @@ LOCKS = b"_lock/"
 UNTOLD = "no node has said yet who holds it"
 TAKEN = "another holds it"
 LATE = "its lease was not renewed in time"
+GONE = "its key is gone: it was deleted, or its lease has ended"
+WRITTEN = "its key was written, and has no lease any more: `proclaim` is what changes its value"
 
 
 def checked_name(name: str | bytes) -> bytes:
@@ -45,9 +48,10 @@ class Lock:
     `token` is the fencing token: it grows from one holder to the next. A resource that remembers
     the highest token it has seen, and refuses lower ones, is safe from a holder that was stopped
     and does not know yet that its time is over. For data in this cluster, `guard` in a transaction
-    does the same. `key` is what holds the place. `lost` is an event: set at once when the lock may
-    belong to somebody else. Leaving raises LockLost then, unless another exception is on its way.
-    `why` says, for a person, why it is not held: what is waited for, or how it was lost.
+    does the same. `lost` is an event: set at once when the lock may belong to somebody else.
+    Leaving raises LockLost then, unless another exception is on its way. `why` says, for a person,
+    why it is not held: what is waited for, or how it was lost. `key` holds the place. It is not to
+    be written: a put takes it from its lease, and the lock is lost (see `proclaim`).
 
     A leave that is cancelled goes on by itself; the lock is free after `ttl_s` at the latest.
 
@@ -73,14 +77,20 @@ class Lock:
         self.why = UNTOLD
         self.key = b""
         self.token = 0
+        self._revision = 0  # of our key, as we know it
         self._teller: asyncio.Task[str] | None = None
 
     @property
     def guard(self) -> Compare:
-        """For `Client.txn`: the transaction succeeds only while this lock is held."""
+        """For `Client.txn`: the transaction succeeds only while this lock is held, and until the
+        next `proclaim`.
+        """
+        self._require_entered()
+        return Compare(self.key, "mod_revision", "=", self._revision)
+
+    def _require_entered(self) -> None:
         if not self.token:
             raise RuntimeError("this lock is not held yet: enter it with `async with`")
-        return Compare(self.key, "mod_revision", "=", self.token)
 
     @property
     def remaining_s(self) -> float:
@@ -152,6 +162,30 @@ class Lock:
         """`release`, as leaders call it."""
         await self.release()
 
+    async def proclaim(self, value: bytes) -> None:
+        """Change what others learn of the leader, who goes on leading with the same token. Take
+        `guard` anew after it.
+
+        Raises:
+            LockLost: it may belong to somebody else; the value was not stored.
+            DengineError: as for `Client.put`; the leadership is as it was.
+            RuntimeError: it is not held yet.
+
+        Example:
+            election = client.election("scheduler")
+            async with election.campaign(b"host-a, starting") as leadership:
+                await leadership.proclaim(b"host-a, ready")
+                assert (await election.leader()).value == b"host-a, ready"
+        """
+        self._require_entered()
+        self.check()
+        try:
+            done = await self._client.put(self.key, value, lease=self._lease, if_match="*")
+        except PLACE_LOST as error:
+            self._lose(GONE)
+            raise LockLost(f"the lock {self._name!r} is lost: {self.why}") from error
+        self._revision = max(self._revision, done.revision)
+
     @property
     def _name(self) -> str:
         return self._prefix.split(b"/", 1)[1].rstrip(b"/").decode("utf-8", "replace")
@@ -171,8 +205,22 @@ class Lock:
         lease, self._lease = self._lease, None
         if lease is not None:
             with contextlib.suppress(DengineError):  # closed, and nobody renews the lease
-                leaving = self._client.spawn(lease.revoke(), "dengine-client-leave")
+                leaving = self._client.spawn(self._leave(lease, self.key), "dengine-client-leave")
                 await asyncio.wait({leaving})
+
+    async def _leave(self, lease: Lease, key: bytes) -> None:
+        with contextlib.suppress(DengineError, TimeoutError):
+            async with asyncio.timeout(REVOKE_S):
+                await lease.revoke()
+                if key:
+                    await self._clear(key)
+
+    async def _clear(self, key: bytes) -> None:
+        """Delete our key where no lease does, for somebody has written it: it would stand in the
+        queue for ever. It bears the name of our lease, so it is nobody else's.
+        """
+        if await self._client.get(key, consistency="linearizable") is not None:
+            await self._client.delete(key)
 
     def _lose(self, why: str) -> None:
         """It is not held from now on. The first reason counts, also the one why it never was."""
@@ -191,20 +239,19 @@ class Lock:
         self._teller.add_done_callback(self._told)
 
     async def _until_lost(self, lease: Lease) -> str:
-        """Return when our key is gone, and say so.
+        """Return when our key does not hold the lock any more, and say why.
 
         Raises:
             LeaseLost: the lease has ended before.
             DengineError: no node will ever tell.
         """
-        gone = asyncio.create_task(self._until_deleted())
+        gone = asyncio.create_task(self._until_not_ours(lease))
         ended = asyncio.create_task(lease.lost.wait())
         try:
             await asyncio.wait({gone, ended}, return_when=asyncio.FIRST_COMPLETED)
             if not gone.done():
                 lease.check()
-            await gone
-            return "its key is gone: it was deleted, or its lease has ended"
+            return await gone
         finally:
             for task in (gone, ended):
                 task.cancel()
@@ -217,32 +264,58 @@ class Lock:
         else:
             self._lose(str(teller.exception() or teller.result()))
 
-    async def _until_deleted(self) -> None:
-        """Return when our key is no more what it was when we got the lock.
+    async def _until_not_ours(self, lease: Lease) -> str:
+        """As `_until_lost`. Our own announcements leave the key with its lease.
 
         Raises:
             DengineError: no node will ever tell.
         """
-        revision: int | None = self.token
+        known: int | None = self.token  # the revision up to which it is ours; None: look
         while True:
             try:
-                if revision is None:
-                    end = self.key + b"\x00"
-                    listing = self._client.list(
-                        start=self.key, end=end, limit=1, keys_only=True, consistency="linearizable"
-                    )
-                    page = await anext(listing.pages())
-                    if not any(item.create_revision == self.token for item in page.items):
-                        return
-                    revision = page.revision
-                await self._gone(self.key, revision)
-                return
+                if known is None:
+                    item, known = await self._look()
+                    if item is None or item.create_revision != self.token:
+                        return GONE
+                    if item.lease != lease.id:
+                        break
+                    self._revision = max(self._revision, item.mod_revision)
+                if not await self._put_again(known):
+                    return GONE
+                known = None
             except Compacted:
-                revision = None  # the key says itself whether it is still ours
+                known = None  # the key says itself whether it is still ours
             except DengineError as error:
                 if not error.retryable:
                     raise
                 await asyncio.sleep(PAUSE_S)  # meanwhile the lease says what is certain
+        self._lose(WRITTEN)
+        with contextlib.suppress(DengineError):  # the next one need not wait until we leave
+            await self._clear(self.key)
+        return WRITTEN
+
+    async def _look(self) -> tuple[Item | None, int]:
+        """Our key as it is, and at which revision."""
+        listing = self._client.list(
+            start=self.key,
+            end=self.key + b"\x00",
+            limit=1,
+            keys_only=True,
+            consistency="linearizable",
+        )
+        page = await anext(listing.pages())
+        return (page.items[0] if page.items else None), page.revision
+
+    async def _put_again(self, revision: int) -> bool:
+        """Wait for the first change of our key after `revision`; False: it was deleted, or expired.
+
+        Raises:
+            Compacted: what has happened since is not known any more.
+        """
+        async with self._client.watch(self.key, from_revision=revision + 1) as watch:
+            async for change in watch:
+                return all(event.type == "put" for event in change.events)
+        return False
 
     async def _queue(self) -> bool:
         """Take a place and wait until it is the first; False when it is lost before."""
@@ -259,7 +332,8 @@ class Lock:
                 raise
             self.why = error.message
             return False
-        self.token, self.why = placed.revision, ""
+        self.token = self._revision = placed.revision
+        self.why = ""
         return True
 
     async def _our_turn(self, lease: Lease, ours: int) -> bool:

@@ -78,6 +78,8 @@ def test_all_of_it(client: Client, served: ClusterThread) -> None:
     with client.election("e").campaign(b"me", ttl_s=30) as leadership:
         assert client.election("e").leader() == Leader(b"me", leadership.token)
         assert next(client.election("e").observe()) == Leader(b"me", leadership.token)
+        leadership.proclaim(b"still me")
+        assert client.election("e").leader() == Leader(b"still me", leadership.token)
     assert set(client.endpoints) == set(served.cluster.endpoints)
 
 

@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 import dengine
-from dengine.client import Client, Compare, Delete, DeleteRange, Get, Put, sync
+from dengine.client import Client, Compare, Delete, DeleteRange, Get, LockLost, Put, sync
 from dengine.client.types import (
     DeleteResult,
     Item,
@@ -284,10 +284,17 @@ def test_leases_locks_and_elections(tmp_path: Path) -> None:
 
         await asyncio.gather(*(worker() for _ in range(3)))
         assert order == sorted(set(order)), "the fencing token grows from holder to holder"
-        async with engine.election("boss").campaign(b"me"):
+        async with engine.election("boss").campaign(b"me") as lead:
+            await lead.proclaim(b"still me")
             leader = await engine.election("boss").leader()
             assert leader is not None
-            assert leader.value == b"me"
+            assert (leader.value, leader.token) == (b"still me", lead.token)
+            assert (await engine.txn([lead.guard])).succeeded
+        lead = await engine.election("boss").campaign(b"me").__aenter__()
+        await engine.put(lead.key, b"without the lease")
+        await asyncio.wait_for(lead.lost.wait(), PATIENT_S)
+        with pytest.raises(LockLost, match="its key was written"):
+            await lead.resign()
         lock = await engine.lock("job").__aenter__()
         leaving = asyncio.create_task(lock.release())
         await asyncio.sleep(0)
