@@ -389,6 +389,14 @@ class Lease(_Held[AsyncLease]):
     def ttl_s(self) -> float:
         return self._held.ttl_s
 
+    def grant(self) -> None:
+        """What entering does; `revoke` belongs to it."""
+        self.__enter__()
+
+    def revoke(self) -> None:
+        """End it now, if a node can be reached within a moment; its time ends it otherwise."""
+        self._leave(self._held.revoke)
+
 
 class Lock(_Held[AsyncLock]):
     """As `dengine.client.Lock`, with `with`. It is kept as long as this object is held."""

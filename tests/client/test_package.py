@@ -7,7 +7,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,6 +121,10 @@ def test_every_operation_has_an_example() -> None:
         assert [name for name in missing if name != "spawn"] == []
 
 
+def parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    return [(name, p.default) for name, p in inspect.signature(function).parameters.items()]
+
+
 def test_both_clients_have_the_same_names() -> None:
     """Who knows one knows the other: names, parameters and defaults agree."""
     pairs = ((client.Client, sync.Client), (elections.Election, sync.Election))
@@ -129,13 +133,32 @@ def test_both_clients_have_the_same_names() -> None:
         assert names == {n for n, v in vars(other).items() if not n.startswith("_")}
         for name in names:
             if inspect.isfunction(vars(one)[name]):
-                ours = inspect.signature(vars(one)[name]).parameters
-                theirs = inspect.signature(vars(other)[name]).parameters
-                assert list(ours) == list(theirs), name
-                assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
-    for lasting, handle in ((leases.Lease, sync.Lease), (locks.Lock, sync.Lock)):
-        offered = {n for n in dir(lasting) if not n.startswith("_")} - {"grant", "revoke"}
-        assert offered <= set(dir(handle))
+                assert parameters(vars(one)[name]) == parameters(vars(other)[name]), name
+
+
+def test_what_both_clients_hand_out_has_the_same_names() -> None:
+    """Attributes as well as methods. Only the end of a watch is called as each world calls it."""
+    one, other = client.Client("127.0.0.1:1"), sync.Client("127.0.0.1:1")
+    calls: list[Callable[[Any], Any]] = [
+        lambda c: c.lease(5),
+        lambda c: c.lock("job"),
+        lambda c: c.election("e"),
+        lambda c: c.election("e").campaign(b""),
+        lambda c: c.list(),
+        lambda c: c.watch("k"),
+    ]
+    with other:
+        for call in calls:
+            ours, theirs = call(one), call(other)
+            names, others = (
+                {n for n in dir(item) if not n.startswith("_")} for item in (ours, theirs)
+            )
+            assert {"close" if n == "aclose" else n for n in names} == others, type(ours)
+            for name in names & others:
+                method, same = getattr(type(ours), name, None), getattr(type(theirs), name, None)
+                if inspect.isfunction(method):
+                    assert inspect.isfunction(same), name
+                    assert parameters(method) == parameters(same), name
 
 
 @pytest.mark.parametrize("name", sorted(ASYNC))

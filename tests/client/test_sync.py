@@ -443,6 +443,16 @@ def test_what_nobody_holds_any_more_is_let_go(
     until(lambda: not served.cluster.state.leases, "the end of the lease")
 
 
+def test_a_lease_without_a_block(client: Client, served: ClusterThread) -> None:
+    lease = client.lease(60)
+    lease.grant()
+    client.put("s", b"", lease=lease)
+    assert client.lease_info(lease.id).keys == (b"s",)
+    lease.revoke()
+    assert client.get("s") is None
+    assert lease.lost.is_set()
+
+
 def test_the_loop_does_not_wait_for_itself(client: Client) -> None:
     """A deadlock is told as one."""
     loop = client._holder.loop()
