@@ -120,7 +120,8 @@ class Reads:
 
 
 class Watch:
-    """The changes of a key or prefix, one `Change` for each revision; made by `Engine.watch`.
+    """The changes of a key or prefix, one `Change` for each revision; made by `Engine.watch`, for
+    one reader at a time.
 
     What waits for a slow reader is bounded: it waits in the history that the cluster keeps, and the
     watch goes on from there.
@@ -154,6 +155,7 @@ class Watch:
         self._begun = False
         self._large: _LargeChange | None = None  # was taken from there, and not returned yet
         self._ended = False
+        self._awaited = False  # is there a task that waits for the next change?
         self.revision = 0 if from_revision is None else from_revision - 1
 
     def __del__(self) -> None:
@@ -182,8 +184,19 @@ class Watch:
     async def __anext__(self) -> Change:
         """The next change, however long that takes; nothing is lost where this is cancelled.
 
-        Raises as `Engine.watch` says.
+        Raises:
+            RuntimeError: another task waits for it already.
+            DengineError: as `Engine.watch` says.
         """
+        if self._awaited:
+            raise RuntimeError("another task waits in this watch: open one for each")
+        self._awaited = True
+        try:
+            return await self._next()
+        finally:
+            self._awaited = False
+
+    async def _next(self) -> Change:
         while not self._ended:
             if self._large is not None:
                 change = await self._large.made()

@@ -86,6 +86,31 @@ def test_closing_a_watch_ends_the_iteration(tmp_path: Path) -> None:
     used(tmp_path, app)
 
 
+def test_a_watch_has_one_reader_at_a_time(tmp_path: Path) -> None:
+    """The second one is told so, and the first goes on waiting."""
+
+    async def app(engine: dengine.Engine) -> None:
+        async with engine.watch("k") as watch:
+            first = asyncio.create_task(next_of(watch))
+            second = asyncio.create_task(next_of(watch))
+            done, _ = await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
+            assert done == {second}
+            with pytest.raises(RuntimeError, match="another task waits"):
+                await second
+            put = await engine.put("k", b"1")
+            assert (await first).revision == put.revision
+            first = asyncio.create_task(next_of(watch))
+            await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            put = await engine.put("k", b"2")
+            assert (await next_of(watch)).revision == put.revision, (
+                "who was cancelled waits no more"
+            )
+
+    used(tmp_path, app)
+
+
 def test_a_slow_reader_misses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What finds no room waits in the history; a watch that the node ends goes on from there."""
     monkeypatch.setattr(watch_hub, "QUEUE_MAX", 4)
