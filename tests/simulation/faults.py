@@ -28,6 +28,7 @@ class Faults:
     """Schedules every kind that the plan has on, until `stop`.
 
     Attributes:
+        over: none begins any more.
         quiet: one fault is under way that no other may disturb.
         to_remove: node id of the member that the plan wants replaced.
         damaged: the machine that has lost something last.
@@ -36,7 +37,7 @@ class Faults:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.on = self.quiet = False
+        self.on = self.over = self.quiet = False
         self.to_remove: int | None = None
         self.rngs = {
             kind: random.Random(f"{world.seed} fault {kind}")
@@ -91,7 +92,7 @@ class Faults:
             self.world.scheduler.after(when, self.operators.remove, self.to_remove, rng)
 
     def stop(self) -> None:
-        self.on = False
+        self.on, self.over = False, True
         self._displaced.end()
 
     def _plan(self, kind: str) -> None:
@@ -105,6 +106,15 @@ class Faults:
                 self.world.count(f"fault: {kind}")
                 act(self.rngs[kind])
             self._plan(kind)
+
+    def starting(self, machine: Machine) -> None:
+        """This very moment it starts. All that it finds and mends on its disk is one event, in
+        which nothing else can strike.
+        """
+        rng = self.rngs.get("fuse")
+        often = 0.8 if machine is self.damaged else 0.4
+        if rng and not (self.over or self.quiet) and rng.random() < often:
+            machine.disk.fuse = rng.randint(0, 25)
 
     def becomes_joint(self, node_id: int) -> None:
         """This very moment `node_id` has appended a joint membership: that does not last long."""

@@ -125,7 +125,6 @@ class Checker:
         count("power lost" if power else "killed")
         node = process.node
         if node is None:
-            count("crashed at start")
             return
         if node.raft.membership.joint:
             count("joint state crashed")

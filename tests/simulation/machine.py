@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from dengine.errors import StorageIO
 from dengine.node import node as node_module
 from dengine.raft.membership import Status
 from dengine.raft.types import MemberId, SnapshotRef
+from dengine.storage import recovery
 from dengine.storage.environment import DATA_FILE, damaged
 from tests.simulation.disk import Disk, SimPath
 from tests.simulation.environment import Environment, Handle, unpacked
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
     from tests.simulation.writer import LogWriter
 
 PORT = 9081
+# A start is one event, so what died in it is told by the functions that were under way.
+RECOVERY = {
+    "_begin_anew": "a new beginning",
+    "_finish_install": "the rest of an install",
+    "_rebuilt_state": "a rebuilding",
+    "open_stores": "recovery",
+}
 BUSY_NS_MIN, BUSY_NS = 10_000, 600_000  # until a process looks at what has arrived
 
 
@@ -79,6 +88,7 @@ class Machine:
         if self.process is None and not self.retired:
             self.starts += 1
             self.disk.dead = False
+            self.world.faults.starting(self)
             self.process = Process(self)
             self.process.start()
 
@@ -110,7 +120,8 @@ class Machine:
 
     def _burnt(self) -> None:
         """The fuse has: the rest follows when the event under way has unwound."""
-        self.world.count("crashed in the middle")
+        step = _recovery_step()
+        self.world.count(f"crashed in {step}" if step else "crashed in the middle")
         if self.process is not None:
             self.process.loop.dead = True
             self.world.scheduler.after(0, self.world.fell_over, self, self.process)
@@ -141,6 +152,17 @@ class Machine:
             log=settings.Log(),
             security=settings.Security(),
         )
+
+
+def _recovery_step() -> str:
+    """Which of RECOVERY is under way; empty where none is."""
+    frame = sys._getframe()
+    names = set[str]()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == recovery.__name__:
+            names.add(frame.f_code.co_name)
+    return next((what for name, what in RECOVERY.items() if name in names), "")
 
 
 def _entry(node_id: int, role: settings.InitialRole) -> settings.InitialMember:
