@@ -49,16 +49,17 @@ class Displaced:
         self._rest: list[int] = []  # the three that hear nothing of the first leader's entries
         self._first: Process | None = None
 
-    def begin(self, rng: random.Random) -> None:
+    def begin(self, rng: random.Random) -> bool:
+        """False: this is no moment for it."""
         world, leader = self._world, self._world.leader()
         voters = [v.id for v in world.membership.voters]
         if self._step or leader is None or leader.node is None or world.membership.joint:
-            return
+            return False
         me = leader.machine.id
         if me not in voters or len(voters) != VOTERS or not leader.node.raft.committed_in_term:
-            return
+            return False
         if not all((p := world.machines[i].process) and p.serves for i in voters):
-            return
+            return False
         self._rng, self._first, self._term = rng, leader, leader.node.raft.term
         self._keeper = rng.choice([i for i in voters if i != me])
         self._second, self._at = 0, leader.node.raft.log.last_index + 1
@@ -66,9 +67,9 @@ class Displaced:
         self._write_due = world.scheduler.now
         self._faults.quiet = rng.random() < ALONE
         self._round += 1
-        world.count("displaced tried")
         self._go("append", [me, self._keeper], self._rest)
         self._look(self._round)
+        return True
 
     def end(self) -> None:
         """Let everybody hear everybody, as far as this fault is concerned."""

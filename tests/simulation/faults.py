@@ -1,7 +1,8 @@
 """What goes wrong during a run: each kind by itself, on a schedule of its own.
 
 Leaving one kind out does not move the others, so a failing seed is shrunk by dropping faults. What
-is lost for good stays within a budget: one machine at a time, and a quorum of sound ones beside it.
+is lost for good (damage.py) stays within a budget: one machine at a time, and a quorum of sound
+ones beside it.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-from tests.simulation.disk import OPERATIONS, SimPath
+from tests.simulation.damage import Damage
+from tests.simulation.disk import OPERATIONS
 from tests.simulation.displaced import Displaced
-from tests.simulation.environment import Environment
 from tests.simulation.loop import MS, SECOND
 from tests.simulation.machine import Machine, Process
 from tests.simulation.operators import Operators
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
-
-IN_KEY = 0.25  # of what rots in a log
 
 
 class Faults:
@@ -49,18 +49,25 @@ class Faults:
         self.damaged: Machine | None = None
         self.ever_damaged: set[int] = set()
         self._still_damaged: Callable[[], bool] = lambda: False
-        # kind -> (mean pause in ms, what is done)
-        self._acts: dict[str, tuple[int, Callable[[random.Random], None]]] = {
-            "one-way cut": (700, self._one_way),
-            "isolate": (900, self._isolate),
+        # kind -> (mean pause in ms, what is done); which says whether it found where to take hold
+        self._acts: dict[str, tuple[int, Callable[[random.Random], bool]]] = {
             "mesh": (1000, self._mesh),
             "usurp": (1000, self._usurp),
             "stale leader": (500, self._stale_leader),
             "slow": (800, self._slow),
             "burst": (500, self._burst),
+            "blackout": (2000, self._blackout),
+            "transfer": (500, self.operators.transfer),
+            "churn": (600, self.operators.churn),
+            "displaced": (500, self._displaced.begin),
+        }
+        damage = Damage(world, self)
+        to_one: dict[str, tuple[int, Callable[[Machine, random.Random], bool]]] = {
+            "one-way cut": (700, self._one_way),
+            "isolate": (900, self._isolate),
+            "lag": (1500, self._lag),
             "kill": (600, self._kill),
             "power": (900, self._power),
-            "blackout": (2000, self._blackout),
             "fuse": (300, self._fuse),
             "stop": (1200, self._stop),
             "pause": (600, self._pause),
@@ -69,13 +76,11 @@ class Faults:
             "stall": (700, self._stall),
             "eio": (900, self._eio),
             "full": (1500, self._full),
-            "rot": (900, self._rot),
-            "wipe": (1200, self._wipe),
-            "transfer": (500, self.operators.transfer),
-            "churn": (600, self.operators.churn),
-            "lag": (1500, self._lag),
-            "displaced": (500, self._displaced.begin),
+            "rot": (900, damage.rot),
+            "wipe": (1200, damage.wipe),
         }
+        for kind, (mean_ms, act) in to_one.items():
+            self._acts[kind] = mean_ms, partial(self._to_one, act)
 
     def start(self) -> None:
         self.on = True
@@ -100,12 +105,15 @@ class Faults:
         pause_ns = int(self.rngs[kind].expovariate(1 / mean_ms) * self.world.plan.calm * MS)
         self.world.scheduler.after(pause_ns, self._act, kind, act)
 
-    def _act(self, kind: str, act: Callable[[random.Random], None]) -> None:
+    def _act(self, kind: str, act: Callable[[random.Random], bool]) -> None:
         if self.on:
-            if not self.quiet:
+            if not self.quiet and act(self.rngs[kind]):
                 self.world.count(f"fault: {kind}")
-                act(self.rngs[kind])
             self._plan(kind)
+
+    def _to_one(self, act: Callable[[Machine, random.Random], bool], rng: random.Random) -> bool:
+        machine = self._any(rng)
+        return machine is not None and act(machine, rng)
 
     def starting(self, machine: Machine) -> None:
         """This very moment it starts. All that it finds and mends on its disk is one event, in
@@ -154,7 +162,7 @@ class Faults:
 
     # --- the network ------------------------------------------------------------------------------
 
-    def _cut(self, pairs: set[tuple[int, int]], rng: random.Random, lasting_ms: int = 0) -> None:
+    def _cut(self, pairs: set[tuple[int, int]], rng: random.Random, lasting_ms: int = 0) -> bool:
         links = sorted(pairs)
         self.world.note("cut", links)
         self.world.network.cut(links)
@@ -164,35 +172,40 @@ class Faults:
                 process.peers.cut(other)
         lasting_ms = lasting_ms or int(rng.choice((0.3, 0.6, 1.2)) * self._timeout_max_ms)
         self.world.scheduler.after(lasting_ms * MS, self.world.network.mend, links)
+        return bool(links)
 
-    def _one_way(self, rng: random.Random) -> None:
-        ids = list(self.world.machines)
-        if len(ids) > 1 and (machine := self._any(rng)):
-            other = rng.choice([i for i in ids if i != machine.id])
-            pair = (machine.id, other) if rng.random() < 0.5 else (other, machine.id)
-            self._cut({pair}, rng)
+    def _one_way(self, machine: Machine, rng: random.Random) -> bool:
+        others = [i for i in self.world.machines if i != machine.id]
+        if not others:
+            return False
+        other = rng.choice(others)
+        return self._cut({(machine.id, other) if rng.random() < 0.5 else (other, machine.id)}, rng)
 
-    def _isolate(self, rng: random.Random) -> None:
-        if machine := self._any(rng):
-            others = [i for i in self.world.machines if i != machine.id]
-            side = [machine.id, *rng.sample(others, rng.randint(0, len(others) // 2))]
-            rest = [i for i in others if i not in side]
-            pairs = set(itertools.product(side, rest))
-            if rng.random() < 0.7:
-                pairs |= set(itertools.product(rest, side))
-            self._cut(pairs, rng)
+    def _isolate(self, machine: Machine, rng: random.Random) -> bool:
+        others = [i for i in self.world.machines if i != machine.id]
+        side = [machine.id, *rng.sample(others, rng.randint(0, len(others) // 2))]
+        rest = [i for i in others if i not in side]
+        pairs = set(itertools.product(side, rest))
+        if rng.random() < 0.7:
+            pairs |= set(itertools.product(rest, side))
+        return self._cut(pairs, rng)
 
-    def _mesh(self, rng: random.Random) -> None:
+    def _lag(self, machine: Machine, rng: random.Random) -> bool:
+        """It hears nothing for so long that it will need a snapshot."""
+        others = [i for i in self.world.machines if i != machine.id]
+        return self._cut({p for i in others for p in ((i, machine.id), (machine.id, i))}, rng, 1200)
+
+    def _mesh(self, rng: random.Random) -> bool:
         """Some pairs cannot talk, though both reach others."""
         pairs = list(itertools.combinations(self.world.machines, 2))
         some = rng.sample(pairs, rng.randint(0, len(pairs) // 2)) if pairs else []
-        self._cut({p for one, other in some for p in ((one, other), (other, one))}, rng)
+        return self._cut({p for one, other in some for p in ((one, other), (other, one))}, rng)
 
-    def _usurp(self, rng: random.Random) -> None:
+    def _usurp(self, rng: random.Random) -> bool:
         """The leader goes on alone, with clients that write to it, until another one leads."""
         leader = self.world.leader()
         if leader is None:
-            return
+            return False
         me = leader.machine.id
         others = [i for i in self.world.machines if i != me]
         with_it = rng.sample(others, rng.choice((0, 0, len(others) // 3)))
@@ -205,24 +218,24 @@ class Faults:
         lasting_ms = int(rng.uniform(0.8, 2.5) * self._timeout_max_ms)
         if rng.random() < 0.3:  # what it appends is still being written when it is replaced
             leader.machine.stalled_until = self.world.scheduler.now + (lasting_ms + 100) * MS
-        self._cut(pairs, rng, lasting_ms)
         if rng.random() < 0.4:  # a membership that will never be committed
             settings = {"history_revisions": rng.randint(1, 1000)}
             self.operators.ask(rng, lambda node, by: node.change_settings(settings, by), leader)
+        return self._cut(pairs, rng, lasting_ms)
 
-    def _stale_leader(self, rng: random.Random) -> None:
+    def _stale_leader(self, rng: random.Random) -> bool:
         """Answers reach the leader later and later, and it learns late that it does not lead any
         more: because nobody hears it, one follower does not hear it, or it hands over.
         """
         leader = self.world.leader()
         if leader is None or leader.node is None:
-            return
+            return False
         me, after, timeout_ms = leader.machine.id, self.world.scheduler.after, self._timeout_ms
         others = [i for i in self.world.machines if i != me]
         links = {(i, me) for i in others}
         heirs = [v.id for v in self.world.membership.voters if v.id != me]
         if not heirs:
-            return
+            return False
         heir, node, way = rng.choice(heirs), leader.node, rng.choice(("deaf", "handover", "one"))
         if way == "handover":
             self._handing_over = leader
@@ -239,6 +252,7 @@ class Faults:
                 lag_ms = int(0.4 * timeout_ms * (step + 1))
                 after(step * timeout_ms // 2 * MS, self._slow_down, links, lag_ms)
             after(steps * timeout_ms // 2 * MS, self._deafen, leader, others, rng)
+        return True
 
     def _deafen(self, leader: Process, others: list[int], rng: random.Random) -> None:
         self._cut({(leader.machine.id, i) for i in others}, rng, 4 * self._timeout_ms)
@@ -246,6 +260,7 @@ class Faults:
 
     def hands_over(self, process: Process) -> None:
         """This very moment `process` tells another member to take over."""
+        self.world.count("handed over")
         if self._handing_over is process:
             self._handing_over = None
             self.world.count("handed over and deaf")
@@ -259,21 +274,24 @@ class Faults:
             when = int(rng.random() * ms * MS)
             self.world.scheduler.after(when, self.world.clients.read_once, process, rng)
 
-    def _burst(self, rng: random.Random) -> None:
+    def _burst(self, rng: random.Random) -> bool:
         """Many writes at once, and perhaps the end of the leader that has just taken them."""
         leader = self.world.leader()
         if leader is None:
-            return
+            return False
         self.world.clients.burst(leader, rng.randint(2, 12), rng)
         if rng.random() < 0.4:
             leader.machine.disk.fuse = rng.randint(0, 30)
+        return True
 
-    def _slow(self, rng: random.Random) -> None:
+    def _slow(self, rng: random.Random) -> bool:
         ids = list(self.world.machines)
-        if len(ids) > 1:
-            one, other = rng.sample(ids, 2)
-            lag_ms = int(rng.uniform(0.1, 1.5) * self._timeout_max_ms)
-            self._slow_down({(one, other)}, lag_ms)
+        if len(ids) < 2:
+            return False
+        one, other = rng.sample(ids, 2)
+        lag_ms = int(rng.uniform(0.1, 1.5) * self._timeout_max_ms)
+        self._slow_down({(one, other)}, lag_ms)
+        return True
 
     def _slow_down(self, links: set[tuple[int, int]], lag_ms: int) -> None:
         self.world.note("slow", sorted(links), lag_ms)
@@ -287,32 +305,34 @@ class Faults:
 
     # --- processes and machines -------------------------------------------------------------------
 
-    def _kill(self, rng: random.Random) -> None:
-        if machine := self._any(rng):
-            self.world.crash(machine)
+    def _kill(self, machine: Machine, rng: random.Random) -> bool:
+        self.world.crash(machine)
+        return True
 
-    def _power(self, rng: random.Random) -> None:
-        if machine := self._any(rng):
-            self.world.crash(machine, power=True)
+    def _power(self, machine: Machine, rng: random.Random) -> bool:
+        self.world.crash(machine, power=True)
+        return True
 
-    def _blackout(self, rng: random.Random) -> None:
+    def _blackout(self, rng: random.Random) -> bool:
         """All at once, or nearly."""
-        power = rng.random() < 0.5
-        for machine in self._running():
+        power, running = rng.random() < 0.5, self._running()
+        for machine in running:
             self.world.crash(machine, power=power)
+        return bool(running)
 
-    def _fuse(self, rng: random.Random) -> None:
+    def _fuse(self, machine: Machine, rng: random.Random) -> bool:
         """A crash at the boundary of two effects: sends, syncs, renames, commits."""
-        if machine := self._any(rng):
-            machine.disk.fuse = rng.choice((0, 1, 2, 3, 5, 8, 13, 30))
-            self.world.note("fuse of", machine.id, "is", machine.disk.fuse)
+        machine.disk.fuse = rng.choice((0, 1, 2, 3, 5, 8, 13, 30))
+        self.world.note("fuse of", machine.id, "is", machine.disk.fuse)
+        return True
 
-    def _stop(self, rng: random.Random) -> None:
+    def _stop(self, machine: Machine, rng: random.Random) -> bool:
         """As systemd would: leadership is handed over, the state is synced."""
-        machine = self._any(rng)
-        if machine and machine.process and machine.process.serves:
-            self.world.note("stop", machine.id)
-            machine.process.stop()
+        if machine.process is None or not machine.process.serves:
+            return False
+        self.world.note("stop", machine.id)
+        machine.process.stop()
+        return True
 
     def _freeze(self, machine: Machine, ms: int) -> int:
         process = machine.process
@@ -322,30 +342,29 @@ class Faults:
             process.loop.frozen_until = max(process.loop.frozen_until, until)
         return until
 
-    def _pause(self, rng: random.Random) -> None:
-        if machine := self._any(rng):
-            self._freeze(machine, int(rng.uniform(0.2, 3) * self._timeout_ms))
+    def _pause(self, machine: Machine, rng: random.Random) -> bool:
+        self._freeze(machine, int(rng.uniform(0.2, 3) * self._timeout_ms))
+        return True
 
-    def _suspend(self, rng: random.Random) -> None:
+    def _suspend(self, machine: Machine, rng: random.Random) -> bool:
         """Of the machine: its monotonic clock stands still."""
-        if machine := self._any(rng):
-            ms = int(rng.uniform(0.2, 3) * self._timeout_ms)
-            if machine.process is not None and machine.process.loop.frozen_until == 0:
-                self._freeze(machine, ms)
-                machine.clock.suspended_ns += int(ms * MS * machine.clock.rate)
-                machine.stalled_until = max(
-                    machine.stalled_until, self.world.scheduler.now + ms * MS
-                )
+        ms = int(rng.uniform(0.2, 3) * self._timeout_ms)
+        if machine.process is None or machine.process.loop.frozen_until:
+            return False
+        until = self._freeze(machine, ms)
+        machine.clock.suspended_ns += int(ms * MS * machine.clock.rate)
+        machine.stalled_until = max(machine.stalled_until, until)
+        return True
 
-    def _jump(self, rng: random.Random) -> None:
+    def _jump(self, machine: Machine, rng: random.Random) -> bool:
         """Somebody sets the time of day, by up to a day, and the clock by which a node counts its
         deadlines may leap ahead. CLOCK_BOOTTIME, on which leases and votes rest, never does.
         """
-        if machine := self._any(rng):
-            wrong_s, ahead_ms = rng.randint(-86400, 86400), rng.choice((0, 10, 1000))
-            self.world.note("clock of", machine.id, "set by", wrong_s, "s, ahead", ahead_ms, "ms")
-            machine.clock.wrong_ns += wrong_s * SECOND
-            machine.clock.suspended_ns -= ahead_ms * MS
+        wrong_s, ahead_ms = rng.randint(-86400, 86400), rng.choice((0, 10, 1000))
+        self.world.note("clock of", machine.id, "set by", wrong_s, "s, ahead", ahead_ms, "ms")
+        machine.clock.wrong_ns += wrong_s * SECOND
+        machine.clock.suspended_ns -= ahead_ms * MS
+        return True
 
     @property
     def _timeout_ms(self) -> int:
@@ -357,146 +376,36 @@ class Faults:
 
     # --- disks ------------------------------------------------------------------------------------
 
-    def _stall(self, rng: random.Random) -> None:
-        if machine := self._any(rng):
-            ms = int(rng.uniform(0.1, 4) * self._timeout_ms)
-            self.world.note("disk of", machine.id, "stalls for", ms, "ms")
-            machine.stalled_until = self.world.scheduler.now + ms * MS
+    def _stall(self, machine: Machine, rng: random.Random) -> bool:
+        ms = int(rng.uniform(0.1, 4) * self._timeout_ms)
+        self.world.note("disk of", machine.id, "stalls for", ms, "ms")
+        machine.stalled_until = self.world.scheduler.now + ms * MS
+        return True
 
-    def _eio(self, rng: random.Random) -> None:
+    def _eio(self, machine: Machine, rng: random.Random) -> bool:
         """At one of the next operations, or the next of a kind, for nearly all are commits."""
-        if machine := self._any(rng):
-            disk = machine.disk
-            disk.eio_kind = rng.choice(("", "", "", *OPERATIONS))
-            disk.eio = rng.choice((0, 0, 1, 2) if disk.eio_kind else (0, 0, 1, 2, 4, 8, 16))
-            what = disk.eio_kind or "operation"
-            self.world.note("disk of", machine.id, "fails at a", what, "after", disk.eio)
+        disk = machine.disk
+        disk.eio_kind = rng.choice(("", "", "", *OPERATIONS))
+        disk.eio = rng.choice((0, 0, 1, 2) if disk.eio_kind else (0, 0, 1, 2, 4, 8, 16))
+        what = disk.eio_kind or "operation"
+        self.world.note("disk of", machine.id, "fails at a", what, "after", disk.eio)
+        return True
 
-    def _full(self, rng: random.Random) -> None:
-        if machine := self._any(rng):
-            machine.disk.full = True
-            self.world.note("disk of", machine.id, "is full")
-            self.world.scheduler.after(rng.randint(100, 1500) * MS, self._free, machine)
+    def _full(self, machine: Machine, rng: random.Random) -> bool:
+        machine.disk.full = True
+        self.world.note("disk of", machine.id, "is full")
+        self.world.scheduler.after(rng.randint(100, 1500) * MS, self._free, machine)
+        return True
 
     @staticmethod
     def _free(machine: Machine) -> None:
         machine.disk.full = False
 
-    def _may_damage(self, machine: Machine) -> bool:
-        """One machine at a time; voters only where others have a quorum without it."""
-        if not self.nobody_is_missing():
-            return False
-        members = self.world.membership
-        in_force = [p.node.raft.membership for p in self.world.processes() if p.node]
-        return (
-            len(members.voters) >= 3
-            and not self.operators.removing
-            and all(m.voters == members.voters and not m.joint for m in in_force if m.voters)
-        )
-
-    def _rot(self, rng: random.Random) -> None:
-        machine = self._any(rng)
-        if machine is None or not self._may_damage(machine):
-            return
-        process, what = machine.process, rng.choice(("log", "state", "snapshot"))
-        if process is None or process.node is None or process.node.raft.state_lost:
-            return
-        path = machine.path
-        if what == "log":
-            self._rot_log(machine, rng)
-        elif what == "state":
-            current = path / path.joinpath("CURRENT").read_text().strip() / "data.mdb"
-            node = current._find()
-            if node is not None and node.environment is not None:
-                self._rot_records(node.environment, b"keys", rng)
-                self._mark(machine, "state rotted", lambda: self._is_weak(machine))
-        else:
-            files = list(path.joinpath("snapshots").glob("snapshot-*.dsnap"))
-            if files:
-                self._rot_file(machine, rng.choice(files), rng)
-
-    def _rot_log(self, machine: Machine, rng: random.Random) -> None:
-        log = machine.log_file()
-        if log is not None and len(log.tables[b""].keys) > 2:
-            self.world.checker.damaging(machine)
-            self._rot_records(log, b"", rng)
-            me = machine.process.member if machine.process else None
-            self._mark(
-                machine,
-                "log rotted",
-                lambda: (
-                    self._is_weak(machine)
-                    or machine.process is None
-                    or machine.process.member == me
-                ),
-            )
-            if rng.random() < 0.7:  # it is found at the next start
-                self.world.crash(machine, power=rng.random() < 0.5)
-
-    @staticmethod
-    def _rot_records(environment: Environment, name: bytes, rng: random.Random) -> None:
-        """A bit of one record. Not in a key of the state: what is looked for beside such a key is
-        not there, and that is answered until the state is read through (docs/correctness.md).
-        """
-        table = environment.tables.get(name)
-        if table is None or not table.keys:
-            return
-        key = rng.choice(table.keys)
-        in_key = name == b"" and rng.random() < IN_KEY
-        raw = bytearray(key if in_key else table.data[key])
-        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-        if not in_key:
-            table.data[key] = bytes(raw)
-        elif bytes(raw) not in table.data:
-            table.put(bytes(raw), table.data[key])
-            table.delete(key)
-
-    def _rot_file(self, machine: Machine, file: SimPath, rng: random.Random) -> None:
-        node = file._find()
-        assert node is not None
-        raw = bytearray(node.content)
-        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-        node.content = node.synced = bytes(raw)
-        self._mark(machine, "snapshot rotted", lambda: file._find() is node)
-
-    def _mark(self, machine: Machine, what: str, lasts: Callable[[], bool]) -> None:
+    def mark(self, machine: Machine, what: str, lasts: Callable[[], bool]) -> None:
+        """It has lost something, and is not to be counted on for as long as `lasts` says so."""
         self.world.count(what)
         self.damaged, self._still_damaged = machine, lasts
         self.ever_damaged.add(machine.id)
 
     def nobody_is_missing(self) -> bool:
         return not (self.damaged and self._still_damaged())
-
-    def _is_weak(self, machine: Machine) -> bool:
-        """Not a voter yet, or not up to date."""
-        process = machine.process
-        if process is None or process.node is None:
-            return True
-        raft = process.node.raft
-        return (
-            raft.state_lost
-            or raft.me not in self.world.membership.voters
-            or raft.log.stable_index < len(self.world.checker.committed) - 5
-        )
-
-    def _wipe(self, rng: random.Random) -> None:
-        machine = self._any(rng)
-        if machine is None or not self._may_damage(machine) or machine.process is None:
-            return
-        process = machine.process
-        if process.node is None or process.node.raft.me not in self.world.membership.voters:
-            return
-        self.world.checker.damaging(machine)
-        self.world.note("wipe", machine.id)
-        self.world.checker.crashed(process, power=True)
-        machine.wipe()
-        self.world.process_gone(process)
-        self.world.restart_later(machine)
-        self._mark(machine, "disk replaced", lambda: self._is_weak(machine))
-
-    def _lag(self, rng: random.Random) -> None:
-        """Somebody hears nothing for so long that it will need a snapshot."""
-        if machine := self._any(rng):
-            others = [i for i in self.world.machines if i != machine.id]
-            pairs = {p for i in others for p in ((i, machine.id), (machine.id, i))}
-            self._cut(pairs, rng, 1200)

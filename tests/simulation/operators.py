@@ -32,13 +32,13 @@ class Operators:
         rng: random.Random,
         make: Callable[[Any, float], Any],
         process: Process | None = None,
-    ) -> None:
-        """Have a node carry out an operation, and never mind the answer."""
+    ) -> bool:
+        """Have a node carry out an operation, and never mind the answer. False: none is there."""
         processes = self.world.processes()
         if process is None and processes:
             process = rng.choice(processes)
         if process is None:
-            return
+            return False
 
         async def ask() -> None:
             try:
@@ -49,15 +49,16 @@ class Operators:
                 self.world.clients.expected(error)
 
         process.run(lambda: process.loop.create_task(ask()))
+        return True
 
-    def transfer(self, rng: random.Random) -> None:
+    def transfer(self, rng: random.Random) -> bool:
         voters = self.world.membership.voters
-        if voters:
-            target = rng.choice(voters).id
-            self.world.count("transfer asked")
-            self.ask(rng, lambda node, deadline: node.transfer_leader(target, deadline))
+        if not voters:
+            return False
+        target = rng.choice(voters).id
+        return self.ask(rng, lambda node, deadline: node.transfer_leader(target, deadline))
 
-    def churn(self, rng: random.Random) -> None:
+    def churn(self, rng: random.Random) -> bool:
         """A newcomer, a removal, a promotion or new settings."""
         members, dice = self.world.membership, rng.random()
         if dice < 0.35 and len(self.world.machines) < NODES_MAX and members.voters:
@@ -65,14 +66,15 @@ class Operators:
             founders = tuple(v.id for v in members.voters)
             self.world.machines[node_id] = machine = Machine(self.world, node_id, founders)
             self.world.start(machine)
-        elif dice < 0.6 and len(members.voters) > 3 and self._faults.nobody_is_missing():
+            return True
+        if dice < 0.6 and len(members.voters) > 3 and self._faults.nobody_is_missing():
             self.remove(rng.choice(members.members).id.id, rng)
-        elif dice < 0.8 and members.learners:
+            return True
+        if dice < 0.8 and members.learners:
             ids = [m.id for m in members.learners]
-            self.ask(rng, lambda node, deadline: node.promote(ids, deadline))
-        else:
-            settings = {"history_revisions": rng.randint(1, 1000)}
-            self.ask(rng, lambda node, deadline: node.change_settings(settings, deadline))
+            return self.ask(rng, lambda node, deadline: node.promote(ids, deadline))
+        settings = {"history_revisions": rng.randint(1, 1000)}
+        return self.ask(rng, lambda node, deadline: node.change_settings(settings, deadline))
 
     def remove(self, node_id: int, rng: random.Random) -> None:
         """Never while another disk is not made good for: two voters less may be a quorum less."""

@@ -103,7 +103,9 @@ class Tally:
 
     @property
     def faults(self) -> dict[str, tuple[int, int]]:
-        """By kind: how often it struck (0 where it is a habit, as loss is), in how many seeds."""
+        """By kind: how often it found where to strike (0 where it is a habit, as loss is), and in
+        how many seeds it was on. What a fuse or a disk that is to fail then does is a rare state.
+        """
         return {name: (self.counts[FAULT + name], n) for name, n in sorted(self.on.items())}
 
     def __str__(self) -> str:

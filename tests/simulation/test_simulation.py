@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.simulation.loop import SECOND
 from tests.simulation.plan import FAULTS, Plan
 from tests.simulation.rotation import first_seed
 from tests.simulation.run import Tally, examine, explain, narrow_down, run_seed, run_seeds
+from tests.simulation.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = float(os.environ.get("DENGINE_SIM_SECONDS") or 360)
@@ -49,15 +51,15 @@ SOMETIMES = (
     "crashed in the rest of an install",
     "disk replaced",
     "displaced entry committed",
+    "exit 0",
     "fault: blackout",
     "fault: jump",
     "fault: one-way cut",
-    "fault: stop",
-    "fault: transfer",
     "fetch crashed",
     "fetch done",
     "fetch resumed",
     "file torn",
+    "handed over",
     "install crashed",
     "joint state",
     "joint state crashed",
@@ -159,6 +161,24 @@ def test_leaving_a_fault_out_changes_no_other_choice() -> None:
             part = Plan(seed, (fault,))
             assert part.faults == tuple(f for f in whole.faults if f != fault)
             assert (part.shape, part.limits, part.calm) == (whole.shape, whole.limits, whole.calm)
+
+
+def test_a_fault_that_finds_nothing_to_strike_is_not_counted() -> None:
+    """Else its count says nothing of what the nodes have been through."""
+    plan = Plan(0)
+    plan.faults = tuple(FAULTS)
+    world = World(plan)
+    with world.alive():
+        world.faults.start()
+        world.scheduler.run_until(10 * SECOND)
+    counted = {name for name, (times, _) in tally_of(world).faults.items() if times}
+    assert counted == {"mesh", "slow"}, "no machine runs: only links can be cut"
+
+
+def tally_of(world: World) -> Tally:
+    tally = Tally()
+    tally.add(world, 0.0)
+    return tally
 
 
 def test_a_calm_cluster_refuses_nothing() -> None:

@@ -1,0 +1,134 @@
+"""What is lost for good: bits that rot, and a disk that is replaced by an empty one.
+
+One machine at a time, and only where others have a quorum without it.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from tests.simulation.disk import SimPath
+from tests.simulation.environment import Environment
+from tests.simulation.machine import Machine
+
+if TYPE_CHECKING:
+    from tests.simulation.faults import Faults
+    from tests.simulation.world import World
+
+IN_KEY = 0.25  # of what rots in a log
+
+
+class Damage:
+    """Each act says whether it has damaged anything."""
+
+    def __init__(self, world: World, faults: Faults) -> None:
+        self._world = world
+        self._faults = faults
+
+    def _may_damage(self) -> bool:
+        faults, members = self._faults, self._world.membership
+        in_force = [p.node.raft.membership for p in self._world.processes() if p.node]
+        return (
+            faults.nobody_is_missing()
+            and len(members.voters) >= 3
+            and not faults.operators.removing
+            and all(m.voters == members.voters and not m.joint for m in in_force if m.voters)
+        )
+
+    def _is_weak(self, machine: Machine) -> bool:
+        """Not a voter yet, or not up to date."""
+        process = machine.process
+        if process is None or process.node is None:
+            return True
+        raft = process.node.raft
+        return (
+            raft.state_lost
+            or raft.me not in self._world.membership.voters
+            or raft.log.stable_index < len(self._world.checker.committed) - 5
+        )
+
+    def rot(self, machine: Machine, rng: random.Random) -> bool:
+        if not self._may_damage():
+            return False
+        process, what = machine.process, rng.choice(("log", "state", "snapshot"))
+        if process is None or process.node is None or process.node.raft.state_lost:
+            return False
+        if what == "log":
+            return self._rot_log(machine, rng)
+        if what == "state":
+            return self._rot_state(machine, rng)
+        files = list(machine.path.joinpath("snapshots").glob("snapshot-*.dsnap"))
+        if files:
+            self._rot_file(machine, rng.choice(files), rng)
+        return bool(files)
+
+    def _rot_log(self, machine: Machine, rng: random.Random) -> bool:
+        log = machine.log_file()
+        if log is None or len(log.tables[b""].keys) <= 2:
+            return False
+        self._world.checker.damaging(machine)
+        self._rot_record(log, b"", rng)
+        me = machine.process.member if machine.process else None
+        self._faults.mark(
+            machine,
+            "log rotted",
+            lambda: (
+                self._is_weak(machine) or machine.process is None or machine.process.member == me
+            ),
+        )
+        if rng.random() < 0.7:  # it is found at the next start
+            self._world.crash(machine, power=rng.random() < 0.5)
+        return True
+
+    def _rot_state(self, machine: Machine, rng: random.Random) -> bool:
+        name = machine.path.joinpath("CURRENT").read_text().strip()
+        node = (machine.path / name / "data.mdb")._find()
+        if node is None or node.environment is None:
+            return False
+        if not self._rot_record(node.environment, b"keys", rng):
+            return False
+        self._faults.mark(machine, "state rotted", lambda: self._is_weak(machine))
+        return True
+
+    @staticmethod
+    def _rot_record(environment: Environment, name: bytes, rng: random.Random) -> bool:
+        """A bit of one record. Not in a key of the state: what is looked for beside such a key is
+        not there, and that is answered until the state is read through (docs/correctness.md).
+        """
+        table = environment.tables.get(name)
+        if table is None or not table.keys:
+            return False
+        key = rng.choice(table.keys)
+        in_key = name == b"" and rng.random() < IN_KEY
+        raw = bytearray(key if in_key else table.data[key])
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        if not in_key:
+            table.data[key] = bytes(raw)
+        elif bytes(raw) not in table.data:
+            table.put(bytes(raw), table.data[key])
+            table.delete(key)
+        return True
+
+    def _rot_file(self, machine: Machine, file: SimPath, rng: random.Random) -> None:
+        node = file._find()
+        assert node is not None
+        raw = bytearray(node.content)
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        node.content = node.synced = bytes(raw)
+        self._faults.mark(machine, "snapshot rotted", lambda: file._find() is node)
+
+    def wipe(self, machine: Machine, rng: random.Random) -> bool:
+        process, world = machine.process, self._world
+        if process is None or process.node is None or not self._may_damage():
+            return False
+        if process.node.raft.me not in world.membership.voters:
+            return False
+        world.checker.damaging(machine)
+        world.note("wipe", machine.id)
+        world.checker.crashed(process, power=True)
+        machine.wipe()
+        world.process_gone(process)
+        world.restart_later(machine)
+        self._faults.mark(machine, "disk replaced", lambda: self._is_weak(machine))
+        return True
