@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
 
 from dengine.kv.commands import (
     Command,
@@ -13,10 +15,12 @@ from dengine.kv.commands import (
     Delete,
     DeleteRange,
     DeleteResult,
+    ExpiringPut,
     Get,
     GetResult,
     Invalid,
-    Put,
+    NoLease,
+    Operation,
     PutResult,
     Result,
     TooMany,
@@ -59,7 +63,7 @@ class DictView:
         del self.records[key]
 
     def scan(self, start: bytes, end: bytes | None) -> Iterator[bytes]:
-        return iter([k for k in sorted(self.records) if k >= start and (end is None or k < end)])
+        return iter(_between(self.records, start, end))
 
     def read(self, table: Table, key: bytes) -> bytes | None:
         return self.tables[table].get(key)
@@ -86,90 +90,109 @@ class DictView:
 
 class Twin:
     """One command after the other, as simply as the rules in ARCHITECTURE.md, "The state machine",
-    can be written down."""
+    can be written down. What time and leases end, and what is done once, is not in it.
 
-    def __init__(self) -> None:
+    Attributes:
+        keys_max: how many keys a command may delete, whatever it says itself.
+        alive: says of a lease whether keys can be attached to it.
+        clock_ms: the log time.
+    """
+
+    def __init__(
+        self,
+        keys_max: int = 10_000,
+        alive: Callable[[str], bool] = lambda lease: False,
+    ) -> None:
         self.records: dict[bytes, Record] = {}
         self.revision = 0
+        self.keys_max = keys_max
+        self.alive = alive
+        self.clock_ms = 0
 
     def apply(self, command: Command) -> Result:
+        """`records` is another dict afterwards if the command has changed it."""
+        records = dict(self.records)
         if isinstance(command, Txn):
-            return self._txn(command)
-        before = copy.copy(self.records)
-        result = self._apply(command)
-        if self.records != before:
+            result, changed = self._txn(command, records)
+        else:
+            result = self._apply(command, records)
+            changed = records != self.records
+        if changed:
+            self.records = records
             self.revision += 1
         return result
 
-    def _apply(self, command: Command) -> Result:
+    def keys(self, start: bytes, end: bytes | None) -> list[bytes]:
+        return _between(self.records, start, end)
+
+    def _apply(self, command: Command | Operation, records: dict[bytes, Record]) -> Any:
+        """Changes `records`, at the revision after this one."""
         if isinstance(command, DeleteRange):
-            doomed = [
-                key
-                for key in self.records
-                if key >= command.start and (command.end is None or key < command.end)
-            ]
-            if len(doomed) > max(command.limit, 0):
-                return TooMany(max(command.limit, 0))
+            doomed = _between(records, command.start, command.end)
+            most = max(min(command.limit, self.keys_max), 0)
+            if len(doomed) > most:
+                return TooMany(most)
             for key in doomed:
-                del self.records[key]
+                del records[key]
             return DeleteResult(self.revision + bool(doomed), len(doomed))
         if len(command.key) == 0 or len(command.key) > 511:
             return Invalid(f"a key has 1 to 511 bytes, this one has {len(command.key)}")
-        if isinstance(command, Put) and len(command.value) > 2**20:
+        old = records.get(command.key)
+        if isinstance(command, Get):
+            if old is None:
+                return GetResult()
+            made, changed, version, value, expires_ms, lease = msgspec.structs.astuple(old)
+            return GetResult(changed, made, version, value, expires_ms, lease)
+        if not isinstance(command, Delete) and len(command.value) > 2**20:
             return Invalid(f"a value has at most 1048576 bytes, this one has {len(command.value)}")
-        old = self.records.get(command.key)
+        expires_ms, lease = 0, ""
+        if isinstance(command, ExpiringPut):
+            lease = command.lease
+            if lease and not self.alive(lease):
+                return NoLease(lease)
+            expires_ms = 0 if lease else self.clock_ms + command.ttl_s * 1000 + 1
         if not self._allowed(command.condition, old):
             return ConditionFailed(None if old is None else old.mod_revision)
         if isinstance(command, Delete):
-            self.records.pop(command.key, None)
+            records.pop(command.key, None)
             return DeleteResult(self.revision + (old is not None), int(old is not None))
         now = self.revision + 1
         created = now if old is None else old.create_revision
         version = 1 if old is None else old.version + 1
-        self.records[command.key] = Record(created, now, version, command.value)
+        records[command.key] = Record(created, now, version, command.value, expires_ms, lease)
         return PutResult(now, old is None)
 
-    def _txn(self, txn: Txn) -> Result:
+    def _txn(self, txn: Txn, records: dict[bytes, Record]) -> tuple[Result, bool]:
+        """And whether it is a change."""
         for compare in txn.compare:
             number, is_flag = type(compare.operand) is int, type(compare.operand) is bool
             fits = {"value": type(compare.operand) is bytes, "exists": is_flag}
             if not fits.get(compare.target, number):
-                return Invalid("any words")
+                return Invalid("any words"), False
             if is_flag and compare.relation not in ("=", "!="):
-                return Invalid("any words")
+                return Invalid("any words"), False
             if len(compare.key) == 0 or len(compare.key) > 511:
-                return Invalid("any words")
+                return Invalid("any words"), False
         succeeded = all(self._true(compare) for compare in txn.compare)
-        records, results, deleted, changed = dict(self.records), [], 0, False
+        results, deleted, changed = [], 0, False
         for operation in txn.success if succeeded else txn.failure:
-            trial = Twin()
-            trial.records, trial.revision = records, self.revision
-            if isinstance(operation, Get):
-                if len(operation.key) == 0 or len(operation.key) > 511:
-                    return Invalid("any words")
-                found = records.get(operation.key)
-                result: Result | GetResult = GetResult()
-                if found:
-                    result = GetResult(
-                        found.mod_revision, found.create_revision, found.version, found.value
-                    )
-            elif isinstance(operation, DeleteRange):
-                left = operation.limit - deleted
-                result = trial._apply(DeleteRange(operation.start, operation.end, left))
-            elif operation.condition is not None:
-                return Invalid("any words")
+            if isinstance(operation, DeleteRange):
+                most = min(operation.limit, self.keys_max)
+                left = DeleteRange(operation.start, operation.end, most - deleted)
+                result = self._apply(left, records)
+                if isinstance(result, TooMany):
+                    return TooMany(max(most, 0)), False
+            elif not isinstance(operation, Get) and operation.condition is not None:
+                return Invalid("any words"), False
             else:
-                result = trial._apply(operation)
-            if isinstance(result, TooMany):
-                return TooMany(max(operation.limit, 0))
-            if isinstance(result, Invalid):
-                return result
+                result = self._apply(operation, records)
+            if isinstance(result, Invalid | NoLease):
+                return result, False
             if isinstance(result, DeleteResult):
                 deleted += result.deleted
             changed = changed or isinstance(result, PutResult) or bool(deleted)
             results.append(result)
-        self.records, self.revision = records, self.revision + changed
-        return TxnResult(self.revision, succeeded, tuple(results))
+        return TxnResult(self.revision + changed, succeeded, tuple(results)), changed
 
     def _true(self, compare: Compare) -> bool:
         old = self.records.get(compare.key)
@@ -202,3 +225,7 @@ class Twin:
         if old is None:
             return False
         return condition.if_match == () or old.mod_revision in condition.if_match
+
+
+def _between(records: Iterable[bytes], start: bytes, end: bytes | None) -> list[bytes]:
+    return sorted(key for key in records if key >= start and (end is None or key < end))

@@ -15,19 +15,29 @@ The verdict takes O(n log n), whatever the history is, and so does not depend on
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Mapping, Sequence
 
 from tests.linearizability.checker import FOREVER, Finding, Operation, Verdict
 
 
-def check(histories: Mapping[Hashable, Sequence[Operation]]) -> Finding:
-    """Judge the operations on each key. What an unknown outcome was must have been filled in."""
+def check(
+    histories: Mapping[Hashable, Sequence[Operation]], views: Sequence[Operation] = ()
+) -> Finding:
+    """Judge the operations on each key. What an unknown outcome was must have been filled in.
+
+    Args:
+        views: of several keys at one moment; each has for a result the revision of the store of
+            which it is, and by key what it shows, as a read does. They need all keys to count
+            revisions together.
+    """
     for key, history in histories.items():
         window = contradiction(history)
         if window:
             return Finding(Verdict.ILLEGAL, key, window)
-    return Finding(Verdict.LINEARIZABLE)
+    window = torn(histories, views) if views else ()
+    return Finding(Verdict.ILLEGAL, None, window) if window else Finding(Verdict.LINEARIZABLE)
 
 
 def contradiction(history: Sequence[Operation]) -> tuple[Operation, ...]:
@@ -64,6 +74,37 @@ def contradiction(history: Sequence[Operation]) -> tuple[Operation, ...]:
     return _out_of_time(places)
 
 
+def torn(
+    histories: Mapping[Hashable, Sequence[Operation]], views: Sequence[Operation]
+) -> tuple[Operation, ...]:
+    """A view that is not of one moment, or of none between its call and its return.
+
+    Its revision is its place among the changes of all keys: what it shows of each key is what the
+    last one before that has left, and nobody returned before somebody at an earlier place was
+    called.
+    """
+    changes = {k: sorted(filter(_changes, h), key=_result) for k, h in histories.items()}
+    places: dict[tuple[int, bool], list[Operation]] = {}
+    for change in itertools.chain.from_iterable(changes.values()):
+        places.setdefault((change.result, False), []).append(change)
+    for view in views:
+        revision, seen = view.result
+        places.setdefault((revision, True), []).append(view)
+        for key, what in seen.items():
+            of_key = changes.get(key, ())
+            place = bisect_right(of_key, revision, key=_result)
+            last = of_key[place - 1] if place else None
+            there = last is not None and _value(last) is not None
+            if what != ((last.result, _value(last)) if last and there else (0, None)):
+                return (*of_key[max(place - 1, 0) : place + 1], view)
+    return _out_of_time([places[place] for place in sorted(places)])
+
+
+def _result(change: Operation) -> int:
+    revision: int = change.result
+    return revision
+
+
 def _changes(op: Operation) -> bool:
     return op.name != "read" and isinstance(op.result, int)
 
@@ -78,7 +119,7 @@ def _seen_revision(op: Operation) -> int | None:
 
 def _fits(op: Operation, change: Operation) -> bool:
     """Could `op` have seen that, in the state after `change`?"""
-    if change.name == "delete":
+    if _value(change) is None:
         return False
     if op.name == "cas":
         return op.argument[0] != change.result
@@ -86,6 +127,7 @@ def _fits(op: Operation, change: Operation) -> bool:
 
 
 def _value(change: Operation) -> object:
+    """None for a deletion, which may be a swap, too."""
     return change.argument[1] if change.name == "cas" else change.argument
 
 
@@ -95,7 +137,7 @@ def _out_of_sequence(changes: Sequence[Operation]) -> tuple[Operation, ...]:
     for change in changes:
         if before is not None and before.result == change.result:
             return (before, change)
-        here = None if before is None or before.name == "delete" else before.result
+        here = None if before is None or _value(before) is None else before.result
         if (change.name == "cas" and change.argument[0] != here) or (
             change.name == "delete" and here is None
         ):
@@ -113,7 +155,7 @@ def _place_who_saw_nothing(
     waiting: list[Operation], changes: Sequence[Operation], places: list[list[Operation]]
 ) -> None:
     """Gives them a place; who finds none stays in `waiting`."""
-    empty = [0, *(2 * n for n, change in enumerate(changes, 1) if change.name == "delete")]
+    empty = [0, *(2 * n for n, change in enumerate(changes, 1) if _value(change) is None)]
     # The earliest return at any place behind each empty state; it grows with the place.
     behind, earliest, place = [FOREVER] * len(empty), FOREVER, len(places) - 1
     for position in range(len(empty) - 1, -1, -1):
