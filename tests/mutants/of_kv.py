@@ -1,4 +1,5 @@
-"""Mutants of what the log's time ends, of leases, of exactly-once, and of watches."""
+"""Mutants of what the log's time ends, of leases, of exactly-once, of watches, of transactions and
+ranges, and of lists."""
 
 from __future__ import annotations
 
@@ -193,6 +194,124 @@ MUTANTS: tuple[Mutant, ...] = (
             "dengine.node.watch_index",
             "return key.startswith(self.key) if self.is_prefix",
             "return key >= self.key if self.is_prefix",
+        ),
+    ),
+    # --- transactions and ranges ------------------------------------------------------------------
+    mutant(
+        "a range within a transaction does not see what it has put",
+        (
+            "dengine.kv.transaction",
+            "own = sorted(k for k in self._made if",
+            "own = sorted(k for k in () if",
+        ),
+    ),
+    mutant(
+        "a range within a transaction sees what it has deleted",
+        (
+            "dengine.kv.transaction",
+            "if key != last and self._changes.get(key, True) is not None:",
+            "if key != last:",
+        ),
+    ),
+    mutant(
+        "a range counts what a transaction has put anew twice",
+        ("dengine.kv.transaction", "if key != last and self", "if self"),
+    ),
+    mutant(
+        "a deletion within a transaction only takes back what it has put",
+        ("dengine.kv.transaction", "self._changes[key] = None", "self._changes.pop(key, None)"),
+    ),
+    mutant(
+        "what a transaction has deleted is there for the rest of it",
+        ("dengine.kv.transaction", "if key in self._changes:", "if self._changes.get(key):"),
+    ),
+    mutant(
+        "a read within a transaction shows what was there before it",
+        ("dengine.kv.machine", "found = overlay.get(key)", "found = recorder.get(key)"),
+    ),
+    mutant(
+        "a deletion deletes nothing",
+        (
+            "dengine.kv.machine",
+            "    view.delete(key)\n    return DeleteResult(revision + 1, 1)",
+            "    return DeleteResult(revision + 1, 1)",
+        ),
+    ),
+    mutant(
+        "a deletion asks for no condition",
+        (
+            "dengine.kv.machine",
+            "command.condition is not None and not _holds(command.condition, old):\n"
+            "        return ConditionFailed(old.mod_revision if old else None)\n"
+            "    if old is None:\n        return DeleteResult",
+            "False:\n        return ConditionFailed(None)\n"
+            "    if old is None:\n        return DeleteResult",
+        ),
+    ),
+    mutant(
+        "a transaction's ranges each have the whole limit",
+        (
+            "dengine.kv.machine",
+            "recorder.keys_limit(limit) - deleted)",
+            "recorder.keys_limit(limit))",
+        ),
+    ),
+    mutant(
+        "a transaction has the revision of its last operation",
+        ("dengine.kv.machine", "after = max(after, result.revision)", "after = result.revision"),
+    ),
+    mutant(
+        "a key that is made anew counts its versions on",
+        (
+            "dengine.kv.machine",
+            "        view.put(key, Record(revision, revision, 1, value, expires_ms, lease))",
+            "        view.put(key, Record(revision, revision, 2, value, expires_ms, lease))",
+        ),
+    ),
+    mutant(
+        "at most is less than",
+        ("dengine.kv.transaction", '"<=": operator.le', '"<=": operator.lt'),
+    ),
+    mutant(
+        "what is not there has any value",
+        (
+            "dengine.kv.transaction",
+            "if record is None:\n            return False",
+            "if record is None:\n            return True",
+        ),
+    ),
+    mutant(
+        "a version is compared as a revision",
+        ("dengine.kv.transaction", 'if compare.target == "version"', "if False"),
+    ),
+    mutant(
+        "the last comparison decides",
+        ("dengine.kv.machine", "        if not succeeded:\n            break\n", ""),
+    ),
+    # --- lists ------------------------------------------------------------------------------------
+    mutant(
+        "a list shows its end, too",
+        (
+            "dengine.storage.state_store",
+            "if end is not None and key >= end:",
+            "if end is not None and key > end:",
+        ),
+    ),
+    mutant(
+        "a page does not say where the next one begins",
+        (
+            "dengine.storage.state_store",
+            "return Page(items, key, self.revision)",
+            "return Page(items, None, self.revision)",
+        ),
+    ),
+    mutant(
+        "a list leaves out keys with a time",
+        (
+            "dengine.storage.state_store",
+            "items.append((key, sound_record(key, raw, self._path, keys_only)))",
+            "record = sound_record(key, raw, self._path, keys_only)\n"
+            "                    items += [] if record.expires_ms else [(key, record)]",
         ),
     ),
 )

@@ -1,5 +1,5 @@
-"""Clients that write, compare-and-swap, delete, change two keys at once and read at three levels,
-and what they saw.
+"""Clients that write, compare-and-swap, delete, send transactions and range deletes, read keys and
+list ranges at three levels, and what they saw.
 
 Every answer is judged by itself, against the committed log: what a write has come to, and what a
 read saw at the index at which it was served. How the answers go together is judged at the end.
@@ -8,33 +8,36 @@ read saw at the index at which it was served. How the answers go together is jud
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dengine.errors import DataCorruption, DengineError, StorageIO
 from dengine.kv.commands import (
-    Command,
-    Compare,
     Condition,
     ConditionFailed,
+    Delete,
     DeleteRange,
-    DeleteResult,
+    Effect,
     Get,
     GetResult,
     Put,
     PutResult,
     Result,
+    TooMany,
     Txn,
     TxnResult,
 )
+from dengine.kv.store import Record
 from tests.linearizability import checker as search
 from tests.linearizability.by_revision import check
-from tests.linearizability.checker import FOREVER, Operation, Verdict
+from tests.linearizability.checker import Operation, Verdict
 from tests.linearizability.models import VERSIONED
 from tests.linearizability.timeline import as_text
+from tests.simulation import requests
+from tests.simulation.history import History, is_change
 from tests.simulation.loop import MS
-from tests.simulation.model import NOTHING, mark_of
+from tests.simulation.model import MARKS, mark_of, marking
 from tests.simulation.violation import violated
 
 if TYPE_CHECKING:
@@ -42,6 +45,15 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 LEVELS = ("linearizable", "lease", "eventual")
+# Keys with a TTL or a lease, which sessions put: clients only look at them.
+PASSING = (b"t0", b"t1", b"l", b"l0", b"l1", b"l1+", b"l4+")
+PREFIXES: tuple[tuple[bytes, bytes | None], ...] = (
+    (b"k", b"l"),
+    (b"t", b"u"),
+    (b"l", b"m"),
+    (b"", None),
+)
+PAGES = (1, 2, 1000, 1000)  # how many rows are asked for
 SEARCHED = 50  # each so many-th seed is judged by the general search as well
 SEARCH_S = 600.0
 
@@ -52,11 +64,11 @@ class Call:
 
     client: int
     key: bytes
-    name: str
-    argument: Any
-    command: Command | None  # None: a read
+    command: Effect | None  # None: a read
     level: str
     called: int
+    end: bytes | None = None  # of a list, which begins at `key`
+    limit: int = 0  # of the rows of a list; 0: it is no list
     floor: int = 0  # of the index that a read must have applied
     process: Process | None = None
     timeout_s: float | None = None  # None: one of a few is drawn
@@ -69,17 +81,18 @@ class Clients:
     def __init__(self, world: World) -> None:
         self.world = world
         self.stopped = False
-        self.history: dict[bytes, list[Operation]] = {}
         self.pending: dict[Call, None] = {}
         self.operations = 0
         self.shown_index = 0  # the newest entry of which anybody has seen what came of it
         self.refused: set[bytes] = set()  # marks of commands that will never happen
-        self._unknown: list[tuple[bytes, Operation, bytes]] = []
+        self._unknown: list[Call] = []
         self._eventual: dict[Process, int] = {}
         self._counter = 0
         self._clients = world.plan.clients
         self._rngs = [random.Random(f"{world.seed} client {i}") for i in range(self._clients + 1)]
-        self._revision: dict[tuple[int, bytes], int | None] = {}
+        self._keys = [b"k%d" % number for number in range(world.plan.keys)]
+        self._known: dict[tuple[int, bytes], tuple[int, bytes]] = {}  # revision and value, by who
+        self.history = History(self._keys, world.checker.promises.keys)
 
     def start(self) -> None:
         for slot in range(self._clients):
@@ -116,29 +129,26 @@ class Clients:
     ) -> None:
         """So many writes at once to one node, by clients that are not heard of again."""
         for _ in range(count if process.serves else 0):
-            call = self._write(self._key(rng.randrange(self.world.plan.keys)))
+            call = self._write(rng.choice(self._keys))
             call.timeout_s = timeout_s
             self._submit(call, process)
 
     def ask(self, process: Process, level: str, told: Callable[[bool], None]) -> None:
         """One write (`level` is empty) or read of a node, by a client of its own."""
-        call = self._read(self._key(0), level) if level else self._write(self._key(0))
+        call = self._read(b"k0", level) if level else self._write(b"k0")
         call.timeout_s, call.told = 0.5, told
         self._submit(call, process)
 
     def _write(self, key: bytes) -> Call:
-        self._counter += 1
-        value, now = b"%d" % self._counter, self.world.scheduler.now
-        return Call(self._clients, key, "write", value, Put(key, value), "", now)
+        return Call(self._clients, key, self._put(key), "", self.world.scheduler.now)
 
     def _read(self, key: bytes, level: str) -> Call:
-        return Call(self._clients, key, "read", None, None, level, self.world.scheduler.now)
+        return Call(self._clients, key, None, level, self.world.scheduler.now)
 
     def read_once(self, process: Process, rng: random.Random) -> None:
         """By a client that asks this very node, if that believes to lead."""
         if process.serves and process.leads and not self.stopped:
-            key = self._key(rng.randrange(self.world.plan.keys))
-            self._submit(self._read(key, rng.choice(LEVELS[:2])), process)
+            self._submit(self._read(rng.choice(self._keys), rng.choice(LEVELS[:2])), process)
             if self.world.leader() is not process:
                 self.world.count("read at a deposed leader")
 
@@ -148,48 +158,44 @@ class Clients:
         return process is not None and process.node is not None and process.node.leader is not None
 
     def _choose(self, slot: int, rng: random.Random) -> Call:
-        key = self._key(rng.randrange(self.world.plan.keys))
-        self._counter += 1
-        value = b"%d" % self._counter
-        now, dice = self.world.scheduler.now, rng.random()
-        if dice < 0.42:
-            return Call(slot, key, "write", value, Put(key, value), "", now)
-        if dice < 0.6:
-            expected = self._revision.get((slot, key))
-            condition = (
-                Condition(if_none_match=True)
-                if expected is None
-                else Condition(if_match=(expected,))
-            )
-            argument = (expected, value)
-            return Call(slot, key, "cas", argument, Put(key, value, condition), "", now)
-        if dice < 0.65:
-            # Of this key only; the limit is never reached, and makes the command one of a kind.
-            command = DeleteRange(key, key + b"\0", 1000 + self._counter)
-            return Call(slot, key, "delete", None, command, "", now)
-        if dice < 0.7 and self.world.plan.keys > 1:
-            return self._swap_two(slot, key, value, rng)
+        key, now, dice = rng.choice(self._keys), self.world.scheduler.now, rng.random()
+        if dice < 0.7:
+            return Call(slot, key, self._change(slot, key, dice / 0.7, rng), "", now)
         level = rng.choices(LEVELS, (6, 3, 1))[0]
-        return Call(slot, key, "read", None, None, level, now)
+        if dice < 0.93:
+            key = rng.choice(PASSING) if rng.random() < 0.15 else key
+            return Call(slot, key, None, level, now)
+        start, end = rng.choice((*PREFIXES, requests.part_of(rng, self._keys)))
+        return Call(slot, start, None, level, now, end, rng.choice(PAGES))
 
-    def _swap_two(self, slot: int, key: bytes, value: bytes, rng: random.Random) -> Call:
-        """A transaction: if `key` is what it was, it and another one change together.
+    def _change(self, slot: int, key: bytes, dice: float, rng: random.Random) -> Effect:
+        known = self._known.get((slot, key))
+        if dice < 0.58:
+            return self._put(key)
+        if dice < 0.8:
+            if known is None:
+                return self._put(key, Condition(if_none_match=True))
+            return self._put(key, Condition(if_match=known[:1]))
+        mark = self._next()
+        if dice < 0.83 and known is not None:
+            return Delete(key, Condition(if_match=(known[0], MARKS + mark)))
+        if dice < 0.87:
+            # The limit is never reached, and makes the command one of a kind.
+            return DeleteRange(key, key + b"\0", 1000 + mark)
+        if dice < 0.89:
+            return DeleteRange(*requests.part_of(rng, self._keys), 1000 + mark)
+        revision, value = known or (0, b"")
+        compare = [marking(mark)]
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            compare.append(requests.comparison(rng, key, revision, value))
+        return requests.transaction(rng, self._keys, self._put, tuple(compare))
 
-        Some only put, which the machine does all at once; beside a read it goes one by one.
-        """
-        other = rng.choice([k for k in map(self._key, range(self.world.plan.keys)) if k != key])
-        expected = self._revision.get((slot, key))
-        compare = Compare(key, "mod_revision", "=", expected or 0)
-        success: tuple[Put | Get, ...] = (Put(key, value), Put(other, b"+" + value))
-        if rng.random() < 0.5:
-            success = (*success, Get(other))
-        argument = (expected, value, other, b"+" + value)
-        command = Txn((compare,), success, (Get(key),))
-        return Call(slot, key, "txn", argument, command, "", self.world.scheduler.now)
+    def _put(self, key: bytes, condition: Condition | None = None) -> Put:
+        return Put(key, b"%d" % self._next(), condition)
 
-    @staticmethod
-    def _key(number: int) -> bytes:
-        return b"k%d" % number
+    def _next(self) -> int:
+        self._counter += 1
+        return self._counter
 
     def _invoke(self, call: Call, slot: int | None) -> None:
         assert call.process is not None
@@ -208,14 +214,27 @@ class Clients:
         if call.command is not None:
             return await node.write(call.command, loop.time() + timeout_s)
         await node.read_barrier(call.level, loop.time() + timeout_s)
-        record = node.state.get(call.key)
-        shown = NOTHING if record is None else (record.mod_revision, record.value)
-        self._judge_read(call, call.process, node.state.applied.index, shown)
-        return shown
+        state = node.state
+        if not call.limit:
+            record = state.get(call.key)
+            self._judge_read(call, call.process, state.applied.index, record)
+            return record
+        page = state.page(call.key, call.end, call.limit, keys_only=False)
+        *_, count = state.count(call.key, call.end)
+        shown = (page.items, page.next, page.revision, count)
+        self._judge_read(call, call.process, state.applied.index, shown)
+        return page
 
-    def _judge_read(
-        self, call: Call, process: Process, index: int, shown: tuple[int, bytes | None]
-    ) -> None:
+    def _truth(self, call: Call, index: int) -> Any:
+        """What a read has to show after entry `index`."""
+        checker, keys = self.world.checker, self.world.checker.promises.keys
+        if not call.limit:
+            return keys.read(call.key, index)
+        rows = keys.rows(call.key, call.end, index)
+        following = rows[call.limit][0] if call.limit < len(rows) else None
+        return rows[: call.limit], following, checker.model.revision_at(index), len(rows)
+
+    def _judge_read(self, call: Call, process: Process, index: int, shown: Any) -> None:
         """Invariant 12: what was read is what the log says at the entry at which it was read, and
         that entry is as new as was promised.
         """
@@ -223,7 +242,7 @@ class Clients:
         checker.look(process)  # in this very event it may have been committed
         if index > len(checker.committed):
             violated("12 future", f"{what}: entry {index} is not committed")
-        truth = checker.model.read(call.key, index)
+        truth = self._truth(call, index)
         if shown != truth:
             violated("12 reads", f"{what}: {shown}, but after entry {index} it is {truth}")
         if call.level == "eventual":
@@ -237,7 +256,7 @@ class Clients:
                 f"{what}: saw entry {index}, although somebody had seen {call.floor} before",
             )
         self.shown_index = max(self.shown_index, index)
-        self.world.count(f"{call.level} read")
+        self.world.count(f"{call.level} {'list' if call.limit else 'read'}")
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -279,34 +298,44 @@ class Clients:
 
     def _succeeded(self, call: Call, result: Any) -> None:
         self.operations += 1
-        seen: Any = None
+        op = Operation(call.client, call.called, self.world.scheduler.now, "")
         if call.command is not None:
             self._acknowledged(call, result)
-        if isinstance(result, TxnResult):
-            self.world.count("transaction")
-            self._revision[(call.client, call.key)] = _revision_after(result)
-            operation = Operation(
-                call.client, call.called, self.world.scheduler.now, call.name, call.argument
-            )
-            for key, part in _parts(call.key, operation, result):
-                self.history.setdefault(key, []).append(part)
-            return
-        if isinstance(result, PutResult):
-            seen = result.revision
-        elif isinstance(result, ConditionFailed):
-            seen = ("is", result.current_revision)
-            self._revision[(call.client, call.key)] = result.current_revision
-        elif isinstance(result, DeleteResult):
-            seen = result.revision if result.deleted else None
+            self.history.written(op, call.command, result)
+            self._learn_written(call, call.command, result)
         elif call.level == "eventual":
             return
+        elif call.limit:
+            end = call.end if result.next is None else result.next
+            self.history.listed(op, result.revision, result.items, call.key, end)
         else:
-            seen = result
-        if call.name in ("write", "cas", "read") and not isinstance(result, ConditionFailed):
-            self._revision[(call.client, call.key)] = (
-                result[0] or None if call.name == "read" else result.revision
-            )
-        self._record(call, self.world.scheduler.now, seen)
+            self.history.read(op, call.key, result)
+            self._learn(call, result)
+
+    def _learn(self, call: Call, found: Record | GetResult | None) -> None:
+        if found is None or not found.mod_revision:
+            self._known.pop((call.client, call.key), None)
+        else:
+            self._known[(call.client, call.key)] = (found.mod_revision, found.value)
+
+    def _learn_written(self, call: Call, command: Effect, result: Result) -> None:
+        """What is remembered need not be right: others write, too."""
+        who = (call.client, call.key)
+        if isinstance(result, PutResult):
+            assert isinstance(command, Put)
+            self._known[who] = (result.revision, command.value)
+        elif isinstance(result, ConditionFailed) and result.current_revision is not None:
+            self._known[who] = (result.current_revision, b"")
+        elif isinstance(command, Txn) and isinstance(result, TxnResult):
+            self.world.count("transaction" if result.succeeded else "the other branch")
+            branch = command.success if result.succeeded else command.failure
+            for operation, done in zip(branch, result.results, strict=True):
+                if isinstance(operation, Get) and operation.key == call.key:
+                    self._learn(call, done)
+        else:
+            self._known.pop(who, None)
+        if isinstance(result, TooMany):
+            self.world.count("too many keys in a range")
 
     def _acknowledged(self, call: Call, result: Result) -> None:
         """Invariant 11: who is told what a write has come to has a committed entry behind it at
@@ -325,10 +354,6 @@ class Clients:
             violated("11 outcome", f"{mark!r} was answered {result}, not {model.answers[mark]}")
         self.shown_index = max(self.shown_index, index)
 
-    def _record(self, call: Call, returned: float, result: Any) -> None:
-        operation = Operation(call.client, call.called, returned, call.name, call.argument, result)
-        self.history.setdefault(call.key, []).append(operation)
-
     def _refuse(self, call: Call) -> None:
         assert call.command is not None
         mark = mark_of(call.command)
@@ -341,8 +366,7 @@ class Clients:
         if call.command is None:
             return
         self.world.count("outcome unknown")
-        operation = Operation(call.client, call.called, FOREVER, call.name, call.argument)
-        self._unknown.append((call.key, operation, mark_of(call.command)))
+        self._unknown.append(call)
 
     def process_gone(self, process: Process) -> None:
         """Its clients see their connections break."""
@@ -359,44 +383,39 @@ class Clients:
 
     def verify(self) -> None:
         """At the end, when nothing is on its way any more. Raises Violation."""
-        histories = self.resolved_histories()
-        finding = check(histories)
+        history = self.resolved()
+        finding = check(history.by_key, history.views)
         if finding.verdict is not Verdict.LINEARIZABLE:
             violated("linearizability", f"key {finding.key!r}: {as_text(finding.window)}")
         if self.world.seed % SEARCHED == 0:
             self.world.count("searched")
-            finding = search.check(histories, VERSIONED, limit_s=SEARCH_S)
+            finding = search.check(history.by_key, VERSIONED, limit_s=SEARCH_S)
             if finding.verdict is not Verdict.LINEARIZABLE:
                 text = as_text(finding.window)
                 violated("linearizability", f"{finding.verdict}: key {finding.key!r}: {text}")
 
-    def resolved_histories(self) -> dict[bytes, list[Operation]]:
-        """What was done to each key, and what came of it, also where no client was told."""
-        histories = {key: list(operations) for key, operations in self.history.items()}
-        for key, operation in self._resolved():
-            histories.setdefault(key, []).append(operation)
-        return histories
+    def resolved(self) -> History:
+        """What was done to each key, and what came of it, also where no client was told.
 
-    def _resolved(self) -> Iterator[tuple[bytes, Operation]]:
-        """What clients were not told of and was committed, with what came of it.
-
-        It took effect when it was committed, for every read that covers it, acknowledged or not.
+        Then it took effect when it was committed, for every read that covers it.
         """
+        history = self.history.copy()
         checker, model = self.world.checker, self.world.checker.model
-        for key, operation, mark in self._unknown:
+        for call in self._unknown:
+            assert call.command is not None
+            mark = mark_of(call.command)
             result = model.result(mark)
-            if result is not None and _changed(result):
+            if result is not None and is_change(result):
                 at = checker.committed_at[model.index_of[mark] - 1]
-                called = max(operation.called, at)
-                done = operation._replace(called=called, returned=at + 1)
-                if isinstance(result, TxnResult):
-                    yield from _parts(key, done, result)
-                else:
-                    yield key, done._replace(result=_seen(result))
+                op = Operation(call.client, max(call.called, at), at + 1, "")
+                history.written(op, call.command, result)
+        return history
 
 
 def _words(call: Call) -> tuple[object, ...]:
-    return call.name, call.key, *(() if call.argument is None else (call.argument,))
+    if call.command is not None:
+        return (call.command,)
+    return ("list", call.key, call.end, call.limit) if call.limit else ("read", call.key)
 
 
 def _answer(task: Any, error: BaseException | None) -> tuple[object, ...]:
@@ -404,41 +423,3 @@ def _answer(task: Any, error: BaseException | None) -> tuple[object, ...]:
         return ("cancelled",) if task.cancelled() else ("->", task.result())
     outcome = f", outcome {error.outcome}" if isinstance(error, DengineError) else ""
     return (f"-> {type(error).__name__}{outcome}: {error}",)
-
-
-def _changed(result: Result) -> bool:
-    if isinstance(result, TxnResult):
-        return result.succeeded
-    return isinstance(result, PutResult) or (
-        isinstance(result, DeleteResult) and result.deleted > 0
-    )
-
-
-def _revision_after(result: TxnResult) -> int | None:
-    """Of the key that was compared."""
-    if result.succeeded:
-        return result.revision
-    (found,) = result.results
-    assert isinstance(found, GetResult)
-    return found.mod_revision or None
-
-
-def _parts(key: bytes, txn: Operation, result: TxnResult) -> Iterator[tuple[bytes, Operation]]:
-    """What a transaction was for each of its keys: all of it happened at one moment."""
-    expected, value, other, other_value = txn.argument
-    swap = txn._replace(name="cas", argument=(expected, value))
-    if not result.succeeded:
-        yield key, swap._replace(result=("is", _revision_after(result)))
-        return
-    yield key, swap._replace(result=result.revision)
-    yield other, txn._replace(name="write", argument=other_value, result=result.revision)
-
-
-def _seen(result: Result) -> Any:
-    """A result as the model has it."""
-    if isinstance(result, ConditionFailed):
-        return ("is", result.current_revision)
-    if isinstance(result, DeleteResult):
-        return result.revision if result.deleted else None
-    assert isinstance(result, PutResult)
-    return result.revision

@@ -1,19 +1,20 @@
-"""What the committed log says: the result of every command, each key at every index, and what every
-revision has changed.
+"""What the committed log says: the result of every command, and what every revision has changed.
 
-The log is carried out by the real state machine. What must hold of that machine itself is judged
-elsewhere: by what clients have seen (clients.py), and by a count kept by hand (promises.py).
+The log is carried out by the real state machine, and nothing here judges that machine: it is
+compared, command by command, with its twin (keys.py) and a count kept by hand (promises.py).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from dengine.kv.commands import (
     Command,
+    Compare,
     Deferred,
+    Delete,
     DeleteRange,
     DeleteResult,
     Full,
@@ -34,21 +35,32 @@ from dengine.raft.membership import decode_membership
 from dengine.raft.types import Entry, EntryKind
 from dengine.storage.state_view import rules_of
 from tests.simulation.environment import Table as SortedTable
+from tests.simulation.violation import violated
 
-NOTHING = (0, None)  # what a read says of a key that is not there
+MARKS: Final = 1 << 40  # more than any revision
 
 
 def mark_of(command: Command) -> bytes:
-    """Tells apart all requests of a run: a put by its value, a deletion by its limit, a transaction
-    by what it puts first, and what may be sent again by the key under which it is."""
+    """Tells apart all requests of a run: a put by its value, a range delete by its limit, a
+    deletion by a revision that cannot be, a transaction by a key that it compares first and that
+    never is, and what may be sent again by the key under which it is."""
     if isinstance(command, Once):
         return once_mark(command.key, command.number)
     if isinstance(command, Put):
         return command.value
     if isinstance(command, Txn):
-        return b"t" + mark_of(command.success[0])
+        return command.compare[0].key
+    if isinstance(command, Delete):
+        assert command.condition is not None
+        assert command.condition.if_match is not None
+        return b"d%d" % (command.condition.if_match[-1] - MARKS)
     assert isinstance(command, DeleteRange), command
     return b"-%d" % command.limit
+
+
+def marking(mark: int) -> Compare:
+    """What makes a transaction one of a kind. It always holds."""
+    return Compare(b"#%d" % mark, "exists", "=", False)
 
 
 def once_mark(key: str, number: int | None) -> bytes:
@@ -71,6 +83,8 @@ class Step(NamedTuple):
     Attributes:
         clock_ms: the log time that it carries; None for the format that has none.
         ended: what time has changed before the commands had their turn; None: nothing.
+        left: the keys that were changed, and what they are since; None: nothing.
+        revision: of the store, since.
     """
 
     index: int
@@ -78,6 +92,8 @@ class Step(NamedTuple):
     clock_ms: int | None
     ended: Sequence[Event] | None
     outcomes: list[Outcome]
+    left: dict[bytes, Record | None]
+    revision: int
 
 
 class _View:
@@ -160,7 +176,6 @@ class Model:
         self._view = _View()
         self._rules = Rules()
         self._revisions = [0]  # after each entry, by its index
-        self._changes: dict[bytes, tuple[list[int], list[tuple[int, bytes | None]]]] = {}
 
     def committed(self, entry: Entry) -> Step | None:
         """Carry out the next entry; None for one that is not of commands. Each of them is known
@@ -176,24 +191,23 @@ class Model:
     def _carry_out(self, entry: Entry) -> Step:
         view, before = self._view, self.revision
         self.revision, results = apply_batch(entry.data, view, before, self._rules, entry.index)
-        for key in view.touched:
-            record = view.get(key)
-            indexes, values = self._changes.setdefault(key, ([], []))
-            indexes.append(entry.index)
-            values.append(NOTHING if record is None else (record.mod_revision, record.value))
+        left = {key: view.get(key) for key in view.touched}
         view.touched.clear()
         revisions = range(before + 1, self.revision + 1)
         new = {r: view.changes[r] for r in revisions if r in view.changes}
         made = [_revision_made(result) for result in results]
-        assert {*new, *made}.issuperset(revisions), f"entry {entry.index} leaves a revision out"
+        if not {*new, *made}.issuperset(revisions):
+            violated("14 events", f"entry {entry.index} leaves a revision out")
         ended = new.pop(before + 1, None) if before + 1 not in made else None
         commands = decode_batch(entry.data)
         outcomes = [
             Outcome(mark_of(command), command, result, new.pop(revision, None))
             for command, result, revision in zip(commands, results, made, strict=True)
         ]
-        assert not new, f"entry {entry.index}: revisions {list(new)} are of no command"
-        return Step(entry.index, entry.term, batch_clock_ms(entry.data), ended, outcomes)
+        if new:
+            violated("14 events", f"entry {entry.index}: revisions {list(new)} are of no command")
+        clock_ms = batch_clock_ms(entry.data)
+        return Step(entry.index, entry.term, clock_ms, ended, outcomes, left, self.revision)
 
     def take_in(self, outcome: Outcome, index: int) -> None:
         """A command of entry `index` is known from here on. What was put off does not count yet."""
@@ -205,14 +219,6 @@ class Model:
         """What a command has come to; None: nothing (yet)."""
         answers = self.answers.get(mark, ())
         return next((answer for answer in answers if not isinstance(answer, Full)), None)
-
-    def read(self, key: bytes, index: int) -> tuple[int, bytes | None]:
-        """mod_revision and value of `key` after entry `index`."""
-        indexes, values = self._changes.get(key, ((), ()))
-        if indexes and indexes[-1] <= index:
-            return values[-1]
-        place = bisect_right(indexes, index)
-        return values[place - 1] if place else NOTHING
 
     def revision_at(self, index: int) -> int:
         """After entry `index`."""

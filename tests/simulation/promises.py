@@ -1,11 +1,11 @@
 """What was promised about time and about repetition, counted by hand: none of dengine.kv's code
 decides here.
 
-It follows the committed log, command by command. 13: what comes under an idempotency key is carried
-out once, and says the same again for as long as results are remembered. 15: what has a TTL or a
-lease is there for all of its time, by the log's time and by the true one, and ends with the first
-entry that says that the time has come; what holds for a lease holds for all that hangs on it. And
-as a part of 14: each change is of what the one before has left.
+It follows the committed log, command by command, and hands on to keys.py what is carried out. 13:
+what comes under an idempotency key is carried out once, and says the same again for as long as
+results are remembered. 15: what has a TTL or a lease is there for all of its time, by the log's
+time and by the true one, and ends with the first entry that says that the time has come; what
+holds for a lease holds for all that hangs on it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from dengine.kv.commands import (
     Command,
     Deferred,
-    ExpiringPut,
     Full,
     LeaseGrant,
     LeaseKeepAlive,
@@ -29,12 +28,11 @@ from dengine.kv.commands import (
     Mismatch,
     NoLease,
     Once,
-    Put,
     Result,
     Stale,
-    Txn,
 )
-from dengine.kv.store import DELETE, EXPIRE, PUT, Event, Record
+from dengine.kv.store import DELETE, EXPIRE, Event
+from tests.simulation.keys import Keys
 from tests.simulation.loop import MS
 from tests.simulation.model import Outcome, Step
 from tests.simulation.plan import MANY
@@ -69,6 +67,7 @@ class Promises:
     """Grows with the committed log; each command costs what it has changed.
 
     Attributes:
+        keys: what there is.
         calm_since: from this log time on nothing has gone wrong.
     """
 
@@ -80,7 +79,7 @@ class Promises:
         self._lives: dict[bytes, _Time | _Lease] = {}
         self._leases: dict[str, _Lease] = {}
         self._given_out: dict[str, None] = {}
-        self._last: dict[bytes, Record | None] = {}  # as events have it
+        self.keys = Keys(world.plan.limits["work_keys"], self._alive)
         self._due: list[tuple[int, int, bytes | str]] = []
         self._count = itertools.count()  # names are of two types, and cannot be compared
         self._first: dict[bytes, tuple[Result, int]] = {}  # by mark, and when
@@ -97,23 +96,22 @@ class Promises:
 
     def follow(self, step: Step, at_ns: int) -> None:
         """One entry, which was made at `at_ns`."""
-        if step.clock_ms is None:
-            return
         self._runs(step, at_ns)
-        self._end(step.ended or (), at_ns)
+        self._end(step, at_ns)
         for outcome in step.outcomes:
             if not isinstance(outcome.result, Deferred):
-                self._command(outcome, at_ns)
+                self._command(outcome, step.index, at_ns)
             elif outcome.events is not None:
                 violated("13 once", f"{outcome.mark!r} was put off, and has changed something")
             else:
                 self._world.count("put off")
+        self.keys.compare(step.left, step.revision, step.index)
 
     # --- 15: time ---------------------------------------------------------------------------------
 
     def _runs(self, step: Step, at_ns: int) -> None:
         """From no entry to a later one does the log count more time than has passed."""
-        assert step.clock_ms is not None
+        assert step.clock_ms is not None, "an entry of the format that has no time"
         self.clock_ms = max(self.clock_ms, step.clock_ms)
         ahead_ms = self.clock_ms - at_ns / MS * self._rate
         if ahead_ms > self._ahead_ms + ROUNDED_MS:
@@ -121,10 +119,11 @@ class Promises:
             violated("15 log time", f"entry {step.index} is {ahead_ms:.3f} ms ahead of the truth")
         self._ahead_ms = min(self._ahead_ms, ahead_ms)
 
-    def _end(self, events: Sequence[Event], at_ns: int) -> None:
+    def _end(self, step: Step, at_ns: int) -> None:
         """What time has ended, at the beginning of an entry."""
+        events = step.ended or ()
+        self.keys.ended(events, step.index)
         for event in events:
-            self._takes_place_of(event)
             life = self._lives.get(event.key)
             lease = life if isinstance(life, _Lease) else None
             time = lease.time if lease is not None else life
@@ -189,7 +188,7 @@ class Promises:
 
     # --- 13: once ---------------------------------------------------------------------------------
 
-    def _command(self, outcome: Outcome, at_ns: int) -> None:
+    def _command(self, outcome: Outcome, index: int, at_ns: int) -> None:
         command, result = outcome.command, outcome.result
         if isinstance(command, Once):
             if isinstance(result, Full):
@@ -200,6 +199,7 @@ class Promises:
                 return
             self._first[outcome.mark] = (result, self.clock_ms)
             command = command.command
+        self.keys.carry_out(command, result, outcome.events, index, self.clock_ms)
         if outcome.events is not None:
             self._changed(outcome.events, command, at_ns)
         self._lease_command(command, outcome, at_ns)
@@ -242,35 +242,17 @@ class Promises:
         for event in events:
             if event.kind == EXPIRE:
                 violated("15 expiry", f"{event.key!r} has ended by a command: {command}")
-            self._takes_place_of(event)
             self._let_go(event.key)
-            if event.kind != PUT:
-                continue
-            put = _put_of(command, event.key)
-            if not isinstance(put, ExpiringPut):
-                continue
-            if put.lease:
-                self._require(put.lease)
-                lease = self._leases[put.lease]
+            made = event.record
+            if made is not None and made.lease:
+                self._require(made.lease)
+                lease = self._leases[made.lease]
                 lease.keys[event.key] = None
                 self._lives[event.key] = lease
-            else:
-                time = self._lives[event.key] = self._time(put.ttl_s, at_ns)
+            elif made is not None and made.expires_ms:
+                ttl_s = (made.expires_ms - self.clock_ms) // 1000
+                time = self._lives[event.key] = self._time(ttl_s, at_ns)
                 self._remind(time.due_ms, event.key)
-
-    def _takes_place_of(self, event: Event) -> None:
-        """Of what the last event has left there; what was put before there were events is unknown.
-        A key begins with its first version, and each is one more."""
-        key, new, old = event.key, event.record, event.prev
-        if old != self._last.get(key) and key in self._last:
-            violated("14 previous value", f"{key!r} was {self._last[key]}, not {old}")
-        if new is not None and (
-            (new.create_revision, new.version) != (new.mod_revision, 1)
-            if old is None
-            else (new.create_revision, new.version) != (old.create_revision, old.version + 1)
-        ):
-            violated("14 previous value", f"{key!r} was {old}, and became {new}")
-        self._last[key] = new
 
     def _lease_command(self, command: Command, outcome: Outcome, at_ns: int) -> None:
         result = outcome.result
@@ -312,11 +294,3 @@ class Promises:
         else:
             del self._leases[lease_id]
             self._world.count("revoked")
-
-
-def _put_of(command: Command, key: bytes) -> Command | None:
-    """What has put `key`: the command itself, or an operation of it."""
-    if isinstance(command, Txn):
-        done = [o for o in (*command.success, *command.failure) if getattr(o, "key", b"") == key]
-        return done[-1]  # type: ignore[return-value]
-    return command if isinstance(command, Put | ExpiringPut) else None

@@ -3,7 +3,8 @@
 Each request has an idempotency key: CLIENT:N, or any other. One client at a time counts upwards in
 a key of its own, each time only from the revision that it knows, so a request that was carried out
 twice, or whose result got lost, shows at once. Beside that it puts keys that go with their time,
-holds a lease, keeps it alive for a while, hangs keys on it, and lets it go, or not.
+holds a lease, keeps it alive for a while, hangs keys on it, and lets it go, or not; and it deletes
+ranges of all those, and changes several of them in one transaction.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dengine.errors import DengineError
 from dengine.kv.commands import (
     Condition,
+    Delete,
     DeleteRange,
     Effect,
     ExpiringPut,
@@ -30,6 +32,7 @@ from dengine.kv.commands import (
     Txn,
 )
 from dengine.node.writes import OnceKey
+from tests.simulation import requests
 from tests.simulation.loop import MS, SECOND
 from tests.simulation.model import once_mark
 from tests.simulation.violation import violated
@@ -143,13 +146,8 @@ class Sessions:
             return "put for a time", ExpiringPut(
                 rng.choice(PASSING), value, None, rng.choice(TTL_S)
             )
-        if dice < 0.65:
-            key, kind = rng.choice(PASSING), rng.random()
-            if kind < 0.4:
-                return "delete", DeleteRange(key, key + b"\0", 1)
-            if kind < 0.6:
-                return "put for ever", Put(key, value)
-            return "put all for ever", Txn((), tuple(Put(each, value) for each in PASSING), ())
+        if dice < 0.67:
+            return "change some", self._change_some(session, value)
         if not session.lease:
             return "grant", LeaseGrant(rng.choice(TTL_S))
         if dice < 0.8:
@@ -157,6 +155,30 @@ class Sessions:
         if dice < 0.96:
             return "hang on", self._hang_on(session, value)
         return "revoke", LeaseRevoke(session.lease)
+
+    def _change_some(self, session: _Session, value: bytes) -> Effect:
+        """Keys that go with their time or a lease: some go now, and some stay for ever."""
+        rng, kind = session.rng, session.rng.random()
+        keys = (*PASSING, b"l", b"l%d" % session.slot, b"l%d+" % rng.randrange(6))
+
+        def put(key: bytes) -> Put | ExpiringPut:
+            dice = rng.random()
+            if dice < 0.4:
+                return Put(key, value)
+            if dice < 0.7 or not session.lease:
+                return ExpiringPut(key, value, None, rng.choice(TTL_S))
+            return ExpiringPut(key, value, None, 0, session.lease)
+
+        if kind < 0.15:
+            return DeleteRange(*requests.part_of(rng, keys), rng.choice(requests.LIMITS))
+        if kind < 0.3:
+            return Delete(rng.choice(keys))
+        if kind < 0.45:
+            return put(rng.choice(keys))
+        if kind < 0.6:
+            return Txn((), tuple(Put(each, value) for each in PASSING), ())
+        compare = requests.comparison(rng, rng.choice(keys), 0, value)
+        return requests.transaction(rng, keys, put, (compare,))
 
     def _hang_on(self, session: _Session, value: bytes) -> Effect:
         """Keys that go with the lease; some of them hang on another one at times."""
