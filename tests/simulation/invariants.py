@@ -5,9 +5,9 @@ Named by number: 0 nothing unexpected, 1 election safety, 2 leader append-only,
 voters, 7 one vote per term, by whom stays who it is, 8 membership changes, 9 order of the log's
 positions, and a durable snapshot behind what is purged (durability.py), 10 equal states, 11
 acknowledged means committed, 12 reads of what the log says, and fresh ones (clients.py), 13 nothing
-happens twice, however often it is asked for (promises.py), 14 watches show each change that they
-select once, in order (watchers.py), 15 what has a time is there for all of it, and no longer
-(promises.py).
+happens twice, however often it is asked for (promises.py), and each revision is of one command or
+of time (model.py), 14 watches show each change that they select once, in order (watchers.py), 15
+what has a time is there for all of it, and no longer (promises.py).
 """
 
 from __future__ import annotations

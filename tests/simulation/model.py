@@ -197,7 +197,7 @@ class Model:
         new = {r: view.changes[r] for r in revisions if r in view.changes}
         made = [_revision_made(result) for result in results]
         if not {*new, *made}.issuperset(revisions):
-            violated("14 events", f"entry {entry.index} leaves a revision out")
+            violated("13 revisions", f"entry {entry.index} leaves a revision out")
         ended = new.pop(before + 1, None) if before + 1 not in made else None
         commands = decode_batch(entry.data)
         outcomes = [
@@ -205,7 +205,7 @@ class Model:
             for command, result, revision in zip(commands, results, made, strict=True)
         ]
         if new:
-            violated("14 events", f"entry {entry.index}: revisions {list(new)} are of no command")
+            violated("13 revisions", f"entry {entry.index}: {list(new)} are of no command")
         clock_ms = batch_clock_ms(entry.data)
         return Step(entry.index, entry.term, clock_ms, ended, outcomes, left, self.revision)
 
