@@ -22,15 +22,17 @@ class Edit(NamedTuple):
 
 
 class Mutant(NamedTuple):
-    """`tests`: what must fail then; "" stands for the simulator."""
+    """`tests`: what must fail then; "" stands for the simulator. There `by` is the one invariant
+    that may catch it; "" stands for all."""
 
     name: str
     edits: tuple[Edit, ...]
     tests: str = ""
+    by: str = ""
 
 
-def mutant(name: str, *edits: tuple[str, str, str], tests: str = "") -> Mutant:
-    return Mutant(name, tuple(Edit(*edit) for edit in edits), tests)
+def mutant(name: str, *edits: tuple[str, str, str], tests: str = "", by: str = "") -> Mutant:
+    return Mutant(name, tuple(Edit(*edit) for edit in edits), tests, by)
 
 
 class MutantLoader(importlib.machinery.SourceFileLoader):

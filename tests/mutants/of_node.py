@@ -160,10 +160,12 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "the state hash depends on the node",
         (
-            "dengine.kv.machine",
-            "version = old.version + 1",
-            "version = 1 + id(view) % 7",
+            "dengine.storage.state_view",
+            'self.hash += row_hash(key, row)\n        self._key = b""',
+            "self.hash += row_hash(key, row) + crc32(str(self._path).encode())\n"
+            '        self._key = b""',
         ),
+        by="10 state hash",
     ),
     mutant(
         "an install is finished without its snapshot's name",

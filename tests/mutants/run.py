@@ -6,6 +6,7 @@ python -m tests.mutants.run --record             and write down how many seeds e
 
 A module is imported only once, so each mutant has a process of its own; and a catch counts only
 when the same seed, or the same tests, find nothing without the mutant, in a process of its own too.
+That changed code merely stumbles is no catch (`is_catch`): the next seeds are tried.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -30,6 +32,7 @@ from tests.mutants.edits import Mutant, infect
 from tests.mutants.mutations import BY_NAME, MUTANTS
 from tests.reporting import STOPPED, stdout_apart
 from tests.simulation.rotation import commit
+from tests.simulation.violation import Violation
 
 SEEDS = 500  # within which each must be caught
 FACTOR = 5  # times the recorded number of seeds, for a mutant that is only looked at again
@@ -47,7 +50,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         seeds: after so many the simulator caught it; 0: tests did; None: it was not caught.
-        by: the invariant, or the test.
+        by: the invariant, or the test; of one that was not caught, which accidents it had.
         control: what failed without it, so that the catch proves nothing, or why it could not be
             looked for; "" when nothing did.
     """
@@ -70,7 +73,8 @@ class Outcome(NamedTuple):
             return f"without the mutant {self.name!r} it fails as well: {self.control}"
         if self.seeds is None:
             judge = BY_NAME[self.name].tests or f"{seeds} seeds"
-            return f"the mutant {self.name!r} survived {judge}"
+            stumbled = f"; it stumbled {self.by}" if self.by else ""
+            return f"the mutant {self.name!r} survived {judge}{stumbled}"
         return ""
 
 
@@ -78,18 +82,60 @@ class Outcome(NamedTuple):
 
 
 def hunt(name: str, first: int, seeds: int) -> int:
-    """Print the first seed that catches the mutant, and how; 0 when one does."""
+    """Print the first seed that catches the mutant, and how."""
     infect(BY_NAME[name])
-    from tests.simulation.run import examine
+    from tests.simulation.loop import Crash
+    from tests.simulation.run import Endless, run_seed
 
     gc.freeze()
+    stumbled: Counter[str] = Counter()
     for seed in range(first, first + seeds):
-        failure = examine(seed)[1]
-        if failure is not None:
-            print(f"{seed}\t{failure.kind}")
-            return 0
-    print("survived")
+        try:
+            run_seed(seed)
+        except Violation as violation:
+            if is_catch(violation, BY_NAME[name].by):
+                print(f"{seed}\t{violation.invariant}")
+                return 0
+            stumbled[_origin(violation)] += 1
+        except (Exception, Crash) as error:
+            stumbled[type(error).__name__] += 1
+        except Endless as error:  # the next one may take as long
+            stumbled[type(error).__name__] += 1
+            break
+    print(f"survived\t{', '.join(f'{n} times by {what}' for what, n in stumbled.items())}")
     return 0
+
+
+def is_catch(violation: Violation, by: str = "") -> bool:
+    """Or an accident?
+
+    An invariant has caught it, or an assertion that dengine makes on purpose, and in production
+    too. That the changed code stumbles (KeyError, an `assert` for the sake of a type, an error that
+    is an answer to somebody and ends a cycle) says nothing about who finds one that does not.
+
+    Args:
+        by: the only invariant that counts.
+    """
+    from dengine.errors import DataCorruption, IdentityError, InvariantBroken
+
+    if by:
+        return violation.invariant == by
+    causes = _causes(violation)
+    own = any(isinstance(c, DataCorruption | IdentityError | InvariantBroken) for c in causes)
+    return not causes or (own and not isinstance(causes[-1], AssertionError))
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    found, cause = list[BaseException](), error.__cause__
+    while cause is not None:
+        found.append(cause)
+        cause = cause.__cause__
+    return found
+
+
+def _origin(violation: Violation) -> str:
+    causes = _causes(violation)
+    return type(causes[-1]).__name__ if causes else violation.invariant
 
 
 def look_without(seed: int) -> int:
@@ -192,9 +238,9 @@ def run_mutant(mutant: Mutant, first: int = 0, seeds: int = SEEDS) -> Outcome:
 def _hunted(name: str, first: int, seeds: int) -> tuple[int | None, str, str]:
     """After how many seeds it was caught, by what, and what fails without it."""
     found = _run_self("--hunt", name, "--from", str(first), "--seeds", str(seeds))
-    if found == "survived":
-        return None, "", ""
     seed, _, by = found.splitlines()[-1].partition("\t")
+    if seed == "survived":
+        return None, by, ""
     return int(seed) - first + 1, by, _holds(int(seed))
 
 

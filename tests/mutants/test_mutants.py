@@ -6,23 +6,30 @@ DENGINE_MUTANT_SECONDS is the budget, of one core; `make mutants` runs all of th
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from dengine.errors import ClusterUnavailable, DengineError, InvariantBroken, TryAgain
+from tests.mutants import run
 from tests.mutants.edits import mutated
 from tests.mutants.mutations import BY_NAME, MUTANTS
 from tests.mutants.run import (
     FACTOR,
     LEAST,
     SEEDS,
+    Outcome,
     allowed,
     cost_s,
+    is_catch,
     read_needed,
+    run_all,
     run_mutant,
     sample,
 )
 from tests.simulation.rotation import commit_number
+from tests.simulation.violation import Violation
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = float(os.environ.get("DENGINE_MUTANT_SECONDS") or 120)
@@ -66,6 +73,55 @@ def test_a_mutant_may_need_five_times_what_it_is_known_to_need() -> None:
     assert allowed(mutant, {mutant.name: 1}) == LEAST
     assert allowed(mutant, {mutant.name: 30}) == FACTOR * 30
     assert allowed(mutant, {mutant.name: 400}) == SEEDS
+
+
+def violation(invariant: str, *causes: Exception) -> Violation:
+    """Each cause has the next one for its own."""
+    made = Violation(invariant, "it does not hold")
+    for error, cause in pairwise((made, *causes)):
+        error.__cause__ = cause
+    return made
+
+
+@pytest.mark.parametrize(
+    ("found", "counts"),
+    [
+        (violation("6 commit rule"), True),
+        (violation("0 no surprise"), True),
+        (violation("0 no surprise", InvariantBroken("two leaders")), True),
+        (violation("0 no surprise", InvariantBroken("broken"), AssertionError()), False),
+        (violation("0 no surprise", TryAgain("the cycle died"), KeyError(7)), False),
+        (violation("0 no surprise", TryAgain("the cycle died"), ClusterUnavailable("")), False),
+        (violation("0 no surprise", DengineError("unexpected error")), False),
+        (violation("0 no surprise", ValueError("zip")), False),
+    ],
+)
+def test_what_only_stumbles_is_not_caught(found: Violation, counts: bool) -> None:
+    assert is_catch(found) == counts
+
+
+def test_some_mutants_are_for_one_invariant_to_catch() -> None:
+    assert is_catch(violation("10 state hash"), "10 state hash")
+    assert not is_catch(violation("14 watch"), "10 state hash")
+
+
+def test_one_that_is_not_caught_ends_nothing_and_all_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    survives, breaks, found = MUTANTS[:3]
+    outcomes = {
+        survives: Outcome(survives.name, None, "2 times by KeyError", "", 1.0),
+        breaks: Outcome(breaks.name, None, "", "no room", 1.0),
+        found: Outcome(found.name, 3, "7 votes", "", 1.0),
+    }
+    monkeypatch.setattr(run, "run_mutant", lambda mutant, first, seeds: outcomes[mutant])
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    assert run_all((survives, breaks, found), 0, 500, record=False, output=None) == 1
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"FAILED: the mutant {survives.name!r} survived 500 seeds; it stumbled 2 times by KeyError",
+        f"FAILED: the mutant {breaks.name!r} could not be run: no room",
+        "1 of 3 caught, median 3 seeds",
+    ]
 
 
 @pytest.mark.timeout(0)

@@ -38,7 +38,7 @@ from tests.simulation import requests
 from tests.simulation.history import History, is_change
 from tests.simulation.loop import MS
 from tests.simulation.model import MARKS, mark_of, marking
-from tests.simulation.violation import violated
+from tests.simulation.violation import Violation, violated
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine, Process
@@ -294,7 +294,8 @@ class Clients:
             isinstance(error, StorageIO) and world.disks_refused
         )
         if error.status == 500 and not reason:
-            violated("0 no surprise", f"an answer was {error.name}: {error.message}")
+            what = f"an answer was {error.name}: {error.message}"
+            raise Violation("0 no surprise", what) from error
 
     def _succeeded(self, call: Call, result: Any) -> None:
         self.operations += 1
