@@ -7,6 +7,7 @@ import contextlib
 import random
 import re
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -77,7 +78,7 @@ async def failing_disk(faults: Faults, action: Action, fault: Fault, syscalls: s
                 reason.owed_by = time.monotonic() + FAIL_STOP_S
                 await holds_within(ended, FAIL_STOP_S)  # else the book says so
 
-        async with traced(faults, injection, process.pid):
+        async with traced(faults, injection, process):
             hit = await holds_within(happened, action.seconds)
             if fault is Fault.ENOSPC and hit:
                 await asyncio.sleep(action.seconds)
@@ -92,20 +93,26 @@ def threads_of(pid: int) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def traced(faults: Faults, strace: Strace, pid: int) -> AsyncIterator[None]:
-    """Within, strace watches the process; or it could not be attached, and then says so."""
-    attaching = asyncio.create_task(asyncio.to_thread(strace.attach, pid))
+async def traced(
+    faults: Faults, strace: Strace, process: subprocess.Popen[bytes]
+) -> AsyncIterator[None]:
+    """Within, strace watches the process. That it could not be attached to one that goes on is a
+    problem of the run: where tracing is forbidden, no disk ever fails."""
+    attaching = asyncio.create_task(asyncio.to_thread(strace.attach, process.pid))
     try:
         try:
             await asyncio.shield(attaching)
         except (AssertionError, OSError) as error:
-            faults.say(f"strace could not be attached to process {pid}: {error}")
+            said = f"strace could not be attached to process {process.pid}: {error}"
+            faults.say(said)
+            if process.poll() is None:
+                faults.nodes.problems.append(said)
         yield
     finally:
         await asyncio.wait([attaching])  # what is not attached yet cannot be detached
         if not attaching.cancelled():
             attaching.exception()
-        strace.detach(pid)
+        strace.detach(process.pid)
 
 
 async def slow_sync(faults: Faults, action: Action) -> None:
@@ -119,7 +126,7 @@ async def slow_sync(faults: Faults, action: Action) -> None:
     options = ["-e", "trace=fdatasync", "-P", str(file), "-e", delay]
     with faults.band(action, names([node])) as band:
         strace = Strace(trace, options, children=True)
-        async with traced(faults, strace, node.serve.pid):
+        async with traced(faults, strace, node.serve.process):
             await asyncio.sleep(action.seconds)
         with contextlib.suppress(OSError):
             band.effective = DELAYED in trace.read_text(encoding="utf-8", errors="replace")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.nemesis.faults import Band
+from tests.nemesis.faults import Band, Faults
 from tests.nemesis.histories import Searched
-from tests.nemesis.plan import Plan
+from tests.nemesis.plan import KINDS, Plan
 from tests.nemesis.resting import NOTHING, Usage
 
 OK, FAILED, BROKEN_OFF = "ok", "FAILED", "broken off"
+UNHARMED = "no fault had an effect: nothing is shown"
 
 
 @dataclass
@@ -21,7 +23,7 @@ class Outcome:
     Attributes:
         folder: where the log, the picture and what is kept of a run are.
         problems: findings; without them, and not broken off, it has passed.
-        broken: why it was not carried out to its end, other than by a problem.
+        broken: why it was not carried out as it was meant, other than by a problem.
         exits: ends of processes that nobody asked for, explained or not.
         lacking: what this machine does not have.
         drawn: faults that came, by kind.
@@ -54,6 +56,23 @@ class Outcome:
     peak: Usage = NOTHING
     rest: Usage = NOTHING
     searched: Searched = field(default_factory=Searched)
+
+    def tell_of(self, faults: Faults, began: float) -> None:
+        """What became of them. A cluster that nothing was done to proves nothing by working.
+
+        Args:
+            began: when the clients began.
+        """
+        faults.look_back()
+        self.bands = [
+            replace(band, began=band.began - began, ended=(band.ended or time.monotonic()) - began)
+            for band in faults.bands
+        ]
+        self.drawn = dict(sorted(faults.drawn.items()))
+        self.effective = dict(sorted(faults.effective.items()))
+        self.seen = dict(sorted(faults.counts.items()))
+        if not self.effective.keys() & KINDS.keys():  # growth is none of them
+            self.broken = self.broken or UNHARMED
 
     @property
     def verdict(self) -> str:

@@ -125,10 +125,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         rng = random.Random(f"nemesis {self.seed}")
-        self.shape = rng.choices(list(SHAPES), list(SHAPES.values()))[0]
-        self.proxied = rng.random() < 0.5
-        self.secured = rng.random() < 0.25
-        self.small = rng.choice(self.ids) if rng.random() < 0.5 else 0
+        while True:
+            self.shape = rng.choices(list(SHAPES), list(SHAPES.values()))[0]
+            self.proxied = rng.random() < 0.5
+            self.secured = rng.random() < 0.25
+            self.small = rng.choice(self.ids) if rng.random() < 0.5 else 0
+            if self._possible():  # of `only` there may be nothing
+                break
         self.settings = _settings(rng)
         self.steps = self._schedule(random.Random(f"nemesis {self.seed} schedule"))
         self.grows_at = rng.randrange(min(2, len(self.steps)) + 1)

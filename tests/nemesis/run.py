@@ -14,7 +14,8 @@ whatever comes. With --json the sums are printed as JSON, and all else goes to s
 The schedule follows from the seed. What a cluster makes of it does not: who leads when a fault
 comes depends on the machine, so a failure may need some repetitions to come again.
 
-Exit codes: 0 all passed, 1 something was found, 2 it cannot run here, 130 interrupted.
+Exit codes: 0 all passed, 1 something was found, 2 it cannot run here, 130 interrupted, or no
+fault of some run had an effect.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def many(
         goal = f"{args.runs} runs" if args.runs else f"{args.minutes:.0f} minutes"
         said = f"run {len(runs)}, {spent_min:.1f} minutes of {goal}: {report.line(runs[-1])}"
         print(said, flush=True)
-        if runs[-1]["broken_off"] or (runs[-1]["findings"] and not args.keep_going):
+        interrupted = runs[-1]["broken_off"] == trial.INTERRUPTED
+        if interrupted or (runs[-1]["findings"] and not args.keep_going):
             break
 
 

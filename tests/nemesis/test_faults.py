@@ -22,7 +22,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import wait_for
+from tests.crash_sweep.strace import Strace
 from tests.nemesis import on_disks, trial
+from tests.nemesis.by_operators import JOIN
 from tests.nemesis.faults import Band, Faults
 from tests.nemesis.links import Link, Links
 from tests.nemesis.machines import (
@@ -36,6 +38,7 @@ from tests.nemesis.machines import (
 from tests.nemesis.nodes import Node, Nodes, holds_within
 from tests.nemesis.on_disks import begun_anew, threads_of
 from tests.nemesis.on_processes import free_descriptors, is_stopped
+from tests.nemesis.outcome import BROKEN_OFF, OK, Outcome
 from tests.nemesis.plan import KINDS, Action, Plan
 from tests.nemesis.run import missing
 from tests.nemesis.workload import Workload
@@ -114,6 +117,22 @@ def test_a_restart_of_a_node_that_does_not_answer_does_not_count(tmp_path: Path)
         assert (faults.drawn["restart"], faults.effective["restart"]) == (1, 0)
 
 
+def test_a_run_in_which_no_fault_had_an_effect_is_no_pass(tmp_path: Path) -> None:
+    """That nodes grow is no harm to them."""
+    with faults_of(tmp_path) as faults:
+        carry_out(faults, "kill", "all")
+        faults.bands.append(Band(JOIN, "[2, 3]", 0.0, 1.0, effective=True))
+        outcome = Outcome(plan_of("3"), tmp_path)
+        outcome.tell_of(faults, 0.0)
+        assert (outcome.drawn, outcome.effective) == ({"kill": 1}, {JOIN: 1})
+        assert outcome.verdict == BROKEN_OFF
+        run_as(faults.nodes.all[1], *FOREVER_RUNNING)
+        carry_out(faults, "kill", "all")
+        outcome = Outcome(plan_of("3"), tmp_path)
+        outcome.tell_of(faults, 0.0)
+        assert outcome.verdict == OK
+
+
 def test_a_failing_disk_that_nobody_wrote_to_does_not_count(tmp_path: Path) -> None:
     """strace waits for a write, and none comes; or there is no process to attach to."""
     with faults_of(tmp_path) as faults:
@@ -185,6 +204,29 @@ def test_a_write_that_strace_waited_for_in_vain_does_not_count(tmp_path: Path) -
         assert len(faults.bands) == 1
         assert "TracerPid:\t0" in Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
         assert node.book.findings() == []
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_strace_that_cannot_be_attached_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """Unless the process has ended meanwhile: else no disk would ever fail, and all would pass."""
+
+    def attach(self: Strace, pid: int) -> None:
+        if gone:
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        raise AssertionError("no permission")
+
+    monkeypatch.setattr(Strace, "attach", attach)
+    with faults_of(tmp_path) as faults:
+        node = faults.nodes.all[1]
+        for other in faults.nodes.wanted():
+            other.wanted = other is node
+        process = run_as(node, *FOREVER_RUNNING)
+        carry_out(faults, "slow sync")
+        said = f"strace could not be attached to process {process.pid}: no permission"
+        assert faults.nodes.problems == ([] if gone else [said])
 
 
 def test_what_needs_more_voters_than_there_are_is_drawn_and_does_nothing(tmp_path: Path) -> None:

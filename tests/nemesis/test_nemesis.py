@@ -78,6 +78,11 @@ def test_a_plan_follows_from_its_seed() -> None:
     assert min(len(plan.workloads) for plan in plans) == 2
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_plan_for_one_kind_has_a_shape_in_which_it_comes(name: str) -> None:
+    assert all(Plan(seed, 20.0, [name]).steps for seed in range(50))
+
+
 def test_faults_that_damage_come_alone() -> None:
     """More than a minority damaged at once is beyond what is promised."""
     for seed in range(200):

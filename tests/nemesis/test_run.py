@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from tests.nemesis import run
-from tests.nemesis.outcome import Outcome
+from tests.nemesis.outcome import UNHARMED, Outcome
 from tests.nemesis.plan import Plan
 from tests.nemesis.run import run_all
+from tests.nemesis.trial import INTERRUPTED
 from tests.reporting import STOPPED
 
-Result = str | type[BaseException]  # of a run: "ok", "broken", a finding; or what it raises
+# Of a run: "ok", why it was broken off, a finding; or what it raises.
+Result = str | type[BaseException]
 Start = Callable[..., int]
 
 
@@ -35,8 +37,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
             result = left.pop(0)
             if isinstance(result, type):
                 raise result
-            if result == "broken":
-                return Outcome(plan, folder, broken="somebody interrupted it")
+            if result in (INTERRUPTED, UNHARMED):
+                return Outcome(plan, folder, broken=result)
             say("something")
             return Outcome(plan, folder, [] if result == "ok" else [result], operations=10)
 
@@ -100,8 +102,15 @@ def test_it_goes_on_after_a_finding_when_told_to(tmp_path: Path, start: Start) -
 
 def test_a_run_that_was_interrupted_is_reported_and_no_pass(tmp_path: Path, start: Start) -> None:
     """And no other begins."""
-    assert start("ok", "broken", "ok") == STOPPED
+    assert start("ok", INTERRUPTED, "ok") == STOPPED
     assert reported(tmp_path) == [(7, "ok"), (8, "broken off")]
+
+
+def test_a_run_without_an_effective_fault_is_no_pass_and_the_next_begins(
+    tmp_path: Path, start: Start
+) -> None:
+    assert start(UNHARMED, "ok") == STOPPED
+    assert reported(tmp_path) == [(7, "broken off"), (8, "ok")]
 
 
 def test_an_interrupt_between_runs_keeps_the_report(tmp_path: Path, start: Start) -> None:

@@ -9,7 +9,6 @@ import random
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -361,16 +360,8 @@ class _Trial:
         for node in self.nodes.all.values():
             outcome.boots += node.boots
             outcome.peak = outcome.peak.most(node.peak)
-        if faults is None:
-            return
-        faults.look_back()
-        outcome.bands = [
-            replace(band, began=band.began - began, ended=(band.ended or time.monotonic()) - began)
-            for band in faults.bands
-        ]
-        outcome.drawn = dict(sorted(faults.drawn.items()))
-        outcome.effective = dict(sorted(faults.effective.items()))
-        outcome.seen = dict(sorted(faults.counts.items()))
+        if faults is not None:
+            outcome.tell_of(faults, began)
 
 
 class _Item(NamedTuple):
