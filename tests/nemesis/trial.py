@@ -14,10 +14,6 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from dengine.errors import FatalError
-from dengine.kv.store import decode_totals
-from dengine.storage.state_reader import StateReader
-from dengine.storage.state_records import TOTALS_KEY
-from dengine.storage.state_view import sound_data
 from tests.linearizability.checker import Operation
 from tests.nemesis import (
     by_operators,
@@ -27,10 +23,10 @@ from tests.nemesis import (
     on_links,
     on_processes,
     promise_verdicts,
+    states,
     verdicts,
 )
 from tests.nemesis.client import Unanswered, call
-from tests.nemesis.damage import file_of
 from tests.nemesis.faults import Faults
 from tests.nemesis.links import Links
 from tests.nemesis.machines import Machines, own_tag
@@ -196,6 +192,7 @@ class _Trial:
             self.outcome.rest = self.outcome.rest.most(usage)
         for node in nodes.wanted():
             await self._read_all(node.id)
+        await self._compare()
         await self._stop()
 
     async def _last_requests(self, node: Node) -> None:
@@ -278,8 +275,25 @@ class _Trial:
                 return True
             after = "&after=" + quote(page["next"], safe="")
 
+    async def _compare(self) -> None:
+        """The whole of what the nodes hold, leases and remembered results too, while they run: of
+        states on disk after a stop each may be at a log time of its own."""
+        directories = {node.id: node.serve.directory for node in self.nodes.wanted()}
+        found: dict[int, str] = {}
+
+        async def at_one_moment() -> bool:
+            found.update(await asyncio.to_thread(states.at_one_moment, directories) or {})
+            return bool(found)
+
+        try:
+            await self.nodes.wait(at_one_moment, "all nodes to be at one log time", LEVEL_S)
+        except FatalError as error:
+            self.nodes.problems.append(f"a node holds a state that is not sound: {error.message}")
+        if len(set(found.values())) > 1:
+            self.nodes.problems.append(f"the nodes hold different states: {found}")
+
     async def _stop(self) -> None:
-        """Stop all nodes at once, and compare what they have on disk."""
+        """Stop all nodes at once, and read what they have on disk."""
         stopped = self.nodes.wanted()
         for node in stopped:
             node.wanted = False
@@ -289,20 +303,13 @@ class _Trial:
             return not any(node.up for node in stopped)
 
         await holds_within(ended, STOP_S)  # else the books say so
-        # By log time: an entry that only carries that may have come to some and not to the others.
-        states: dict[int, dict[int, str]] = {}
         for node in stopped:
             if not node.up:
                 try:
-                    clock_ms, text = _state_of(node)
+                    states.read_through(node.serve.directory)
                 except FatalError as error:
                     self.nodes.problems.append(f"node {node.id} has stopped with: {error.message}")
-                else:
-                    states.setdefault(clock_ms, {})[node.id] = text
             node.notice()
-        for held in states.values():
-            if len(set(held.values())) > 1:
-                self.nodes.problems.append(f"the nodes hold different states: {held}")
 
     def judge(self) -> None:
         """What is wrong with what was seen; also with a run that broke off."""
@@ -373,21 +380,6 @@ class _Item(NamedTuple):
 
 
 NOTHING = _Item(None, 0, 0)
-
-
-def _state_of(node: Node) -> tuple[int, str]:
-    """Of a node that has stopped: the log time in ms, and hash and revision of its state, which is
-    read through. Raises FatalError."""
-    file = file_of(node.serve.directory, "state")
-    assert file is not None, f"node {node.id} has no state"
-    path = file.parent
-    with StateReader(path) as state:
-        state.check()
-        raw = state._txn.get(TOTALS_KEY, db=state._databases[b"meta"])
-        totals = decode_totals(sound_data(TOTALS_KEY, raw, path)) if raw else None
-        digest = state.digest
-    clock_ms = totals.clock_ms if totals is not None else 0
-    return clock_ms, f"{digest.state_hash.hex()} at revision {digest.revision}"
 
 
 def _values(items: Mapping[str, _Item]) -> dict[str, str]:
