@@ -199,6 +199,7 @@ def _written(records: Records) -> dict[tuple[str, str], int]:
             if op.name != "read" and not isinstance(op.result, tuple):
                 found[key, value_of(op)] = op.result or 0
     found |= {(put.key, put.value): put.revision for put in records.passing.puts}
+    found |= {(c.keys.start, c.value): c.revision for c in records.ranged.changes if c.value}
     for note in records.holds.notes:
         if note.what == WRITE and note.accepted is not False:
             found[note.key, note.value] = note.revision
@@ -221,9 +222,10 @@ def _not_rising(watched: Sequence[Watched]) -> Iterator[str]:
 def _made_up(records: Records) -> Iterator[str]:
     """Nothing is shown that nobody did, and nothing at another revision than who did it was told.
 
-    Only time ends a key here, and only one that was put for a time."""
+    Only time ends a key here, and only one that was put for a time; some others are deleted."""
     written = _written(records)
     timed = {put.key for put in records.passing.puts}
+    deletions = [change for change in records.ranged.changes if change.value is None]
     for one in records.watched:
         for told in one.changes:
             for event in told.events:
@@ -233,7 +235,12 @@ def _made_up(records: Records) -> Iterator[str]:
                 elif event.key.startswith(LOCK_KEYS):
                     continue  # of those the holders know more than they say
                 elif event.value is None:
-                    if event.type != "expire" or event.key not in timed:
+                    expired = event.type == "expire" and event.key in timed
+                    deleted = event.type == "delete" and any(
+                        event.key in change.keys and change.revision in (0, told.revision)
+                        for change in deletions
+                    )
+                    if not (expired or deleted):
                         yield f"{said}, which nobody did"
                 elif (event.key, event.value) not in written:
                     yield f"{said}, which nobody wrote"

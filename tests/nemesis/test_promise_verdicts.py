@@ -10,6 +10,7 @@ import pytest
 from tests.linearizability.checker import FOREVER, Operation
 from tests.nemesis.locks import CERTAIN, FENCED, GUARDED, HELD, WRITE, Note
 from tests.nemesis.promise_verdicts import SWAPPED, WRITTEN, Count, promises_kept
+from tests.nemesis.ranges import Change, Range, only
 from tests.nemesis.watchers import Event, Gap, Told, Watched
 from tests.nemesis.workers import Increment, TtlLook, TtlPut
 from tests.nemesis.workload import Records
@@ -124,6 +125,28 @@ def test_a_sound_run_is_passed() -> None:
     records = sound()
     counts = {**COUNTS, SWAPPED: Count("1 x", 1)}
     assert promises_kept(records, counts, held_in_the_end(), KEPT) == []
+
+
+@pytest.mark.parametrize(
+    ("done_at", "told_at", "type_", "right"),
+    [(6, 6, "delete", True), (0, 6, "delete", True), (5, 6, "delete", False), (6, 6, "x", False)],
+)
+def test_watchers_are_told_of_deletions_that_somebody_did(
+    done_at: int, told_at: int, type_: str, right: bool
+) -> None:
+    """At its revision, if that is known."""
+    records = Records()
+    records.ranged.changes = [
+        Change(only("d/1"), 0, "1", None, 1, 4),
+        Change(Range("d/", "d0"), 2, revision=done_at),
+    ]
+    events = (Event(type_, "d/1", None),)
+    told = [Told(1.0, 1, 4, (put("d/1", "1"),)), Told(2.0, 1, told_at, events)]
+    records.watched = [Watched(0, "", told)]
+    found = promises_kept(records, {}, None, KEPT)
+    assert found == (
+        [] if right else [f"watcher 0 was told of {type_} d/1 '' at 6, which nobody did"]
+    )
 
 
 def test_a_run_that_broke_off_is_judged_by_what_it_has() -> None:

@@ -23,6 +23,7 @@ from tests.nemesis import (
     on_links,
     on_processes,
     promise_verdicts,
+    range_verdicts,
     states,
     verdicts,
 )
@@ -35,6 +36,7 @@ from tests.nemesis.on_processes import STOP_S
 from tests.nemesis.outcome import OK, Outcome
 from tests.nemesis.plan import Plan
 from tests.nemesis.promise_verdicts import LOCK_KEYS, Count
+from tests.nemesis.ranges import RANGE_END, RANGED, Look, Range
 from tests.nemesis.watchers import behind
 from tests.nemesis.workers import COUNTED, SHORT_TTLS_S, TTL_PREFIX, TtlLook
 from tests.nemesis.workload import CLIENTS, LEVELS, Workload
@@ -51,7 +53,7 @@ STEADY_S = 60.0  # until time has passed with one leader all the while
 REST_S = 60.0  # until the nodes have come to rest, which takes five when all is well
 OVERHEAD_S = 600.0  # everything but the faults, at its very worst
 INTERRUPTED = "somebody interrupted it"
-PREFIXES = ("s/", "c/", "r/", "l/", "n/", "g/", TTL_PREFIX, LOCK_KEYS)
+PREFIXES = ("s/", "c/", "r/", "l/", "n/", "g/", TTL_PREFIX, LOCK_KEYS, RANGED)
 HOW = {
     **on_processes.FAULTS,
     **on_links.FAULTS,
@@ -254,6 +256,9 @@ class _Trial:
             item = found.get(key, NOTHING)
             result = (item.revision, item.value)
             history.append(Operation(CLIENTS + node_id, called, returned, "read", None, result))
+        ranged = {key: (i.revision, i.value) for key, i in found.items() if key.startswith(RANGED)}
+        look = Look(Range(RANGED, RANGE_END), called, returned, ranged)
+        self.workload.records.ranged.looks.append(look)
         passing = self.workload.records.passing
         timed = {key for key in found if key.startswith(TTL_PREFIX)}  # also what was refused
         for key in timed | {put.key for put in passing.puts}:
@@ -322,6 +327,7 @@ class _Trial:
             *verdicts.one_leader_a_term(led),
             *records.surprises[: verdicts.SHOWN_MAX],
             *verdicts.eventual_reads(records),
+            *range_verdicts.ranges_whole(records),
             *self._judge_promises(),
             *self._judge_the_end(),
         ]

@@ -1,4 +1,5 @@
-"""Clients that write, swap, count, collect, append and read at three levels; what they saw.
+"""Clients that write, swap, count, collect, append and read at three levels; what they saw. Others
+delete and list (ranges.py).
 
 Beside them there is what the plan asks for: keys with a TTL and keyed increments (workers.py),
 watchers (watchers.py) and holders of a lock (locks.py).
@@ -26,13 +27,14 @@ from tests.nemesis.lists import ListTxn, Version, elements, text
 from tests.nemesis.locks import FENCED, GUARDED, HOLDERS, Holder, Holds
 from tests.nemesis.machines import PORT, host
 from tests.nemesis.plan import Plan
+from tests.nemesis.ranges import RangeClient, Ranged
 from tests.nemesis.watchers import FOLLOWED, Watched, Watcher
 from tests.nemesis.workers import BACK_OFF_S, Increment, KeyedClient, Passing, TtlClient
 
 CLIENTS = 8
 THINK_S = 0.02  # on average, between two requests of a client: the load is bounded
-TTL_CLIENTS, KEYED_CLIENTS = 2, 2
-FIRST_TTL, FIRST_KEYED = 100, 200  # numbers of clients
+TTL_CLIENTS, KEYED_CLIENTS, RANGE_CLIENTS = 2, 2, 2
+FIRST_TTL, FIRST_KEYED, FIRST_RANGE = 100, 200, 300  # numbers of clients
 REGISTERS, COUNTERS, LISTS = 4, 2, 3
 LIST_ELEMENTS = 24  # then another key is begun: an answer tells the whole list
 APPENDS = 3  # with what the answer to the last one has told
@@ -62,6 +64,7 @@ class Records(Tally):
     eventual: list[Eventual] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)  # values of writes with the outcome "none"
     lists: list[ListTxn] = field(default_factory=list)
+    ranged: Ranged = field(default_factory=Ranged)
     collected: dict[str, str] = field(default_factory=dict)  # acknowledged: key -> value
     attempted: dict[str, str] = field(default_factory=dict)  # unknown outcome
     passing: Passing = field(default_factory=Passing)
@@ -71,10 +74,13 @@ class Records(Tally):
 
     @property
     def besides(self) -> dict[str, int]:
-        """How much there is of what not every plan asks for: what was done, not what was tried."""
-        looks = self.passing.looks
+        """How much there is beside registers and lists: what was done, not what was tried."""
+        looks, deleted = self.passing.looks, [c for c in self.ranged.changes if c.deleted]
         written = Counter(note.key for note in self.holds.notes if note.accepted)
         found = {
+            "deletions": len(deleted),
+            "keys deleted": sum(change.deleted for change in deleted),
+            "linearizable lists": self.ranged.lists,
             "puts with a TTL": sum(put.revision > 0 for put in self.passing.puts),
             "keys with a TTL found": sum(look.value is not None for look in looks),
             "keys with a TTL gone": sum(look.value is None for look in looks),
@@ -140,6 +146,9 @@ class Workload:
         }
         for number in range(CLIENTS):
             self._run(self._loop(_Client(self, number, self._rng("client", number))))
+        for number in range(FIRST_RANGE, FIRST_RANGE + RANGE_CLIENTS):
+            caller, records = self._caller("ranges", number), self.records
+            self._run(self._loop(RangeClient(caller, number, records.ranged, records.refused)))
         for name in self._plan.workloads:
             begin[name]()
 
