@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -30,3 +31,14 @@ def flip(file: Path, rng: random.Random) -> str:
         stream.seek(position)
         stream.write(bytes([data[position] ^ 1 << bit]))
     return f"bit {bit} of byte {position} of {file.parent.name}/{file.name}"
+
+
+def cut_short(file: Path, rng: random.Random) -> str:
+    """Let the file end somewhere before its end, as one may that a file system has mended.
+
+    Returns:
+        As `flip`.
+    """
+    size = rng.randrange(file.stat().st_size)
+    os.truncate(file, size)
+    return f"{file.parent.name}/{file.name} ends after {size} bytes"

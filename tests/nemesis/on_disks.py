@@ -1,4 +1,4 @@
-"""Faults of disks: calls that fail or take long, a disk that is full, bits that flip."""
+"""Faults of disks: calls that fail or take long, a full disk, bits that flip, files cut short."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from tests.crash_sweep.strace import Fault, Injection, Strace
-from tests.nemesis.damage import file_of, flip
+from tests.nemesis.damage import cut_short, file_of, flip
 from tests.nemesis.disks import filled
 from tests.nemesis.faults import Faults, names
 from tests.nemesis.lives import FOREVER, closing
@@ -157,9 +157,9 @@ async def fill(faults: Faults, action: Action) -> None:
         await faults.workload.collect(node_id, key, f"{key} ".ljust(FILLING_BYTES, "x"))
 
 
-async def flip_bits(faults: Faults, action: Action) -> None:
-    """`amount` bits of the same file on each of a minority; then wait until all is well. It counts
-    when a node has met one of them, which may be much later."""
+async def spoil_files(faults: Faults, action: Action) -> None:
+    """Flip `amount` bits of the same file on each of a minority, or cut it short; then wait until
+    all is well. It counts when a node has met that, which may be much later."""
     faults.look_back()
     hit, rng = await faults.damageable(action), random.Random(action.dice)
     if not hit:
@@ -198,14 +198,15 @@ async def flip_bits(faults: Faults, action: Action) -> None:
 
 
 def damage(faults: Faults, node: Node, part: str, action: Action, rng: random.Random) -> None:
-    """Flip the bits of one node, and mark it until that is repaired. One whose state it is comes
+    """Spoil the file of one node, and mark it until that is repaired. One whose state it is comes
     back only when that was read through, and nothing else is damaged meanwhile."""
     file = file_of(node.serve.directory, part)
     if file is None:
         return
-    for _ in range(round(action.amount)):
-        faults.counts["bits flipped"] += 1
-        faults.say(f"node {node.id}: {flip(file, rng)}")
+    spoilt, spoil = ("bits flipped", flip) if action.amount else ("files cut short", cut_short)
+    for _ in range(round(action.amount) or 1):
+        faults.counts[spoilt] += 1
+        faults.say(f"node {node.id}: {spoil(file, rng)}")
     if part == "log":
         faults.budget.spoil(node.id, begun_anew(node, action.name))
     elif part == "snapshot":
@@ -231,7 +232,10 @@ FAULTS = {
     "ENOSPC": enospc,
     "slow sync": slow_sync,
     "small disk": small_disk,
-    "flip in log": flip_bits,
-    "flip in state": flip_bits,
-    "flip in snapshot": flip_bits,
+    "flip in log": spoil_files,
+    "flip in state": spoil_files,
+    "flip in snapshot": spoil_files,
+    "cut short in log": spoil_files,
+    "cut short in state": spoil_files,
+    "cut short in snapshot": spoil_files,
 }

@@ -1,4 +1,7 @@
-"""Faults of processes: killed, restarted, stopped, short of file descriptors."""
+"""Faults of processes: killed, restarted, stopped, short of file descriptors.
+
+The subprocesses that write snapshots are killed and stopped as well.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ import resource
 import signal
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+
+import psutil
 
 from tests.nemesis.client import Connection
 from tests.nemesis.faults import Faults, names
@@ -20,6 +26,7 @@ STOP_S = 40.0  # with a leader to hand over to, and perhaps paused meanwhile
 STOPPED_S = 1.0  # from SIGSTOP to the state that shows it
 IDLE_CONNECTIONS = 12
 LOOK_S = 0.05
+WRITER = "dengine.snapshot_writer"
 
 
 async def kill(faults: Faults, action: Action) -> None:
@@ -66,6 +73,37 @@ async def pause(faults: Faults, action: Action) -> None:
         finally:
             for process in processes:
                 process.send_signal(signal.SIGCONT)
+
+
+async def on_writers(faults: Faults, action: Action, number: signal.Signals) -> None:
+    """Whatever writes, checks or fetches a snapshot gets a signal, as soon as it is there. Its node
+    goes on: nothing excuses an end. It counts when one got it."""
+    hit, met = await faults.hit(action), set[psutil.Process]()
+    with faults.band(action, names(hit)) as band:
+        try:
+            end = time.monotonic() + action.seconds
+            while time.monotonic() < end:
+                for writer in {w for node in hit if node.up for w in writers_of(node.serve.pid)}:
+                    if writer not in met:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            writer.send_signal(number)
+                            met.add(writer)
+                            band.effective = True
+                await asyncio.sleep(LOOK_S)
+        finally:
+            for writer in met:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    writer.resume()
+
+
+def writers_of(pid: int) -> list[psutil.Process]:
+    """The snapshot writers of this node; one that is being started is none yet."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            children = [psutil.Process(int(text)) for text in file.read_text().split()]
+            found += [child for child in children if WRITER in child.cmdline()]
+    return found
 
 
 async def few_descriptors(faults: Faults, action: Action) -> None:
@@ -122,4 +160,11 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
-FAULTS = {"kill": kill, "restart": restart, "pause": pause, "few descriptors": few_descriptors}
+FAULTS = {
+    "kill": kill,
+    "restart": restart,
+    "pause": pause,
+    "kill writer": partial(on_writers, number=signal.SIGKILL),
+    "stop writer": partial(on_writers, number=signal.SIGSTOP),
+    "few descriptors": few_descriptors,
+}

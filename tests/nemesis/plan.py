@@ -52,6 +52,8 @@ KINDS = {
     "kill": Kind(("any", "leader", "leader", "minority", "majority", "all"), (0.05, 5.0)),
     "restart": Kind(("any", "leader", "minority", "all"), (0.05, 1.0)),
     "pause": Kind(("any", "leader", "leader", "minority", "majority", "all"), (0.1, 10.0)),
+    "kill writer": Kind(("any", "leader", "all"), (2.0, 8.0)),
+    "stop writer": Kind(("any", "leader", "all"), (2.0, 8.0)),
     "one-way cut": Kind(("from leader", "to leader", "pair"), (1.0, 10.0), 2),
     "two-way cut": Kind(("leader", "pair"), (1.0, 10.0), 2),
     "bridge": Kind(("any", "leader"), (2.0, 10.0), 3),
@@ -69,6 +71,9 @@ KINDS = {
     "flip in log": Kind(("minority",), (1.0, 1.0), 3, (1.0, 3.0), alone=True),
     "flip in state": Kind(("minority",), (1.0, 1.0), 3, (1.0, 3.0), alone=True),
     "flip in snapshot": Kind(("minority",), (1.0, 1.0), 3, (1.0, 3.0), alone=True),
+    "cut short in log": Kind(("minority",), (1.0, 1.0), 3, alone=True),
+    "cut short in state": Kind(("minority",), (1.0, 1.0), 3, alone=True),
+    "cut short in snapshot": Kind(("minority",), (1.0, 1.0), 3, alone=True),
     "replace": Kind(("any", "leader"), (1.0, 4.0), 3),
     "wipe and join": Kind(("any", "leader"), (1.0, 4.0), 3, alone=True),
 }
