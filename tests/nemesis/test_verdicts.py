@@ -189,3 +189,21 @@ def test_leaders_are_counted_from_what_nodes_say() -> None:
     assert verdicts.one_leader_a_term(led) == []
     led = verdicts.leaders([SAID, other, "[Node 3] Candidate → Leader (term 5)\n"])
     assert verdicts.one_leader_a_term(led) == ["term 5 had 2 leaders: nodes 1, 3"]
+
+
+def test_terms_grow_with_what_was_done_and_no_more() -> None:
+    """A node that comes back from 10 s alone with as many terms disturbs everybody."""
+    assert verdicts.terms_explained([2, 3], 9, [10.0]) == [
+        "7 of 9 terms had no leader, and 1 faults explain 6"
+    ]
+    assert verdicts.terms_explained([2, 3], 8, [10.0]) == []
+    assert verdicts.terms_explained(range(2, 12), 12, []) == []
+
+
+def test_a_leader_that_nobody_disturbs_stays() -> None:
+    """But for a moment of a busy machine."""
+    assert verdicts.leader_kept(7, 8, 1.0) == []
+    assert verdicts.leader_kept(7, 9, 12.0) == []
+    assert verdicts.leader_kept(7, 9, 11.0) == [
+        "terms rose from 7 to 9 within 11 s without any fault"
+    ]

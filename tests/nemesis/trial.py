@@ -103,6 +103,7 @@ class _Trial:
         )
         self.outcome = outcome
         self._held: dict[int, dict[str, _Item]] = {}  # what each node holds in the end
+        self._calm: list[tuple[float, int]] = []  # when it began and ended, and the terms of then
 
     async def run(self) -> None:
         """The life of a cluster, to its end or until it breaks off; no node runs afterwards."""
@@ -175,6 +176,7 @@ class _Trial:
             return False
         if not await nodes.wait(nodes.whole, "every node to be ready and to vote", READY_S):
             return False
+        await self._note_term()
         await asyncio.sleep(CALM_S)
         if not await self.workload.stop(ANSWER_S):
             nodes.problems.append(f"a request was not answered {ANSWER_S:.0f} s after healing")
@@ -195,6 +197,7 @@ class _Trial:
         for node in nodes.wanted():
             await self._read_all(node.id)
         await self._compare()
+        await self._note_term()
         await self._stop()
 
     async def _last_requests(self, node: Node) -> None:
@@ -280,6 +283,11 @@ class _Trial:
                 return True
             after = "&after=" + quote(page["next"], safe="")
 
+    async def _note_term(self) -> None:
+        statuses = (await self.nodes.statuses()).values()
+        term = max((status["term"] for status in statuses), default=0)
+        self._calm.append((time.monotonic(), term))
+
     async def _compare(self) -> None:
         """The whole of what the nodes hold, leases and remembered results too, while they run: of
         states on disk after a stop each may be at a log time of its own."""
@@ -325,6 +333,7 @@ class _Trial:
             *self.nodes.problems,
             *self.nodes.complaints(),
             *verdicts.one_leader_a_term(led),
+            *self._judge_terms(led),
             *records.surprises[: verdicts.SHOWN_MAX],
             *verdicts.eventual_reads(records),
             *range_verdicts.ranges_whole(records),
@@ -337,6 +346,17 @@ class _Trial:
             drawn = contradiction.draw(outcome.folder)
             outcome.problems.append(f"{contradiction}\ndrawn in {drawn}")
         outcome.problems += searched.problems
+
+    def _judge_terms(self, led: Mapping[int, object]) -> list[str]:
+        """Of a run that came to its end."""
+        if len(self._calm) < 2:
+            return []
+        (began, before), (ended, after) = self._calm
+        faults_s = [band.ended - band.began for band in self.outcome.bands]
+        return [
+            *verdicts.terms_explained(led, after, faults_s),
+            *verdicts.leader_kept(before, after, ended - began),
+        ]
 
     def _judge_promises(self) -> list[str]:
         held = next(iter(self._held.values()), None)

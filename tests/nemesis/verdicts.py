@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from tests.linearizability.checker import FOREVER
 from tests.nemesis.histories import value_of
 from tests.nemesis.workload import Eventual, Records
 
 SHOWN_MAX = 5
+# Elections that come to nothing: at the beginning; and one for each fault, with another one for so
+# many seconds of it. Two candidates may share the votes, or one dies.
+VAIN_TERMS = 3
+VAIN_TERM_S = 5.0
+IDLE_TERMS_PER_MIN = 5  # without any fault: a busy machine makes a leader late
 LEADS = re.compile(r"^\[Node (\d+)\] \w+ → Leader \(term (\d+)\)$", re.MULTILINE)
 
 
@@ -188,3 +193,32 @@ def one_leader_a_term(led: Mapping[int, Sequence[int]]) -> list[str]:
         for term, nodes in led.items()
         if len(nodes) > 1
     ]
+
+
+def terms_explained(led: Collection[int], newest: int, faults_s: Sequence[float]) -> list[str]:
+    """Who cannot win an election begins no term (thesis 9.6), so nearly each has a leader; and who
+    was cut off does not come back with terms that nobody has heard of.
+
+    Args:
+        led: terms that had a leader.
+        newest: that anybody knows of in the end.
+        faults_s: how long each fault took.
+    """
+    vain = newest - len(led)
+    most = VAIN_TERMS + sum(1 + seconds / VAIN_TERM_S for seconds in faults_s)
+    if vain <= most:
+        return []
+    return [
+        f"{vain} of {newest} terms had no leader, and {len(faults_s)} faults explain {most:.0f}"
+    ]
+
+
+def leader_kept(before: int, after: int, took_s: float) -> list[str]:
+    """Where nobody does anything the leader stays.
+
+    Args:
+        before, after: the newest terms at the beginning and at the end of that time.
+    """
+    if after - before <= 1 + took_s * IDLE_TERMS_PER_MIN / 60:
+        return []
+    return [f"terms rose from {before} to {after} within {took_s:.0f} s without any fault"]
