@@ -5,10 +5,13 @@ child.py save PATH SEED             write the log for ever; say what is tried an
 child.py apply PATH SEED            the same with the state
 child.py full PATH BYTES            save until the file may not grow beyond BYTES
 child.py verify PATH                open the log and print a digest of all that is in it
+child.py acknowledge ROOT           open the directory and write its log as a node does; say what
+                                    would be acknowledged
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 import resource
@@ -19,8 +22,10 @@ from pathlib import Path
 
 from dengine.errors import DataCorruption, StorageIO
 from dengine.kv.commands import Command, Delete, DeleteRange, Put, encode_batch, encode_command
-from dengine.raft.membership import Member, Settings, found
-from dengine.raft.types import Entry, EntryKind, HardState, MemberId
+from dengine.node.log_writer import LogWriter
+from dengine.raft.membership import Member, Membership, Settings, found
+from dengine.raft.raft import Ready
+from dengine.raft.types import Entry, EntryKind, HardState, LogId, MemberId
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.state_store import StateStore
@@ -132,12 +137,49 @@ def verify(path: str) -> None:
         say(f"damaged {error.details.get('index')} {error}")
 
 
+def acknowledge(root: str) -> None:
+    directory = DataDirectory.open(Path(root), 1)
+    store = LogStore(directory.log_path)
+    say("opened")
+    term, last = store.load()[0].term + 1, store.last_index()
+    vote = HardState(term, MemberId(1, 7), last)
+    sizes = (1, 300, 20_000)  # the last has pages of its own
+    entries = [Entry(last + n, term, EntryKind.NORMAL, b"x" * s) for n, s in enumerate(sizes, 1)]
+    replaced = Entry(last + len(sizes), term + 1, EntryKind.NORMAL, b"y")
+    asyncio.run(_written(store, [(vote, []), (None, entries), (HardState(term + 1), [replaced])]))
+    store.purge_to = last + 1
+    store.purge_step()
+    say("purged")
+    store.reset(HardState(term + 2), LogId(last + 9, term + 2), Membership())
+    say("reset")
+    store.close()
+    directory.close()
+
+
+async def _written(store: LogStore, saves: list[tuple[HardState | None, list[Entry]]]) -> None:
+    """Each by the log's own thread, one after the other."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Queue[BaseException | None] = asyncio.Queue()
+
+    def written(_ready: Ready, error: BaseException | None, _seconds: float) -> None:
+        say("written")
+        ended.put_nowait(error)
+
+    writer = LogWriter(store, lambda ready: None, loop, written, ended.put_nowait)
+    for hard_state, entries in saves:
+        writer.submit(Ready(1, (), hard_state, entries, (), (), (), ()))
+        if error := await ended.get():
+            raise error
+    writer.stop(60)
+
+
 MODES: dict[str, Callable[..., None]] = {
     "lock": lock,
     "save": save,
     "apply": apply,
     "full": full,
     "verify": verify,
+    "acknowledge": acknowledge,
 }
 
 if __name__ == "__main__":
