@@ -196,6 +196,21 @@ def test_nothing_is_unpickled(path: Path) -> None:
         assert name not in ("pickle", "marshal", "shelve", "dill"), f"{path}:{line}: {name}"
 
 
+FORKING = {"fork", "forkpty", "ProcessPoolExecutor", "multiprocessing", "preexec_fn"}
+
+
+def test_nothing_forks(path: Path) -> None:
+    """A copy of a process has its locks as they were, and LMDB's environment may not be in two.
+
+    `dengine lock` alone runs something before its command begins, and is no node.
+    """
+    for node in ast.walk(parsed(path)):
+        named = {getattr(node, field, None) for field in ("id", "attr", "arg", "module", "name")}
+        if path.relative_to(PACKAGE) == Path("cli/holding.py"):
+            named.discard("preexec_fn")
+        assert not FORKING & named, f"{path}: {FORKING & named}"
+
+
 def test_files_and_functions_stay_small(path: Path) -> None:
     """A file has an end, and a function fits on a screen."""
     lines = len(path.read_text(encoding="utf-8").splitlines())

@@ -12,7 +12,7 @@ import pytest
 
 from dengine.api.protocol import Server
 from tests.api.raw import Answer, Wire, assert_error, wire
-from tests.cluster import ServeProcess
+from tests.cluster import ServeProcess, wait_for
 
 HEAD = b"GET /livez HTTP/1.1\r\nHost: t\r\n"
 
@@ -163,6 +163,25 @@ def test_clients_that_leave_in_the_middle(node: ServeProcess) -> None:
         with wire(node) as client:
             client.send((head + b"x" * 9)[:cut])
     assert node.request("GET", "/v1/kv/left").status == 404
+
+
+def test_who_hangs_up_has_written_all_the_same(node: ServeProcess) -> None:
+    """Once a request is there it is carried out, though nobody waits for the answer."""
+    puts = [{"op": "put", "key": f"hung-{part}", "value": "x"} for part in range(2)]
+    body = json.dumps({"success": puts}).encode()
+    head = (
+        "POST /v1/txn HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+        f"Expect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    for _ in range(20):
+        assert node.request("DELETE", "/v1/kv?prefix=hung-").ok
+        with wire(node) as client:
+            client.send(head.encode())
+            assert client.answer().status == 100, "it is at the body now"
+            client.send(body)
+        wait_for(lambda: node.request("GET", "/v1/kv/hung-0").ok, "the write", 5.0)
+        assert node.request("GET", "/v1/kv/hung-1").ok
+    assert "Traceback" not in node.output()
 
 
 def test_pipelined_requests_are_answered_in_order(client: Wire) -> None:
