@@ -95,6 +95,12 @@ def all_errors(cls: type[errors.FatalError]) -> set[type[errors.FatalError]]:
     return set(below).union(*(all_errors(sub) for sub in below))
 
 
+@pytest.mark.parametrize("name", ["dengine.service", "dengine-backup.service"])
+def test_no_core_dump_holds_a_secret(name: str) -> None:
+    """A process that aborts, as the watchdog has it, leaves nothing of its memory behind."""
+    assert unit(name)["Service.LimitCORE"] == ["0"]
+
+
 def test_both_services_share_one_sandbox() -> None:
     """What is tightened for the node is tightened for its backups."""
     node, backup = (
