@@ -110,19 +110,22 @@ def is_catch(violation: Violation, by: str = "") -> bool:
     """Or an accident?
 
     An invariant has caught it, or an assertion that dengine makes on purpose, and in production
-    too. That the changed code stumbles (KeyError, an `assert` for the sake of a type, an error that
-    is an answer to somebody and ends a cycle) says nothing about who finds one that does not.
+    too, or a process has ended on purpose and for no reason. That the changed code stumbles
+    (KeyError, an `assert` for the sake of a type, an error that is an answer to somebody and ends a
+    cycle) says nothing about who finds one that does not.
 
     Args:
         by: the only invariant that counts.
     """
-    from dengine.errors import DataCorruption, IdentityError, InvariantBroken
+    from dengine.errors import DataCorruption, FatalError, IdentityError, InvariantBroken
 
     if by:
         return violation.invariant == by
     causes = _causes(violation)
+    if not causes or isinstance(causes[-1], FatalError):
+        return True
     own = any(isinstance(c, DataCorruption | IdentityError | InvariantBroken) for c in causes)
-    return not causes or (own and not isinstance(causes[-1], AssertionError))
+    return own and not isinstance(causes[-1], AssertionError)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

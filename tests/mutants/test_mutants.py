@@ -6,12 +6,19 @@ DENGINE_MUTANT_SECONDS is the budget, of one core; `make mutants` runs all of th
 from __future__ import annotations
 
 import os
+import struct
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from dengine.errors import ClusterUnavailable, DengineError, InvariantBroken, TryAgain
+from dengine.errors import (
+    ClusterUnavailable,
+    DataCorruption,
+    DengineError,
+    InvariantBroken,
+    TryAgain,
+)
 from tests.mutants import run
 from tests.mutants.edits import mutated
 from tests.mutants.mutations import BY_NAME, MUTANTS
@@ -89,6 +96,8 @@ def violation(invariant: str, *causes: Exception) -> Violation:
         (violation("6 commit rule"), True),
         (violation("0 no surprise"), True),
         (violation("0 no surprise", InvariantBroken("two leaders")), True),
+        (violation("0 no surprise", TryAgain("started on an old copy")), True),
+        (violation("0 no surprise", DataCorruption("no record"), struct.error()), True),
         (violation("0 no surprise", InvariantBroken("broken"), AssertionError()), False),
         (violation("0 no surprise", TryAgain("the cycle died"), KeyError(7)), False),
         (violation("0 no surprise", TryAgain("the cycle died"), ClusterUnavailable("")), False),
