@@ -28,11 +28,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ("dengine.raft.log_clock", "clock_ms, now_ms + 1", "clock_ms, now_ms"),
     ),
     mutant(
-        "heartbeats do not tell the time",
-        ("dengine.raft.raft", "self.clock.learn(m.term, m.clock_ms, self._now_ms)", "pass"),
-        tests="tests/raft/test_log_clock.py",
-    ),
-    mutant(
         "nobody says that the time has come",
         ("dengine.node.cycle", "return now_ms >= due_ms or now_ms", "return now_ms"),
     ),
@@ -102,15 +97,6 @@ MUTANTS: tuple[Mutant, ...] = (
             "    _store(recorder, command.lease, Lease(lease.ttl_s, expires_ms(",
             "    _store(recorder, command.lease, Lease(lease.ttl_s, expires_ms(",
         ),
-    ),
-    mutant(
-        "a lease is used after its time",
-        (
-            "dengine.kv.tables",
-            "self.going == ALIVE and clock_ms < self.expires_ms",
-            "self.going == ALIVE",
-        ),
-        tests="tests/kv/test_expiry.py::test_a_lease_whose_time_is_over_cannot_be_used",
     ),
     # --- exactly once -----------------------------------------------------------------------------
     mutant(

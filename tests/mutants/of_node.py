@@ -85,15 +85,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ("dengine.storage.recovery", "elif directory.installing:", "elif False:"),
     ),
     mutant(
-        "a stop within an install leaves the received file without a name",
-        (
-            "dengine.node.installing",
-            "self._installed = None\n\n",
-            "self._installed = self._fetched = None\n\n",
-        ),
-        tests="tests/node/test_snapshots.py",
-    ),
-    mutant(
         "a transaction that compares nothing",
         (
             "dengine.kv.machine",
@@ -139,14 +130,6 @@ MUTANTS: tuple[Mutant, ...] = (
             "dengine.node.admission",
             "restarted = self._boots.get(who) != theirs.boot",
             "restarted = True",
-        ),
-    ),
-    mutant(
-        "a deletion does not look at what it deletes",
-        (
-            "dengine.storage.state_view",
-            "sound_record(key, old, self._path, keys_only=True)",
-            "pass",
         ),
     ),
     mutant(

@@ -2,8 +2,7 @@
 another line makes up for.
 
 The simulator's faults take leaders away all the time, so one that is lost for no reason does not
-show there. What these lines are for is said by the tests, which must fail. The last few break a
-promise that hardly a seed ever asks for: the tests do.
+show there. What these lines are for is said by the tests, which must fail.
 """
 
 from __future__ import annotations
@@ -14,12 +13,9 @@ RAFT = "dengine.raft.raft"
 COMMITMENT = "tests/raft/test_commitment.py"
 DISRUPTION = "tests/raft/test_disruption.py"
 ELECTIONS = "tests/raft/test_elections.py"
-FOUND = "tests/simulation/test_found.py"
-INSTALLS = "tests/raft/test_snapshot_installs.py"
 MEMBERSHIP = "tests/raft/test_membership.py"
 SNAPSHOTS = "tests/raft/test_snapshots.py"
 TRANSFER = "tests/raft/test_transfer.py"
-WRITER = "tests/node/test_snapshot_writer.py"
 
 MUTANTS: tuple[Mutant, ...] = (
     mutant(
@@ -44,13 +40,6 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "a leader that is heard is deposed by whoever asks",
         (RAFT, "case VoteRequest(transfer=False) if self._is_sticky():", "case _ if False:"),
-        tests=DISRUPTION,
-    ),
-    # A lease rests on it. For a read to be stale, a voter has to start, vote and write within the
-    # lease, which is half a timeout at most: hardly a seed is so quick.
-    mutant(
-        "votes right after a start",
-        (RAFT, "            since = self._started_ms\n", "            return False\n"),
         tests=DISRUPTION,
     ),
     mutant(
@@ -86,16 +75,6 @@ MUTANTS: tuple[Mutant, ...] = (
             RAFT,
             "return self.role is Role.CANDIDATE and self._candidate_term == self.term",
             "return self.role is Role.CANDIDATE",
-        ),
-        tests=ELECTIONS,
-    ),
-    mutant(
-        "requests for votes outlive the candidacy",
-        (
-            RAFT,
-            "self._out.after_sync = [m for m in self._out.after_sync if not "
-            "isinstance(m, VoteRequest)]",
-            "pass",
         ),
         tests=ELECTIONS,
     ),
@@ -145,49 +124,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         tests=SNAPSHOTS,
     ),
-    # A leader sends no entries to whom it has offered a snapshot, so there is hardly ever one that
-    # waits to be acknowledged when the log is dropped.
-    mutant(
-        "acknowledgements of what a snapshot drops",
-        (
-            RAFT,
-            "            self._drop_waiting_acknowledgements()\n        elif",
-            "            pass\n        elif",
-        ),
-        tests=INSTALLS,
-    ),
-    # It takes a member that sleeps while others join and one of them begins to lead. Hardly a seed
-    # has that, so there is a scenario of its own.
-    mutant(
-        "addresses from the log alone",
-        (
-            "dengine.node.node",
-            "if not self._known_addresses(member):  # perhaps",
-            "if False:  # perhaps",
-        ),
-        tests=f"{FOUND}::test_a_snapshot_is_fetched_from_a_leader_newer_than_our_log",
-    ),
-    # A start that does not find the file keeps the old log, which still has all that was promised.
+    # The name is synced once more before the log is reset, and a start that does not find the file
+    # keeps the old log, which still has all that was promised.
     mutant(
         "received snapshot's name not synced",
         ("dengine.snapshot_writer", "sync_directory(directory)  # the log", "pass  # the log"),
-        tests=WRITER,
-    ),
-    # These two are no matter of progress: they are rare. No seed of 500 has the first one, an entry
-    # behind what a message covers that differs from the committed one and is looked at just then;
-    # nor the second, an answer that is on its way over a restart.
-    mutant(
-        "commit beyond what was compared",
-        (
-            RAFT,
-            "self._commit_to(min(m.commit_index, last.index))",
-            "self._commit_to(min(m.commit_index, self.log.last_index))",
-        ),
-        tests="tests/raft/test_replication.py",
-    ),
-    mutant(
-        "answers to the process before taken for ours",
-        ("dengine.node.forwarding", "self._next_id = boot", "self._next_id = 0"),
-        tests=f"{FOUND}::test_an_answer_to_the_process_before_is_not_ours",
+        tests="tests/node/test_snapshot_writer.py",
     ),
 )

@@ -19,7 +19,7 @@ from dengine.errors import (
     InvariantBroken,
     TryAgain,
 )
-from tests.mutants import run
+from tests.mutants import of_rare, run
 from tests.mutants.edits import mutated
 from tests.mutants.mutations import BY_NAME, MUTANTS
 from tests.mutants.run import (
@@ -52,6 +52,11 @@ def test_every_mutant_still_fits_the_source() -> None:
             path = ROOT / f"{module.replace('.', '/')}.py"
             edits = [edit for edit in mutant.edits if edit.module == module]
             compile(mutated(path.read_text(encoding="utf-8"), edits), str(path), "exec")
+
+
+def test_what_the_simulator_does_not_catch_is_documented() -> None:
+    text = (ROOT / "docs" / "correctness.md").read_text(encoding="utf-8")
+    assert not [mutant.name for mutant in of_rare.MUTANTS if mutant.name not in text]
 
 
 def test_every_record_speaks_of_a_mutant() -> None:

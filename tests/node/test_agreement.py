@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dengine.node.agreement import COMPARED_MAX, PATIENCE, Tally, Verdict
+from types import SimpleNamespace
+from typing import Any
+
+from dengine.errors import DataCorruption
+from dengine.node.agreement import COMPARED_MAX, PATIENCE, Agreement, Tally, Verdict
+from dengine.node.wire import StateReport, StateVerdict
 from dengine.raft.membership import Member, Membership
 from dengine.raft.types import MemberId
 from dengine.storage.state_records import StateDigest
@@ -76,3 +81,69 @@ def test_only_so_many_indexes_are_remembered() -> None:
     found = tally(*((A, says(256 * n, 1)) for n in range(1, COMPARED_MAX + 2)))
     found.report(B, says(256, 2), 0)
     assert found.judge(ABC, {A, B}, 10**9) == []
+
+
+class Node:
+    """An `Agreement`, and all that it makes its node do; A leads."""
+
+    def __init__(self, me: MemberId) -> None:
+        self.did: list[Any] = []
+        self._digests: list[StateDigest] = []
+        raft: Any = SimpleNamespace(
+            me=me,
+            leader=A,
+            is_leader=me == A,
+            membership=ABC,
+            committed_membership=ABC,
+            is_live=lambda member: True,
+        )
+        state: Any = SimpleNamespace(take_digests=lambda: self._digests)
+        self.agreement = Agreement(
+            raft,
+            state,
+            grace_ms=GRACE_MS,
+            send=lambda to, frame: self.did.append((to, frame)),
+            distrust=lambda why, index: self.did.append(("distrusts its state", index)),
+            fail=self.did.append,
+        )
+
+    def applies(self, *digests: StateDigest) -> None:
+        self._digests = list(digests)
+        self.agreement.applied(0)
+
+
+def test_a_follower_reports_to_its_leader() -> None:
+    follower = Node(B)
+    follower.applies(says(256, 1), says(512, 2))
+    follower.applies()
+    assert follower.did == [(A, StateReport((says(256, 1), says(512, 2))))]
+
+
+def test_a_leader_tells_who_is_wrong_and_that_one_throws_its_state_away() -> None:
+    leader, wrong = Node(A), Node(B)
+    leader.applies(says(256, 1))
+    leader.agreement.reported(B, [says(256, 2)], 0)
+    leader.agreement.reported(C, [says(256, 1)], 0)
+    assert leader.did == [(B, StateVerdict(256, False))]
+    wrong.agreement.judged(C, StateVerdict(256, False))
+    assert wrong.did == [], "C does not lead"
+    wrong.agreement.judged(A, StateVerdict(256, False))
+    assert wrong.did == [("distrusts its state", 256)]
+
+
+def test_a_leader_may_be_the_one_that_is_wrong() -> None:
+    leader = Node(A)
+    leader.applies(says(256, 1))
+    for member in (B, C):
+        leader.agreement.reported(member, [says(256, 2)], 0)
+    assert leader.did == [("distrusts its state", 256)]
+
+
+def test_where_nobody_knows_who_is_right_all_stop() -> None:
+    leader = Node(A)
+    leader.applies(says(256, 1))
+    leader.agreement.reported(B, [says(256, 2)], 0)
+    leader.agreement.reported(C, [says(256, 3)], 0)
+    *told, failure = leader.did
+    assert told == [(B, StateVerdict(256, True)), (C, StateVerdict(256, True))]
+    assert isinstance(failure, DataCorruption)

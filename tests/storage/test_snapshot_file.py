@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dengine.errors import Conflict, DataCorruption, StorageIO
 from dengine.kv.commands import DeleteRange, Put
 from dengine.raft.types import LogId, MemberId
+from dengine.storage.environment import DATA_FILE
 from dengine.storage.snapshot_file import (
     SnapshotHeader,
     SnapshotInfo,
@@ -26,10 +27,18 @@ from dengine.storage.snapshot_file import (
     verify,
 )
 from dengine.storage.snapshot_frames import PARTIAL_SUFFIX, sound_prefix
-from dengine.storage.snapshots import remove_partial, take
+from dengine.storage.snapshots import remove_partial, take, unpack
 from dengine.storage.state_store import StateStore
 from tests.limits import descriptors_left
-from tests.storage.states import commands, config, membership
+from tests.storage.states import (
+    commands,
+    config,
+    lived,
+    membership,
+    signed_anew,
+    snapshot_at,
+    snapshot_of,
+)
 
 HEADER = SnapshotHeader(
     cluster_id="c-1",
@@ -246,3 +255,31 @@ def test_without_a_file_descriptor_the_remains_of_a_failed_one_stay(tmp_path: Pa
     assert partial.exists()
     remove_partial(tmp_path)
     assert not partial.exists()
+
+
+def rot(file: Path) -> None:
+    """A value is not what was written."""
+    content = file.read_bytes()
+    assert b"v7v7v7" in content
+    file.write_bytes(content.replace(b"v7v7v7", b"v7v7v8"))
+
+
+def test_what_has_rotted_in_a_state_is_never_signed(tmp_path: Path) -> None:
+    """The CRCs of a file are made when it is written: they would say that all is well."""
+    directory = lived(tmp_path, 30)
+    rot(directory.state_path() / DATA_FILE)
+    with pytest.raises(DataCorruption):
+        snapshot_of(directory.state_path(), directory.snapshots_path)
+    assert not list(directory.snapshots_path.glob("*"))
+    directory.close()
+
+
+def test_a_state_that_rotted_before_it_was_signed_is_not_unpacked(tmp_path: Path) -> None:
+    """Between the check and the copy it can."""
+    directory = lived(tmp_path, 30)
+    file = signed_anew(snapshot_at(directory, 25).path, rot).path
+    verify(file)
+    with pytest.raises(DataCorruption, match="the state in it is unsound"):
+        unpack(file, tmp_path / "unpacked", lambda done, total: None)
+    assert not (tmp_path / "unpacked").exists()
+    directory.close()

@@ -1,0 +1,237 @@
+"""Mutants that break a promise where hardly a seed of the simulator, or none, ever asks for it.
+
+They were not caught in hundreds of seeds, so it is the tests of the line that must fail.
+"""
+
+from __future__ import annotations
+
+from tests.mutants.edits import Mutant, mutant
+
+RAFT = "dengine.raft.raft"
+RECOVERY = "dengine.storage.recovery"
+QUORUM = "dengine.raft.quorum"
+FILES = "tests/storage/test_snapshot_file.py"
+FOUND = "tests/simulation/test_found.py"
+INSTALLS = "tests/raft/test_snapshot_installs.py"
+RECOVERIES = "tests/storage/test_recovery.py"
+
+MUTANTS: tuple[Mutant, ...] = (
+    # --- elections, replication, reads ------------------------------------------------------------
+    # A lease rests on it. For a read to be stale, a voter has to start, vote and write within the
+    # lease, which is half a timeout at most.
+    mutant(
+        "votes right after a start",
+        (RAFT, "            since = self._started_ms\n", "            return False\n"),
+        tests="tests/raft/test_disruption.py",
+    ),
+    # In most memberships majorities share a member all the same, and the log of a wrong candidate
+    # has lost: each of these takes another accident in the same election or round.
+    mutant(
+        "requests for votes outlive the candidacy",
+        (
+            RAFT,
+            "self._out.after_sync = [m for m in self._out.after_sync if not "
+            "isinstance(m, VoteRequest)]",
+            "pass",
+        ),
+        tests="tests/raft/test_elections.py",
+    ),
+    mutant(
+        "messages to an older incarnation believed",
+        (RAFT, "if m.to != self.me:", "if m.to.id != self.me.id:"),
+        tests="tests/raft/test_elections.py",
+    ),
+    mutant(
+        "elections by the new half only",
+        (
+            QUORUM,
+            "results = {majority_vote(voters, votes), majority_vote(outgoing, votes)}",
+            "results = {majority_vote(voters, votes)}",
+        ),
+        tests="tests/raft/test_quorum.py",
+    ),
+    mutant(
+        "elections by the old half only",
+        (
+            QUORUM,
+            "results = {majority_vote(voters, votes), majority_vote(outgoing, votes)}",
+            "results = {majority_vote(outgoing or voters, votes)}",
+        ),
+        tests="tests/raft/test_quorum.py",
+    ),
+    mutant(
+        "reads confirmed by learners",
+        (
+            RAFT,
+            "confirmed = joint_value(membership.voters, membership.outgoing, acked)",
+            "counted = (*membership.voters, *membership.learners)\n"
+            "        confirmed = joint_value(counted, membership.outgoing, acked)",
+        ),
+        tests="tests/raft/test_reads.py::test_learners_and_strangers_confirm_nothing",
+    ),
+    # It takes an entry behind what a message covers that differs from the committed one and is
+    # looked at just then.
+    mutant(
+        "commit beyond what was compared",
+        (
+            RAFT,
+            "self._commit_to(min(m.commit_index, last.index))",
+            "self._commit_to(min(m.commit_index, self.log.last_index))",
+        ),
+        tests="tests/raft/test_replication.py",
+    ),
+    # --- snapshots --------------------------------------------------------------------------------
+    # A leader sends no entries to whom it has offered a snapshot, so there is hardly ever one that
+    # waits for the disk when the file has come.
+    mutant(
+        "acknowledgements of what a snapshot drops",
+        (
+            RAFT,
+            "            self._drop_waiting_acknowledgements()\n        elif",
+            "            pass\n        elif",
+        ),
+        tests=INSTALLS,
+    ),
+    mutant(
+        "a snapshot within the log does not wait for the log",
+        (
+            RAFT,
+            "elif self.log.unstable():\n            return None",
+            "elif False:\n            return None",
+        ),
+        tests=INSTALLS,
+    ),
+    # It takes a stop while the disk stands still within an install (one seed in some 500).
+    mutant(
+        "a stop within an install leaves the received file without a name",
+        (
+            "dengine.node.installing",
+            "self._installed = None\n\n",
+            "self._installed = self._fetched = None\n\n",
+        ),
+        tests="tests/node/test_snapshots.py::"
+        "test_a_node_that_stops_within_an_install_names_the_file_all_the_same",
+    ),
+    # It takes a newest snapshot that has rotted and a state that cannot be used, both at one node
+    # alone.
+    mutant(
+        "the log goes up to the newest snapshot",
+        (
+            "dengine.node.snapshot_files",
+            "limit = min(refs[-2].index,",
+            "limit = min(refs[-1].index,",
+        ),
+        tests="tests/node/test_snapshot_files.py",
+    ),
+    # --- damage -----------------------------------------------------------------------------------
+    # Each is one of several that look at the same records, and where nothing else would have found
+    # the rot in time, the next look at a snapshot or a read does.
+    mutant(
+        "what rots in a state goes into its snapshots",
+        (
+            "dengine.storage.snapshots",
+            "reader.check(lambda read: progress(min(checked, read // CHECK_RATE), total))",
+            "pass",
+        ),
+        tests=f"{FILES}::test_what_has_rotted_in_a_state_is_never_signed",
+    ),
+    mutant(
+        "an unpacked state is not looked at",
+        (
+            "dengine.storage.snapshots",
+            "reader = check_state(state, lambda _: progress(total, total))",
+            "with StateReader(state) as reader:\n                pass",
+        ),
+        tests=f"{FILES}::test_a_state_that_rotted_before_it_was_signed_is_not_unpacked",
+    ),
+    mutant(
+        "a deletion does not look at what it deletes",
+        (
+            "dengine.storage.state_view",
+            "sound_record(key, old, self._path, keys_only=True)",
+            "pass",
+        ),
+        tests="tests/storage/test_state_store.py::test_damage_in_a_record_is_found_on_read",
+    ),
+    # It takes states that differ and are sound by all their checksums.
+    mutant(
+        "nobody compares the states of members",
+        (
+            "dengine.node.agreement",
+            "if not digests or self._raft.leader is None:",
+            "if digests or self._raft.leader is None:",
+        ),
+        tests="tests/node/test_agreement.py",
+    ),
+    # They take an older copy of a disk that is put back, the last two together with a crash or with
+    # a state that is older, too.
+    mutant(
+        "a log older than a snapshot is used",
+        (
+            RECOVERY,
+            "            old = _rolled_back(directory, store)",
+            "            old = None",
+        ),
+        tests=f"{RECOVERIES}::test_a_log_older_than_a_snapshot_is_replaced",
+    ),
+    mutant(
+        "entries that were acknowledged and are gone are not missed",
+        (RAFT, "self.saw_lost_entries = True  # acknowledged", "pass  # acknowledged"),
+        tests="tests/raft/test_replication.py",
+    ),
+    mutant(
+        "a new log before the incarnation that it belongs to",
+        (RECOVERY, "        directory.reincarnate()\n        if not", "        if not"),
+        (
+            RECOVERY,
+            "membership)\n        opened.callback(store.close)\n",
+            "membership)\n        opened.callback(store.close)\n        directory.reincarnate()\n",
+        ),
+        tests=f"{RECOVERIES}::test_a_rolled_back_node_never_comes_back_under_its_old_name",
+    ),
+    mutant(
+        "a state that the log does not continue is used",
+        (
+            RECOVERY,
+            "return store.first_index() - 1 <= index <= store.last_index() and "
+            "store.term(index) == term",
+            "return True",
+        ),
+        tests=f"{RECOVERIES}::test_a_state_older_than_the_log_is_built_again",
+    ),
+    # --- others -----------------------------------------------------------------------------------
+    # It takes a member that sleeps while others join and one of them begins to lead; hence a
+    # scenario of its own.
+    mutant(
+        "addresses from the log alone",
+        (
+            "dengine.node.node",
+            "if not self._known_addresses(member):  # perhaps",
+            "if False:  # perhaps",
+        ),
+        tests=f"{FOUND}::test_a_snapshot_is_fetched_from_a_leader_newer_than_our_log",
+    ),
+    # It takes an answer that is on its way over a restart.
+    mutant(
+        "answers to the process before taken for ours",
+        ("dengine.node.forwarding", "self._next_id = boot", "self._next_id = 0"),
+        tests=f"{FOUND}::test_an_answer_to_the_process_before_is_not_ours",
+    ),
+    # Entries tell the time as well, one a second where anything can end.
+    mutant(
+        "heartbeats do not tell the time",
+        ("dengine.raft.raft", "self.clock.learn(m.term, m.clock_ms, self._now_ms)", "pass"),
+        tests="tests/raft/test_log_clock.py",
+    ),
+    # What is due ends before the commands of an entry have their turn, unless too much is due at
+    # once.
+    mutant(
+        "a lease is used after its time",
+        (
+            "dengine.kv.tables",
+            "self.going == ALIVE and clock_ms < self.expires_ms",
+            "self.going == ALIVE",
+        ),
+        tests="tests/kv/test_expiry.py::test_a_lease_whose_time_is_over_cannot_be_used",
+    ),
+)
