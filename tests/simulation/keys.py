@@ -11,7 +11,14 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
-from dengine.kv.commands import Effect, LeaseGrant, LeaseKeepAlive, LeaseRevoke, Result
+from dengine.kv.commands import (
+    Effect,
+    LeaseGrant,
+    LeaseKeepAlive,
+    LeaseRevoke,
+    LeaseRevoked,
+    Result,
+)
 from dengine.kv.store import DELETE, PUT, Event, Record
 from tests.kv.twin import Twin
 from tests.simulation.violation import violated
@@ -43,12 +50,13 @@ class Keys:
         """A command of entry `index`, and what has come of it. Raises Violation."""
         if isinstance(command, LeaseGrant | LeaseKeepAlive | LeaseRevoke):
             self.ended(events or (), index)
+            if isinstance(result, LeaseRevoked):
+                truth = LeaseRevoked(self._twin.revision, len(events or ()), result.going)
+                self._is_true(command, result, truth, index)
             return
         twin = self._twin
         before, twin.clock_ms = twin.records, clock_ms
-        truth = twin.apply(command)
-        if result != truth:
-            violated("11 outcome", f"entry {index}: {command} came to {result}, not to {truth}")
+        self._is_true(command, result, twin.apply(command), index)
         after = twin.records
         names = sorted(before.keys() | after.keys()) if after is not before else ()
         changed = {k: after.get(k) for k in names if after.get(k) is not before.get(k)}
@@ -61,6 +69,11 @@ class Keys:
             violated("14 events", f"entry {index}: {command} has changed {shown}, not {wanted}")
         if after is not before:
             self._changed(changed, index)
+
+    @staticmethod
+    def _is_true(command: Effect, result: Result, truth: Result, index: int) -> None:
+        if result != truth:
+            violated("11 outcome", f"entry {index}: {command} came to {result}, not to {truth}")
 
     def ended(self, events: Sequence[Event], index: int) -> None:
         """Keys that are gone with one revision. Raises Violation."""

@@ -260,6 +260,8 @@ class Promises:
             if result.lease in self._given_out:
                 violated("15 lease", f"{result.lease} was given out twice")
             self._given_out[result.lease] = None
+            if result.ttl_s != command.ttl_s:
+                violated("15 lease", f"{command} was granted {result.ttl_s} s")
             time = self._time(command.ttl_s, at_ns)
             self._leases[result.lease] = _Lease(result.lease, time)
             self._remind(time.due_ms, result.lease)
@@ -272,6 +274,8 @@ class Promises:
         if isinstance(command, LeaseKeepAlive):
             self._require(asked)
             lease = self._leases[asked]
+            if result != LeaseResult(asked, lease.time.ttl_s):
+                violated("15 lease", f"{asked} was kept alive, and the answer is {result}")
             lease.time = self._time(lease.time.ttl_s, at_ns)
             self._remind(lease.time.due_ms, asked)
         elif isinstance(command, LeaseRevoke):
