@@ -15,11 +15,14 @@ from tests.cluster import ServeProcess
 
 DEADLINE_S = 60.0
 SPARE_FILES = 200
+WATCHERS = 1000  # limits.watchers, by default
 
 
 @contextlib.contextmanager
 def _many(node: ServeProcess, count: int) -> Iterator[list[socket.socket]]:
     """`count` open connections to the node."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count + SPARE_FILES), hard))
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(socket.create_connection((node.host, node.port), 10))
@@ -71,9 +74,8 @@ def _assert_exactly_the_acknowledged(
 
 def test_10_000_writes_at_once(node: ServeProcess) -> None:
     """Each is acknowledged and there afterwards, or refused with 429 and not there."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     count = min(10_000, hard - SPARE_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count + SPARE_FILES), hard))
     answers = _write_at_once(node, "burst", count)
     statuses = _statuses(answers)
     assert set(statuses) <= {200, 429}, statuses
@@ -88,3 +90,26 @@ def test_beyond_the_pending_limit_writes_are_refused(small_node: ServeProcess) -
     assert set(statuses) == {200, 429}, statuses
     _assert_exactly_the_acknowledged(small_node, "crowd", answers)
     assert small_node.put("crowd-after", "x").ok
+
+
+def test_as_many_watchers_as_there_may_be_are_all_told(node: ServeProcess) -> None:
+    """A thousand follow everything: writes go on, and each of them sees each write."""
+    term, writes = node.status()["term"], [f"seen/{number:02d}" for number in range(20)]
+    with _many(node, WATCHERS) as streams, selectors.DefaultSelector() as selector:
+        for stream in streams:
+            stream.sendall(b"GET /v1/watch?prefix=seen/ HTTP/1.1\r\nHost: t\r\n\r\n")
+        for stream in streams:
+            assert stream.recv(4096).startswith(b"HTTP/1.1 200"), "one more is refused"
+            selector.register(stream, selectors.EVENT_READ, bytearray())
+        for key in writes:
+            assert node.put(key, "x").ok
+        end = time.monotonic() + DEADLINE_S
+        while selector.get_map():
+            assert time.monotonic() < end, f"{len(selector.get_map())} were not told all"
+            for ready, _ in selector.select(1):
+                assert isinstance(ready.fileobj, socket.socket)
+                ready.data.extend(ready.fileobj.recv(65_536))
+                if writes[-1].encode() in ready.data:
+                    selector.unregister(ready.fileobj)
+                    assert all(ready.data.count(key.encode()) == 1 for key in writes)
+    assert node.status()["term"] == term
