@@ -28,7 +28,7 @@ from tests.simulation.environment import Environment
 from tests.simulation.loop import Crash
 
 FREE_BYTES: Final = 1 << 40
-NEEDS_ROOM: Final = frozenset(("file write", "new name", "commit"))
+NEEDS_ROOM: Final = {"commit": 1, "new name": 1, "file write": 0}  # bytes, beside what is written
 OPERATIONS: Final = (
     "commit",  # of LMDB, with or without an fsync
     "sync",  # of an LMDB file whose commits had none
@@ -71,7 +71,7 @@ class Disk:
 
     Attributes:
         fuse: after so many more effects the process that uses it crashes; None: never.
-        full: there is no room.
+        room: so many bytes are left, and what is removed makes none; None: enough.
         eio: after so many more operations one fails; None: never.
         eio_kind: only those of this kind count, and fail; empty: all.
         refusals: operations that have failed so far.
@@ -83,7 +83,7 @@ class Disk:
         self.name = name
         self.rng = rng
         self.fuse: int | None = None
-        self.full = False
+        self.room: int | None = None
         self.eio: int | None = None
         self.eio_kind = ""
         self.refusals = 0
@@ -106,11 +106,14 @@ class Disk:
                 self.burnt()
                 raise Crash
 
-    def operation(self, kind: str) -> None:
-        """An effect on this disk. Raises Crash, OSError."""
+    def operation(self, kind: str, written: int = 0) -> None:
+        """An effect on this disk, by which a file grows by so many bytes. Raises Crash, OSError."""
         self.effect()
-        if self.full and kind in NEEDS_ROOM:
-            self._refuse(kind, errno.ENOSPC)
+        needs = NEEDS_ROOM.get(kind, 0) + written
+        if self.room is not None and needs:
+            if needs > self.room:
+                self._refuse(kind, errno.ENOSPC)
+            self.room -= needs
         if self.eio is not None and self.eio_kind in ("", kind):
             self.eio -= 1
             if self.eio < 0:
@@ -123,7 +126,7 @@ class Disk:
         raise OSError(number, os.strerror(number))
 
     def free_bytes(self) -> int:
-        return 0 if self.full else FREE_BYTES
+        return FREE_BYTES if self.room is None else self.room
 
     # --- names ------------------------------------------------------------------------------------
 
@@ -187,7 +190,13 @@ class Disk:
         self._files.pop(fd, None)
 
     def write(self, node: Inode, content: bytes) -> None:
-        self.operation("file write")
+        old = len(node.content)
+        try:
+            self.operation("file write", max(0, len(content) - old))
+        except OSError as error:
+            if error.errno == errno.ENOSPC and self.room:  # as much as there is room for
+                node.content, self.room = content[: old + self.room], 0
+            raise
         if not content:
             node.lies = False  # all of its pages are new ones from here on
         node.content = content

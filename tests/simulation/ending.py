@@ -93,8 +93,7 @@ class Ending:
         world.network.heal()
         for machine in world.machines.values():
             machine.stalled_until = 0
-            machine.disk.full = False
-            machine.disk.fuse = machine.disk.eio = None
+            machine.disk.room = machine.disk.fuse = machine.disk.eio = None
             if machine.process is not None:
                 machine.process.loop.frozen_until = 0
             world.start(machine)

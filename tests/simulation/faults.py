@@ -23,6 +23,8 @@ from tests.simulation.operators import Operators
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
+ROOM = (0, 50, 200, 1000, 3000)  # bytes that a disk has left when it begins to fill
+
 
 class Faults:
     """Schedules every kind that the plan has on, until `stop`.
@@ -125,10 +127,12 @@ class Faults:
             machine.disk.fuse = rng.randint(0, 25)
 
     def becomes_joint(self, node_id: int) -> None:
-        """This very moment `node_id` has appended a joint membership: that does not last long."""
-        machine = self.world.machines[node_id]
-        if self.on and not self.quiet and "fuse" in self.rngs and machine.rng.random() < 0.2:
-            machine.disk.fuse = machine.rng.randint(0, 15)
+        """This very moment `node_id` has appended a joint membership: that does not last long, and
+        most come only when the faults are over.
+        """
+        rng = self.rngs.get("fuse")
+        if rng and self.on and not self.quiet:
+            self.world.machines[node_id].disk.fuse = rng.randint(0, 10)
 
     def leads(self, node_id: int) -> None:
         """This very moment it is seen that `node_id` leads a new term."""
@@ -392,14 +396,14 @@ class Faults:
         return True
 
     def _full(self, machine: Machine, rng: random.Random) -> bool:
-        machine.disk.full = True
-        self.world.note("disk of", machine.id, "is full")
+        machine.disk.room = rng.choice(ROOM)
+        self.world.note("disk of", machine.id, "has room for", machine.disk.room, "bytes")
         self.world.scheduler.after(rng.randint(100, 1500) * MS, self._free, machine)
         return True
 
     @staticmethod
     def _free(machine: Machine) -> None:
-        machine.disk.full = False
+        machine.disk.room = None
 
     def mark(self, machine: Machine, what: str, lasts: Callable[[], bool]) -> None:
         """It has lost something, and is not to be counted on for as long as `lasts` says so."""

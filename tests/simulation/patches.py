@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +49,8 @@ from dengine.storage import environment as storage_environment
 from dengine.storage import snapshots as snapshots_storage
 from tests.simulation import disk, machine, network, writer
 from tests.simulation.joining import join
+
+SYNC_BYTES = 300  # of a snapshot that is written, from one sync to the next
 
 _BUILTIN = object()  # a module has no name of its own for it, as for `open`
 
@@ -122,6 +125,7 @@ class _Flusher:
 
 
 def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
+    synced_steps = partial(snapshot_frames.SyncedSteps, step_bytes=SYNC_BYTES)
     simulated_os = disk.SimOs(lambda: _process().machine.disk, _urandom)
     return [
         (backoff, "time", _Time),
@@ -180,12 +184,14 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (snapshot_writer, "_Pace", writer.Pace),
         (snapshot_writer, "_pieces", writer.pieces),
         (snapshot_writer, "os", simulated_os),
+        (snapshot_writer, "SyncedSteps", synced_steps),
         (snapshots_storage, "StateReader", writer.StateReader),
         (snapshots_storage, "check_state", writer.check_state),
         (snapshots_storage, "os", simulated_os),
         (snapshots_storage, "shutil", disk),
         (snapshots_storage, "sync_directory", disk.sync_directory),
         (snapshots_storage, "time", _Time),
+        (snapshots_storage, "SyncedSteps", synced_steps),
         (storage_environment, "os", simulated_os),
         (storage_environment, "sync_directory", disk.sync_directory),
         (log_store, "open_environment", machine.open_environment),

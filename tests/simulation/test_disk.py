@@ -83,12 +83,23 @@ def test_a_directory_can_be_synced_after_a_sync_that_failed(disk: Disk) -> None:
 
 def test_a_full_disk_takes_nothing_new_and_lets_go_of_what_is_there(disk: Disk) -> None:
     save(disk, b"content")
-    disk.full = True
+    disk.room = 0
     with pytest.raises(OSError, match="No space"):
         (ROOT / "other").touch()
     FILE.unlink()
     assert not FILE.exists()
     assert disk.refusals == 1
+
+
+def test_a_disk_may_fill_in_the_midst_of_a_file(disk: Disk) -> None:
+    disk.room = 5
+    with pytest.raises(OSError, match="No space"):
+        save(disk, b"content")
+    assert FILE.read_bytes() == b"cont"
+    assert disk.free_bytes() == 0
+    disk.room = None
+    save(disk, b"content")
+    assert FILE.read_bytes() == b"content"
 
 
 def test_a_crash_leaves_a_part_of_what_is_being_removed(disk: Disk) -> None:

@@ -41,6 +41,7 @@ SOMETIMES = (
     "EIO at a rename",
     "EIO at a sync",
     "ENOSPC at a commit",
+    "ENOSPC at a file write",
     "ENOSPC at a new name",
     "buried",
     "change seen",
