@@ -1,16 +1,20 @@
-"""What is lost for good: bits that rot, and a disk that is replaced by an empty one.
+"""What is lost for good: bits that rot, and a disk that is replaced by an empty one, or by an
+older copy of itself.
 
 One machine at a time, and only where others have a quorum without it.
 """
 
 from __future__ import annotations
 
+import copy
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from tests.simulation.disk import SimPath
+from dengine.raft.raft import Role
+from dengine.raft.types import MemberId
+from tests.simulation.disk import Inode, SimPath
 from tests.simulation.environment import Environment
-from tests.simulation.machine import Machine
+from tests.simulation.machine import Machine, Process
 
 if TYPE_CHECKING:
     from tests.simulation.faults import Faults
@@ -19,12 +23,21 @@ if TYPE_CHECKING:
 IN_KEY = 0.25  # of what rots in a log
 
 
+class _Copy(NamedTuple):
+    """A disk as it was, whose it was, and who voted then."""
+
+    root: Inode
+    member: MemberId
+    voters: tuple[MemberId, ...]
+
+
 class Damage:
     """Each act says whether it has damaged anything."""
 
     def __init__(self, world: World, faults: Faults) -> None:
         self._world = world
         self._faults = faults
+        self._copies: dict[int, _Copy] = {}  # by machine id
 
     def _may_damage(self) -> bool:
         faults, members = self._faults, self._world.membership
@@ -132,3 +145,59 @@ class Damage:
         world.restart_later(machine)
         self._faults.mark(machine, "disk replaced", lambda: self._is_weak(machine))
         return True
+
+    def put_back(self, machine: Machine, rng: random.Random, *, whole: bool | None = None) -> bool:
+        """A copy is made, and later put back while the machine is off: all of it, as when a virtual
+        machine is set back, or the log alone. What was acknowledged and voted since is gone.
+
+        Args:
+            whole: None: it is drawn.
+        """
+        process = machine.process
+        if process is None or process.node is None or not self._may_damage():
+            return False
+        raft, voters = process.node.raft, self._world.membership.voters
+        if raft.me not in voters or raft.state_lost or raft._restore is not None:
+            return False
+        known = self._copies.get(machine.id)
+        if known is None or (known.member, known.voters) != (raft.me, voters):
+            self._copies[machine.id] = _Copy(copy.deepcopy(machine.disk.root), raft.me, voters)
+            return False
+        if not self._others_know_all(process):
+            return False
+        self._world.checker.damaging(machine)
+        if whole is None:
+            whole = rng.random() < 0.6
+        self._world.crash(machine, power=whole or rng.random() < 0.5)
+        machine.put_back(self._copies.pop(machine.id).root, whole=whole)
+        self._world.checker.forgets(machine)
+        what = "disk" if whole else "log"
+        self._faults.mark(machine, f"{what} rolled back", lambda: self._is_weak(machine))
+        self._faults.ever_rolled_back.add(machine.id)
+        return True
+
+    def _others_know_all(self, process: Process) -> bool:
+        """Is nothing lost with what this one forgets? Else no check could save what it has
+        acknowledged: they follow one leader, in a term in which they stand for election no more,
+        and have each entry that it has.
+        """
+        leader, forgets = self._world.leader(), process.node
+        if leader is None or leader is process or leader.node is None or forgets is None:
+            return False
+        term, log = leader.node.raft.term, forgets.raft.log
+        for voter in self._world.membership.voters:
+            other = self._world.machines[voter.id].process
+            if other is process:
+                continue
+            if other is None or other.node is None or other.member != voter:
+                return False
+            raft = other.node.raft
+            if raft.term != term or raft.role not in (Role.LEADER, Role.FOLLOWER):
+                return False
+            if raft.state_lost or raft._restore is not None:
+                return False
+            if raft.log.stable_index < log.last_index:
+                return False
+            if raft.log.base.index <= log.last_index and not raft.log.matches(log.last_id):
+                return False
+        return forgets.raft.term <= term and leader.node.raft.committed_in_term

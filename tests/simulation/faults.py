@@ -35,6 +35,7 @@ class Faults:
         to_remove: node id of the member that the plan wants replaced.
         damaged: the machine that has lost something last.
         ever_damaged: ids of all that have.
+        ever_rolled_back: ids of those whose disk or log was replaced by an older copy.
     """
 
     def __init__(self, world: World) -> None:
@@ -50,6 +51,7 @@ class Faults:
         self._displaced = Displaced(world, self)
         self.damaged: Machine | None = None
         self.ever_damaged: set[int] = set()
+        self.ever_rolled_back: set[int] = set()
         self._still_damaged: Callable[[], bool] = lambda: False
         # kind -> (mean pause in ms, what is done); which says whether it found where to take hold
         self._acts: dict[str, tuple[int, Callable[[random.Random], bool]]] = {
@@ -80,6 +82,7 @@ class Faults:
             "full": (1500, self._full),
             "rot": (900, damage.rot),
             "wipe": (1200, damage.wipe),
+            "rollback": (60, damage.put_back),
         }
         for kind, (mean_ms, act) in to_one.items():
             self._acts[kind] = mean_ms, partial(self._to_one, act)

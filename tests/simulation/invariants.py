@@ -150,6 +150,17 @@ class Checker:
             for index in range(1, head.purged + 1 if head else 1):
                 held[index] = self.committed[index - 1].term
 
+    def forgets(self, machine: Machine) -> None:
+        """An older copy has taken the place of its disk: what it promised since is not counted on,
+        for the others make up for it.
+        """
+        member = self._owner.get(machine.id)
+        if member is not None:
+            self._promised.pop(member, None)
+            self._kept.pop(member, None)
+            for key in [key for key in self._votes if key[0] == member]:
+                del self._votes[key]
+
     # --- after every event ------------------------------------------------------------------------
 
     def look(self, process: Process) -> None:

@@ -16,7 +16,7 @@ from dengine.raft.membership import Status
 from dengine.raft.types import MemberId, SnapshotRef
 from dengine.storage import recovery
 from dengine.storage.environment import DATA_FILE, damaged
-from tests.simulation.disk import Disk, SimPath
+from tests.simulation.disk import Disk, Inode, SimPath
 from tests.simulation.environment import Environment, Handle, unpacked
 from tests.simulation.loop import MS, Clock, EventLoop
 
@@ -117,6 +117,19 @@ class Machine:
         self.disk = self._new_disk()
         members = self.world.membership.members
         self.founders = tuple(m.id.id for m in members if m.id.id != self.id)
+
+    def put_back(self, root: Inode, *, whole: bool) -> None:
+        """While no process runs: the disk is what it was when `root` was copied from it, or, unless
+        `whole`, its log is. What had not been synced by then is lost as when the power goes.
+        """
+        assert self.process is None
+        now, self.disk.root = self.disk.root, root
+        self.disk.lose_power()
+        if whole:
+            self.reboot()
+        else:
+            older, self.disk.root = self.log_file(), now
+            self.disk.need(self.path / "log" / DATA_FILE).environment = older
 
     def _burnt(self) -> None:
         """The fuse has: the rest follows when the event under way has unwound."""

@@ -8,13 +8,14 @@ limits that a short run would never reach.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from dengine import snapshot_writer
+from dengine.errors import DataCorruption
 from dengine.kv import expiry, once, recorder
 from dengine.node import (
     backoff,
@@ -124,6 +125,15 @@ class _Flusher:
         return True
 
 
+def _counted(begin_anew: Callable[..., Any]) -> Callable[..., Any]:
+    def begin(directory: Any, state: Any, error: DataCorruption, *args: Any) -> Any:
+        if "rolled back" in error.message:
+            _process().machine.world.count("rolled back and seen by itself")
+        return begin_anew(directory, state, error, *args)
+
+    return begin
+
+
 def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
     synced_steps = partial(snapshot_frames.SyncedSteps, step_bytes=SYNC_BYTES)
     simulated_os = disk.SimOs(lambda: _process().machine.disk, _urandom)
@@ -169,6 +179,7 @@ def _replacements(limits: dict[str, int]) -> list[tuple[Any, str, Any]]:
         (directory, "lock_directory", lambda path: 0),
         (directory, "BOOT_ID_FILE", _BootId),
         (recovery, "os", simulated_os),
+        (recovery, "_begin_anew", _counted(recovery._begin_anew)),
         (recovery, "shutil", disk),
         (recovery, "sync_directory", disk.sync_directory),
         (recovery, "probe_log", lambda path: None),

@@ -42,6 +42,7 @@ FAULTS: dict[str, float] = {
     "churn": 0.7,
     "lag": 0.6,
     "displaced": 1.0,
+    "rollback": 0.6,
 }
 
 

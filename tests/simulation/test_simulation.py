@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import random
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.simulation.damage import Damage
 from tests.simulation.loop import SECOND
 from tests.simulation.plan import FAULTS, Plan
 from tests.simulation.rotation import first_seed
@@ -88,6 +90,8 @@ SOMETIMES = (
     "request given up",
     "revoked",
     "revoked in steps",
+    "rolled back and seen by itself",
+    "rolled back and told so",
     "searched",
     "snapshot cut",
     "snapshot installed",
@@ -186,6 +190,31 @@ def tally_of(world: World) -> Tally:
     tally = Tally()
     tally.add(world, 0.0)
     return tally
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["disk", "log"])
+def test_a_disk_that_is_set_back_costs_its_node_the_name(whole: bool) -> None:
+    """It has broken what it acknowledged, so it goes on as another member."""
+    plan = Plan(2, tuple(FAULTS))
+    plan.shape, plan.founders, plan.joiners, plan.seconds = "3", 3, 0, 3.0
+    world = World(plan)
+    with world.alive():
+        for machine in world.machines.values():
+            world.start(machine)
+        world.scheduler.run_until(2 * SECOND)
+        world.clients.start()
+        damage, rng = Damage(world, world.faults), random.Random(int(whole))
+        machine = next(m for m in world.machines.values() if m.process and not m.process.leads)
+        process = machine.process
+        while not damage.put_back(machine, rng, whole=whole):  # the first time, a copy is made
+            world.scheduler.run_until(world.scheduler.now + SECOND // 10)
+            assert world.scheduler.now < 60 * SECOND
+        world.scheduler.run_until(world.scheduler.now + 10 * SECOND)
+        assert process is not None
+        assert machine.process is not None
+        assert machine.process.member != process.member
+    found = world.counts["rolled back and told so"] + world.counts["rolled back and seen by itself"]
+    assert found == 1
 
 
 def test_a_calm_cluster_refuses_nothing() -> None:

@@ -171,7 +171,9 @@ class World:
             machine.wipe()
             self.restart_later(machine)
             return
-        if error is not None and not self._is_for_the_disk(process, error):
+        if type(error) is TryAgain and machine.id in self.faults.ever_rolled_back:
+            self.count("rolled back and told so")
+        elif error is not None and not self._is_for_the_disk(process, error):
             raise self._died(machine, error)
         self.count("exit 75" if isinstance(error, TryAgain) else "exit 74" if error else "exit 0")
         if "power" in self.plan.faults and machine.rng.random() < (0.3 if error else 0.7):
