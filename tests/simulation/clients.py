@@ -38,7 +38,7 @@ from tests.simulation import requests
 from tests.simulation.history import History, is_change
 from tests.simulation.loop import MS
 from tests.simulation.model import MARKS, mark_of, marking
-from tests.simulation.violation import Violation, violated
+from tests.simulation.violation import NotLinearizable, Violation, violated
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine, Process
@@ -387,7 +387,9 @@ class Clients:
         history = self.resolved()
         finding = check(history.by_key, history.views)
         if finding.verdict is not Verdict.LINEARIZABLE:
-            violated("linearizability", f"key {finding.key!r}: {as_text(finding.window)}")
+            if finding.key is None:  # looks at several keys at one moment
+                violated("linearizability", as_text(finding.window))
+            raise NotLinearizable(finding.key, history.by_key[finding.key], finding.window)
         if self.world.seed % SEARCHED == 0:
             finding = search.check(history.by_key, VERSIONED, limit_s=SEARCH_S)
             # It is exponential; where it comes to no end, the exact judge above has the word.

@@ -5,8 +5,9 @@ python -m tests.simulation.run --from 0 --seconds 60    as many as that
 python -m tests.simulation.run --from 17 --trace        everything that happens in seed 17
 python -m tests.simulation.run --from 17 --shrink       which faults seed 17 needs to fail
 
-A seed that fails is printed, its trace goes to build/simulation/, and it is shrunk. With --json the
-sums are printed as JSON, and all else goes to stderr.
+A seed that fails is printed, its trace goes to build/simulation/, beside it a picture where the
+clients' history contradicts itself, and it is shrunk. With --json the sums are printed as JSON, and
+all else goes to stderr.
 
 Exit codes: 0 all held, 1 one failed, 130 interrupted.
 """
@@ -31,12 +32,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
+from tests.linearizability.timeline import as_text, write_svg
 from tests.reporting import STOPPED, stdout_apart
 from tests.simulation.loop import Crash
 from tests.simulation.plan import Plan
 from tests.simulation.rotation import commit
 from tests.simulation.shrinking import shrink, write_trace
-from tests.simulation.violation import Violation
+from tests.simulation.violation import NotLinearizable, Violation
 from tests.simulation.workers import each
 from tests.simulation.world import World
 
@@ -161,9 +163,17 @@ def run_seeds(seeds: Iterable[int], tally: Tally, without: Collection[str] = ())
 
 
 def examine(
-    seed: int, without: Collection[str] = (), tell: Callable[[str], None] | None = None
+    seed: int,
+    without: Collection[str] = (),
+    tell: Callable[[str], None] | None = None,
+    picture: Path | None = None,
 ) -> tuple[Tally, Failure | None]:
-    """One seed, whatever comes of it: an exception, too, is a failure of this seed alone."""
+    """One seed, whatever comes of it: an exception, too, is a failure of this seed alone.
+
+    Args:
+        tell: of all that happens.
+        picture: where to draw the fewest operations that contradict each other.
+    """
     tally, started = Tally(), time.process_time()
     failure: Failure | None = None
     world: World | None = None
@@ -173,6 +183,8 @@ def examine(
             world.run()
     except Violation as violation:
         failure = Failure(seed, violation.invariant, str(violation))
+        if picture is not None and isinstance(violation, NotLinearizable):
+            failure = Failure(seed, violation.invariant, draw(violation, picture, f"seed {seed}"))
     except (Exception, Crash, Endless) as error:
         failure = Failure(seed, type(error).__name__, traceback.format_exc().strip())
     if world is None:
@@ -182,6 +194,13 @@ def examine(
     if failure is not None:
         tally.failed.append(seed)
     return tally, failure
+
+
+def draw(violation: NotLinearizable, path: Path, title: str) -> str:
+    """Returns what `path` shows then, as text."""
+    window = violation.shortest()
+    write_svg(window, path, f"{title}, key {violation.key!r}")
+    return f"[{violation.invariant}] key {violation.key!r}, drawn in {path}: {as_text(window)}"
 
 
 def died(seed: int, exit_code: int) -> tuple[Tally, Failure | None]:
@@ -239,7 +258,7 @@ def _trace(seed: int, without: tuple[str, ...], path: Path) -> Failure | None:
     def run(tell: Callable[[str], None]) -> str:
         nonlocal failure
         tell(f"seed {seed}: {Plan(seed, without).describe()}")
-        failure = examine(seed, without, tell)[1]
+        failure = examine(seed, without, tell, path.with_suffix(".svg"))[1]
         return "it holds" if failure is None else explain(seed, failure.text, without)
 
     write_trace(path, run)

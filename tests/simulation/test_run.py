@@ -13,8 +13,11 @@ import psutil
 import pytest
 
 from tests.cluster import wait_for
+from tests.linearizability.checker import Operation
 from tests.reporting import STOPPED
+from tests.simulation.run import draw
 from tests.simulation.shrinking import shrink, write_trace
+from tests.simulation.violation import NotLinearizable
 from tests.simulation.workers import each
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +75,24 @@ def test_a_trace_ends_with_the_verdict(tmp_path: Path) -> None:
     write_trace(tmp_path / "build" / "trace.txt", run)
     text = (tmp_path / "build" / "trace.txt").read_text(encoding="utf-8")
     assert text == "something happened\nit holds\n"
+
+
+def test_a_contradiction_is_drawn_as_the_fewest_operations(tmp_path: Path) -> None:
+    history = [
+        Operation(1, 0, 1, "write", b"a", 1),
+        Operation(2, 2, 3, "read", None, (1, b"a")),
+        Operation(1, 4, 5, "write", b"b", 2),
+        Operation(2, 6, 7, "read", None, (2, b"b")),
+        Operation(3, 8, 9, "read", None, (1, b"a")),
+    ]
+    violation = NotLinearizable(b"k0", history, history)
+    path = tmp_path / "seed.svg"
+    text = draw(violation, path, "seed 1")
+    assert 2 <= len(violation.shortest()) < len(history)
+    assert str(path) in text
+    picture = path.read_text(encoding="utf-8")
+    assert picture.startswith("<svg")
+    assert "client 3" in picture
 
 
 def test_control_c_ends_it_at_once_with_the_totals() -> None:
