@@ -139,12 +139,17 @@ async def small_disk(faults: Faults, action: Action) -> None:
     if not node.wanted:
         return faults.skip(action, f"node {node.id} is no member now")
     path, counts = node.serve.cwd / "db", faults.workload.records.counts
+
+    async def ended_or_answers() -> bool:
+        return not node.up or node.id in await faults.nodes.statuses()
+
     with faults.band(action, f"{names([node])}, {action.amount:.0f} bytes left") as band:
         refused, boots = counts["507"], node.boots
         with node.excuse((STORAGE_IO,), "its disk is full"):
             with filled(path, int(action.amount)):
                 await fill(faults, action)
                 await asyncio.sleep(action.seconds)
+            await holds_within(ended_or_answers, FAIL_STOP_S)  # of what failed while it was full
             node.failing = 0
         of_it = [life for life in node.book.lives[max(0, boots - 1) :] if life.code == STORAGE_IO]
         band.effective = counts["507"] > refused or bool(of_it)

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.cluster import wait_for
@@ -38,7 +37,7 @@ from tests.nemesis.machines import (
 )
 from tests.nemesis.nodes import Node, Nodes, holds_within
 from tests.nemesis.on_disks import begun_anew, threads_of
-from tests.nemesis.on_processes import free_descriptors, is_stopped, writers_of
+from tests.nemesis.on_processes import free_descriptors, is_stopped
 from tests.nemesis.outcome import BROKEN_OFF, OK, Outcome
 from tests.nemesis.plan import KINDS, Action, Plan
 from tests.nemesis.run import missing
@@ -110,42 +109,6 @@ def test_a_pause_counts_when_a_process_stood_still(tmp_path: Path) -> None:
         carry_out(faults, "pause", "all")
         assert (faults.drawn["pause"], faults.effective["pause"]) == (2, 1)
         wait_for(lambda: not any(is_stopped(p.pid) for p in processes), "all to go on")
-
-
-PARENT = """
-import subprocess, sys, time
-sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
-writer = subprocess.Popen([*sleeps, "dengine.snapshot_writer"])
-other = subprocess.Popen(sleeps)
-print(writer.pid, other.pid, flush=True)
-time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize("name", ["kill writer", "stop writer"])
-def test_a_snapshot_writer_is_hit_and_nobody_else(tmp_path: Path, name: str) -> None:
-    """One that was only stopped goes on afterwards."""
-    with faults_of(tmp_path) as faults:
-        carry_out(faults, name, "all")
-        assert (faults.drawn[name], faults.effective[name]) == (1, 0)
-        node = faults.nodes.all[1]
-        process = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
-        node.serve.process = process
-        node.book.begin(time.monotonic())
-        assert process.stdout is not None
-        writer, other = map(psutil.Process, map(int, process.stdout.readline().split()))
-        try:
-            wait_for(lambda: writers_of(process.pid) == [writer], "it to be started")
-            carry_out(faults, name, "all", 0.3)
-            assert faults.effective[name] == 1
-            assert node.up
-            assert other.status() != psutil.STATUS_STOPPED
-            left = [psutil.STATUS_ZOMBIE] if name == "kill writer" else [psutil.STATUS_SLEEPING]
-            wait_for(lambda: writer.status() in left, "what a signal leaves of it")
-        finally:
-            for child in (writer, other):
-                child.kill()
-            process.stdout.close()
 
 
 def test_a_restart_of_a_node_that_does_not_answer_does_not_count(tmp_path: Path) -> None:
@@ -283,28 +246,6 @@ def test_what_needs_more_voters_than_there_are_is_drawn_and_does_nothing(tmp_pat
         assert faults.nodes.all[1].up
         assert faults.bands == []
         assert not faults.counts
-
-
-@pytest.mark.parametrize(
-    ("name", "amount", "counted"),
-    [("flip in log", 2.0, "bits flipped"), ("cut short in log", 0.0, "files cut short")],
-)
-def test_a_spoilt_file_is_marked_until_it_is_repaired(
-    tmp_path: Path, name: str, amount: float, counted: str
-) -> None:
-    """It has changed as the kind of the fault says."""
-    with faults_of(tmp_path) as faults:
-        node = faults.nodes.all[1]
-        log = node.serve.directory / "log" / "data.mdb"
-        log.parent.mkdir(parents=True)
-        log.write_bytes(b"x" * 100)
-        action = Action(name, "minority", 1.0, amount, 0)
-        on_disks.damage(faults, node, "log", action, random.Random(1))
-        after = log.read_bytes()
-        assert after != b"x" * 100
-        assert (len(after) < 100) == (counted == "files cut short")
-        assert faults.counts == {counted: amount or 1}
-        assert faults.budget.damaged() == {1}
 
 
 def test_an_effect_that_comes_late_counts_in_the_end(tmp_path: Path) -> None:
