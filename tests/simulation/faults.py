@@ -57,7 +57,7 @@ class Faults:
         self._acts: dict[str, tuple[int, Callable[[random.Random], bool]]] = {
             "mesh": (1000, self._mesh),
             "usurp": (1000, self._usurp),
-            "stale leader": (500, self._stale_leader),
+            "stale leader": (300, self._stale_leader),
             "slow": (800, self._slow),
             "burst": (500, self._burst),
             "blackout": (2000, self._blackout),

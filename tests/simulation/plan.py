@@ -21,7 +21,7 @@ FAULTS: dict[str, float] = {
     "isolate": 0.6,
     "mesh": 0.5,
     "usurp": 1.0,
-    "stale leader": 0.7,
+    "stale leader": 1.0,
     "slow": 0.4,
     "burst": 0.6,
     "kill": 0.7,
