@@ -542,14 +542,14 @@ def test_changes_to_the_cluster_are_the_documented_calls(serving: Serving) -> No
     ):
         done = dengine(*args, *at)
         assert (done.returncode, done.stderr) == (0, b"")
-    calls = [(asked.method, asked.target, asked.body) for asked in server.asked]
+    calls = [(a.method, a.target, json.loads(a.body or b"null")) for a in server.asked]
     assert calls == [
-        ("POST", "/v1/cluster/promote", b'{"ids": [2, 3]}'),
-        ("DELETE", "/v1/cluster/members/3", b""),
-        ("PUT", "/v1/cluster/members/2", b'{"address": "10.0.0.2:9081"}'),
-        ("POST", "/v1/cluster/leader", b'{"id": 2}'),
-        ("PUT", "/v1/cluster/settings", b'{"promotion": "odd"}'),
-        ("GET", "/v1/cluster", b""),
+        ("POST", "/v1/cluster/promote", {"ids": [2, 3]}),
+        ("DELETE", "/v1/cluster/members/3", None),
+        ("PUT", "/v1/cluster/members/2", {"address": "10.0.0.2:9081"}),
+        ("POST", "/v1/cluster/leader", {"id": 2}),
+        ("PUT", "/v1/cluster/settings", {"promotion": "odd"}),
+        ("GET", "/v1/cluster", None),
     ]
     assert server.asked[0].headers["Content-Type"] == "application/json"
 

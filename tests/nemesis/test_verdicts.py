@@ -193,10 +193,12 @@ def test_leaders_are_counted_from_what_nodes_say() -> None:
 
 def test_terms_grow_with_what_was_done_and_no_more() -> None:
     """A node that comes back from 10 s alone with as many terms disturbs everybody."""
-    assert verdicts.terms_explained([2, 3], 9, [10.0]) == [
+    assert verdicts.terms_explained([2, 3], 9, [("isolate", 10.0)]) == [
         "7 of 9 terms had no leader, and 1 faults explain 6"
     ]
-    assert verdicts.terms_explained([2, 3], 8, [10.0]) == []
+    assert verdicts.terms_explained([2, 3], 8, [("isolate", 10.0)]) == []
+    assert verdicts.terms_explained([2, 3], 18, [("slow sync", 6.0)]) == []
+    assert verdicts.terms_explained([2, 3], 19, [("slow sync", 6.0)]) != []
     assert verdicts.terms_explained(range(2, 12), 12, []) == []
 
 

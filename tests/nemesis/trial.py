@@ -352,9 +352,9 @@ class _Trial:
         if len(self._calm) < 2:
             return []
         (began, before), (ended, after) = self._calm
-        faults_s = [band.ended - band.began for band in self.outcome.bands]
+        faults = [(band.kind, band.ended - band.began) for band in self.outcome.bands]
         return [
-            *verdicts.terms_explained(led, after, faults_s),
+            *verdicts.terms_explained(led, after, faults),
             *verdicts.leader_kept(before, after, ended - began),
         ]
 

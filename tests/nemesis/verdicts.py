@@ -16,6 +16,8 @@ SHOWN_MAX = 5
 # many seconds of it. Two candidates may share the votes, or one dies.
 VAIN_TERMS = 3
 VAIN_TERM_S = 5.0
+SLOW_SYNC = "slow sync"  # a vote that waits for its disk for 5 s is late for several elections
+SLOW_SYNC_TERM_S = 0.5
 IDLE_TERMS_PER_MIN = 5  # without any fault: a busy machine makes a leader late
 LEADS = re.compile(r"^\[Node (\d+)\] \w+ → Leader \(term (\d+)\)$", re.MULTILINE)
 
@@ -195,22 +197,25 @@ def one_leader_a_term(led: Mapping[int, Sequence[int]]) -> list[str]:
     ]
 
 
-def terms_explained(led: Collection[int], newest: int, faults_s: Sequence[float]) -> list[str]:
+def terms_explained(
+    led: Collection[int], newest: int, faults: Sequence[tuple[str, float]]
+) -> list[str]:
     """Who cannot win an election begins no term (thesis 9.6), so nearly each has a leader; and who
     was cut off does not come back with terms that nobody has heard of.
 
     Args:
         led: terms that had a leader.
         newest: that anybody knows of in the end.
-        faults_s: how long each fault took.
+        faults: the kind of each, and how many seconds it took.
     """
     vain = newest - len(led)
-    most = VAIN_TERMS + sum(1 + seconds / VAIN_TERM_S for seconds in faults_s)
+    most = VAIN_TERMS + sum(
+        1 + seconds / (SLOW_SYNC_TERM_S if kind == SLOW_SYNC else VAIN_TERM_S)
+        for kind, seconds in faults
+    )
     if vain <= most:
         return []
-    return [
-        f"{vain} of {newest} terms had no leader, and {len(faults_s)} faults explain {most:.0f}"
-    ]
+    return [f"{vain} of {newest} terms had no leader, and {len(faults)} faults explain {most:.0f}"]
 
 
 def leader_kept(before: int, after: int, took_s: float) -> list[str]:
