@@ -35,6 +35,7 @@ class Durability:
         self._purged: dict[int, int] = {}  # machine id -> where its log began when last looked at
         self._read: dict[tuple[int, int], tuple[bytes, LogId | None]] = {}
         self._identities: dict[int, tuple[bytes, tuple[int, str]]] = {}
+        self._said: dict[int, tuple[object, tuple[int, str]]] = {}  # by which process, and what
 
     def log_changed(self, machine: Machine) -> None:
         """Invariant 9: what the log does not have any more is in a snapshot that stays.
@@ -78,7 +79,12 @@ class Durability:
             fields = json.loads(raw)
             known = (raw, (int(fields["incarnation"], 16), fields["cluster_id"]))
             self._identities[machine.id] = known
-        if (incarnation, cluster_id) != known[1]:
+        said = (machine.process, (incarnation, cluster_id))
+        if known[1] == said[1]:
+            self._said[machine.id] = said
+        elif self._said.get(machine.id) != said:
+            # Else it has just taken another name, which the disk has, and is about to end: told
+            # twice at once that its directory is an old copy, it may still give its old one.
             violated(
                 "7 identity",
                 f"node {machine.id} says that it is incarnation {incarnation:x} in "
