@@ -6,7 +6,7 @@ What is checked here is what `node/writes.py` does not: it looks at every key an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import assert_never, get_args
 
 from dengine.api.txn import checked
 from dengine.client import types
@@ -196,7 +196,7 @@ def _operation(asked: types.Operation, limits: Limits) -> Operation:
             return Delete(as_key(key))
         case types.DeleteRange(prefix, start, end, all):
             return delete_range(prefix, start, end, all, limits)
-    raise AssertionError(f"{asked!r} is no operation")  # txn_parts lets none through
+    assert_never(asked)  # txn_parts lets none through
 
 
 # --- what it came to ------------------------------------------------------------------------------

@@ -15,16 +15,21 @@ from tests.client.test_locks import over, queued, until
 pytestmark = pytest.mark.timeout(600)  # virtual time is quick, a busy machine is not
 
 
+def observing(client: Client, name: str) -> tuple[asyncio.Task[None], list[Leader | None]]:
+    """The leaders that an observer has seen so far; who asks ends it."""
+    seen: list[Leader | None] = []
+
+    async def observe() -> None:
+        async for leader in client.election(name).observe():
+            seen.append(leader)
+
+    return asyncio.create_task(observe()), seen
+
+
 def test_an_election_has_one_leader_whom_all_can_see() -> None:
     async def scenario(cluster: FakeCluster, client: Client) -> None:
         election = client.election("scheduler")
-        seen: list[Leader | None] = []
-
-        async def observe() -> None:
-            async for leader in client.election("scheduler").observe():
-                seen.append(leader)
-
-        observer = asyncio.create_task(observe())
+        observer, seen = observing(client, "scheduler")
         await until(lambda: seen == [None])
         async with election.campaign(b"a") as first:
             assert await election.leader() == Leader(b"a", first.token)
@@ -52,13 +57,7 @@ def test_observing_outlives_nodes_and_history() -> None:
     """The node of the observer dies while the history it needs is thrown away: it looks anew."""
 
     async def scenario(cluster: FakeCluster, client: Client) -> None:
-        seen: list[Leader | None] = []
-
-        async def observe() -> None:
-            async for leader in client.election("e").observe():
-                seen.append(leader)
-
-        observer = asyncio.create_task(observe())
+        observer, seen = observing(client, "e")
         await until(lambda: sum(node.streams for node in cluster.nodes) == 1)
         async with Client(cluster.endpoints) as other:
             [node] = [node for node in cluster.nodes if node.streams]
@@ -78,13 +77,7 @@ def test_observing_outlives_nodes_and_history() -> None:
 
 def test_a_leader_proclaims_another_value_and_goes_on_leading() -> None:
     async def scenario(cluster: FakeCluster, client: Client) -> None:
-        seen: list[Leader | None] = []
-
-        async def observe() -> None:
-            async for leader in client.election("e").observe():
-                seen.append(leader)
-
-        observer = asyncio.create_task(observe())
+        observer, seen = observing(client, "e")
         await until(lambda: seen == [None])
         lead = client.election("e").campaign(b"starting", ttl_s=5)
         with pytest.raises(RuntimeError, match="not held yet"):
