@@ -180,7 +180,7 @@ def run_round(what: str, first: int, minutes: float) -> tuple[Row | None, bool]:
         "minutes": round((time.monotonic() - started) / 60, 2),
         "first_seed": first,
         "result": "stopped" if stopped else "ok",
-        **_entry(kind, output, child.returncode),
+        **_entry(kind, output, child.returncode, stopped),
     }
     if row["problems"]:
         row["result"] = "failed"
@@ -188,13 +188,14 @@ def run_round(what: str, first: int, minutes: float) -> tuple[Row | None, bool]:
     return row, stopped
 
 
-def _entry(kind: Kind, output: str, exit_code: int) -> Row:
+def _entry(kind: Kind, output: str, exit_code: int, stopped: bool) -> Row:
+    """What the books say of a round; `stopped`: we told it to stop, else it breaks off nothing."""
     try:
         entry = kind.entry(json.loads(output))
     except (ValueError, KeyError):
         problem = f"it ended with exit code {exit_code} and without its sums"
         return {"seeds": 1, "hours": 0.0, "operations": 0, "problems": [problem]}
-    if exit_code not in (0, STOPPED) and not entry["problems"]:
+    if exit_code not in ((0, STOPPED) if stopped else (0,)) and not entry["problems"]:
         entry["problems"] = [f"it ended with exit code {exit_code}"]
     return entry
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import soak
+from tests.reporting import STOPPED
 
 
 def row(what: str, first_seed: int, seeds: int, commit: str = "a" * 40, **more: object) -> soak.Row:
@@ -40,13 +41,24 @@ def test_each_round_takes_other_seeds() -> None:
     assert soak.next_seed([], "mutants") == 0
 
 
+def problems(what: str, sums: str, exit_code: int, *, stopped: bool = False) -> list[str]:
+    found: list[str] = soak._entry(soak.KINDS[what], sums, exit_code, stopped)["problems"]
+    return found
+
+
 def test_a_round_without_sums_has_failed() -> None:
-    entry = soak._entry(soak.KINDS["simulator"], "", -9)
-    assert entry["problems"] == ["it ended with exit code -9 and without its sums"]
+    assert problems("simulator", "", -9) == ["it ended with exit code -9 and without its sums"]
+
+
+SUMS = '{"runs": 2, "minutes_under_load": 6, "operations": 9, "findings": []}'  # of the nemesis
 
 
 def test_a_round_that_ends_badly_has_failed_whatever_it_says() -> None:
-    sums = '{"runs": 2, "minutes_under_load": 6, "operations": 9, "findings": []}'  # of the nemesis
-    assert soak._entry(soak.KINDS["nemesis"], sums, 0)["problems"] == []
-    assert soak._entry(soak.KINDS["nemesis"], sums, 0)["hours"] == 0.1
-    assert soak._entry(soak.KINDS["nemesis"], sums, 1)["problems"] == ["it ended with exit code 1"]
+    assert problems("nemesis", SUMS, 0) == []
+    assert soak._entry(soak.KINDS["nemesis"], SUMS, 0, False)["hours"] == 0.1
+    assert problems("nemesis", SUMS, 1) == ["it ended with exit code 1"]
+
+
+def test_a_round_that_breaks_off_has_failed_unless_we_told_it_to() -> None:
+    assert problems("nemesis", SUMS, STOPPED) == [f"it ended with exit code {STOPPED}"]
+    assert problems("nemesis", SUMS, STOPPED, stopped=True) == []
