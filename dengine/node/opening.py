@@ -73,8 +73,8 @@ def open_directory(config: Config) -> DataDirectory:
 
 
 def last_clock(log: LogStore, state: StateStore) -> tuple[int, int]:
-    """The newest log time in this directory, and the term of whoever gave it: that of the last
-    entry which carries one, or of the state. The time is 0 where there is none.
+    """The index of the last entry in this directory that carries a log time, and this time: in its
+    log or else in the state. The time is 0 where there is none.
 
     Such an entry may not be applied yet, nor committed; a leader that began behind it would let
     time stand still until it had caught up.
@@ -83,5 +83,5 @@ def last_clock(log: LogStore, state: StateStore) -> tuple[int, int]:
         (entry,) = log.entries(index, index + 1, 1)
         clock_ms = batch_clock_ms(entry.data) if entry.kind is EntryKind.NORMAL else None
         if clock_ms is not None:
-            return entry.term, clock_ms
-    return state.applied.term, state.clock_ms
+            return index, clock_ms
+    return state.applied.index, state.clock_ms

@@ -249,10 +249,10 @@ class Raft:
         self.clock.start(at_least_ms, self._now_ms)
         return self.clock_ms
 
-    def learn_clock(self, term: int, clock_ms: int) -> None:
-        """An entry of `term` in this log, or a state that ends there, carries this log time: what
-        entries hold is the owner's business."""
-        self.clock.learn(term, clock_ms, self._now_ms)
+    def learn_clock(self, index: int, clock_ms: int) -> None:
+        """The last entry of this log that carries a log time is that at `index`, or a state that
+        ends there: what entries hold is the owner's business."""
+        self.clock.learn(index, clock_ms, self._now_ms)
 
     @property
     def may_propose(self) -> bool:
@@ -738,6 +738,7 @@ class Raft:
         self.progress = {}
         self._sync_progress(self.log.last_index + 1)
         self.progress[self.me].acknowledged(self.log.stable_index)
+        self.clock.lead(self.term, self.log.last_term, self._now_ms)
         self._noop_index = self._append(EntryKind.NOOP, b"").index
         self._broadcast_heartbeat()
 
@@ -1073,6 +1074,7 @@ class Raft:
         truncated = self.log.merge(entries)
         if truncated is not None:
             self._drop_memberships(truncated)
+            self.clock.truncated(truncated)
         for entry in entries:
             if entry.kind is EntryKind.CONFIG and entry.index > self.membership_index:
                 self._adopt_membership(entry)
@@ -1107,7 +1109,7 @@ class Raft:
 
     def _on_heartbeat_request(self, m: HeartbeatRequest) -> None:
         self._follow(m.sender)
-        self.clock.learn(m.term, m.clock_ms, self._now_ms)
+        self.clock.hear(m.term, m.clock_ms, self.log.last_term, self._now_ms)
         self._learn_commit(LogId(m.commit_index, m.commit_term))
         if m.round == 0:
             return

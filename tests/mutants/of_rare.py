@@ -220,7 +220,24 @@ MUTANTS: tuple[Mutant, ...] = (
     # Entries tell the time as well, one a second where anything can end.
     mutant(
         "heartbeats do not tell the time",
-        ("dengine.raft.raft", "self.clock.learn(m.term, m.clock_ms, self._now_ms)", "pass"),
+        (
+            "dengine.raft.raft",
+            "self.clock.hear(m.term, m.clock_ms, self.log.last_term, self._now_ms)",
+            "pass",
+        ),
+        tests="tests/raft/test_log_clock.py",
+    ),
+    # It takes an entry that is not committed under the leader that wrote it, nor lost, and between
+    # that leader's two times another one that knew more. Seed 2000673 had it.
+    mutant(
+        "the time of a leader that lacks what we have",
+        ("dengine.raft.log_clock", "clock_ms and term == last_term and", "clock_ms and"),
+        ("dengine.raft.log_clock", "if self._heard[0] != last_term:", "if False:"),
+        tests="tests/raft/test_log_clock.py",
+    ),
+    mutant(
+        "the time of an entry that is gone",
+        ("dengine.raft.raft", "self.clock.truncated(truncated)", "pass"),
         tests="tests/raft/test_log_clock.py",
     ),
     # What is due ends before the commands of an entry have their turn, unless too much is due at
