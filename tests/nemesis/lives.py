@@ -25,6 +25,7 @@ class Reason:
         process: number of the one that it is about; 0: whichever runs.
         asked: somebody sent the signal for it; else it is what a fault may lead to.
         owed_by: by then the process has to have ended; FOREVER: it may go on.
+        saying: what its last line has to contain.
     """
 
     codes: tuple[int, ...]
@@ -34,12 +35,14 @@ class Reason:
     process: int = 0
     asked: bool = False
     owed_by: float = FOREVER
+    saying: str = ""
 
     def explains(self, life: Life) -> bool:
         return (
             self.process in (0, life.number)
             and life.code in self.codes
             and self.since <= life.ended <= self.until + LENIENT_S
+            and self.saying in life.said
         )
 
 
@@ -90,12 +93,13 @@ class Book:
         life: Life | None = None,
         asked: bool = False,
         owed_by: float = FOREVER,
+        saying: str = "",
     ) -> Reason:
         """From now on, until the reason is closed, a process may end like this; one that is given
         as `life` and nobody else."""
         assert life is not None or owed_by == FOREVER, "nobody in particular owes nothing"
         number = life.number if life is not None else 0
-        reason = Reason(codes, why, now, FOREVER, number, asked, owed_by)
+        reason = Reason(codes, why, now, FOREVER, number, asked, owed_by, saying)
         self.reasons.append(reason)
         return reason
 

@@ -84,9 +84,10 @@ class Node:
         return self.book.end(code, time.monotonic(), (self.serve.lines() or [""])[-1])
 
     @contextlib.contextmanager
-    def excuse(self, codes: tuple[int, ...], why: str) -> Iterator[None]:
-        """Within it, and a moment longer, its processes may end like this."""
-        with closing(self.book.may_end(codes, why, time.monotonic()), time.monotonic):
+    def excuse(self, codes: tuple[int, ...], why: str, saying: str = "") -> Iterator[None]:
+        """Within it, and a moment longer, its processes may end like this, `saying` so last."""
+        reason = self.book.may_end(codes, why, time.monotonic(), saying=saying)
+        with closing(reason, time.monotonic):
             yield
 
     @contextlib.contextmanager

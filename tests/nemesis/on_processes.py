@@ -19,7 +19,7 @@ import psutil
 
 from tests.nemesis.client import Connection
 from tests.nemesis.faults import Faults, names
-from tests.nemesis.nodes import TRY_AGAIN, holds_within
+from tests.nemesis.nodes import STORAGE_IO, TRY_AGAIN, holds_within
 from tests.nemesis.plan import Action
 
 STOP_S = 40.0  # with a leader to hand over to, and perhaps paused meanwhile
@@ -27,6 +27,7 @@ STOPPED_S = 1.0  # from SIGSTOP to the state that shows it
 IDLE_CONNECTIONS = 12
 LOOK_S = 0.05
 WRITER = "dengine.snapshot_writer"
+UNNOTED = "identity.json: Too many open files"
 
 
 async def kill(faults: Faults, action: Action) -> None:
@@ -115,10 +116,13 @@ async def few_descriptors(faults: Faults, action: Action) -> None:
         with faults.band(action, names(hit)):
             return
     idle = [Connection(node.id) for _ in range(IDLE_CONNECTIONS)]
-    excuse: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    excuses = contextlib.ExitStack()
+    # Who is let in or removed has to note that at once.
+    why = "it cannot note who it is without a descriptor left"
+    excuses.enter_context(node.excuse((STORAGE_IO,), why, UNNOTED))
     if node.id not in answering:  # one that has just begun still reads its modules
-        excuse = node.excuse((TRY_AGAIN,), "it starts without a descriptor left")
-    with excuse, faults.band(action, names([node])) as band, contextlib.suppress(OSError):
+        excuses.enter_context(node.excuse((TRY_AGAIN,), "it starts without a descriptor left"))
+    with excuses, faults.band(action, names([node])) as band, contextlib.suppress(OSError):
         pid = node.serve.pid
         soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         limit = len(os.listdir(f"/proc/{pid}/fd")) + int(action.amount)

@@ -59,6 +59,16 @@ def test_a_reason_explains_its_codes_in_its_time(ended: float, code: int, fine: 
     assert (book.findings() == []) is fine
 
 
+def test_a_reason_may_ask_for_certain_words() -> None:
+    book = begun()
+    book.may_end((IO,), "no descriptors", 1.0, saying="Too many open files")
+    book.end(IO, 2.0, "cannot write x: Too many open files")
+    assert book.findings() == []
+    book.begin(3.0)
+    book.end(IO, 4.0, "cannot write x: Input/output error")
+    assert "process 2 of node 2 ended with 74" in book.findings()[0]
+
+
 def test_a_reason_for_one_process_does_not_explain_the_next() -> None:
     """strace watches one process: the one after it has no reason to end."""
     book = begun()
