@@ -89,6 +89,7 @@ async def replaced(faults: Faults, action: Action) -> None:
                 await holds_within(gone, action.seconds)
                 old.kill("it is removed, and never heard of it")
                 old.notice()
+            nodes.will_join(new)
             nodes.voters.add(new.id)
             new.wanted = True
             await until_they_vote(faults, band, [new.id])

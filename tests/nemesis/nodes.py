@@ -14,7 +14,7 @@ import secrets
 import shutil
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,6 @@ class Nodes:
         if node_id == self._plan.small:
             self._give_disk(node_id, cwd / "db")
         config = cwd / "node.toml"
-        joins = node_id not in self._plan.founders
         serve = ServeProcess(
             node_id,
             PORT,
@@ -193,7 +192,10 @@ class Nodes:
             prefix=self._machines.prefix(node_id),
         )
         node = Node(serve, Book(node_id))
-        self.configure(node, joins=joins)
+        if node_id in self._plan.founders:
+            self._configure(node, self._plan.founders, joins=False)
+        else:
+            self._configure(node, self._plan.ids, joins=True)
         return node
 
     def _give_disk(self, node_id: int, path: Path) -> None:
@@ -205,11 +207,15 @@ class Nodes:
             self._say(text)
             self._machines.mount_disk(path, "tmpfs", SMALL_DISK_BYTES)
 
-    def configure(self, node: Node, *, joins: bool) -> None:
+    def will_join(self, node: Node) -> None:
+        """Name the members of this moment in its file, as who operates it would: those that it was
+        made with may all be gone."""
+        self._configure(node, self.voters, joins=True)
+
+    def _configure(self, node: Node, known: Collection[int], *, joins: bool) -> None:
         """Write the file of a founder, or of a node that joins with an empty directory."""
-        known = sorted({*self._plan.ids, node.id}) if joins else self._plan.founders
         rows = []
-        for member in known:
+        for member in sorted({*known, node.id}):
             role, status = (3, 0) if joins and member == node.id else (0, 2)
             rows.append(
                 f'{{ id = {member}, address = "{host(member)}:{PORT}", '
@@ -239,7 +245,7 @@ class Nodes:
         """Remove the data directory of a node that is down; it will join as another member."""
         assert not node.up, f"node {node.id} still runs"
         shutil.rmtree(node.serve.directory, ignore_errors=True)
-        self.configure(node, joins=True)
+        self.will_join(node)
         node.given_up = False
         self.wiped(node.id)
 
