@@ -281,7 +281,7 @@ class Cycle:
         self._send(ready.messages)
         if ready.number:
             self._writer.submit(ready)
-        if ready.entries:
+        if ready.entries and not self.raft.is_leader:
             self._learn_clock(ready.entries)
         if ready.fetch is not None:
             self._owner.snapshot_offered(*ready.fetch)
@@ -322,7 +322,7 @@ class Cycle:
             if entry.kind is EntryKind.NORMAL:
                 clock_ms = batch_clock_ms(entry.data)
                 if clock_ms is not None:
-                    self.raft.learn_clock(entry.index, clock_ms)
+                    self.raft.learn_clock(entry.log_id, clock_ms)
                 return
 
     def _written(self, ready: Ready, error: BaseException | None, seconds: float) -> None:
@@ -349,7 +349,7 @@ class Cycle:
         old = self._state.membership or Membership()
         index = restore.log_id.index
         self._owner.restored(restore)
-        self.raft.learn_clock(index, self._state.clock_ms)
+        self.raft.learn_clock(restore.log_id, self._state.clock_ms)
         self.proposals.restored(index)
         self.reads.applied(index)
         if restore.membership != old:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dengine.config import Config
 from dengine.errors import ConfigError, IdentityError, StorageIO
 from dengine.kv.commands import batch_clock_ms
-from dengine.raft.types import EntryKind
+from dengine.raft.types import EntryKind, LogId
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.recovery import open_stores
@@ -72,9 +72,9 @@ def open_directory(config: Config) -> DataDirectory:
     return directory
 
 
-def last_clock(log: LogStore, state: StateStore) -> tuple[int, int]:
-    """The index of the last entry in this directory that carries a log time, and this time: in its
-    log or else in the state. The time is 0 where there is none.
+def last_clock(log: LogStore, state: StateStore) -> tuple[LogId, int]:
+    """The last entry in this directory that carries a log time, and this time: in its log or else
+    in the state. The time is 0 where there is none.
 
     Such an entry may not be applied yet, nor committed; a leader that began behind it would let
     time stand still until it had caught up.
@@ -83,5 +83,5 @@ def last_clock(log: LogStore, state: StateStore) -> tuple[int, int]:
         (entry,) = log.entries(index, index + 1, 1)
         clock_ms = batch_clock_ms(entry.data) if entry.kind is EntryKind.NORMAL else None
         if clock_ms is not None:
-            return index, clock_ms
-    return state.applied.index, state.clock_ms
+            return entry.log_id, clock_ms
+    return state.applied, state.clock_ms

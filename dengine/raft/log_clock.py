@@ -12,7 +12,9 @@ never a sum of rounded steps.
   Within a term the later word is the newer one and replaces what the register shows, also where
   that is more: no two clocks run alike, and in a leader's time of months a faster one would get
   minutes ahead of what that leader writes.
-- The last entry of our log that carries a time. It counts for as long as it is there.
+- The last entry of our log that carries a time. It counts for as long as it is there. A word that
+  is older counts no more, for by a clock that is faster than that leader's it shows more than the
+  entry does.
 
 A leader begins at the later of the two, or at what is committed if that is later still. So nothing
 ends early: by induction over the terms, a leader's clock never shows more than the time of any
@@ -28,6 +30,8 @@ which it has learned of a time.
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from dengine.raft.types import LogId
 
 
 class _Register(NamedTuple):
@@ -51,7 +55,7 @@ class LogClock:
     """
 
     def __init__(self) -> None:
-        self._heard = (0, 0)  # the leader's last word: term and time
+        self._heard = (0, 0)  # term and time of the last word, or of an entry after it
         self._word = _Register()
         self._entry_index = 0  # of the last entry that carries a time
         self._entry = _Register()
@@ -71,9 +75,12 @@ class LogClock:
             self._heard = (term, clock_ms)
             self._word = _from(clock_ms, now_ms)
 
-    def learn(self, index: int, clock_ms: int, now_ms: int) -> None:
-        """The last entry of our log that carries a time is that at `index`, with `clock_ms`."""
-        self._entry_index, self._entry = index, _from(clock_ms, now_ms)
+    def learn(self, log_id: LogId, clock_ms: int, now_ms: int) -> None:
+        """The last entry of our log that carries a time is that at `log_id`, with `clock_ms`."""
+        self._entry_index, self._entry = log_id.index, _from(clock_ms, now_ms)
+        if (log_id.term, clock_ms) >= self._heard:
+            self._heard = (log_id.term, clock_ms)
+            self._word = _Register()
 
     def truncated(self, index: int) -> None:
         """Our log has lost its entries from `index` on."""

@@ -249,10 +249,10 @@ class Raft:
         self.clock.start(at_least_ms, self._now_ms)
         return self.clock_ms
 
-    def learn_clock(self, index: int, clock_ms: int) -> None:
-        """The last entry of this log that carries a log time is that at `index`, or a state that
-        ends there: what entries hold is the owner's business."""
-        self.clock.learn(index, clock_ms, self._now_ms)
+    def learn_clock(self, log_id: LogId, clock_ms: int) -> None:
+        """The last entry of this log that carries a log time is that at `log_id`, or a state that
+        ends there: what entries hold is the owner's business. Not for what this leader proposed."""
+        self.clock.learn(log_id, clock_ms, self._now_ms)
 
     @property
     def may_propose(self) -> bool:
