@@ -236,6 +236,11 @@ MUTANTS: tuple[Mutant, ...] = (
         tests="tests/raft/test_log_clock.py",
     ),
     mutant(
+        "a time that was heard before an entry was written",
+        ("dengine.raft.log_clock", "if (log_id.term, clock_ms) >= self._heard:", "if False:"),
+        tests="tests/raft/test_log_clock.py",
+    ),
+    mutant(
         "the time of an entry that is gone",
         ("dengine.raft.raft", "self.clock.truncated(truncated)", "pass"),
         tests="tests/raft/test_log_clock.py",
