@@ -22,6 +22,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "(term, clock_ms) > self._heard",
             "(term > self._heard[0] or clock_ms > self.at(now_ms))",
         ),
+        ("dengine.raft.log_clock", "if (log_id.term, clock_ms) >= self._heard:", "if False:"),
     ),
     mutant(
         "each register that takes over adds a millisecond",
