@@ -199,6 +199,7 @@ class Raft:
         self.state_wrong = False  # the applied state, which has yet to be replaced
 
         self._leader_contact_ms: int | None = None
+        self._counted_as_voter = False  # by a candidate whose log is too old for our vote
         self._pre_votes: dict[MemberId, bool] = {}
         self._votes: dict[MemberId, bool] = {}
         self._candidate_term = 0  # the term whose votes count for us; 0: none
@@ -585,14 +586,18 @@ class Raft:
         self._pre_campaign()
 
     def _may_campaign(self) -> bool:
-        """Learners and the removed never campaign. But a voter whose removal is not committed does
-        (4.2.2, figure 4.6): nobody else may have a log that its own vote allows to win. Without its
-        state, with a wrong one, or with a log that is being replaced, a member could not serve as a
-        leader.
+        """Learners and the removed campaign only where an election can be won by nobody else
+        (4.2.2, figure 4.6: "a server that is not part of its own latest configuration should still
+        start new elections"): a voter whose removal is not committed, and whoever a candidate
+        counts as a voter in vain, because its log is the better one. Such a leader commits what it
+        holds and hands over (`_leave`). Without its state, with a wrong one, or with a log that is
+        being replaced, a member could not serve as a leader.
         """
         if self.state_lost or self.state_wrong or self._restore is not None:
             return False
-        return any(self.me in membership.all_voters for _, membership in self._memberships)
+        return self._counted_as_voter or any(
+            self.me in membership.all_voters for _, membership in self._memberships
+        )
 
     def _pre_campaign(self) -> None:
         """Ask whether an election could be won before disturbing anybody's term (9.6)."""
@@ -645,11 +650,13 @@ class Raft:
             self._retry_election()
 
     def _on_pre_vote_request(self, m: PreVoteRequest) -> None:
-        granted = (
-            m.term > self.term
-            and not self._is_sticky()
-            and self.log.is_up_to_date(LogId(m.last_index, m.last_term))
-        )
+        """A refusal for the log alone lets a learner stand for election itself: a promotion that
+        this log lacks has made it a voter for the sender, who may not win without it.
+        """
+        may_grant = m.term > self.term and not self._is_sticky()
+        granted = may_grant and self.log.is_up_to_date(LogId(m.last_index, m.last_term))
+        if may_grant and not granted:
+            self._counted_as_voter = True
         self._send(PreVoteResponse(self.me, m.sender, m.term if granted else self.term, granted))
 
     def _on_pre_vote_response(self, m: PreVoteResponse) -> None:
@@ -752,6 +759,7 @@ class Raft:
             self._fail_asked_reads()
             self.leader = leader
         self._leader_contact_ms = self._now_ms
+        self._counted_as_voter = False
         self._reset_election_timer()
 
     def _set_role(self, role: Role, reason: str) -> None:
@@ -898,7 +906,7 @@ class Raft:
             self._leave(membership)
 
     def _leave(self, membership: Membership) -> None:
-        """4.2.2: a leader that is no longer a voter steps down once that is committed."""
+        """4.2.2: a leader that is not a voter steps down once that is committed."""
         heirs = [
             v
             for v in membership.voters
@@ -908,7 +916,7 @@ class Raft:
             heir = max(heirs, key=lambda v: (self.progress[v].match_index, -v.id))
             self._send_heartbeat(heir, 0)
             self._send(TimeoutNow(self.me, heir, self.term))
-        self.step_down("it is no longer a voter")
+        self.step_down("it is not a voter")
 
     def _hand_over_if_caught_up(self, to: MemberId) -> None:
         progress = self.progress.get(to)
@@ -922,12 +930,13 @@ class Raft:
         if self._transfer is not None:
             raise LeaderChanged("leadership is being handed over; try again in a moment")
         if self._leaving:
-            raise LeaderChanged("this leader is being removed; try again in a moment")
+            raise LeaderChanged("this leader is not a voter and hands over; try again in a moment")
 
     @property
     def _leaving(self) -> bool:
-        """4.2.2: our removal is in the log. Nothing is appended behind it: that may be committed
-        when we are not there any more to hear of it, and whoever waits would never know.
+        """4.2.2: a voter whose removal is in its log, or who never was one. Nothing is appended
+        behind that: it may be committed when we do not lead any more, or are not even there to
+        hear of it, and whoever waits would never know.
         """
         return self.me not in self.membership.all_voters
 

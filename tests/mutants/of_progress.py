@@ -27,14 +27,18 @@ MUTANTS: tuple[Mutant, ...] = (
         "pre-vote for a term that was entered already",
         (
             RAFT,
-            "m.term > self.term\n            and not self._is_sticky()",
-            "not self._is_sticky()",
+            "may_grant = m.term > self.term and not self._is_sticky()",
+            "may_grant = not self._is_sticky()",
         ),
         tests=DISRUPTION,
     ),
     mutant(
         "pre-vote against a leader that is heard",
-        (RAFT, "and not self._is_sticky()\n            and self.log", "and self.log"),
+        (
+            RAFT,
+            "may_grant = m.term > self.term and not self._is_sticky()",
+            "may_grant = m.term > self.term",
+        ),
         tests=DISRUPTION,
     ),
     mutant(

@@ -33,8 +33,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         (  # the pre-vote alone would prevent it
             RAFT,
-            "and not self._is_sticky()\n            and self.log.is_up_to_date(",
-            "and not self._is_sticky()\n            and bool(",
+            "granted = may_grant and self.log.is_up_to_date(",
+            "granted = may_grant and bool(",
         ),
     ),
     mutant(
@@ -248,8 +248,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "learners campaign",
         (
             RAFT,
-            "return any(self.me in membership.all_voters for _, membership in self._memberships)",
-            "return True",
+            "return self._counted_as_voter or any(",
+            "return True or any(",
         ),
     ),
     mutant(

@@ -37,6 +37,21 @@ MUTANTS: tuple[Mutant, ...] = (
         tests="tests/raft/test_elections.py",
     ),
     mutant(
+        "a learner whose vote is needed does not stand",
+        (RAFT, "            self._counted_as_voter = True\n", "            pass\n"),
+        tests="tests/raft/test_elections.py",
+    ),
+    mutant(
+        "a learner asked under a leader stands later",
+        (RAFT, "        if may_grant and not granted:", "        if not granted:"),
+        tests="tests/raft/test_elections.py",
+    ),
+    mutant(
+        "a learner that was needed once stands for ever",
+        (RAFT, "self._counted_as_voter = False\n        self._reset", "self._reset"),
+        tests="tests/raft/test_elections.py",
+    ),
+    mutant(
         "messages to an older incarnation believed",
         (RAFT, "if m.to != self.me:", "if m.to.id != self.me.id:"),
         tests="tests/raft/test_elections.py",

@@ -21,7 +21,8 @@ from dengine.raft.messages import (
     VoteResponse,
 )
 from dengine.raft.raft import Transition
-from dengine.raft.types import EntryKind, HardState, MemberId, Role
+from dengine.raft.types import Entry, EntryKind, HardState, MemberId, Role
+from tests.raft.cluster import Cluster
 from tests.raft.harness import (
     A,
     B,
@@ -30,6 +31,7 @@ from tests.raft.harness import (
     Disk,
     E,
     Server,
+    config,
     expect,
     leader,
     make_log,
@@ -338,6 +340,56 @@ def test_a_learner_never_campaigns() -> None:
     for _ in range(100):
         node.tick(100)
         expect(node.take())
+
+
+def promotion_that_learners_lack(promoted: tuple[MemberId, ...]) -> Cluster:
+    """B has promoted `promoted`, and nobody else knows. C has led next, sent its no-op to those
+    learners alone, and is gone for good. Of every membership a majority is there.
+    """
+    before = membership(A, B, C, learners=promoted)
+    after = membership(A, B, C, *promoted, outgoing=(A, B, C) if len(promoted) > 1 else ())
+    common = [config(1, 1, before), noop(2, 2)]
+    logs: dict[MemberId, list[Entry]] = {
+        A: common,
+        B: [*common, config(3, 2, after)],
+        **{learner: [*common, noop(3, 3)] for learner in promoted},
+    }
+    cluster = Cluster(membership())
+    cluster.disks = {m: Disk(HardState(3, None, 2), log) for m, log in logs.items()}
+    for m, disk in cluster.disks.items():
+        cluster.add(m, disk)
+    return cluster
+
+
+@pytest.mark.parametrize("promoted", [(D,), (D, E)], ids=["3-to-4", "3-to-5"])
+def test_a_learner_whose_vote_is_needed_leads_until_it_can_hand_over(
+    promoted: tuple[MemberId, ...],
+) -> None:
+    """4.2.2: B cannot win without a vote of them, and theirs are the better logs."""
+    cluster = promotion_that_learners_lack(promoted)
+    voter = cluster.elect()
+    assert voter.me in (A, B)
+    assert {m for _, m in sorted(cluster.checker.leaders.items())[:-1]} <= set(promoted)
+    assert voter.raft.membership == membership(A, B, C, learners=promoted)
+    cluster.write(b"x")
+
+
+def test_a_learner_that_was_needed_once_is_quiet_again_under_a_leader() -> None:
+    learner = past_grace(server(D, membership(A, B, C, learners=[D]), terms=[2], term=2))
+    learner.step(PreVoteRequest(B, D, 3, 1, 1))
+    learner.step(HeartbeatRequest(A, D, 3, 1, 0, 0))
+    learner.settle()
+    learner.tick(60_000)
+    expect(learner.take())
+
+
+def test_a_learner_that_hears_a_leader_does_not_stand_whoever_asks_it() -> None:
+    """4.2.3: neither would a voter."""
+    learner = past_grace(server(D, membership(A, B, C, learners=[D]), terms=[2], term=2))
+    learner.step(HeartbeatRequest(A, D, 2, 1, 0, 0), PreVoteRequest(B, D, 3, 1, 1))
+    learner.settle()
+    learner.tick(60_000)
+    expect(learner.take())
 
 
 def test_a_learner_answers_requests_for_votes_by_its_log() -> None:

@@ -292,9 +292,9 @@ class Checker:
             return
         if raft.is_leader and commit > 1 and log.term(commit) != raft.term:
             violated("6 commit rule", f"{me} committed {commit} of an older term by counting")
-        while len(committed) < commit:
-            for entry in log.entries(len(committed) + 1, commit + 1, 1 << 40):
-                self._commit(me, raft, entry)
+        while len(committed) < commit:  # as they came into its log; they may have rotted there
+            index = len(committed) + 1
+            self._commit(me, raft, self._entries[(index, seen.terms[index])][0])
 
     def _membership_in_force(self, me: MemberId, raft: Raft) -> None:
         """What a member takes for the committed membership is that."""
