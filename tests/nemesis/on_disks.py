@@ -146,9 +146,10 @@ async def small_disk(faults: Faults, action: Action) -> None:
     with faults.band(action, f"{names([node])}, {action.amount:.0f} bytes left") as band:
         refused, boots = counts["507"], node.boots
         with node.excuse((STORAGE_IO,), "its disk is full"):
-            with filled(path, int(action.amount)):
-                await fill(faults, action)
-                await asyncio.sleep(action.seconds)
+            async with asyncio.TaskGroup() as clients:  # they wait long without a majority
+                with filled(path, int(action.amount)):
+                    clients.create_task(fill(faults, action))
+                    await asyncio.sleep(action.seconds)
             await holds_within(ended_or_answers, FAIL_STOP_S)  # of what failed while it was full
             node.failing = 0
         of_it = [life for life in node.book.lives[max(0, boots - 1) :] if life.code == STORAGE_IO]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,29 @@ def test_a_node_may_take_its_time_to_end_of_a_disk_that_was_full(
         wait_for(lambda: node.notice() or not node.book.running, "the end to be noted")
         assert node.book.lives[0].code == 74
         assert node.book.findings() == []
+
+
+def test_a_full_disk_has_room_in_time_though_clients_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the node there may be no majority, and so no answer while its disk is full."""
+    room = asyncio.Event()
+
+    @contextlib.contextmanager
+    def filled(path: Path, leave_bytes: int) -> Iterator[None]:
+        yield
+        room.set()
+
+    async def fill(faults: Faults, action: Action) -> None:
+        await asyncio.wait_for(room.wait(), 30)
+
+    monkeypatch.setattr(on_disks, "filled", filled)
+    monkeypatch.setattr(on_disks, "fill", fill)
+    with faults_of(tmp_path) as faults:
+        faults.nodes._plan.small = 1
+        run_as(faults.nodes.small, "true")
+        carry_out(faults, "small disk")
+        assert room.is_set()
 
 
 @pytest.mark.parametrize(
