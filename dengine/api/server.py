@@ -100,9 +100,8 @@ class HttpServer:
         for connection in clients:
             if not connection.busy:
                 connection.force_close()
-        # To aiohttp 0 means "for ever", and a dead node never answers what waits for it.
         limit_s = max(grace_s, CUT_OFF_S)
-        await asyncio.gather(*(connection.shutdown(limit_s) for connection in busy))
+        await asyncio.gather(*(connection.finish(limit_s) for connection in busy))
 
     def _routes(self) -> list[Route]:
         bodies = BodyReader(self._config.limits.pending_bytes)
