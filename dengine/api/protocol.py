@@ -426,16 +426,11 @@ class Connection(web.RequestHandler):
         return cast(web.StreamResponse, error_response(error, close=True))
 
     async def finish(self, limit_s: float) -> None:
-        """Have the request under way answered, within `limit_s` seconds, and end.
-
-        Stands in for aiohttp's `shutdown`, in which a request that is done in the moment in which
-        its time is over dies of an InvalidStateError.
-        """
+        """Have the request under way answered, then end; no race as in aiohttp's `shutdown`."""
         self._force_close = True
-        if self._task_handler is not None:
-            await asyncio.wait({self._task_handler}, timeout=limit_s)
-        if self._task_handler is not None:  # None: the client has gone
-            self._task_handler.cancel()
+        if (task := self._task_handler) is not None:
+            await asyncio.wait({task}, timeout=limit_s)
+            task.cancel()
         self.force_close()
 
     def hang_up(self) -> None:

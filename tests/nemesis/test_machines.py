@@ -36,7 +36,10 @@ with Machines([1, 2], Path(sys.argv[1]) / own_tag(), proxied=True) as machines:
     for node_id in machines.ids:
         held = (machines.work / "db" / f"held-{node_id}").open("w")
         command = [*machines.prefix(node_id), "sleep", "600"]
-        subprocess.Popen(command, stdout=held, start_new_session=True)
+        child = subprocess.Popen(command, stdout=held, start_new_session=True)
+        comm, end = Path(f"/proc/{child.pid}/comm"), time.monotonic() + 30
+        while comm.read_text() != "sleep\\n" and time.monotonic() < end:
+            time.sleep(0.01)  # on its way into the namespace
     (machines.work / "n1.log").write_text("said")
     print("made", flush=True)
     time.sleep(600)
