@@ -74,16 +74,15 @@ class Entrance:
             # Not a guess but the contract: so long a living cluster may take to speak up.
             await asyncio.sleep(self._config.cluster.founding_wait_ms / 1000)
         report_at = loop.time() + REPORT_EVERY_S
-        while founding.adopted_cluster_id is None:
-            membership = founding.membership()
-            if membership is not None:
-                await self._bootstrap(membership)
+        while (membership := founding.membership()) is None:
+            if founding.adopted_cluster_id is not None:  # its first entry is not known here
+                self._belong_to(founding.adopted_cluster_id)
                 return
             if loop.time() >= report_at:
                 report_at += REPORT_EVERY_S
                 log.warning("waiting for all founders; %s", self._peer_errors(founding.others))
             await asyncio.sleep(POLL_S)
-        self._belong_to(founding.adopted_cluster_id)
+        await self._bootstrap(membership)
 
     async def _bootstrap(self, membership: Membership) -> None:
         """Append the founding entry; a crash before the identity is noted is healed at start.

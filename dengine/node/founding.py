@@ -73,6 +73,12 @@ class Founding:
             return None
         if hello.member.id not in self._addresses or self.is_joiner:
             return None
+        if not hello.list_digest:
+            return (
+                f"node {hello.member.id} waits to be let in (role = 3), but this node's "
+                "initial_cluster names it as a founder, and there is no cluster yet: start it with "
+                "the same list and role as the other founders"
+            )
         if hello.list_digest != self.list_digest:
             return (
                 f"node {hello.member.id} was started with another initial_cluster list or other "
@@ -83,8 +89,9 @@ class Founding:
 
     def _meet_cluster(self, hello: Hello) -> None:
         """A member of an existing cluster is there."""
-        if self._me in hello.founders:
-            self.adopted_cluster_id = hello.cluster_id  # we are one of them, only later
+        if self._me in hello.founders:  # we are one of them, only later
+            self.adopted_cluster_id = hello.cluster_id
+            self._incarnations = {m.id: m.incarnation for m in hello.founders}
             return
         if not hello.founders and hello.member.id in self.others:
             # A founder that came late like us: it has been told of the cluster, and knows its
@@ -99,7 +106,10 @@ class Founding:
             )
 
     def membership(self) -> Membership | None:
-        """The first membership once every founder is known; its hash names the cluster."""
+        """The first membership once every founder is known; its hash names the cluster.
+
+        None as well where a cluster was met whose membership is no longer the one it began with.
+        """
         if self.is_joiner or set(self._incarnations) != set(self._addresses):
             return None
         members = [
@@ -113,4 +123,6 @@ class Founding:
         ]
         anonymous = found("", members, self._settings)
         cluster_id = hashlib.sha256(anonymous.encode()).hexdigest()[:32]
+        if self.adopted_cluster_id not in (None, cluster_id):
+            return None
         return msgspec.structs.replace(anonymous, cluster_id=cluster_id)

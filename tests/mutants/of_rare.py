@@ -52,6 +52,15 @@ MUTANTS: tuple[Mutant, ...] = (
         tests="tests/raft/test_elections.py",
     ),
     mutant(
+        "a founder that comes late waits for the log of the others",
+        (
+            "dengine.node.founding",
+            "            self._incarnations = {m.id: m.incarnation for m in hello.founders}\n",
+            "",
+        ),
+        tests=FOUND,
+    ),
+    mutant(
         "messages to an older incarnation believed",
         (RAFT, "if m.to != self.me:", "if m.to.id != self.me.id:"),
         tests="tests/raft/test_elections.py",

@@ -55,6 +55,38 @@ def test_two_founders_that_come_late_do_not_take_each_other_for_a_foreign_cluste
     assert founding.adopted_cluster_id == "c"
 
 
+def test_who_comes_late_makes_the_same_first_entry_as_the_others(tmp_path: Path) -> None:
+    """So that the cluster does not depend on the disk of who founded first. Where the members are
+    others by now, the first entry is not known, and comes with the log."""
+    on_time, late, later = (founding_of(tmp_path, 1, 2, 3) for _ in range(3))
+    for founder in (B, C):
+        unfounded = msgspec.structs.replace(
+            hello(founder), cluster_id="", list_digest=on_time.list_digest
+        )
+        assert on_time.offer(unfounded) is None
+    first = on_time.membership()
+    assert first is not None
+    of_cluster = msgspec.structs.replace(hello(C, A, B, C), cluster_id=first.cluster_id)
+    assert late.offer(of_cluster) is None
+    assert late.membership() == first
+
+    replaced = msgspec.structs.replace(of_cluster, founders=(A, B, MemberId(3, 0xDEAD)))
+    assert later.offer(replaced) is None
+    assert later.membership() is None
+    assert later.adopted_cluster_id == first.cluster_id
+
+
+def test_a_founder_with_the_role_of_a_joiner_is_told_that_there_is_no_cluster(
+    tmp_path: Path,
+) -> None:
+    """To make the lists equal, which is what it would be told else, is not what helps."""
+    joiner = msgspec.structs.replace(hello(B), cluster_id="")
+    told = founding_of(tmp_path, 1, 2, 3).offer(joiner)
+    assert told is not None
+    assert "role = 3" in told
+    assert "there is no cluster yet" in told
+
+
 def test_who_knows_the_members_ends_a_founder_that_is_none_of_them(tmp_path: Path) -> None:
     wiped = MemberId(1, 0xDEAD)
     founding = founding_of(tmp_path, 1, 2, 3)

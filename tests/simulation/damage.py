@@ -41,10 +41,13 @@ class Damage:
 
     def _may_damage(self) -> bool:
         faults, members = self._faults, self._world.membership
-        in_force = [p.node.raft.membership for p in self._world.processes() if p.node]
+        rafts = [p.node.raft for p in self._world.processes() if p.node]
+        in_force = [raft.membership for raft in rafts]
         return (
             faults.nobody_is_missing()
             and len(members.voters) >= 3
+            # Where only one has founded and is lost, there is no cluster (docs/correctness.md).
+            and sum(raft.log.stable_index > 0 for raft in rafts) >= 2
             and not faults.operators.removing
             and all(m.voters == members.voters and not m.joint for m in in_force if m.voters)
         )

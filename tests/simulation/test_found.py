@@ -12,8 +12,9 @@ from dengine.config import Snapshot
 from dengine.node.forwarding import Forwarding
 from dengine.node.wire import ForwardReply, ForwardRequest, Frame
 from dengine.raft.types import MemberId
+from tests.simulation.damage import Damage
 from tests.simulation.loop import SECOND
-from tests.simulation.machine import Process
+from tests.simulation.machine import Machine, Process
 from tests.simulation.plan import FAULTS, Plan
 from tests.simulation.world import World
 
@@ -68,17 +69,56 @@ def test_a_snapshot_is_fetched_from_a_leader_newer_than_our_log() -> None:
         assert world.counts["snapshot installed"]
 
 
+def test_a_founding_is_finished_by_who_was_told_of_it() -> None:
+    """One of three founders has founded, and told one other of it, when its disk is lost. The other
+    one only waited for the log that nobody had any more, and so no cluster ever came to be."""
+    plan = Plan(0, tuple(FAULTS))
+    plan.shape, plan.founders, plan.joiners = "3", 3, 0
+    world = World(plan)
+    with world.alive():
+        machines = list(world.machines.values())
+        for machine in machines:
+            world.start(machine)
+        until(world, lambda: any(map(has_founded, machines)), SECOND // 10_000)
+        first = next(filter(has_founded, machines))
+        told, late = (machine for machine in machines if machine is not first)
+        assert not has_founded(told), "or another seed is needed"
+        assert not has_founded(late), "or another seed is needed"
+        told.crash()  # and with them what they had heard of each other
+        late.crash()
+        world.start(told)
+        until(world, lambda: belongs(told), SECOND // 10_000)
+        assert Damage(world, world.faults).wipe(first, world.rng)  # and started, some time later
+        world.start(late)
+        until(world, lambda: set(world.membership.voters) == members(machines))
+
+
+def has_founded(machine: Machine) -> bool:
+    process = machine.process
+    return process is not None and process.node is not None and process.node.raft.log.last_index > 0
+
+
+def belongs(machine: Machine) -> bool:
+    """Does its disk name a cluster?"""
+    node = machine.process and machine.process.node
+    return bool(node and node._directory.identity.cluster_id)
+
+
+def members(machines: list[Machine]) -> set[MemberId]:
+    return {machine.process.member for machine in machines if machine.process}
+
+
 def is_up_to_date(world: World, process: Process) -> bool:
     node = process.node
     return node is not None and node.raft.log.applied_index > len(world.checker.committed) - 5
 
 
-def until(world: World, condition: Callable[[], bool]) -> None:
-    """Lets time pass in the world; a minute at most."""
+def until(world: World, condition: Callable[[], bool], step: int = SECOND // 50) -> None:
+    """Lets time pass in the world, `step` nanoseconds at once; a minute at most."""
     end = world.scheduler.now + 60 * SECOND
     while not condition():
         assert world.scheduler.now < end, world.situation()
-        world.scheduler.run_until(world.scheduler.now + SECOND // 50)
+        world.scheduler.run_until(world.scheduler.now + step)
 
 
 def test_an_answer_to_the_process_before_is_not_ours() -> None:
