@@ -61,7 +61,7 @@ def _simulator(first: int, minutes: float) -> list[str]:
 
 def _simulator_entry(sums: Sums) -> Row:
     return {
-        "seeds": sums["last_seed"] - sums["first_seed"] + 1,
+        "seeds": sums["seeds"],
         "hours": sums["simulated_hours"],
         "operations": sums["operations"],
         "messages": sums["messages"],

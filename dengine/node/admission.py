@@ -122,7 +122,7 @@ class Admission:
                 f"node {raft.me.id} belongs to cluster {self.cluster_id}, not {theirs.cluster_id}",
             )
         if raft.membership.get(theirs.member) is not None:
-            return None  # a founder of ours that has not heard everybody yet
+            return self._refuse_old_copy(theirs)  # else a founder that has not heard everybody yet
         known = bool(raft.membership.find(theirs.member.id))
         if known and theirs.list_digest:
             return Refused(
@@ -157,6 +157,15 @@ class Admission:
             return Refused(
                 "duplicate", f"node {who.id} is running already, from a copy of this directory"
             )
+        refused = self._refuse_old_copy(theirs)
+        if refused is not None:
+            return refused
+        self._book.saw(who.id, host)
+        self._book.reached_at(theirs.dialled)
+        return None
+
+    def _refuse_old_copy(self, theirs: Hello) -> Refused | None:
+        raft, who = self._raft, theirs.member
         # Within one boot a Hello may be older than an acknowledgement on the stream it replaces.
         restarted = self._boots.get(who) != theirs.boot
         # In a higher term than ours another leader may have replaced what was never committed.
@@ -167,8 +176,6 @@ class Admission:
                 f"node {who.id} acknowledged entry {progress.match_index} and now ends at "
                 f"{theirs.last_index}: its directory is an old copy",
             )
-        self._book.saw(who.id, host)
-        self._book.reached_at(theirs.dialled)
         return None
 
     def _remember(self, theirs: Hello) -> None:

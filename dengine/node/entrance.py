@@ -28,6 +28,7 @@ class Entrance:
 
     Args:
         peer_errors: says for node ids why each cannot be reached.
+        tell_pledge: called when this directory is bound to a first membership.
         belongs: called when the cluster is known, so that its members can be dialled.
     """
 
@@ -41,6 +42,7 @@ class Entrance:
         secrets: Secrets,
         *,
         peer_errors: Callable[[list[int]], str],
+        tell_pledge: Callable[[], None],
         belongs: Callable[[], None],
     ) -> None:
         self._config = config
@@ -50,6 +52,7 @@ class Entrance:
         self._book = book
         self._secrets = secrets
         self._peer_errors = peer_errors
+        self._tell_pledge = tell_pledge
         self._belongs = belongs
 
     async def enter(self) -> None:
@@ -68,16 +71,18 @@ class Entrance:
         return raft.committed_membership.get(raft.me) is not None
 
     async def _found(self) -> None:
-        """Alone after listening for a while; from a static list once everybody is heard."""
+        """Alone after listening for a while; from a static list once everybody is bound to it."""
         founding, loop = self._founding, asyncio.get_running_loop()
         if founding.is_alone:
             # Not a guess but the contract: so long a living cluster may take to speak up.
             await asyncio.sleep(self._config.cluster.founding_wait_ms / 1000)
         report_at = loop.time() + REPORT_EVERY_S
-        while (membership := founding.membership()) is None:
-            if founding.adopted_cluster_id is not None:  # its first entry is not known here
-                self._belong_to(founding.adopted_cluster_id)
-                return
+        while (membership := founding.agreed()) is None:
+            pledge = founding.to_pledge(all_there=not self._peer_errors(founding.others))
+            if pledge is not None:
+                self._directory.set_pledge(pledge.encode())
+                founding.pledge = pledge
+                self._tell_pledge()
             if loop.time() >= report_at:
                 report_at += REPORT_EVERY_S
                 log.warning("waiting for all founders; %s", self._peer_errors(founding.others))

@@ -20,13 +20,14 @@ from dengine.node.admission import Admission
 from dengine.node.agreement import Agreement
 from dengine.node.cycle import Cycle, boottime_ms
 from dengine.node.forwarding import Forwarding, refusal
-from dengine.node.founding import Founding
+from dengine.node.founding import Founding, pledge_of
 from dengine.node.peers import Peers
 from dengine.node.wire import (
     ForwardReply,
     ForwardRequest,
     Frame,
     Hello,
+    Pledge,
     RaftFrame,
     Refused,
     StateReport,
@@ -137,6 +138,18 @@ class Exchange:
                 targets[member.id.id] = self._book.dial(member.id.id, member.address)
         self.peers.set_targets(targets)
 
+    def tell_pledge(self) -> None:
+        """To all founders that are there, as it is told to those that come later."""
+        for node_id in self._founding.others:
+            hello = self.peers.connected(node_id)
+            if hello is not None:
+                self._tell_pledge_to(hello.member)
+
+    def _tell_pledge_to(self, member: MemberId) -> None:
+        pledge = self._founding.pledge
+        if pledge is not None and not self._directory.identity.cluster_id:
+            self.peers.send(member, pledge_of(pledge))
+
     def errors(self, node_ids: list[int]) -> str:
         """Why each of `node_ids` that has no stream cannot be reached."""
         status = self.peers.status()
@@ -152,6 +165,7 @@ class Exchange:
 
     def _on_connected(self, hello: Hello) -> None:
         self._duplicate_since_ms = None
+        self._tell_pledge_to(hello.member)
         self._cycle.wake()
 
     def _on_disconnected(self, member: MemberId) -> None:
@@ -159,6 +173,9 @@ class Exchange:
         self.forwarding.disconnected(member)
 
     def _on_frame(self, sender: MemberId, frame: Frame) -> None:
+        if isinstance(frame, Pledge):
+            self._founding.pledged(sender, frame)
+            return
         if not self._directory.identity.cluster_id:
             # It has founded the cluster already: a new handshake will tell us so.
             self.peers.disconnect(sender.id, Refused("again", "not part of the cluster yet"))

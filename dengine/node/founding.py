@@ -3,28 +3,43 @@
 The rules are in ARCHITECTURE.md, "Identity and membership". In short:
 
 Alone: wait a moment for somebody to say that this id is a member already, then found.
-From a static list: found once every other founder has shown an empty directory and the same list.
+From a static list: once every founder has shown an empty directory and the same list, each binds
+its directory to the membership that follows from it, durably and for good: its pledge. Who has
+heard the same pledge from all of them founds; whoever comes later is told, and does the same.
 As a joiner (own role = learner): never found; the cluster lets it in.
+
+Without the pledges two clusters could come of one list: some founders found, the disk of one of
+them is replaced, and the others, who remember those that are cut off now, found with the new one.
+Each would have a majority of its own members. With them any two memberships that can be founded
+have no directory in common.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import msgspec
 
 from dengine.config import Config, InitialRole
 from dengine.errors import IdentityError
 from dengine.kv.commands import COMMAND_VERSION
-from dengine.node.wire import Hello
+from dengine.node.wire import Hello, Pledge
 from dengine.raft.membership import Member, Membership, Settings, found
 from dengine.raft.types import MemberId
 
 
 class Founding:
-    """The founders of `initial_cluster` and what they have shown so far."""
+    """The founders of `initial_cluster` and what they have shown so far.
 
-    def __init__(self, config: Config, me: MemberId) -> None:
+    Args:
+        pledge: what this directory is bound to already.
+
+    Attributes:
+        pledge: what it is bound to; None: nothing yet.
+    """
+
+    def __init__(self, config: Config, me: MemberId, pledge: Membership | None = None) -> None:
         cluster = config.cluster
         self._me = me
         self._zone = cluster.zone
@@ -40,8 +55,10 @@ class Founding:
             history_bytes=config.kv.history_bytes,
             idempotency_window_s=config.kv.idempotency_window_s,
         )
+        self.pledge = pledge
         self._incarnations = {me.id: me.incarnation}
-        self.adopted_cluster_id: str | None = None
+        self._pledges: dict[MemberId, Pledge] = {}  # of the others, one for each id
+        self._is_founded = False  # what this directory is bound to, by another founder
 
     @property
     def is_alone(self) -> bool:
@@ -71,50 +88,100 @@ class Founding:
         if hello.cluster_id:
             self._meet_cluster(hello)
             return None
-        if hello.member.id not in self._addresses or self.is_joiner:
+        who = hello.member
+        if who.id not in self._addresses or self.is_joiner:
             return None
         if not hello.list_digest:
             return (
-                f"node {hello.member.id} waits to be let in (role = 3), but this node's "
-                "initial_cluster names it as a founder, and there is no cluster yet: start it with "
-                "the same list and role as the other founders"
+                f"node {who.id} waits to be let in (role = 3), but this node's initial_cluster "
+                "names it as a founder, and there is no cluster yet: start it with the same list "
+                "and role as the other founders"
             )
         if hello.list_digest != self.list_digest:
             return (
-                f"node {hello.member.id} was started with another initial_cluster list or other "
+                f"node {who.id} was started with another initial_cluster list or other "
                 "founding settings: make them equal on all founders"
             )
-        self._incarnations[hello.member.id] = hello.member.incarnation
+        if self.pledge is not None and self.pledge.get(who) is None:
+            return (
+                f"node {who.id} has another data directory than the one that this node has agreed "
+                "to found a cluster with: if some node serves already, start it with role = 3; if "
+                "none does, empty the directories of all founders and start them again"
+            )
+        self._incarnations[who.id] = who.incarnation
+        for older in [m for m in self._pledges if m.id == who.id and m != who]:
+            del self._pledges[older]
         return None
 
     def _meet_cluster(self, hello: Hello) -> None:
         """A member of an existing cluster is there."""
-        if self._me in hello.founders:  # we are one of them, only later
-            self.adopted_cluster_id = hello.cluster_id
-            self._incarnations = {m.id: m.incarnation for m in hello.founders}
+        if self.is_joiner:
             return
+        if self.pledge is not None and self.pledge.cluster_id == hello.cluster_id:
+            self._is_founded = True  # we are one of its founders, only later
+            return
+        if self._me in hello.founders:
+            raise IdentityError(
+                f"node {hello.member.id} belongs to cluster {hello.cluster_id}, which node "
+                f"{self._me.id} has founded with it, and this directory knows nothing of that: it "
+                "is an old copy; empty it, and set role = 3 to join"
+            )
         if not hello.founders and hello.member.id in self.others:
-            # A founder that came late like us: it has been told of the cluster, and knows its
-            # members only when their log has come. Who knows them will speak to us as well.
+            # It has been told of the cluster, and knows its members only when their log has come.
+            # Who knows them will speak to us as well.
             return
         concerns_us = hello.expects == self._me.id or hello.member.id in self._addresses
-        if not self.is_joiner and concerns_us:
+        if concerns_us:
             raise IdentityError(
                 f"node {hello.member.id} belongs to cluster {hello.cluster_id} already, and this "
                 f"directory of node {self._me.id} is empty, so it must not found another one: "
                 "set role = 3 to join"
             )
 
-    def membership(self) -> Membership | None:
-        """The first membership once every founder is known; its hash names the cluster.
+    def pledged(self, who: MemberId, pledge: Pledge) -> None:
+        """Another founder is bound to this, for good."""
+        if self._incarnations.get(who.id) == who.incarnation or (
+            self.pledge is not None and self.pledge.get(who) is not None
+        ):
+            self._pledges[who] = pledge
 
-        None as well where a cluster was met whose membership is no longer the one it began with.
+    def to_pledge(self, all_there: bool) -> Membership | None:
+        """What to bind this directory to now. None: nothing, for it is bound already, or not all
+        founders are known, or one of those that are is bound to something else.
+
+        Args:
+            all_there: every founder is connected. Nobody begins without one that may come back
+                with another disk.
         """
-        if self.is_joiner or set(self._incarnations) != set(self._addresses):
+        if self.pledge is not None or self.is_joiner:
+            return None
+        if not self._pledges:
+            return self._membership(self._incarnations) if all_there else None
+        pledges = set(self._pledges.values())
+        named = {m.id: m.incarnation for pledge in pledges for m in pledge.founders}
+        membership = self._membership(named | self._incarnations)
+        same = membership is not None and pledges == {pledge_of(membership)}
+        return membership if same else None
+
+    def agreed(self) -> Membership | None:
+        """The first membership, once every founder is bound to it; its hash names the cluster."""
+        if self.is_alone:
+            return self._membership(self._incarnations)
+        if self.pledge is None:
+            return None
+        others = [m.id for m in self.pledge.members if m.id != self._me]
+        ours = pledge_of(self.pledge)
+        if self._is_founded or all(self._pledges.get(other) == ours for other in others):
+            return self.pledge
+        return None
+
+    def _membership(self, incarnations: Mapping[int, int]) -> Membership | None:
+        """Of these founders; None where it is not exactly those of the list."""
+        if self.is_joiner or set(incarnations) != set(self._addresses):
             return None
         members = [
             Member(
-                id=MemberId(i, self._incarnations[i]),
+                id=MemberId(i, incarnations[i]),
                 address=address,
                 zone=self._zone if self.is_alone else "",  # others announce theirs later
                 command_version=COMMAND_VERSION,
@@ -123,6 +190,9 @@ class Founding:
         ]
         anonymous = found("", members, self._settings)
         cluster_id = hashlib.sha256(anonymous.encode()).hexdigest()[:32]
-        if self.adopted_cluster_id not in (None, cluster_id):
-            return None
         return msgspec.structs.replace(anonymous, cluster_id=cluster_id)
+
+
+def pledge_of(membership: Membership) -> Pledge:
+    """What a founder that is bound to `membership` says of it."""
+    return Pledge(membership.cluster_id, tuple(m.id for m in membership.members))

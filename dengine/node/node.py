@@ -47,7 +47,7 @@ from dengine.node.watch_hub import Selection, Watch, WatchHub
 from dengine.node.watchers import MembershipWatchers
 from dengine.node.wire import Refused
 from dengine.node.writes import OnceKey, Writes
-from dengine.raft.membership import Membership
+from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
@@ -130,7 +130,8 @@ class Node:
             raft, self._log_store, self.state, self, proposals=self._proposals, reads=self._reads
         )
         self._book = AddressBook(config)
-        self._founding = Founding(config, raft.me)
+        pledge = self._directory.identity.pledge
+        self._founding = Founding(config, raft.me, decode_membership(pledge) if pledge else None)
         self.snapshots = Snapshots(
             config,
             self._directory,
@@ -169,6 +170,7 @@ class Node:
             self._book,
             self.secrets,
             peer_errors=self._exchange.errors,
+            tell_pledge=self._exchange.tell_pledge,
             belongs=self._exchange.set_targets,
         )
         self._status = Status(raft, self.state, self._proposals, self._exchange.errors)

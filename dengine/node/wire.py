@@ -28,8 +28,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
     `dialled` is where the sender reaches, or would dial, the receiver: that tells a node which
     listens on a wildcard its own address.
     `list_digest` names the static list of a founder that waits ("" for everyone else).
-    `founders` are the members of the sender's cluster: a founder that finds itself among them is
-    one of them, and has not been wiped.
+    `founders` are the members of the sender's cluster: a founder that does not find itself among
+    them, though they have its id, was wiped.
     `term` tells a leader that was deposed without knowing it that its view of the sender is old.
     `address` is "" unless the sender was configured anew and wants the cluster to know.
     """
@@ -100,6 +100,14 @@ class ForwardReply(msgspec.Struct, frozen=True, tag=True, array_like=True):
     body: bytes
 
 
+class Pledge(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """From a founder of a static list: it is bound to the cluster of this id, whose first members
+    are these (see founding.py)."""
+
+    cluster_id: str
+    founders: tuple[MemberId, ...]
+
+
 class StateReport(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """To the leader: what the sender's state was after some entries (see agreement.py)."""
 
@@ -124,6 +132,7 @@ Frame = (
     | RaftFrame
     | ForwardRequest
     | ForwardReply
+    | Pledge
     | StateReport
     | StateVerdict
     | Ping

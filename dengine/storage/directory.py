@@ -27,40 +27,18 @@ from pathlib import Path
 
 import msgspec
 
-from dengine.errors import DataCorruption, IdentityError, StorageIO, TryAgain
+from dengine.errors import DataCorruption, IdentityError, InvariantBroken, StorageIO, TryAgain
 from dengine.raft.membership import Membership
 from dengine.raft.types import HardState, LogId
 from dengine.storage.environment import DATA_FILE, make_directory, sync_directory
+from dengine.storage.identity import FORMAT, Identity, identity_text, read_identity
 from dengine.storage.log_store import LogStore
 from dengine.storage.marks import DAMAGED_MARK, FILES_TOO, RUN_MARK
 
-FORMAT = 1
 UNPACKED_MARK = "UNPACKED"
 UNCLEAN = " unclean ends before: "  # in RUN
 NEW_LOG = "log.new"
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """Who a data directory is. Everything but `cluster_id` and `removed` is for good."""
-
-    format: int
-    node_id: int
-    incarnation: int  # 63 random bits, never 0; a hexadecimal string in the file
-    cluster_id: str = ""  # "" until it belongs to a cluster
-    address: str = ""
-    removed: str | None = None  # why the cluster removed this incarnation
-
-
-class _IdentityFile(msgspec.Struct, forbid_unknown_fields=True):
-    """The JSON in identity.json; 63-bit numbers are strings since many readers round them."""
-
-    format: int
-    node_id: int
-    incarnation: str
-    cluster_id: str
-    address: str
-    removed: str | None
 
 
 class DataDirectory:
@@ -120,7 +98,17 @@ class DataDirectory:
                 "use another db_root_dir"
             )
         if known != cluster_id:
-            self._write_identity(msgspec.structs.replace(self.identity, cluster_id=cluster_id))
+            self._write_identity(
+                msgspec.structs.replace(self.identity, cluster_id=cluster_id, pledge=b"")
+            )
+
+    def set_pledge(self, membership: bytes) -> None:
+        """Bind this directory durably to the cluster that begins with `membership`, encoded, and to
+        no other one, whether or not it comes to be. Raises InvariantBroken, StorageIO.
+        """
+        if self.identity.pledge or self.identity.cluster_id:
+            raise InvariantBroken(f"{self.path} is bound to a cluster already")
+        self._write_identity(msgspec.structs.replace(self.identity, pledge=membership))
 
     def set_address(self, address: str) -> None:
         """Note durably the address this node announces. Raises StorageIO."""
@@ -137,7 +125,9 @@ class DataDirectory:
         Log and state stay. They are a valid past of the cluster; only the promises made under the
         old incarnation (votes, acknowledgements) cannot be counted any more. Raises StorageIO.
         """
-        self._write_identity(msgspec.structs.replace(self.identity, incarnation=_random_63_bits()))
+        self._write_identity(
+            msgspec.structs.replace(self.identity, incarnation=_random_63_bits(), pledge=b"")
+        )
 
     def state_path(self) -> Path:
         """The `state-N` in use. Raises DataCorruption when CURRENT names none."""
@@ -374,11 +364,8 @@ class DataDirectory:
             )
 
     def _write_identity(self, identity: Identity) -> None:
-        fields = msgspec.structs.asdict(identity)
-        fields["incarnation"] = f"{identity.incarnation:016x}"
-        text = msgspec.json.format(msgspec.json.encode(_IdentityFile(**fields)), indent=2)
         try:
-            self._write_file("identity.json", text.decode() + "\n")
+            self._write_file("identity.json", identity_text(identity))
         except OSError as error:
             raise StorageIO(
                 f"cannot write {self.path / 'identity.json'}: {error.strerror}"
@@ -449,36 +436,6 @@ def lock_directory(path: Path) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, b"%d\n" % os.getpid(), 0)
     return fd
-
-
-def read_identity(file: Path) -> Identity:
-    """What an identity.json says. Raises DataCorruption, IdentityError, StorageIO."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise StorageIO(f"cannot read {file}: {error.strerror}") from error
-    try:
-        found = msgspec.json.decode(data, type=_IdentityFile)
-        incarnation = int(found.incarnation, 16)
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise DataCorruption(
-            f"{file} is damaged ({error}): restore it, or remove {file.parent}, and the node "
-            "joins anew",
-            file=str(file),
-        ) from error
-    if found.format != FORMAT:
-        raise IdentityError(
-            f"{file} has format {found.format}, this dengine reads format {FORMAT}: "
-            "start the version that wrote it"
-        )
-    return Identity(
-        found.format,
-        found.node_id,
-        incarnation,
-        found.cluster_id,
-        found.address,
-        found.removed,
-    )
 
 
 def _random_63_bits() -> int:

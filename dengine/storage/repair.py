@@ -31,14 +31,9 @@ from dengine.errors import (
 )
 from dengine.raft.membership import Member, Membership
 from dengine.raft.types import Entry, LogId
-from dengine.storage.directory import (
-    DataDirectory,
-    Identity,
-    distrusted_log,
-    lock_directory,
-    read_identity,
-)
+from dengine.storage.directory import DataDirectory, distrusted_log, lock_directory
 from dengine.storage.environment import DATA_FILE, sync_directory
+from dengine.storage.identity import Identity, read_identity
 from dengine.storage.probe import probe_state
 from dengine.storage.restore import Founded, building, found_cluster, give_to
 from dengine.storage.salvage import SalvagedLog

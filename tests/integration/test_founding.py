@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
+import time
+
+import pytest
+
 from dengine.storage.environment import open_environment
 from tests.cluster import (
     ROOT,
@@ -99,6 +105,29 @@ def test_a_node_killed_while_its_founding_write_hangs_founds_at_the_next_start(
     log.close()
     node.start()
     wait_for(lambda: node.put("key", "value").ok, "node 1 to lead")
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_founders_that_die_in_the_midst_of_it_found_one_cluster(
+    cluster: Cluster, rng: random.Random, attempt: int
+) -> None:
+    """Whatever they have agreed on until then, they go on from there, and nobody is left out."""
+    ports = {node_id: free_port() for node_id in (1, 2, 3)}
+    for node_id in ports:
+        cluster.node(node_id, config_text(node_id, ports, 0, 2), ports[node_id]).start()
+    for _ in range(3):
+        listening = time.monotonic() + rng.uniform(0, 1.0)  # a start takes half a second
+        wait_for(lambda end=listening: time.monotonic() >= end, "the moment to strike")
+        for node_id in rng.sample(sorted(ports), rng.randint(1, 3)):
+            cluster.nodes[node_id].kill()
+            cluster.nodes[node_id].start()
+    cluster.wait_voters(1, 2, 3)
+    assert len({node.status()["cluster_id"] for node in cluster.running()}) == 1
+    assert cluster.wait_leader().put("key", "value").ok
+    for node in cluster.running():
+        identity = json.loads((node.directory / "identity.json").read_text(encoding="utf-8"))
+        assert identity["cluster_id"] == node.status()["cluster_id"]
+        assert "pledge" not in identity
 
 
 def test_founders_with_different_lists_are_told_so(cluster: Cluster) -> None:

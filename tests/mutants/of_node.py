@@ -23,6 +23,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ("dengine.storage.log_store", "if self._failed:", "if False:"),
     ),
     mutant(
+        "a founder may forget what it is bound to",
+        (
+            "dengine.node.entrance",
+            "                self._directory.set_pledge(pledge.encode())\n",
+            "",
+        ),
+    ),
+    mutant(
         "reused read nonce",
         (
             "dengine.node.reads",

@@ -12,6 +12,7 @@ RECOVERY = "dengine.storage.recovery"
 QUORUM = "dengine.raft.quorum"
 FILES = "tests/storage/test_snapshot_file.py"
 FOUND = "tests/simulation/test_found.py"
+FOUNDING = "tests/node/test_founding.py"
 INSTALLS = "tests/raft/test_snapshot_installs.py"
 RECOVERIES = "tests/storage/test_recovery.py"
 
@@ -52,13 +53,24 @@ MUTANTS: tuple[Mutant, ...] = (
         tests="tests/raft/test_elections.py",
     ),
     mutant(
-        "a founder that comes late waits for the log of the others",
-        (
-            "dengine.node.founding",
-            "            self._incarnations = {m.id: m.incarnation for m in hello.founders}\n",
-            "",
-        ),
+        "a founder that is told of the cluster waits for all others",
+        ("dengine.node.founding", "            self._is_founded = True", "            pass"),
         tests=FOUND,
+    ),
+    mutant(
+        "a founder does not wait for the others to be bound",
+        ("dengine.node.founding", "if self._is_founded or all(", "if True or all("),
+        tests=FOUNDING,
+    ),
+    mutant(
+        "a founder is bound to what contradicts another one",
+        ("dengine.node.founding", "        if not self._pledges:\n", "        if True:\n"),
+        tests=FOUNDING,
+    ),
+    mutant(
+        "a founder is bound with any directory of another one",
+        ("dengine.node.founding", "self.pledge.get(who) is None:", "not self.pledge.find(who.id):"),
+        tests=FOUNDING,
     ),
     mutant(
         "messages to an older incarnation believed",

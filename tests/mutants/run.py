@@ -42,6 +42,7 @@ NEEDED = Path(__file__).with_name("needed.json")
 
 # For choosing as many as fit into a budget; what has been chosen gets all the time it needs.
 START_S, SEED_S, TESTS_S = 1.5, 0.7, 4.0
+BEFORE = 5  # seeds before the one that is known to catch it: a change may have moved that a little
 GUESSED_SEEDS = 20  # of one that has no record yet
 
 
@@ -263,18 +264,23 @@ def write_needed(needed: Mapping[str, int]) -> None:
     NEEDED.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
-def allowed(mutant: Mutant, needed: Mapping[str, int]) -> int:
-    """How many seeds it may need when it is looked at again; the same ones, so with unchanged code
-    it needs just as many as before."""
+def seeds_to_look_at(mutant: Mutant, needed: Mapping[str, int]) -> tuple[int, int]:
+    """The first one, and how many of them, when it is looked for again: from shortly before the one
+    that caught it, which with unchanged code does so again.
+    """
     known = needed.get(mutant.name)
-    return SEEDS if known is None else min(SEEDS, max(LEAST, FACTOR * known))
+    if known is None:
+        return 0, SEEDS
+    return max(known - 1 - BEFORE, 0), min(SEEDS, max(LEAST, FACTOR * known))
 
 
 def cost_s(mutant: Mutant, needed: Mapping[str, int]) -> float:
     """About how long one core takes for it, with its control."""
     if mutant.tests:
         return 2 * TESTS_S
-    return 2 * START_S + (needed.get(mutant.name, GUESSED_SEEDS) + 1) * SEED_S
+    known = needed.get(mutant.name)
+    seeds = GUESSED_SEEDS if known is None else min(known, BEFORE + 1)
+    return 2 * START_S + (seeds + 1) * SEED_S
 
 
 def sample(

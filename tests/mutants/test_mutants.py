@@ -23,17 +23,18 @@ from tests.mutants import of_rare, run
 from tests.mutants.edits import mutated
 from tests.mutants.mutations import BY_NAME, MUTANTS
 from tests.mutants.run import (
+    BEFORE,
     FACTOR,
     LEAST,
     SEEDS,
     Outcome,
-    allowed,
     cost_s,
     is_catch,
     read_needed,
     run_all,
     run_mutant,
     sample,
+    seeds_to_look_at,
 )
 from tests.simulation.rotation import commit_number
 from tests.simulation.violation import Violation
@@ -67,8 +68,8 @@ def test_every_record_speaks_of_a_mutant() -> None:
 
 
 def test_each_commit_draws_as_many_mutants_as_the_budget_can_finish() -> None:
-    """And every mutant that fits into the budget at all is drawn by some commit."""
-    needed = {m.name: 1 + n * n % 300 for n, m in enumerate(MUTANTS)}
+    """And every mutant is drawn by some commit, however late the seed is that catches it."""
+    needed = {m.name: 1 + n * n % SEEDS for n, m in enumerate(MUTANTS)}
     needed.pop(MUTANTS[0].name)
     drawn = set()
     for number in range(len(MUTANTS)):
@@ -76,15 +77,19 @@ def test_each_commit_draws_as_many_mutants_as_the_budget_can_finish() -> None:
         assert chosen
         assert sum(cost_s(mutant, needed) for mutant in chosen) <= 60.0
         drawn |= {mutant.name for mutant in chosen}
-    assert drawn == {mutant.name for mutant in MUTANTS if cost_s(mutant, needed) <= 60.0}
+    assert drawn == set(BY_NAME)
 
 
 def test_a_mutant_may_need_five_times_what_it_is_known_to_need() -> None:
     mutant = next(mutant for mutant in MUTANTS if not mutant.tests)
-    assert allowed(mutant, {}) == SEEDS
-    assert allowed(mutant, {mutant.name: 1}) == LEAST
-    assert allowed(mutant, {mutant.name: 30}) == FACTOR * 30
-    assert allowed(mutant, {mutant.name: 400}) == SEEDS
+    for known, expected in (
+        (None, (0, SEEDS)),
+        (1, (0, LEAST)),
+        (30, (29 - BEFORE, FACTOR * 30)),
+        (400, (399 - BEFORE, SEEDS)),
+    ):
+        needed = {} if known is None else {mutant.name: known}
+        assert seeds_to_look_at(mutant, needed) == expected
 
 
 def violation(invariant: str, *causes: Exception) -> Violation:
@@ -146,8 +151,8 @@ def test_this_commits_mutants_are_caught(half: int) -> None:
     chosen = sample(MUTANTS[half :: len(HALVES)], commit_number(), BUDGET_S / 2, needed)
     problems = []
     for mutant in chosen:
-        seeds = allowed(mutant, needed)
-        outcome = run_mutant(mutant, seeds=seeds)
+        first, seeds = seeds_to_look_at(mutant, needed)
+        outcome = run_mutant(mutant, first, seeds)
         print(f"{mutant.name}: {outcome.seeds} of {seeds} seeds, {outcome.by}")
         if problem := outcome.problem(seeds):
             problems.append(problem)

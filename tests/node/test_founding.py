@@ -8,10 +8,11 @@ import msgspec
 import pytest
 
 from dengine.config import read
-from dengine.errors import IdentityError
+from dengine.errors import IdentityError, InvariantBroken
 from dengine.kv.commands import COMMAND_VERSION
-from dengine.node.founding import Founding
+from dengine.node.founding import Founding, pledge_of
 from dengine.node.wire import PROTOCOL_VERSION, Hello
+from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.types import MemberId
 from dengine.storage.directory import DataDirectory
 from tests.cluster import config_text
@@ -42,38 +43,114 @@ def hello(who: MemberId, *members: MemberId, expects: int | None = 1) -> Hello:
     )
 
 
-def test_two_founders_that_come_late_do_not_take_each_other_for_a_foreign_cluster(
-    tmp_path: Path,
-) -> None:
-    """The first of them has been told of the cluster, and not yet of its members. It must not end
-    the second one, which systemd would not start again."""
+def unfounded(who: MemberId, founding: Founding) -> Hello:
+    """Of a founder with the same list as that one."""
+    return msgspec.structs.replace(hello(who), cluster_id="", list_digest=founding.list_digest)
+
+
+def bound(tmp_path: Path) -> tuple[Founding, Membership]:
+    """Node 1 of three, bound to a cluster with B and C."""
     founding = founding_of(tmp_path, 1, 2, 3)
-    assert founding.offer(hello(B)) is None
-    assert founding.adopted_cluster_id is None
-    assert founding.membership() is None, "and it founds nothing meanwhile"
-    assert founding.offer(hello(C, A, B, C)) is None
-    assert founding.adopted_cluster_id == "c"
+    for founder in (B, C):
+        assert founding.to_pledge(all_there=True) is None
+        assert founding.offer(unfounded(founder, founding)) is None
+    assert founding.to_pledge(all_there=False) is None, "one may come back with another disk"
+    founding.pledge = founding.to_pledge(all_there=True)
+    assert founding.pledge is not None
+    assert founding.pledge.voters == (A, B, C)
+    return founding, founding.pledge
+
+
+def test_nobody_founds_before_all_founders_are_bound_to_the_same(tmp_path: Path) -> None:
+    founding, membership = bound(tmp_path)
+    assert founding.to_pledge(all_there=True) is None, "it is bound for good"
+    assert founding.agreed() is None
+    founding.pledged(B, pledge_of(membership))
+    assert founding.agreed() is None
+    other = msgspec.structs.replace(pledge_of(membership), cluster_id="another")
+    founding.pledged(C, other)
+    assert founding.agreed() is None
+    founding.pledged(C, pledge_of(membership))
+    assert founding.agreed() == membership
+
+
+def test_who_has_not_met_a_founder_is_bound_to_what_another_one_says(tmp_path: Path) -> None:
+    """The third may be reached by that one alone."""
+    _, membership = bound(tmp_path)
+    founding = founding_of(tmp_path, 1, 2, 3)
+    assert founding.offer(unfounded(B, founding)) is None
+    assert founding.to_pledge(all_there=True) is None
+    founding.pledged(B, pledge_of(membership))
+    assert founding.to_pledge(all_there=False) == membership
+
+
+def test_nobody_is_bound_to_what_contradicts_what_is_known(tmp_path: Path) -> None:
+    """B is bound to one with a disk of node 3, or of this node, that is not there any more. To
+    found another cluster then would split the founders.
+    """
+    founding, membership = bound(tmp_path)
+    pledge = pledge_of(membership)
+    for known in ((B, MemberId(3, 0xDEAD)), (B, C)):
+        founding = founding_of(tmp_path, 1, 2, 3)
+        for founder in known:
+            assert founding.offer(unfounded(founder, founding)) is None
+        old_self = (MemberId(1, 0xDEAD), B, C)
+        of_b = pledge if C not in known else msgspec.structs.replace(pledge, founders=old_self)
+        founding.pledged(B, of_b)
+        assert founding.to_pledge(all_there=True) is None
+    foreign = founding_of(tmp_path, 1, 2, 3, 4)
+    assert foreign.offer(unfounded(B, foreign)) is None
+    foreign.pledged(B, pledge)
+    assert foreign.to_pledge(all_there=True) is None, "another list"
+
+
+def test_another_disk_of_a_founder_is_no_part_of_what_was_agreed(tmp_path: Path) -> None:
+    founding, membership = bound(tmp_path)
+    wiped = MemberId(3, 0xDEAD)
+    useless = founding.offer(unfounded(wiped, founding))
+    assert useless is not None
+    assert "another data directory" in useless
+    for who in (B, wiped):
+        founding.pledged(who, pledge_of(membership))
+    assert founding.agreed() is None
+
+
+def test_a_pledge_is_for_good_and_survives_a_restart(tmp_path: Path) -> None:
+    _, membership = bound(tmp_path)
+    directory = DataDirectory.open(tmp_path / "db", 1)
+    directory.set_pledge(membership.encode())
+    with pytest.raises(InvariantBroken):
+        directory.set_pledge(membership.encode())
+    directory.close()
+    directory = DataDirectory.open(tmp_path / "db", 1)
+    assert decode_membership(directory.identity.pledge) == membership
+    directory.set_cluster_id(membership.cluster_id)
+    assert directory.identity.pledge == b""
+    directory.close()
 
 
 def test_who_comes_late_makes_the_same_first_entry_as_the_others(tmp_path: Path) -> None:
-    """So that the cluster does not depend on the disk of who founded first. Where the members are
-    others by now, the first entry is not known, and comes with the log."""
-    on_time, late, later = (founding_of(tmp_path, 1, 2, 3) for _ in range(3))
-    for founder in (B, C):
-        unfounded = msgspec.structs.replace(
-            hello(founder), cluster_id="", list_digest=on_time.list_digest
-        )
-        assert on_time.offer(unfounded) is None
-    first = on_time.membership()
-    assert first is not None
-    of_cluster = msgspec.structs.replace(hello(C, A, B, C), cluster_id=first.cluster_id)
-    assert late.offer(of_cluster) is None
-    assert late.membership() == first
+    """So that the cluster does not depend on the disk of who founded first. It does not matter
+    whether the one that tells of the cluster knows its members."""
+    for members in ((A, B, C), ()):
+        founding, membership = bound(tmp_path)
+        told = msgspec.structs.replace(hello(C, *members), cluster_id=membership.cluster_id)
+        assert founding.offer(told) is None
+        assert founding.agreed() == membership
 
-    replaced = msgspec.structs.replace(of_cluster, founders=(A, B, MemberId(3, 0xDEAD)))
-    assert later.offer(replaced) is None
-    assert later.membership() is None
-    assert later.adopted_cluster_id == first.cluster_id
+
+def test_an_old_copy_of_a_founder_is_told_so(tmp_path: Path) -> None:
+    """Nobody founds with a directory that is not bound; this one knows nothing of it."""
+    founding = founding_of(tmp_path, 1, 2, 3)
+    with pytest.raises(IdentityError, match="old copy"):
+        founding.offer(hello(C, A, B, C))
+
+
+def test_who_has_been_told_of_a_cluster_and_nothing_else_ends_no_founder(tmp_path: Path) -> None:
+    """It has not got the log yet and cannot know whether we are a member."""
+    founding = founding_of(tmp_path, 1, 2, 3)
+    assert founding.offer(hello(B)) is None
+    assert founding.agreed() is None
 
 
 def test_a_founder_with_the_role_of_a_joiner_is_told_that_there_is_no_cluster(

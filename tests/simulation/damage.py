@@ -39,15 +39,15 @@ class Damage:
         self._faults = faults
         self._copies: dict[int, _Copy] = {}  # by machine id
 
-    def _may_damage(self) -> bool:
+    def _may_damage(self, machine: Machine) -> bool:
         faults, members = self._faults, self._world.membership
-        rafts = [p.node.raft for p in self._world.processes() if p.node]
-        in_force = [raft.membership for raft in rafts]
+        nodes = [(p.machine, p.node) for p in self._world.processes() if p.node]
+        in_force = [node.raft.membership for _, node in nodes]
         return (
             faults.nobody_is_missing()
             and len(members.voters) >= 3
-            # Where only one has founded and is lost, there is no cluster (docs/correctness.md).
-            and sum(raft.log.stable_index > 0 for raft in rafts) >= 2
+            # Is the only one lost that has founded, there is no cluster (docs/correctness.md).
+            and any(node.raft.log.stable_index for other, node in nodes if other is not machine)
             and not faults.operators.removing
             and all(m.voters == members.voters and not m.joint for m in in_force if m.voters)
         )
@@ -65,7 +65,7 @@ class Damage:
         )
 
     def rot(self, machine: Machine, rng: random.Random) -> bool:
-        if not self._may_damage():
+        if not self._may_damage(machine):
             return False
         process, what = machine.process, rng.choice(("log", "state", "snapshot"))
         if process is None or process.node is None or process.node.raft.state_lost:
@@ -136,14 +136,14 @@ class Damage:
 
     def wipe(self, machine: Machine, rng: random.Random) -> bool:
         process, world = machine.process, self._world
-        if process is None or process.node is None or not self._may_damage():
+        if process is None or process.node is None or not self._may_damage(machine):
             return False
         if process.node.raft.me not in world.membership.voters:
             return False
         world.checker.damaging(machine)
         world.note("wipe", machine.id)
         world.checker.crashed(process, power=True)
-        machine.wipe()
+        machine.wipe(same_file=rng.random() < 0.3)
         world.process_gone(process)
         world.restart_later(machine)
         self._faults.mark(machine, "disk replaced", lambda: self._is_weak(machine))
@@ -157,7 +157,7 @@ class Damage:
             whole: None: it is drawn.
         """
         process = machine.process
-        if process is None or process.node is None or not self._may_damage():
+        if process is None or process.node is None or not self._may_damage(machine):
             return False
         raft, voters = process.node.raft, self._world.membership.voters
         if raft.me not in voters or raft.state_lost or raft._restore is not None:

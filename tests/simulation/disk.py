@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from tests.simulation.environment import Environment
-from tests.simulation.loop import Crash
+from tests.simulation.loop import Crash, WriterDied
 
 FREE_BYTES: Final = 1 << 40
 NEEDS_ROOM: Final = {"commit": 1, "new name": 1, "file write": 0}  # bytes, beside what is written
@@ -83,6 +83,7 @@ class Disk:
         self.name = name
         self.rng = rng
         self.fuse: int | None = None
+        self.writer_fuse: int | None = None  # of the snapshot writer alone
         self.room: int | None = None
         self.eio: int | None = None
         self.eio_kind = ""
@@ -96,9 +97,13 @@ class Disk:
         self.root = self._directory()
 
     def effect(self) -> None:
-        """Something is about to change what others can see. Raises Crash."""
+        """Something is about to change what others can see. Raises Crash, WriterDied."""
         if self.dead:
             raise Crash
+        if self.writer_fuse is not None:  # burnt, it stays so: nothing that it leaves is tidied up
+            self.writer_fuse -= 1
+            if self.writer_fuse < 0:
+                raise WriterDied
         if self.fuse is not None:
             self.fuse -= 1
             if self.fuse < 0:

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dengine.errors import DataCorruption
+from dengine.node.founding import pledge_of
+from dengine.node.wire import Pledge
+from dengine.raft.membership import decode_membership
 from dengine.raft.types import LogId
 from dengine.storage.snapshot_file import SUFFIX, SnapshotHeader
 from dengine.storage.snapshot_frames import DIGEST_BYTES, PARTIAL_SUFFIX, read_header_bytes
@@ -70,10 +73,7 @@ class Durability:
 
     def says(self, machine: Machine, incarnation: int, cluster_id: str) -> None:
         """Invariant 7: nobody gives a name that he may forget."""
-        node = machine.disk.durable(("data", str(machine.id), "identity.json"))
-        raw = None if node is None else node.synced
-        if raw is None:
-            violated("7 identity", f"node {machine.id} says who it is and may forget it")
+        raw = self._identity(machine)
         known = self._identities.get(machine.id)
         if known is None or known[0] is not raw:
             fields = json.loads(raw)
@@ -90,6 +90,20 @@ class Durability:
                 f"node {machine.id} says that it is incarnation {incarnation:x} in "
                 f"{cluster_id!r}, and its disk says {known[1]}",
             )
+
+    def pledges(self, machine: Machine, pledge: Pledge) -> None:
+        """Invariant 7: nobody may forget what it is bound to, for the others found by that."""
+        on_disk = bytes.fromhex(json.loads(self._identity(machine)).get("pledge", ""))
+        if not on_disk or pledge_of(decode_membership(on_disk)) != pledge:
+            violated("7 identity", f"node {machine.id} may forget that it is bound to {pledge}")
+
+    def _identity(self, machine: Machine) -> bytes:
+        """Its identity.json after a power cut."""
+        node = machine.disk.durable(("data", str(machine.id), "identity.json"))
+        raw = None if node is None else node.synced
+        if raw is None:
+            violated("7 identity", f"node {machine.id} says who it is and may forget it")
+        return raw
 
     def _snapshots(self, machine: Machine, suffix: str) -> list[LogId]:
         """The sound ones whose content and name are durable."""

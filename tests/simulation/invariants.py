@@ -130,8 +130,6 @@ class Checker:
             count("joint state crashed")
         if node.raft._restore is not None:
             count("crashed before an install")
-        if process.job:
-            count(f"{process.job.lower()} crashed")
         if node.raft.is_leader:
             count("leader crashed")
         if node.raft.writing:
@@ -224,6 +222,8 @@ class Checker:
             start -= 1
         if start + 1 < len(terms):
             self.world.count("log truncated")
+            if raft.is_leader and seen.led_from is not None and seen.led_from[0] == raft.term:
+                violated("2 append-only", f"leader {me} replaced or dropped entry {start + 1}")
             del terms[start + 1 :]
             seen.acked = min(seen.acked, start)
         if start == last:

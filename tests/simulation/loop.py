@@ -23,6 +23,10 @@ class Crash(BaseException):
     """The process died in the middle of what it was doing. Nothing may catch this."""
 
 
+class WriterDied(BaseException):
+    """The snapshot writer did, and its node goes on."""
+
+
 class Unheard(Exception):
     """Something went wrong in a task or a callback, and nobody was told."""
 

@@ -111,10 +111,18 @@ class Machine:
         self.boot_id = f"boot-{self.id}-{self.starts}"
         self.disk.lose_power()
 
-    def wipe(self) -> None:
-        """The disk is replaced by an empty one; the node has to join again."""
+    def wipe(self, *, same_file: bool = False) -> None:
+        """The disk is replaced by an empty one; the node has to join again.
+
+        Args:
+            same_file: nobody tells it so.
+        """
         self.crash()
         self.disk = self._new_disk()
+        if not same_file:
+            self.has_to_join()
+
+    def has_to_join(self) -> None:
         members = self.world.membership.members
         self.founders = tuple(m.id.id for m in members if m.id.id != self.id)
 

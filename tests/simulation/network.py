@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dengine.node.peers import PeerStatus
-from dengine.node.wire import Frame, Hello, RaftFrame, Refused, decode, encode
+from dengine.node.wire import Frame, Hello, Pledge, RaftFrame, Refused, decode, encode
 from dengine.raft.types import MemberId
 from tests.simulation.loop import MS
 from tests.simulation.violation import Violation
@@ -204,6 +204,8 @@ class Peers:
         network, me = self._world.network, self.process.member
         self.process.machine.disk.effect()
         data = encode(frame)
+        if type(frame) is Pledge:
+            self._world.durability.pledges(self.process.machine, frame)
         if type(frame) is RaftFrame:
             check = self._world.checker.sent
             for message in frame.messages:

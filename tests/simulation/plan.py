@@ -74,6 +74,7 @@ class Plan:
     watchers: int = 2
     history_revisions: int = 100_000
     window_s: int = 600  # for which results are remembered
+    calm_start: bool = True  # nothing happens until there was time to found a cluster
 
     def __post_init__(self) -> None:
         rng = random.Random(f"{self.seed} plan")
@@ -125,6 +126,7 @@ class Plan:
             "watch_queue": rng.choice((1, 3, 1000)),
             "watch_step": rng.choice((1, 3, 100)),
         }
+        self.calm_start = rng.random() < 0.7
 
     @property
     def skewed_clocks(self) -> bool:

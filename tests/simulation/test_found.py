@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -70,13 +71,9 @@ def test_a_snapshot_is_fetched_from_a_leader_newer_than_our_log() -> None:
 
 
 def test_a_founding_is_finished_by_who_was_told_of_it() -> None:
-    """One of three founders has founded, and told one other of it, when its disk is lost. The other
-    one only waited for the log that nobody had any more, and so no cluster ever came to be."""
-    plan = Plan(0, tuple(FAULTS))
-    plan.shape, plan.founders, plan.joiners = "3", 3, 0
-    world = World(plan)
-    with world.alive():
-        machines = list(world.machines.values())
+    """One of three founders has founded when its disk is lost. The other ones only waited for the
+    log that nobody had any more, and so no cluster ever came to be."""
+    with three_founders() as (world, machines):
         for machine in machines:
             world.start(machine)
         until(world, lambda: any(map(has_founded, machines)), SECOND // 10_000)
@@ -93,15 +90,85 @@ def test_a_founding_is_finished_by_who_was_told_of_it() -> None:
         until(world, lambda: set(world.membership.voters) == members(machines))
 
 
+def test_no_two_clusters_come_of_one_list() -> None:
+    """A founder remembered one that it had met, and with a new disk of the third founded another
+    cluster than those two had: both of them acknowledged writes."""
+    with three_founders() as (world, machines):
+        one, two, three = machines
+        world.start(one)
+        world.start(two)
+        until(world, lambda: has_met(one, 2) and has_met(two, 1), SECOND // 10_000)
+        cut(world, (1, 2), (2, 3))
+        world.start(three)
+        until(world, lambda: has_met(one, 3) and has_met(three, 1), SECOND // 10_000)
+        world.scheduler.run_until(world.scheduler.now + SECOND)
+        assert not any(map(belongs, machines)), "who is cut off may found another one later"
+
+        empty(world, three)
+        cut(world, (1, 3))
+        mend(world, (2, 3))
+        world.start(three)
+        until(world, lambda: has_met(two, 3) and has_met(three, 2), SECOND // 10_000)
+        world.scheduler.run_until(world.scheduler.now + SECOND)
+        mend(world, (1, 2), (1, 3))
+        world.scheduler.run_until(world.scheduler.now + SECOND)
+        assert not any(map(belongs, machines)), "node 1 may have founded with the lost disk"
+
+        empty(world, one)  # which is what they say that somebody has to do
+        world.start(one)
+        until(world, lambda: set(world.membership.voters) == members(machines))
+        assert len({cluster_id(machine) for machine in machines}) == 1
+
+
+@contextmanager
+def three_founders() -> Iterator[tuple[World, list[Machine]]]:
+    plan = Plan(0, tuple(FAULTS))
+    plan.shape, plan.founders, plan.joiners = "3", 3, 0
+    world = World(plan)
+    with world.alive():
+        yield world, list(world.machines.values())
+
+
+def empty(world: World, machine: Machine) -> None:
+    """It gets a new disk, and nobody changes its file."""
+    world.checker.damaging(machine)
+    machine.wipe(same_file=True)
+    world.faults.mark(machine, "disk replaced", lambda: False)
+
+
+def cut(world: World, *pairs: tuple[int, int]) -> None:
+    """Nothing gets from the one to the other any more, nor back."""
+    for pair in pairs:
+        world.network.cut((pair, pair[::-1]))
+        for machine_id, other in (pair, pair[::-1]):
+            process = world.machines[machine_id].process
+            if process is not None and process.serves:
+                process.peers.cut(other)
+
+
+def mend(world: World, *pairs: tuple[int, int]) -> None:
+    for pair in pairs:
+        world.network.mend((pair, pair[::-1]))
+
+
+def has_met(machine: Machine, other: int) -> bool:
+    node = machine.process and machine.process.node
+    return bool(node and node.peers.connected(other))
+
+
 def has_founded(machine: Machine) -> bool:
     process = machine.process
     return process is not None and process.node is not None and process.node.raft.log.last_index > 0
 
 
-def belongs(machine: Machine) -> bool:
-    """Does its disk name a cluster?"""
+def cluster_id(machine: Machine) -> str:
+    """Which cluster its disk names; empty: none."""
     node = machine.process and machine.process.node
-    return bool(node and node._directory.identity.cluster_id)
+    return node._directory.identity.cluster_id if node else ""
+
+
+def belongs(machine: Machine) -> bool:
+    return cluster_id(machine) != ""
 
 
 def members(machines: list[Machine]) -> set[MemberId]:

@@ -165,6 +165,11 @@ class World:
             self.count("removed node stopped")
             machine.retired = True
             return
+        if isinstance(error, IdentityError) and self._founds_again(machine):
+            self.count("told to join")
+            machine.has_to_join()
+            self.restart_later(machine)
+            return
         if isinstance(error, DataCorruption) and self.faults.damaged is machine:
             self.count("operator replaced a disk")  # it stopped, as it must, and said why
             self.checker.damaging(machine)
@@ -196,6 +201,10 @@ class World:
     def _was_removed(self, process: Process) -> bool:
         node_id = process.machine.id
         return self.membership.was_removed(node_id) or not self.membership.find(node_id)
+
+    def _founds_again(self, machine: Machine) -> bool:
+        """Its disk is empty, and its file says that it founds."""
+        return machine.id in machine.founders and machine.id in self.faults.ever_damaged
 
     @staticmethod
     def _died(machine: Machine, error: BaseException | None) -> Violation:
@@ -239,12 +248,15 @@ class World:
         for machine in self.machines.values():
             if machine.id in machine.founders:
                 self.start(machine)
+        if not self.plan.calm_start:
+            self.faults.start()
         timeout_ns = self.plan.election.timeout_ms_max * MS
         self.scheduler.run_until(3 * timeout_ns)
         self.clients.start()
         self.sessions.start()
         self.watchers.start()
-        self.faults.start()
+        if self.plan.calm_start:
+            self.faults.start()
         self.scheduler.run_until(self.scheduler.now + int(self.plan.seconds * SECOND))
         Ending(self).run()
         self.clients.verify()

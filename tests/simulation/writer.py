@@ -29,13 +29,14 @@ from dengine.storage.state_records import (
 )
 from tests.simulation.disk import SimPath
 from tests.simulation.environment import Table, packed, unpacked
-from tests.simulation.loop import MS, Crash
+from tests.simulation.loop import MS, Crash, WriterDied
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Process
 
 PURGE_EVERY_NS = 20 * MS
 PIECES_MAX = 4  # in which a file arrives
+DIES = 0.08  # how often the writer does, in the midst of a job
 CUT = 0.05  # how often the connection breaks before one of them
 
 
@@ -181,12 +182,29 @@ class WriterProcess:
                 reason = (watch() if watch is not None else None) or self._killed_for
                 if reason:
                     raise TryAgain(reason)
-            done = self._carry_out(job)
-            process.machine.world.count(f"{name.lower()} done")
-            return done
+            return self._at_once(job, name.lower())
         finally:
             self._busy = False
             process.job = ""
+
+    def _at_once(self, job: Job, name: str) -> Done:
+        """All of it, unless the node or the writer alone dies between two of its effects."""
+        machine = self._process.machine
+        count, disk = machine.world.count, machine.disk
+        if "fuse" in machine.world.plan.faults and machine.rng.random() < DIES:
+            disk.writer_fuse = machine.rng.randint(0, 12)
+        try:
+            done = self._carry_out(job)
+        except WriterDied:
+            count(f"writer died in a {name}")
+            raise TryAgain("the snapshot writer ended with signal SIGKILL") from None
+        except Crash:
+            count(f"{name} crashed")
+            raise
+        finally:
+            disk.writer_fuse = None
+        count(f"{name} done")
+        return done
 
     @staticmethod
     def _carry_out(job: Job) -> Done:
