@@ -74,6 +74,7 @@ class Admission:
             founders=tuple(m.id for m in raft.membership.members),
             zone=self._config.cluster.zone,
             term=raft.term,
+            is_sole_voter=raft.membership.is_sole_voter(raft.me),
         )
 
     def admit(self, theirs: Hello, host: str) -> Refused | None:
@@ -166,15 +167,29 @@ class Admission:
 
     def _refuse_old_copy(self, theirs: Hello) -> Refused | None:
         raft, who = self._raft, theirs.member
-        # Within one boot a Hello may be older than an acknowledgement on the stream it replaces.
-        restarted = self._boots.get(who) != theirs.boot
+        if self._boots.get(who) == theirs.boot:
+            return None  # it may be older than an acknowledgement on the stream it replaces
         # In a higher term than ours another leader may have replaced what was never committed.
         progress = raft.progress.get(who) if theirs.term <= raft.term else None
-        if restarted and progress is not None and theirs.last_index < progress.match_index:
+        if progress is not None and theirs.last_index < progress.match_index:
             return Refused(
                 "rolled_back",
                 f"node {who.id} acknowledged entry {progress.match_index} and now ends at "
                 f"{theirs.last_index}: its directory is an old copy",
+            )
+        if theirs.is_sole_voter and theirs.last_index < raft.log.commit_index:
+            # Whoever votes alone has all that is committed; to vote with others it had to agree.
+            return Refused(
+                "rolled_back",
+                f"node {who.id} takes itself for the only voter and ends at entry "
+                f"{theirs.last_index}, but entry {raft.log.commit_index} is committed: its "
+                "directory is an old copy",
+            )
+        if theirs.cluster_id and not theirs.last_index and who in raft.membership.all_voters:
+            return Refused(
+                "empty",
+                f"node {who.id} is a voter, and there is nothing in its log: its directory is an "
+                "old copy",
             )
         return None
 

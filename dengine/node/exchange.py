@@ -13,7 +13,14 @@ from typing import Any, Protocol
 import orjson
 
 from dengine.config import Config
-from dengine.errors import DengineError, IdentityError, NotLeader, RateLimited, TryAgain
+from dengine.errors import (
+    DengineError,
+    FatalError,
+    IdentityError,
+    NotLeader,
+    RateLimited,
+    TryAgain,
+)
 from dengine.kv.commands import Result, encode_result
 from dengine.node.addresses import AddressBook
 from dengine.node.admission import Admission
@@ -245,6 +252,8 @@ class Exchange:
                 self._cycle.fail(IdentityError(refused.message))
             case "rolled_back":
                 self._cycle.fail(self.quarantine(refused.message))
+            case "empty" if not self._raft.log.stable_index:  # else what told us so was late
+                self._cycle.fail(self.quarantine(refused.message))
             case "duplicate":
                 self._suspect_duplicate(refused.message)
 
@@ -260,8 +269,11 @@ class Exchange:
                 )
             )
 
-    def quarantine(self, reason: str) -> TryAgain:
+    def quarantine(self, reason: str) -> FatalError:
         """An old copy of the directory has broken its promises: continue as a new incarnation."""
+        if self._raft.membership.is_sole_voter(self._raft.me):
+            # What it has led alone since then is in its log, and contradicts the cluster's.
+            return IdentityError(f"{reason}; empty it, and set role = 3 to join")
         self._directory.reincarnate()
         return TryAgain(f"{reason}; it was set aside, and the next start joins as a new learner")
 

@@ -33,15 +33,20 @@ class Founding:
     """The founders of `initial_cluster` and what they have shown so far.
 
     Args:
+        boot: makes the id of a cluster that this node founds alone: nobody has to agree on it, and
+            two copies of one directory must not found the same.
         pledge: what this directory is bound to already.
 
     Attributes:
         pledge: what it is bound to; None: nothing yet.
     """
 
-    def __init__(self, config: Config, me: MemberId, pledge: Membership | None = None) -> None:
+    def __init__(
+        self, config: Config, me: MemberId, boot: int, pledge: Membership | None = None
+    ) -> None:
         cluster = config.cluster
         self._me = me
+        self._boot = boot
         self._zone = cluster.zone
         self.is_joiner = config.own_entry.role is InitialRole.LEARNER
         self._addresses = {
@@ -188,7 +193,7 @@ class Founding:
             )
             for i, address in sorted(self._addresses.items())
         ]
-        anonymous = found("", members, self._settings)
+        anonymous = found(f"{self._boot:x}" if self.is_alone else "", members, self._settings)
         cluster_id = hashlib.sha256(anonymous.encode()).hexdigest()[:32]
         return msgspec.structs.replace(anonymous, cluster_id=cluster_id)
 

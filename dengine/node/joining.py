@@ -21,6 +21,7 @@ ATTEMPT_TIMEOUT_S = 5.0
 ANSWER_SHARE = 0.8  # of it is for the node that is asked, so that its own reason arrives in time
 PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 2.0
 REPORT_EVERY_S = 10.0
+NOBODY_TO_ASK = "no other node is known: name one or more members in cluster.initial_cluster"
 TARGET = "/v1/cluster/members"
 
 
@@ -51,8 +52,9 @@ async def join(
     timeout = aiohttp.ClientTimeout(total=ATTEMPT_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         while not joined({}):
-            failures = []
-            for address in addresses():
+            known = list(addresses())
+            failures = [] if known else [NOBODY_TO_ASK]
+            for address in known:
                 failure = await _ask(session, address, request, joined, secrets)
                 if failure is None:
                     pause_s = PAUSE_S_MAX  # accepted: what is left is to be caught up with

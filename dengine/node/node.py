@@ -37,7 +37,7 @@ from dengine.node.leading import AtLeader
 from dengine.node.lifetimes import Lifetimes
 from dengine.node.members import Members
 from dengine.node.metrics import NodeMetrics
-from dengine.node.opening import last_clock, opening
+from dengine.node.opening import last_clock, opening, raft_config
 from dengine.node.proposals import Proposals
 from dengine.node.reads import Reads
 from dengine.node.snapshots import Snapshots
@@ -49,7 +49,7 @@ from dengine.node.wire import Refused
 from dengine.node.writes import OnceKey, Writes
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.messages import Message
-from dengine.raft.raft import Raft, RaftConfig, Ready, Restore, Transition
+from dengine.raft.raft import Raft, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.security import Secrets
 from dengine.storage.recovery import after_damage
@@ -103,16 +103,9 @@ class Node:
             self._build()
 
     def _load_raft(self, me: MemberId) -> Raft:
-        election = self.config.election
         hard_state, memberships = self._log_store.load()
         return Raft(
-            RaftConfig(
-                me=me,
-                timeout_ms_min=election.timeout_ms_min,
-                timeout_ms_max=election.timeout_ms_max,
-                heartbeat_ms=election.heartbeat_ms,
-                lease_ms=self.config.read.lease_ms,
-            ),
+            raft_config(self.config, self._directory, me),
             self._log_store,
             hard_state,
             memberships,
@@ -131,7 +124,12 @@ class Node:
         )
         self._book = AddressBook(config)
         pledge = self._directory.identity.pledge
-        self._founding = Founding(config, raft.me, decode_membership(pledge) if pledge else None)
+        self._founding = Founding(
+            config,
+            raft.me,
+            self._directory.boot,
+            decode_membership(pledge) if pledge else None,
+        )
         self.snapshots = Snapshots(
             config,
             self._directory,

@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dengine.config import Config
 from dengine.errors import ConfigError, IdentityError, StorageIO
 from dengine.kv.commands import batch_clock_ms
-from dengine.raft.types import EntryKind, LogId
+from dengine.raft.raft import RaftConfig
+from dengine.raft.types import EntryKind, LogId, MemberId
 from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.recovery import open_stores
@@ -85,3 +86,17 @@ def last_clock(log: LogStore, state: StateStore) -> tuple[LogId, int]:
         if clock_ms is not None:
             return entry.log_id, clock_ms
     return state.applied, state.clock_ms
+
+
+def raft_config(config: Config, directory: DataDirectory, me: MemberId) -> RaftConfig:
+    """This node's timing, and how long it waits for others to speak up where nobody else votes."""
+    election = config.election
+    return RaftConfig(
+        me=me,
+        timeout_ms_min=election.timeout_ms_min,
+        timeout_ms_max=election.timeout_ms_max,
+        heartbeat_ms=election.heartbeat_ms,
+        lease_ms=config.read.lease_ms,
+        # A copy that is put back is one of another time, most often of before the machine started.
+        sole_voter_wait_ms=0 if directory.same_boot else config.cluster.founding_wait_ms,
+    )

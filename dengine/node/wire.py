@@ -30,6 +30,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
     `list_digest` names the static list of a founder that waits ("" for everyone else).
     `founders` are the members of the sender's cluster: a founder that does not find itself among
     them, though they have its id, was wiped.
+    `is_sole_voter`: it goes by a membership in which nobody else votes.
     `term` tells a leader that was deposed without knowing it that its view of the sender is old.
     `address` is "" unless the sender was configured anew and wants the cluster to know.
     """
@@ -48,16 +49,17 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
     founders: tuple[MemberId, ...] = ()
     zone: str = ""
     term: int = 0
+    is_sole_voter: bool = False
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Why the stream is not wanted.
 
     "different_lists": two founders were started with different ones.
-    "removed", "wiped" (an empty directory that must not found), "rolled_back" and "duplicate"
-    concern the receiver's own identity; "again" asks for a fresh handshake; "this_node_itself" says
-    that an address leads back to its dialler; "not_authenticated" is all that who does not know the
-    peer secret is told.
+    "removed", "wiped" (an empty directory that must not found), "rolled_back", "empty" (a voter
+    without a log; it may have one by now) and "duplicate" concern the receiver's own identity;
+    "again" asks for a fresh handshake; "this_node_itself" says that an address leads back to its
+    dialler; "not_authenticated" is all that who does not know the peer secret is told.
     """
 
     reason: Literal[
@@ -66,6 +68,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
         "removed",
         "wiped",
         "rolled_back",
+        "empty",
         "protocol",
         "duplicate",
         "again",

@@ -88,6 +88,8 @@ class RaftConfig:
 
     `timeout_ms_min` is also the time for which a voter refuses to depose a leader it hears (4.2.3)
     and without a quorum's answers after which a leader steps down (6.2).
+    `sole_voter_wait_ms`: for so long a node that starts as the only voter lets others tell it that
+    its disk is an older copy, before it leads.
     """
 
     me: MemberId
@@ -95,6 +97,7 @@ class RaftConfig:
     timeout_ms_max: int = 2000
     heartbeat_ms: int = 100
     lease_ms: int = 500
+    sole_voter_wait_ms: int = 0
 
 
 class Transition(NamedTuple):
@@ -214,7 +217,8 @@ class Raft:
         self._election_due_ms = 0
         self._reset_election_timer()
         if self.membership.is_sole_voter(self.me):
-            self._election_due_ms = now_ms  # nobody else could lead: no reason to wait
+            # Nobody else could lead: no other reason to wait.
+            self._election_due_ms = now_ms + config.sole_voter_wait_ms
 
     # --- what others may read -------------------------------------------------------------
 
@@ -1070,6 +1074,9 @@ class Raft:
         prev, entries = LogId(m.prev_index, m.prev_term), m.entries
         commit = self.log.commit_index
         if m.prev_index < commit:  # late or repeated: what is committed matches by definition
+            known = [e for e in entries if e.index <= commit]
+            if any(self.log.term(e.index) not in (None, e.term) for e in known):
+                return  # one of the two goes by an older copy of its disk: nothing to agree on
             prev = LogId(commit, self.log.term(commit) or 0)
             entries = tuple(e for e in entries if e.index > commit)
         elif not self.log.matches(prev):

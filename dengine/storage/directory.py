@@ -48,11 +48,14 @@ class DataDirectory:
         path: `<root>/<node_id>`.
         identity: who this directory is.
         boot: 63 random bits, never 0; another number each time the directory is opened.
+        same_boot: the process before this one used the same directory, and since then the machine
+            has not been started anew.
     """
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self.boot = _random_63_bits()
+        self.same_boot = False
         self.identity = Identity(FORMAT, 0, 0)
         self._lock = lock
 
@@ -154,7 +157,7 @@ class DataDirectory:
             return False
         if self.installing or not (state / DATA_FILE).exists() or self._is_clean():
             return True
-        return self._mark(RUN_MARK).partition(UNCLEAN)[0] == self._run_mark()
+        return self._ran_in_this_boot()
 
     def unclean_ends(self) -> int:
         """How many processes in a row have used the trusted state and not closed it."""
@@ -349,7 +352,7 @@ class DataDirectory:
         if not (self.path / "CURRENT").exists():
             known = [_state_number(path.name) or 0 for path in self.path.glob("state-*")]
             self._switch_state(f"state-{max(known, default=0) + 1}")
-        self.state_path()  # raises where CURRENT is damaged
+        self.same_boot = self._ran_in_this_boot()  # raises where CURRENT is damaged
 
     def _make_log(self, identity_file: Path) -> None:
         """The log comes before the identity: so an identity without a log means it was lost."""
@@ -391,6 +394,11 @@ class DataDirectory:
             return ""
         except OSError as error:
             raise StorageIO(f"cannot read {file}: {error.strerror}") from error
+
+    def _ran_in_this_boot(self) -> bool:
+        if not self.state_path().exists():
+            return False
+        return self._mark(RUN_MARK).partition(UNCLEAN)[0] == self._run_mark()
 
     def _run_mark(self) -> str:
         """This boot, and which directory: a copy of a running one was copied page by page."""

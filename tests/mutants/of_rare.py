@@ -13,6 +13,7 @@ QUORUM = "dengine.raft.quorum"
 FILES = "tests/storage/test_snapshot_file.py"
 FOUND = "tests/simulation/test_found.py"
 FOUNDING = "tests/node/test_founding.py"
+OLD_COPIES = "tests/simulation/test_old_copies.py"
 INSTALLS = "tests/raft/test_snapshot_installs.py"
 RECOVERIES = "tests/storage/test_recovery.py"
 
@@ -71,6 +72,21 @@ MUTANTS: tuple[Mutant, ...] = (
         "a founder is bound with any directory of another one",
         ("dengine.node.founding", "self.pledge.get(who) is None:", "not self.pledge.find(who.id):"),
         tests=FOUNDING,
+    ),
+    mutant(
+        "an old copy of the only voter is believed",
+        ("dengine.node.admission", "if theirs.is_sole_voter and", "if False and"),
+        tests=OLD_COPIES,
+    ),
+    mutant(
+        "the only voter of another boot leads at once",
+        ("dengine.node.opening", "0 if directory.same_boot else config", "0 and config"),
+        tests=OLD_COPIES,
+    ),
+    mutant(
+        "a voter without a log is believed",
+        ("dengine.node.admission", "if theirs.cluster_id and not theirs.last_index", "if False"),
+        tests=OLD_COPIES,
     ),
     mutant(
         "messages to an older incarnation believed",

@@ -56,7 +56,7 @@ def admission_of(
     config: Config, directory: DataDirectory, raft: Raft, fail: Callable[[BaseException], None]
 ) -> Admission:
     """Who is let in at node 1, which is `raft`; `fail` is told what ends the node."""
-    founding = Founding(config, raft.me)
+    founding = Founding(config, raft.me, directory.boot)
     return Admission(
         config, directory, raft, AddressBook(config), founding, connected=lambda _: None, fail=fail
     )

@@ -144,7 +144,7 @@ def test_forwarded_requests_under_way_are_bounded(config: Config, tmp_path: Path
 
         services = cast(Any, SimpleNamespace(lead_here=lead_here))
         no_agreement = cast(Any, None)
-        founding = Founding(config, A)
+        founding = Founding(config, A, boot=1)
         exchange = Exchange(
             config,
             directory,

@@ -46,7 +46,7 @@ def test_a_request_is_passed_on_once(
             directory,
             cycle_of(node.raft),
             AddressBook(config),
-            Founding(config, A),
+            Founding(config, A, boot=1),
             cast(Any, SimpleNamespace()),  # nothing is carried out
             cast(Any, None),
             None,

@@ -24,7 +24,7 @@ def founding_of(tmp_path: Path, *ids: int) -> Founding:
     """Node 1's, with an empty directory and a list of these founders."""
     file = tmp_path / "n1.toml"
     file.write_text(config_text(1, {i: 9080 + i for i in ids}, 0, 2), encoding="utf-8")
-    return Founding(read(file, {}), A)
+    return Founding(read(file, {}), A, boot=1)
 
 
 def hello(who: MemberId, *members: MemberId, expects: int | None = 1) -> Hello:
@@ -169,6 +169,17 @@ def test_who_knows_the_members_ends_a_founder_that_is_none_of_them(tmp_path: Pat
     founding = founding_of(tmp_path, 1, 2, 3)
     with pytest.raises(IdentityError, match="set role = 3 to join"):
         founding.offer(hello(B, wiped, B, C))
+
+
+def test_two_copies_of_one_directory_found_two_clusters(tmp_path: Path) -> None:
+    """An image in which a node has never founded, started twice: they must refuse each other."""
+    (tmp_path / "n1.toml").write_text(config_text(1, {1: 9081}, 0, 2), encoding="utf-8")
+    config = read(tmp_path / "n1.toml", {})
+    first, second = (Founding(config, A, boot).agreed() for boot in (1, 2))
+    assert first is not None
+    assert second is not None
+    assert first.voters == second.voters
+    assert first.cluster_id != second.cluster_id
 
 
 def test_alone_a_founder_believes_whoever_expects_it(tmp_path: Path) -> None:

@@ -1,0 +1,167 @@
+"""Directories that are put back from a backup of another time of the cluster: what the others know
+of it is what shows that they are old.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+
+from dengine.errors import DengineError, IdentityError, TryAgain
+from dengine.kv.commands import Put, Result
+from dengine.node.wire import decode
+from dengine.raft.messages import AppendRequest
+from dengine.raft.types import MemberId
+from tests.simulation.disk import Inode
+from tests.simulation.loop import SECOND
+from tests.simulation.machine import Machine
+from tests.simulation.plan import FAULTS, Plan
+from tests.simulation.test_found import belongs, cut, mend, until
+from tests.simulation.world import World
+
+
+def growing() -> World:
+    """One node that founds, two that join; nothing else happens."""
+    plan = Plan(0, tuple(FAULTS))
+    plan.shape, plan.founders, plan.joiners = "1->3", 1, 2
+    return World(plan)
+
+
+def three_voters(world: World) -> bool:
+    return len(world.membership.voters) == 3 and not world.membership.joint
+
+
+def put(world: World, machine: Machine, key: bytes) -> list[Result | DengineError]:
+    """Ask a node for it; the answer is in the list, once it has come."""
+    answers: list[Result | DengineError] = []
+    process = machine.process
+    assert process is not None
+    node = process.node
+    assert node is not None
+
+    async def ask() -> None:
+        try:
+            answers.append(await node.write(Put(key, b"of " + key, None), process.loop.time() + 1))
+        except DengineError as error:
+            answers.append(error)
+
+    process.run(lambda: process.loop.create_task(ask()))
+    return answers
+
+
+def acknowledged(world: World, machine: Machine, key: bytes) -> None:
+    answers = put(world, machine, key)
+    until(world, lambda: bool(answers))
+    assert not isinstance(answers[0], DengineError), answers[0]
+
+
+def put_back(world: World, machine: Machine, root: Inode) -> None:
+    """While it is off, its disk becomes what it was."""
+    world.checker.damaging(machine)
+    machine.crash(power=True)
+    machine.put_back(root, whole=True)
+    world.checker.forgets(machine)
+    world.faults.mark(machine, "disk rolled back", lambda: False)
+    world.faults.ever_rolled_back.add(machine.id)
+
+
+def noted_ends(world: World) -> list[tuple[int, BaseException | None]]:
+    """From now on who ends is noted here, and started again as systemd does."""
+    ends: list[tuple[int, BaseException | None]] = []
+
+    def ended(machine: Machine, process: object, error: BaseException | None) -> None:
+        if machine.process is process:
+            ends.append((machine.id, error))
+            world.process_gone(machine.process)
+            machine.crash()
+            if isinstance(error, TryAgain):
+                world.restart_later(machine)
+
+    world.process_ended = ended  # type: ignore[assignment]
+    return ends
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        lambda world: len(world.membership.voters) == 1,
+        lambda world: len(world.membership.learners) == 2,
+    ],
+    ids=["alone", "with learners"],
+)
+def test_an_old_copy_of_the_only_voter_leads_nobody(when: Callable[[World], bool]) -> None:
+    """With a disk from before the cluster grew node 1 led at once, all by itself: it acknowledged
+    writes that nobody else had, and ended the leader of the others, who led in the same term."""
+    world = growing()
+    with world.alive():
+        one, two, three = machines = list(world.machines.values())
+        world.start(one)
+        until(world, lambda: bool(world.membership.voters) and world.leader() is not None)
+        acknowledged(world, one, b"a")
+        copies: list[Inode] = []
+        if when(world):
+            copies.append(copy.deepcopy(one.disk.root))
+        world.start(two)
+        world.start(three)
+        if not copies:
+            until(world, lambda: when(world), SECOND // 1000)
+            copies.append(copy.deepcopy(one.disk.root))
+        until(world, lambda: three_voters(world))
+        acknowledged(world, one, b"b")
+
+        put_back(world, one, copies[0])
+        ends = noted_ends(world)
+        until(world, lambda: world.leader() is not None)
+        world.start(one)
+        until(world, lambda: bool(ends))
+        assert [(machine_id, type(error)) for machine_id, error in ends] == [(1, IdentityError)]
+        assert "empty it, and set role = 3" in str(ends[0][1])
+        acknowledged(world, two, b"c")
+        assert all(m.process is not None for m in machines if m is not one)
+
+
+def test_a_voter_with_a_disk_from_before_it_joined_is_another_member() -> None:
+    """It was let in as the voter that it had been, without a log, and with its vote a leader was
+    found that lacked what it had acknowledged."""
+    world = growing()
+    with world.alive():
+        one, two, three = world.machines.values()
+        world.start(three)  # waits to be let in, and nobody is there
+        world.scheduler.run_until(SECOND // 5)
+        assert three.process is not None
+        voter = three.process.member
+        before = copy.deepcopy(three.disk.root)
+        world.start(one)
+        world.start(two)
+        until(world, lambda: three_voters(world))
+        cut(world, (1, 2), (2, 3))
+        acknowledged(world, one, b"k")  # by nodes 1 and 3
+
+        put_back(world, three, before)
+        one.crash()  # after that it does not know any more what node 3 has acknowledged
+        mend(world, (1, 2))
+        ends = noted_ends(world)
+        hold_back_appends(world, one.id)
+        world.start(one)
+        until(world, lambda: one.process is not None and one.process.leads)
+        world.start(three)
+        until(world, lambda: bool(ends))
+        assert [(machine_id, type(error)) for machine_id, error in ends] == [(3, TryAgain)]
+        until(world, lambda: belongs(three))
+        assert three.process is not None
+        assert three.process.member != voter
+
+
+def hold_back_appends(world: World, leader: int) -> None:
+    """Nobody gets entries from it."""
+    carry = world.network.raft_frame
+
+    def lossy(sender: MemberId, to: MemberId, data: bytes, count: int) -> None:
+        frame = decode(data)
+        entries = any(isinstance(m, AppendRequest) for m in getattr(frame, "messages", ()))
+        if sender.id != leader or not entries:
+            carry(sender, to, data, count)
+
+    world.network.raft_frame = lossy  # type: ignore[method-assign]
