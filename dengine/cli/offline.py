@@ -20,7 +20,7 @@ from dengine.raft.types import MemberId
 from dengine.storage.directory import DataDirectory
 from dengine.storage.recovery import open_stores
 from dengine.storage.repair import Survey, not_needed, repairing
-from dengine.storage.restore import CHUNK_BYTES, REVISION_STEP, Founded, give_to, restore
+from dengine.storage.restore import CHUNK_BYTES, Founded, give_to, restore
 from dengine.storage.snapshot_file import SnapshotInfo, read_header
 from dengine.storage.snapshots import take, unpack
 
@@ -193,7 +193,7 @@ def _print_survey(survey: Survey) -> None:
 def _print_founded(founded: Founded, root: Path, node_id: int, address: str) -> None:
     print(
         f"It begins after entry {founded.applied.index} at revision {founded.revision}, "
-        f"{REVISION_STEP} above the old one: watchers begin anew."
+        "above all that the old one can have used: watchers begin anew."
     )
     print(
         NEXT.format(

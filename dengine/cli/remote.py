@@ -17,6 +17,7 @@ from typing import Any
 
 from dengine.client.attempts import Attempts, Key, Kind
 from dengine.client.encoding import parse_endpoint
+from dengine.client.stopwatch import Stopwatch
 from dengine.errors import ClusterUnavailable, DengineError, RequestTimeout, from_dict
 from dengine.security import is_absent_credential, read_token
 
@@ -173,7 +174,7 @@ class Remote:
             DengineError: the cluster's own refusal, as the class that the node raised.
         """
         kind = kind or ("read" if method in READING else "write")
-        attempts = Attempts(kind, key)
+        attempts, awake = Attempts(kind, key), Stopwatch(time.monotonic)
         repeatable = kind != "write" or key is not None
         deadline = time.monotonic() + self.timeout_s
         tries = self.endpoints * (KEYED_ROUNDS if repeatable and method not in READING else 1)
@@ -183,7 +184,7 @@ class Remote:
             if position and position % len(self.endpoints) == 0:
                 time.sleep(min(attempts.pause_s(), max(deadline - time.monotonic(), 0.0)))
             now = time.monotonic()
-            if not attempts.may_send(now):
+            if not attempts.may_send(awake.elapsed_s()):
                 break
             left = max(deadline - now, 0.1)
             share = left / (len(tries) - position)
@@ -193,7 +194,7 @@ class Remote:
             except OSError as error:
                 problems.append(f"{endpoint}: {_reason(error)}")
                 continue
-            attempts.sent(position, time.monotonic())
+            attempts.sent(position, awake.elapsed_s())
             keyed = {} if key is None else {"Idempotency-Key": key.text}
             sending = {**(headers or {}), **keyed, **self.authorization}
             wait = share if repeatable else left

@@ -22,6 +22,7 @@ from typing import Any
 from dengine.client.attempts import Attempts, Key, Kind
 from dengine.client.encoding import as_idempotency_key
 from dengine.client.nodes import Node, Prefer
+from dengine.client.stopwatch import Stopwatch
 from dengine.client.transport import Reply, Transport, Unanswered, closed
 from dengine.client.types import ClientClosed
 from dengine.errors import (
@@ -181,6 +182,7 @@ class RetryingRequest:
         self._flying: dict[asyncio.Task[Reply], _Attempt] = {}
         self._tried: list[Node] = []
         self._attempts = Attempts(request.kind, request.key)
+        self._awake = Stopwatch(self._loop.time)
         self._retry_at: float | None = None  # an attempt has failed while others are under way
         self._problems: dict[str, str] = {}
         self._refusal: DengineError | None = None
@@ -219,7 +221,7 @@ class RetryingRequest:
             await asyncio.sleep(pause_s)
             now = self._loop.time()
             node = self._transport.nodes.choose(self._request.prefer, now)
-        if now >= self._deadline or node is None or not self._attempts.may_send(now):
+        if now >= self._deadline or node is None or not self._may_send():
             raise self._failure()
         self._send(node)
 
@@ -239,10 +241,13 @@ class RetryingRequest:
             request.body,
             headers,
             limit_s,
-            lambda: self._attempts.sent(attempt, self._loop.time()),
+            lambda: self._attempts.sent(attempt, self._awake.elapsed_s()),
         )
         self._flying[self._transport.spawn(asking, "dengine-client-attempt")] = attempt
         self._tried.append(node)
+
+    def _may_send(self) -> bool:
+        return self._attempts.may_send(self._awake.elapsed_s())
 
     async def _some_end(self) -> list[asyncio.Task[Reply]]:
         """The attempts that have ended, after a while. Sends another one when these take long."""
@@ -266,7 +271,7 @@ class RetryingRequest:
             now = self._loop.time()
             if now >= self._deadline:
                 raise self._failure()
-            if another is not None and now >= due:
+            if another is not None and now >= due and self._may_send():  # or it has slept too long
                 affordable = (
                     not extra or any(node.silent for node in nodes) or self._hedging.spend()
                 )
@@ -281,7 +286,7 @@ class RetryingRequest:
         """Whom to ask beside those who have not answered yet, when, and whether that is one attempt
         more than there were: not so where it takes the place of one that has failed.
         """
-        if len(self._flying) >= ATTEMPTS_AT_ONCE or not self._attempts.may_send(now):
+        if len(self._flying) >= ATTEMPTS_AT_ONCE or not self._may_send():
             return None, math.inf, False
         choose, prefer = self._transport.nodes.choose, self._request.prefer
         untried = choose(prefer, now, self._tried)

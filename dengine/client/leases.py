@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dengine.client.encoding import as_seconds
+from dengine.client.stopwatch import Stopwatch
 from dengine.client.types import LeaseLost
 from dengine.errors import DengineError, NotFound
 
@@ -29,24 +29,6 @@ REVOKE_S = 2.0  # on leaving; an outage must not hold up its owner
 def margin_s(ttl_s: float) -> float:
     """How long before the end of a lease its owner hears that it is lost."""
     return min(MARGIN * ttl_s, MARGIN_MAX_S)
-
-
-class _Stopwatch:
-    """Time that goes on while the machine sleeps, and is the loop's otherwise."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.start()
-
-    def start(self) -> None:
-        self._began, self._boot_began = self._loop.time(), _boot_time()
-
-    def elapsed_s(self) -> float:
-        return max(self._loop.time() - self._began, _boot_time() - self._boot_began)
-
-
-def _boot_time() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else 0.0
 
 
 class Lease:
@@ -73,7 +55,7 @@ class Lease:
         self._asked = False
         self.lost = asyncio.Event()
         self._why = ""
-        self._held: _Stopwatch | None = None
+        self._held: Stopwatch | None = None
         self._keeper: asyncio.Task[None] | None = None
 
     @property
@@ -134,7 +116,7 @@ class Lease:
         if self._asked:  # at once: two that enter it together would be granted two
             raise RuntimeError("a lease is granted once: make another one")
         self._asked = True
-        asked = _Stopwatch()
+        asked = Stopwatch(asyncio.get_running_loop().time)
         info = await self._client.grant_lease(self._asked_ttl_s)
         self._id, self.ttl_s, self._held = info.id, info.ttl_s, asked
         self._keeper = self._client.spawn(self._keep(), f"dengine-client-lease-{self._id}")
@@ -173,7 +155,7 @@ class Lease:
             if left_s <= 0:
                 self._lose(f"it was not renewed for {self.ttl_s:g} s")
                 return
-            asked = _Stopwatch()
+            asked = Stopwatch(asyncio.get_running_loop().time)
             try:
                 async with asyncio.timeout(left_s):
                     info = await self._client.keepalive_lease(self._id, timeout_s=max(left_s, 0.1))

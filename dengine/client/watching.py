@@ -23,7 +23,7 @@ from dengine.client.encoding import target
 from dengine.client.nodes import Node
 from dengine.client.transport import Transport, Unanswered, closed, unanswered
 from dengine.client.types import Change
-from dengine.errors import DengineError
+from dengine.errors import Compacted, DengineError
 
 BEGIN_S = 3.0  # for a node to begin its answer
 QUIET_S = 3.0  # without a byte; then the node is asked whether it is ready
@@ -272,7 +272,7 @@ class _Course:
 
     def _take(self, message: Message) -> None:
         if message.event == "cancelled":  # too slow, or the node stops: resume where we are
-            raise _Ended(well=True)
+            raise _compacted(message) or _Ended(well=True)
         if message.event not in ("change", "progress"):
             return
         try:
@@ -292,6 +292,15 @@ class _Course:
             self._ready.append(change)
         elif not self._ready:  # else the changes before it are still to be delivered
             self.revision = revision
+
+
+def _compacted(message: Message) -> Compacted | None:
+    """What a `cancelled` says that no resumption can make up for."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        fields: Any = orjson.loads(message.data)
+        compact = int(fields["compact_revision"])
+        return Compacted(str(fields.get("reason")), compact_revision=compact)
+    return None
 
 
 # --- server-sent events ---------------------------------------------------------------------------

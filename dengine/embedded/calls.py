@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 from dengine.api.kv import refusal
 from dengine.client.attempts import Attempts, IdempotencyKeys, Key, Kind
 from dengine.client.calls import WRITES_AT_ONCE
+from dengine.client.stopwatch import Stopwatch
 from dengine.errors import DengineError, FatalError, Outcome, RequestTimeout
 from dengine.kv.commands import (
     Effect,
@@ -157,21 +158,22 @@ class Calls:
             DengineError: the last refusal. Once an attempt may have happened the outcome is unknown
                 for good, for a later attempt says nothing of what is still on its way.
         """
-        attempts = Attempts(kind, key)
+        attempts, awake = Attempts(kind, key), Stopwatch(self._loop.time)
         for number in itertools.count():
-            attempts.sent(number, self._loop.time())
+            attempts.sent(number, awake.elapsed_s())
             try:
                 return await self.run(attempt, deadline, attempts.outcome)
             except DengineError as error:
                 attempts.refused(number, error)
                 wait_s = attempts.pause_s()
-                again_at = self._loop.time() + wait_s
-                if not (error.retryable and again_at < deadline and attempts.may_send(again_at)):
+                again = error.retryable and self._loop.time() + wait_s < deadline
+                if again:
+                    await asyncio.sleep(wait_s)  # in which the machine may sleep for long
+                if not (again and attempts.may_send(awake.elapsed_s())):
                     told = attempts.certain(error)
                     if told is error:
                         raise
                     raise told from error
-            await asyncio.sleep(wait_s)
         raise AssertionError("there is always a next number")
 
     async def run(

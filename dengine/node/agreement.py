@@ -3,7 +3,8 @@
 Equal entries must give equal states. A member whose digest differs from that of a majority of the
 voters is wrong, be it by a flipped bit or by a bug: it throws its state away and gets another. The
 leader is no exception, and steps down first. Where no majority agrees nobody knows who is right, so
-all stop: no answer is better than a wrong one.
+all stop, and do not start again before a person has decided: no answer is better than a wrong one.
+Reports and verdicts may be lost: a report is repeated, and what it shows is judged once more.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ log = logging.getLogger("dengine.agreement")
 # A voter that is connected and behind, as after a restart, may yet decide; not for ever.
 PATIENCE = 10  # times the grace
 COMPARED_MAX = 64  # indexes that wait for more reports; who lags further is not compared
+REPEAT_MS = 5000  # after that long what was said last is said once more
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class Agreement:
         send: one frame to a member; it may be lost.
         distrust: throws the applied state away, and our snapshots of it; told why, and after which
             entry it was wrong.
-        fail: ends the process.
+        halt: ends the process, and every later one that would use the directory.
     """
 
     def __init__(
@@ -113,28 +115,35 @@ class Agreement:
         grace_ms: int,
         send: Callable[[MemberId, Frame], object],
         distrust: Callable[[str, int], None],
-        fail: Callable[[DataCorruption], None],
+        halt: Callable[[DataCorruption], None],
     ) -> None:
         self._raft = raft
         self._state = state
         self._grace_ms = grace_ms
         self._send = send
         self._distrust = distrust
-        self._fail = fail
+        self._halt = halt
         self._tally = Tally(grace_ms)
+        self._last: tuple[StateDigest, ...] = ()  # what this node has said last
+        self._repeat_due_ms = 0
 
     def leadership_began(self) -> None:
         self._tally = Tally(self._grace_ms)
+        self._repeat_due_ms = 0
 
     def applied(self, now_ms: int) -> None:
         """Entries were applied: report, or compare."""
         digests = self._state.take_digests()
-        if not digests or self._raft.leader is None:
-            return
+        if digests:
+            self._last = tuple(digests[-COMPARED_MAX:])
+            self._say_last(now_ms)
+
+    def _say_last(self, now_ms: int) -> None:
+        self._repeat_due_ms = now_ms + REPEAT_MS
         if self._raft.is_leader:
-            self.reported(self._raft.me, digests, now_ms)
-        else:
-            self._send(self._raft.leader, StateReport(tuple(digests)))
+            self.reported(self._raft.me, self._last, now_ms)
+        elif self._raft.leader is not None:
+            self._send(self._raft.leader, StateReport(self._last))
 
     def reported(self, sender: MemberId, digests: Sequence[StateDigest], now_ms: int) -> None:
         """A member has applied up to these. Leader only; from an older one's view it is ignored."""
@@ -142,12 +151,16 @@ class Agreement:
             return
         for digest in digests:
             self._tally.report(sender, digest, now_ms)
-        self.ticked(now_ms)
+        self._judge(now_ms)
 
     def ticked(self, now_ms: int) -> None:
-        """Leader: act on what can be decided."""
-        if not self._raft.is_leader:
-            return
+        """Say again what may have been lost; as the leader, act on what can be decided."""
+        if self._last and now_ms >= self._repeat_due_ms:
+            self._say_last(now_ms)
+        elif self._raft.is_leader:
+            self._judge(now_ms)
+
+    def _judge(self, now_ms: int) -> None:
         membership = self._raft.committed_membership
         live = {voter for voter in membership.all_voters if self._raft.is_live(voter)}
         for verdict in self._tally.judge(membership, live, now_ms):
@@ -180,7 +193,7 @@ class Agreement:
 
     def _obey(self, verdict: StateVerdict) -> None:
         if verdict.split:
-            self._fail(
+            self._halt(
                 DataCorruption(
                     f"after entry {verdict.index} the members hold different states and no "
                     "majority agrees: compare them with `dengine snapshot save` and "
@@ -188,5 +201,6 @@ class Agreement:
                 )
             )
         else:
+            self._last = ()  # of the state that is thrown away
             reason = f"after entry {verdict.index} it differs from that of the majority"
             self._distrust(reason, verdict.index)

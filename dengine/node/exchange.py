@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import orjson
@@ -19,6 +20,7 @@ from dengine.errors import (
     IdentityError,
     NotLeader,
     RateLimited,
+    StorageIO,
     TryAgain,
 )
 from dengine.kv.commands import Result, encode_result
@@ -268,6 +270,19 @@ class Exchange:
                     f"{message}: stop this one, or give it an id and directory of its own"
                 )
             )
+
+    def promise_less(self) -> None:
+        """What was promised before this start (`opening.raft_config`) has been kept by now."""
+        try:
+            self._directory.set_stickiness(self._raft.config.timeout_ms_min)
+        except StorageIO as error:
+            self._cycle.fail(error)
+
+    def halt(self, error: FatalError) -> None:
+        """End the process, and every later one that would use this directory."""
+        with suppress(StorageIO):
+            self._directory.halt(error.message)
+        self._cycle.fail(error)
 
     def quarantine(self, reason: str) -> FatalError:
         """An old copy of the directory has broken its promises: continue as a new incarnation."""

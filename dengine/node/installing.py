@@ -166,6 +166,24 @@ class Installer:
         self._files.distrust(spare)
         return spare
 
+    @property
+    def may_forget(self) -> bool:
+        """May the state be thrown away? The only voter, of whose log a part is gone, needs a file
+        that is known to be sound: nobody else could give it what it throws away.
+        """
+        raft = self._raft
+        base = raft.log.base.index
+        if not (base and raft.membership.is_sole_voter(raft.me)):
+            return True
+        return any(ref.index >= base for ref in self._files.refs)
+
+    @staticmethod
+    def hopeless(reason: str) -> DataCorruption:
+        return DataCorruption(
+            f"{reason}; no snapshot of this node continues in its log, and it is the only voter: "
+            "restore a backup with `dengine snapshot restore`"
+        )
+
     async def forget(self, reason: str) -> None:
         """Throw the state away; then the log, our snapshots or the leader's build it again.
 

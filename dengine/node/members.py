@@ -20,6 +20,7 @@ from dengine.errors import (
     FatalError,
     InvalidRequest,
     JoinError,
+    LeaderChanged,
     NotFound,
     NotLeader,
     ProposeFailed,
@@ -209,9 +210,11 @@ class Members:
                 )
 
     async def _remove(self, node_id: int, deadline: float) -> dict[str, Any]:
-        membership = self._cycle.raft.membership
-        if not membership.find(node_id):
-            if membership.was_removed(node_id):
+        raft = self._cycle.raft
+        if not raft.membership.find(node_id):
+            await self._settled(deadline)
+        if not raft.membership.find(node_id):
+            if raft.membership.was_removed(node_id):
                 return {"id": node_id, "removed": True}
             raise NotFound(f"node {node_id} is not a member of this cluster")
         await self.change(lambda _: Remove(node_id), deadline)
@@ -259,13 +262,27 @@ class Members:
             wanted.append(learner)
         if wanted:
             await self.change(lambda _: Promote(tuple(wanted)), deadline)
-            while raft.membership.joint:  # the change is done when the joint state is left
-                self._require_time(deadline)
-                await asyncio.sleep(RETRY_S)
+        await self._settled(deadline)
         return {
             "promoted": [m.id for m in wanted],
             "voters": sorted(v.id for v in raft.membership.voters),
         }
+
+    async def _settled(self, deadline: float) -> None:
+        """Wait until the membership in force is committed, and no joint one: what it says is done.
+
+        Raises:
+            LeaderChanged: this node does not lead any more, and it may not come to be.
+            RequestTimeout: not in time.
+        """
+        raft = self._cycle.raft
+        while raft.membership.joint or raft.membership != raft.committed_membership:
+            if not raft.is_leader:
+                raise LeaderChanged(
+                    "leadership changed while the membership did", outcome="unknown"
+                )
+            self._require_time(deadline)
+            await asyncio.sleep(RETRY_S)
 
     async def _transfer(self, node_id: int, deadline: float) -> dict[str, Any]:
         raft = self._cycle.raft
@@ -280,7 +297,8 @@ class Members:
             if raft.may_propose:
                 raise ProposeFailed(
                     f"node {node_id} did not take over within one election timeout; "
-                    f"node {raft.me.id} leads on"
+                    f"node {raft.me.id} leads on",
+                    outcome="unknown",  # what it was told may still be on its way
                 )
             if not raft.is_leader and raft.leader is not None:
                 raise ProposeFailed(f"node {raft.leader.id} was elected instead of {node_id}")

@@ -118,7 +118,7 @@ class Node:
         """Put the parts together: streams -> cycle -> state, and what answers beside them."""
         config, limits, raft = self.config, self.config.limits, self.raft
         self._proposals = Proposals(limits.pending_writes, limits.pending_bytes)
-        self._reads = Reads(raft.me, self._directory.boot)
+        self._reads = Reads(raft.me, self._directory.boot, config.election.timeout_ms_max / 1000)
         self._cycle = Cycle(
             raft, self._log_store, self.state, self, proposals=self._proposals, reads=self._reads
         )
@@ -139,6 +139,7 @@ class Node:
             lead=self._lead,
             source=self._addresses,
             secrets=self.secrets,
+            distrusted=lambda: self.hub.distrusted(),
         )
         self._agreement = Agreement(
             raft,
@@ -146,7 +147,7 @@ class Node:
             grace_ms=2 * config.election.timeout_ms_max,
             send=lambda to, frame: self.peers.send(to, frame),
             distrust=lambda why, at: self.snapshots.distrust(why, files_too=True, index=at),
-            fail=self.fail,
+            halt=lambda error: self._exchange.halt(error),
         )
         self._exchange = Exchange(
             config,
@@ -194,6 +195,8 @@ class Node:
         self._cycle.start()
         self._exchange.set_targets()
         self.snapshots.start()
+        promised_s = self._directory.identity.stickiness_ms / 1000
+        self._loop.call_later(promised_s, self._exchange.promise_less)
         entering = self._loop.create_task(self._entrance.enter(), name="enter the cluster")
         ends: set[asyncio.Future[Any]] = {self._cycle.failed, self.peers.failed, self._stopped}
         ends.add(entering)
@@ -230,6 +233,7 @@ class Node:
         self._leaders.close()
         await self.hub.close()
         await self.snapshots.stop()
+        clean = clean and not self.snapshots.distrusts_state
         written = self._cycle.stop(DISK_STOP_S)
         await self._exchange.close()
         if written and clean:

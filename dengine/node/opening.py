@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from dengine.config import Config
-from dengine.errors import ConfigError, IdentityError, StorageIO
+from dengine.errors import ConfigError, DataCorruption, IdentityError, StorageIO
 from dengine.kv.commands import batch_clock_ms
 from dengine.raft.raft import RaftConfig
 from dengine.raft.types import EntryKind, LogId, MemberId
-from dengine.storage.directory import DataDirectory
+from dengine.storage.directory import HALTED_MARK, DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.recovery import open_stores
 from dengine.storage.state_store import StateStore
@@ -70,6 +70,10 @@ def open_directory(config: Config) -> DataDirectory:
             f"({identity.removed}): {directory.path} cannot be used again; start a new "
             "node with a new node_id and an empty directory"
         )
+    if directory.halted:
+        directory.close()
+        mark = directory.path / HALTED_MARK
+        raise DataCorruption(f"{directory.halted}; then remove {mark}", file=str(mark))
     return directory
 
 
@@ -89,8 +93,14 @@ def last_clock(log: LogStore, state: StateStore) -> tuple[LogId, int]:
 
 
 def raft_config(config: Config, directory: DataDirectory, me: MemberId) -> RaftConfig:
-    """This node's timing, and how long it waits for others to speak up where nobody else votes."""
+    """This node's timing, and how long it waits for others to speak up where nobody else votes.
+
+    Before this start it may have promised leaders more than it does now: leases rest on that.
+    Raises StorageIO.
+    """
     election = config.election
+    promised_ms = max(directory.identity.stickiness_ms, election.timeout_ms_min)
+    directory.set_stickiness(promised_ms)
     return RaftConfig(
         me=me,
         timeout_ms_min=election.timeout_ms_min,
@@ -98,5 +108,6 @@ def raft_config(config: Config, directory: DataDirectory, me: MemberId) -> RaftC
         heartbeat_ms=election.heartbeat_ms,
         lease_ms=config.read.lease_ms,
         # A copy that is put back is one of another time, most often of before the machine started.
+        start_stickiness_ms=promised_ms,
         sole_voter_wait_ms=0 if directory.same_boot else config.cluster.founding_wait_ms,
     )

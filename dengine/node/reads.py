@@ -13,8 +13,6 @@ from typing import NamedTuple
 from dengine.errors import LeaderChanged, RequestTimeout
 from dengine.raft.types import MemberId, ReadNonce, ReadState
 
-ANSWER_TIMEOUT_S = 1.0  # a question or its answer was lost: ask again
-
 
 class _Waiting(NamedTuple):
     future: asyncio.Future[None]
@@ -27,9 +25,15 @@ class _Batch(NamedTuple):
 
 
 class Reads:
-    """Nonces are (member, boot, counter) and never reused, not even after a restart."""
+    """Nonces are (member, boot, counter) and never reused, not even after a restart.
 
-    def __init__(self, me: MemberId, boot: int) -> None:
+    Args:
+        answer_timeout_s: after that a question or its answer counts as lost, and is asked again.
+            Raft itself waits as long; less would throw away what a slow link brings.
+    """
+
+    def __init__(self, me: MemberId, boot: int, answer_timeout_s: float) -> None:
+        self._answer_timeout_s = answer_timeout_s
         self._me = me
         self._boot = boot
         self._counter = 0
@@ -70,7 +74,8 @@ class Reads:
 
     def expire(self, now: float) -> None:
         """Fail questions nobody answered, and whoever is past the deadline."""
-        for nonce in [n for n, b in self._asked.items() if now - b.asked_at > ANSWER_TIMEOUT_S]:
+        limit_s = self._answer_timeout_s
+        for nonce in [n for n, b in self._asked.items() if now - b.asked_at > limit_s]:
             self._fail(self._asked.pop(nonce).waiting)
         for waiting in self._everyone():
             if waiting.deadline <= now and not waiting.future.done():

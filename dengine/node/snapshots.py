@@ -70,8 +70,11 @@ class Snapshots:
         lead: Lead,
         source: Callable[[MemberId], Awaitable[Sequence[str]]],
         secrets: Secrets,
+        distrusted: Callable[[], None],
     ) -> None:
+        self._distrusted = distrusted
         self._config = config.snapshot
+        self._directory = directory
         self._path = directory.snapshots_path
         self._cycle = cycle
         self._raft: Raft = cycle.raft
@@ -136,25 +139,22 @@ class Snapshots:
     async def _next_job(self) -> None:
         wanted = self._wanted
         await self._tidy_up()
-        if wanted.distrust is not None:
+        if wanted.distrust is not None and (self.installer.may_forget or not self.distrusts_state):
             await self._forget(wanted.distrust)
+        elif wanted.distrust is not None and not wanted.unverified:
+            self._cycle.fail(self.installer.hopeless(wanted.distrust.reason))
+            await self._pause(POLL_S)
         elif self._rebuild_backoff.is_due and (ref := self.installer.own_file) is not None:
             await self._rebuild(ref)
         elif wanted.fetch is not None and self._fetch_backoff.is_due:
             (sender, ref), wanted.fetch = wanted.fetch, None
             await self._fetch(sender, ref)
-        elif self._verifier.is_due:
+        elif self._verifier.is_due or (wanted.distrust is not None and wanted.unverified):
             file = wanted.unverified.pop()
             self.job = f"verifying {file.name}"
             await self._verifier.verify(file)
         elif self._is_hopeless():
-            self._cycle.fail(
-                DataCorruption(
-                    f"{self.installer.forgotten_for}; no snapshot of this node continues in its "
-                    "log, and it is the only voter: restore a backup with "
-                    "`dengine snapshot restore`"
-                )
-            )
+            self._cycle.fail(self.installer.hopeless(self.installer.forgotten_for))
             await self._pause(POLL_S)
         elif (may_take := await self._may_take()) and not self._is_urgent:
             await self._take()
@@ -282,21 +282,31 @@ class Snapshots:
         if files_too:
             replaced = self._wanted.distrust.state != self._state.path
             self.installer.distrust_files(but_received=replaced)
+            self._distrusted()
+        if self.distrusts_state:
+            # At once: this process may end before its task gets there, which tries it again.
+            with suppress(StorageIO):
+                self._directory.distrust_state(self._state.path, self._wanted.distrust.files_too)
         self._cycle.post(self._step_aside)
         self._writer.kill("the state is thrown away")
         self._wake.set()
 
+    @property
+    def distrusts_state(self) -> bool:
+        """Is the state in use known to be wrong?"""
+        distrust = self._wanted.distrust
+        return distrust is not None and distrust.state == self._state.path
+
     def _step_aside(self) -> None:
         """In a turn: a wrong state leads nobody and tells no result."""
-        distrust = self._wanted.distrust
-        if distrust is not None and distrust.state == self._state.path:
+        if self.distrusts_state:
             self._raft.distrust_state()
             self._cycle.proposals.distrusted()
 
     def require_trusted(self) -> None:
         """Raises ClusterUnavailable while the state in use is known to be wrong."""
         distrust = self._wanted.distrust
-        if distrust is not None and distrust.state == self._state.path:
+        if distrust is not None and self.distrusts_state:
             raise ClusterUnavailable(
                 f"the state of this node is wrong and is being replaced ({distrust.reason}); "
                 "ask another node"
@@ -410,7 +420,7 @@ class Snapshots:
 
     async def _run_take(self) -> Done:
         config = self._config
-        self.room.require(self._state.data_bytes())
+        self.room.require(self._state.used_bytes())
 
         def report(done: int, total: int) -> None:
             self.job = f"taking a snapshot: {percent(done, total)} %"

@@ -326,6 +326,16 @@ class WatchHub:
                 self._catch_up(), name="watches that catch up"
             )
 
+    def distrusted(self) -> None:
+        """The state was wrong, perhaps for long, and with it what it told: it ends all of them, and
+        nobody may go on from the revision that he has come to.
+        """
+        for watch in list(self._all):
+            watch.cancel(
+                "the state of this node is wrong: read the keys anew, at another one",
+                self._state.revision,
+            )
+
     def _notice_replacement(self) -> None:
         """A snapshot took the state's place: what lies between is in its history, or is not."""
         if self._state.path == self._path:

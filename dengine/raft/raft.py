@@ -88,6 +88,7 @@ class RaftConfig:
 
     `timeout_ms_min` is also the time for which a voter refuses to depose a leader it hears (4.2.3)
     and without a quorum's answers after which a leader steps down (6.2).
+    `start_stickiness_ms`: the same time after a start, where the node promised more before it.
     `sole_voter_wait_ms`: for so long a node that starts as the only voter lets others tell it that
     its disk is an older copy, before it leads.
     """
@@ -97,6 +98,7 @@ class RaftConfig:
     timeout_ms_max: int = 2000
     heartbeat_ms: int = 100
     lease_ms: int = 500
+    start_stickiness_ms: int = 0
     sole_voter_wait_ms: int = 0
 
 
@@ -593,15 +595,22 @@ class Raft:
         """Learners and the removed campaign only where an election can be won by nobody else
         (4.2.2, figure 4.6: "a server that is not part of its own latest configuration should still
         start new elections"): a voter whose removal is not committed, and whoever a candidate
-        counts as a voter in vain, because its log is the better one. Such a leader commits what it
-        holds and hands over (`_leave`). Without its state, with a wrong one, or with a log that is
-        being replaced, a member could not serve as a leader.
+        counts as a voter in vain, because its log is the better one. The same holds for a voter
+        without its state, or with a wrong one: it could not serve, but others may lack what is in
+        its log. Such a leader commits what it holds and hands over (`_leave`).
         """
-        if self.state_lost or self.state_wrong or self._restore is not None:
-            return False
-        return self._counted_as_voter or any(
+        if self._restore is not None:
+            return False  # the log is being replaced
+        if self._counted_as_voter:
+            return True
+        return not self._has_no_state and any(
             self.me in membership.all_voters for _, membership in self._memberships
         )
+
+    @property
+    def _has_no_state(self) -> bool:
+        """It is lost or known to be wrong, and another one has yet to take its place."""
+        return self.state_lost or self.state_wrong
 
     def _pre_campaign(self) -> None:
         """Ask whether an election could be won before disturbing anybody's term (9.6)."""
@@ -654,8 +663,9 @@ class Raft:
             self._retry_election()
 
     def _on_pre_vote_request(self, m: PreVoteRequest) -> None:
-        """A refusal for the log alone lets a learner stand for election itself: a promotion that
-        this log lacks has made it a voter for the sender, who may not win without it.
+        """A refusal for the log alone lets who else would not stand for election do so: a voter
+        without its state, or a learner that a promotion has made a voter for the sender, who may
+        not win without it.
         """
         may_grant = m.term > self.term and not self._is_sticky()
         granted = may_grant and self.log.is_up_to_date(LogId(m.last_index, m.last_term))
@@ -703,12 +713,13 @@ class Raft:
         """
         if self.role is Role.LEADER:
             return True
-        since = self._leader_contact_ms
-        if since is None:
-            if self.membership.is_sole_voter(self.me):
-                return False
-            since = self._started_ms
-        return self._now_ms - since < self.config.timeout_ms_min
+        since, config = self._leader_contact_ms, self.config
+        if since is not None and self._now_ms - since < config.timeout_ms_min:
+            return True
+        if since is None and self.membership.is_sole_voter(self.me):
+            return False
+        promised_ms = max(config.start_stickiness_ms, config.timeout_ms_min if since is None else 0)
+        return self._now_ms - self._started_ms < promised_ms
 
     # --- changes of role ---------------------------------------------------------------------
 
@@ -906,21 +917,23 @@ class Raft:
             return
         if membership.joint:  # whoever leads finishes a joint state it finds (4.3)
             self._append(EntryKind.CONFIG, apply_change(membership, LeaveJoint()).encode())
-        elif self.me not in membership.voters:
+        elif self.me not in membership.voters or self._has_no_state:
             self._leave(membership)
 
     def _leave(self, membership: Membership) -> None:
-        """4.2.2: a leader that is not a voter steps down once that is committed."""
+        """4.2.2: a leader that is not a voter steps down once that is committed, and so does one
+        that cannot serve.
+        """
         heirs = [
             v
             for v in membership.voters
-            if v in self.progress and self.progress[v].needs_snapshot is None
+            if v != self.me and v in self.progress and self.progress[v].needs_snapshot is None
         ]
         if heirs:
             heir = max(heirs, key=lambda v: (self.progress[v].match_index, -v.id))
             self._send_heartbeat(heir, 0)
             self._send(TimeoutNow(self.me, heir, self.term))
-        self.step_down("it is not a voter")
+        self.step_down(f"it {self._why_leaving}")
 
     def _hand_over_if_caught_up(self, to: MemberId) -> None:
         progress = self.progress.get(to)
@@ -934,15 +947,21 @@ class Raft:
         if self._transfer is not None:
             raise LeaderChanged("leadership is being handed over; try again in a moment")
         if self._leaving:
-            raise LeaderChanged("this leader is not a voter and hands over; try again in a moment")
+            raise LeaderChanged(
+                f"this leader {self._why_leaving} and hands over; try again in a moment"
+            )
 
     @property
     def _leaving(self) -> bool:
-        """4.2.2: a voter whose removal is in its log, or who never was one. Nothing is appended
-        behind that: it may be committed when we do not lead any more, or are not even there to
-        hear of it, and whoever waits would never know.
+        """4.2.2: a voter whose removal is in its log, or who never was one, or has no state.
+        Nothing is appended behind that: it may be committed when we do not lead any more, or are
+        not even there to hear of it, and whoever waits would never know.
         """
-        return self.me not in self.membership.all_voters
+        return self.me not in self.membership.all_voters or self._has_no_state
+
+    @property
+    def _why_leaving(self) -> str:
+        return "has no state" if self._has_no_state else "is not a voter"
 
     def _require_live_quorum(self, new: Membership) -> None:
         votes = {v: self.is_live(v) for v in new.voters}

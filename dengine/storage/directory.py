@@ -6,6 +6,7 @@
     state-N/        StateStore; CURRENT names the one in use
     RUN, CLEAN      whether the state, which is not synced per commit, can be trusted
     OPENING         a start reads the log; left behind when that ended the process
+    HALTED          why no start is to use the directory before a person has decided
     snapshots/      verified snapshots, and what is on its way to become one
 
 The state is what the disk says only if the kernel that holds its unwritten pages still runs (RUN
@@ -38,6 +39,7 @@ from dengine.storage.marks import DAMAGED_MARK, FILES_TOO, RUN_MARK
 UNPACKED_MARK = "UNPACKED"
 UNCLEAN = " unclean ends before: "  # in RUN
 NEW_LOG = "log.new"
+HALTED_MARK = "HALTED"
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -118,6 +120,13 @@ class DataDirectory:
         if self.identity.address != address:
             self._write_identity(msgspec.structs.replace(self.identity, address=address))
 
+    def set_stickiness(self, stickiness_ms: int) -> None:
+        """Note durably for how long a leader that was heard keeps this vote. Raises StorageIO."""
+        if self.identity.stickiness_ms != stickiness_ms:
+            self._write_identity(
+                msgspec.structs.replace(self.identity, stickiness_ms=stickiness_ms)
+            )
+
     def set_removed(self, reason: str) -> None:
         """Note durably that the cluster removed this node, and why. Raises StorageIO."""
         self._write_identity(msgspec.structs.replace(self.identity, removed=reason))
@@ -172,9 +181,10 @@ class DataDirectory:
         Call it after `discard_state`, if that is called.
         Raises StorageIO.
         """
-        try:
-            (self.path / "CLEAN").unlink(missing_ok=True)
+        try:  # CLEAN still says the truth until something is committed, and is needed if this fails
             self._write_file(RUN_MARK, f"{self._run_mark()}{UNCLEAN}{unclean_ends}")
+            (self.path / "CLEAN").unlink(missing_ok=True)
+            sync_directory(self.path)
         except OSError as error:
             raise StorageIO(f"cannot write {self.path / RUN_MARK}: {error.strerror}") from error
 
@@ -245,7 +255,22 @@ class DataDirectory:
         try:
             self._write_file(f"{state.name}/{DAMAGED_MARK}", FILES_TOO if files_too else "")
         except OSError as error:
+            for name in (RUN_MARK, "CLEAN"):  # a full disk still lets go of what vouches for it
+                with suppress(OSError):
+                    (self.path / name).unlink(missing_ok=True)
             raise StorageIO(f"cannot write {state / DAMAGED_MARK}: {error.strerror}") from error
+
+    @property
+    def halted(self) -> str:
+        """Why this directory is not to be used before a person has decided; empty: it may be."""
+        return self._mark(HALTED_MARK)
+
+    def halt(self, reason: str) -> None:
+        """Have every start refuse to use it, until somebody removes the mark. Raises StorageIO."""
+        try:
+            self._write_file(HALTED_MARK, reason)
+        except OSError as error:
+            raise StorageIO(f"cannot write {self.path / HALTED_MARK}: {error.strerror}") from error
 
     @property
     def distrusts_files(self) -> bool:

@@ -22,6 +22,7 @@ class Identity(msgspec.Struct, frozen=True):
     cluster_id: str = ""  # "" until it belongs to a cluster
     address: str = ""
     removed: str | None = None  # why the cluster removed this incarnation
+    stickiness_ms: int = 0  # for how long a leader may count on no vote of it for another one
     pledge: bytes = b""  # the first membership it is bound to; b"" once it belongs to a cluster
 
 
@@ -35,6 +36,7 @@ class _IdentityFile(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tr
     cluster_id: str
     address: str
     removed: str | None
+    stickiness_ms: int = 0
     pledge: str = ""
 
 
@@ -77,5 +79,6 @@ def read_identity(file: Path) -> Identity:
         found.cluster_id,
         found.address,
         found.removed,
+        found.stickiness_ms,
         pledge,
     )

@@ -366,6 +366,7 @@ def _forget_beyond(directory: DataDirectory, index: int) -> None:
             log.warning("%s belongs to an install that did not come to its end: removed", file)
             with suppress(OSError):
                 file.unlink()
+                sync_directory(file.parent)  # else it may come back, and say that the log is old
 
 
 def _without_log(directory: DataDirectory, error: DataCorruption) -> Stores:

@@ -5,9 +5,9 @@ name. One rename puts it there. So a crash leaves either nothing that a node wou
 attempt begins anew, or a complete directory.
 
 The new cluster has an id of its own and one voter, of a new incarnation. So members of the old one
-are refused, and their directories must be emptied before they join. The revision moves up by
-`REVISION_STEP`: what the old cluster acknowledged after the snapshot was taken used revisions that
-must not be given out again for other changes.
+are refused, and their directories must be emptied before they join. The revision moves up far: what
+the old cluster acknowledged after the snapshot was taken, or one that was restored from it before,
+used revisions that must not be given out again for other changes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,8 +33,17 @@ from dengine.storage.snapshot_file import read_header
 from dengine.storage.snapshots import Progress, take, unpack
 from dengine.storage.state_store import StateStore
 
-REVISION_STEP: Final = 1_000_000
+REVISION_STEP: Final = 1_000_000  # at least
+REVISIONS_PER_S: Final = 1_000_000  # more than any cluster makes
 CHUNK_BYTES: Final = 1024 * 1024
+
+
+def _first_revision(old: int) -> int:
+    """Above all that a cluster can have used since 1970, also one that began by another restore;
+    below 2**53, which is as far as JSON's numbers are exact everywhere. By the clock of this
+    machine; where that is wrong, at least some.
+    """
+    return max(old + REVISION_STEP, int(time.time() * REVISIONS_PER_S))
 
 
 class Founded(NamedTuple):
@@ -141,7 +151,7 @@ def found_cluster(
         settings = state.membership.settings if state.membership is not None else Settings()
         member = Member(me, address, zone, command_version=COMMAND_VERSION)
         membership = found(secrets.token_hex(16), [member], settings)
-        state.found_anew(membership, state.revision + REVISION_STEP)
+        state.found_anew(membership, _first_revision(state.revision))
         state.sync()
         applied, revision = state.applied, state.revision
     finally:

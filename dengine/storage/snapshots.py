@@ -166,11 +166,20 @@ def list_files(directory: Path) -> list[Path]:
 
 
 def put_aside(file: Path) -> None:
-    """A file turned out to be damaged: keep it, under a name that nobody takes for a snapshot."""
+    """A file turned out to be damaged: keep it, under a name that nobody takes for a snapshot. Of
+    several the newest one stays, for it may be all that is left of what is in no log any more.
+    """
     with suppress(OSError):
-        for older in file.parent.glob(f"*{DAMAGED_SUFFIX}"):
-            older.unlink(missing_ok=True)
-        file.rename(file.with_name(file.name + DAMAGED_SUFFIX))
+        aside = file.with_name(file.name + DAMAGED_SUFFIX)
+        file.rename(aside)
+        others = [path for path in file.parent.glob(f"*{DAMAGED_SUFFIX}") if path != aside]
+        for path in sorted([*others, aside], key=_index_aside)[:-1]:
+            path.unlink(missing_ok=True)
+
+
+def _index_aside(path: Path) -> int:
+    log_id = parse_name(path.name.removesuffix(DAMAGED_SUFFIX))
+    return log_id.index if log_id is not None else 0
 
 
 def put_all_aside(directory: Path, spare: Path | None = None) -> None:

@@ -172,8 +172,14 @@ class StateStore:
         self._environment.reader_check()
 
     def data_bytes(self) -> int:
-        """Size of the file."""
+        """Size of the file, which never shrinks."""
         return (self._path / DATA_FILE).stat().st_size
+
+    def used_bytes(self) -> int:
+        """About what is in the file, and in a copy of it."""
+        stats = [self._read.stat(db) for db in (self._keys, self._meta, *self._tables.values())]
+        pages = sum(s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"] for s in stats)
+        return pages * stats[0]["psize"]
 
     @property
     def clock_ms(self) -> int:

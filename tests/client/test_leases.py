@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from dengine.client import Client, ClientClosed, LeaseLost, leases
+from dengine.client import Client, ClientClosed, LeaseLost, stopwatch
 from dengine.errors import DengineError, InvalidRequest
 from tests.client.fake_server import FakeCluster, fake_cluster
 from tests.client.fake_state import Asked
@@ -149,7 +149,7 @@ def test_a_machine_that_slept_knows_it() -> None:
 
         async def owner() -> None:
             nonlocal slept
-            with mock.patch.object(leases, "_boot_time", boot_time):
+            with mock.patch.object(stopwatch, "boot_time", boot_time):
                 async with client.lease(10) as lease:
                     slept = 8.0
                     lease.check()

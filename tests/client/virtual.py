@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 from unittest import mock
 
-from dengine.client import leases
+from dengine.client import stopwatch
 
 GRACE_S = 0.003  # for a socket to show what was sent to it
 # What a turn of the loop takes. A timer fires up to a nanosecond early: were turns free, whoever
@@ -68,7 +68,7 @@ def run(work: Coroutine[Any, Any, T], limit_s: float = 600.0) -> T:
             return await work
 
     with (
-        mock.patch.object(leases, "_boot_time", _never_slept),
+        mock.patch.object(stopwatch, "boot_time", _never_slept),
         asyncio.Runner(loop_factory=VirtualLoop) as runner,
     ):
         return runner.run(limited())

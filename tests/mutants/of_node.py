@@ -136,8 +136,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "a Hello older than an acknowledgement taken for an old directory",
         (
             "dengine.node.admission",
-            "restarted = self._boots.get(who) != theirs.boot",
-            "restarted = True",
+            "if self._boots.get(who) == theirs.boot:",
+            "if False:",
         ),
     ),
     mutant(

@@ -86,8 +86,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "a removed leader leads on",
         (
             RAFT,
-            "elif self.me not in membership.voters:\n            self._leave",
-            "elif False:\n            self._leave",
+            "elif self.me not in membership.voters or self._has_no_state:\n            self._leave",
+            "elif self._has_no_state:\n            self._leave",
         ),
         tests=MEMBERSHIP,
     ),
@@ -122,9 +122,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "a member without its state campaigns",
         (
             RAFT,
-            "if self.state_lost or self.state_wrong or self._restore is not None:\n"
-            "            return False",
-            "if False:\n            return False",
+            "return not self._has_no_state and any(",
+            "return any(",
         ),
         tests=SNAPSHOTS,
     ),

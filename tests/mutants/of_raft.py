@@ -248,8 +248,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "learners campaign",
         (
             RAFT,
-            "return self._counted_as_voter or any(",
-            "return True or any(",
+            "        if self._counted_as_voter:\n            return True\n",
+            "        if True:\n            return True\n",
         ),
     ),
     mutant(

@@ -23,7 +23,7 @@ MUTANTS: tuple[Mutant, ...] = (
     # lease, which is half a timeout at most.
     mutant(
         "votes right after a start",
-        (RAFT, "            since = self._started_ms\n", "            return False\n"),
+        (RAFT, "return self._now_ms - self._started_ms < promised_ms", "return False"),
         tests="tests/raft/test_disruption.py",
     ),
     # In most memberships majorities share a member all the same, and the log of a wrong candidate
@@ -87,6 +87,39 @@ MUTANTS: tuple[Mutant, ...] = (
         "a voter without a log is believed",
         ("dengine.node.admission", "if theirs.cluster_id and not theirs.last_index", "if False"),
         tests=OLD_COPIES,
+    ),
+    mutant(
+        "a voter without its state never stands",
+        (
+            RAFT,
+            "        if self._counted_as_voter:\n",
+            "        if self._counted_as_voter and not self._has_no_state:\n",
+        ),
+        tests=FOUND,
+    ),
+    mutant(
+        "a leader without its state stays",
+        (RAFT, "not in membership.voters or self._has_no_state:", "not in membership.voters:"),
+        tests=FOUND,
+    ),
+    mutant(
+        "a start forgets what was promised before it",
+        (RAFT, "max(config.start_stickiness_ms, ", "max(0, "),
+        tests="tests/raft/test_elections.py",
+    ),
+    mutant(
+        "a verdict that got lost is not repeated",
+        ("dengine.node.agreement", "if self._last and now_ms >=", "if False and now_ms >="),
+        tests="tests/node/test_agreement.py",
+    ),
+    mutant(
+        "a wrong state is marked when there is time",
+        (
+            "dengine.node.snapshots",
+            "        if self.distrusts_state:\n            # At",
+            "        if False:\n            # At",
+        ),
+        tests="tests/node/test_snapshots.py",
     ),
     mutant(
         "messages to an older incarnation believed",
@@ -210,8 +243,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "nobody compares the states of members",
         (
             "dengine.node.agreement",
-            "if not digests or self._raft.leader is None:",
-            "if digests or self._raft.leader is None:",
+            "        if digests:\n            self._last =",
+            "        if not digests:\n            self._last =",
         ),
         tests="tests/node/test_agreement.py",
     ),

@@ -6,7 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from dengine.errors import DataCorruption
-from dengine.node.agreement import COMPARED_MAX, PATIENCE, Agreement, Tally, Verdict
+from dengine.node.agreement import (
+    COMPARED_MAX,
+    PATIENCE,
+    REPEAT_MS,
+    Agreement,
+    Tally,
+    Verdict,
+)
 from dengine.node.wire import StateReport, StateVerdict
 from dengine.raft.membership import Member, Membership
 from dengine.raft.types import MemberId
@@ -104,7 +111,7 @@ class Node:
             grace_ms=GRACE_MS,
             send=lambda to, frame: self.did.append((to, frame)),
             distrust=lambda why, index: self.did.append(("distrusts its state", index)),
-            fail=self.did.append,
+            halt=self.did.append,
         )
 
     def applies(self, *digests: StateDigest) -> None:
@@ -129,6 +136,27 @@ def test_a_leader_tells_who_is_wrong_and_that_one_throws_its_state_away() -> Non
     assert wrong.did == [], "C does not lead"
     wrong.agreement.judged(A, StateVerdict(256, False))
     assert wrong.did == [("distrusts its state", 256)]
+
+
+def test_a_lost_verdict_comes_again_with_the_reports_that_led_to_it() -> None:
+    """A stream may break just then, and in a quiet cluster there is no next entry to compare."""
+    leader, wrong = Node(A), Node(B)
+    leader.applies(says(256, 1))
+    wrong.applies(says(256, 2))
+    for now_ms in (0, REPEAT_MS):
+        leader.did.clear()
+        wrong.did.clear()
+        leader.agreement.ticked(now_ms)
+        wrong.agreement.ticked(now_ms)
+        if now_ms:
+            assert wrong.did == [(A, StateReport((says(256, 2),)))]
+        leader.agreement.reported(B, [says(256, 2)], now_ms)
+        leader.agreement.reported(C, [says(256, 1)], now_ms)
+        assert leader.did == [(B, StateVerdict(256, False))]
+    wrong.agreement.judged(A, StateVerdict(256, False))
+    wrong.did.clear()
+    wrong.agreement.ticked(2 * REPEAT_MS)
+    assert wrong.did == [], "that state is gone"
 
 
 def test_a_leader_may_be_the_one_that_is_wrong() -> None:

@@ -119,6 +119,7 @@ class Stage:
             lead=self.lead,
             source=addresses_of,
             secrets=Secrets(),
+            distrusted=lambda: None,
         )
         self.taking = [asyncio.create_task(snapshots.take(deadline())) for _ in range(takers)]
         snapshots.start()
@@ -318,7 +319,7 @@ def test_a_snapshot_leaves_room_for_the_log(
 ) -> None:
     """On a disk that is nearly full none is taken, and none is begun."""
     stage = Stage(tmp_path, "[limits]\nreserve_bytes = 1000000\n")
-    enough = stage.state.data_bytes() + 1_000_000
+    enough = stage.state.used_bytes() + 1_000_000
     free = enough - 1
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1))
 
@@ -819,11 +820,48 @@ def test_a_state_that_is_known_to_be_wrong_is_not_read(consistency: str) -> None
     on_loop(test)
 
 
+def test_the_only_voter_throws_nothing_away_that_nothing_can_replace(tmp_path: Path) -> None:
+    """Its log begins behind what it would have to apply again, and there is no file: what is left
+    of the state is all that a repair could go on from."""
+    stage = Stage(tmp_path)
+    stage.raft.log.base = LogId(ENTRIES, 1)
+    before = stage.state.path
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            snapshots.distrust("a record has rotted", files_too=False)
+            await until(lambda: stage.failed, "the end")
+            assert stage.state.path == before
+            assert before.exists()
+            assert "restore a backup" in str(stage.failed[0])
+            stage.failed.clear()
+
+    on_loop(test)
+
+
+def test_what_is_known_to_be_wrong_is_marked_before_anything_else_happens(tmp_path: Path) -> None:
+    """The process may end before its task gets there, and the next start would believe it."""
+    stage = Stage(tmp_path)
+    told: list[str] = []
+
+    async def test() -> None:
+        async with stage.running() as snapshots:
+            snapshots._distrusted = lambda: told.append("the watches")
+            snapshots.distrust("it differs", files_too=True, index=ENTRIES)
+            assert (stage.state.path / "DAMAGED").exists()
+            assert not stage.directory.trusted_state()
+            assert told == ["the watches"]
+            await until(lambda: snapshots._wanted.distrust is None, "the end of that")
+
+    on_loop(test)
+
+
 @pytest.mark.parametrize("renewed", ["thrown away", "installed"])
 def test_a_verdict_on_a_state_that_is_gone_is_ignored(tmp_path: Path, renewed: str) -> None:
     """Several may be under way. The next one that is about the new state counts."""
     stage = Stage(tmp_path)
     lost = Lost(stage)
+    stage.raft.membership = membership(stage.raft.me, MemberId(2, 2))
     stage.raft.forget_state = lambda: None  # the log has it all
 
     async def test() -> None:

@@ -383,6 +383,30 @@ def test_a_learner_that_was_needed_once_is_quiet_again_under_a_leader() -> None:
     expect(learner.take())
 
 
+def test_a_voter_without_its_state_stands_where_nobody_can_win_without_it() -> None:
+    """B's log is the shorter one, and the third voter is gone for good: the entries that are
+    committed are in this log alone."""
+    voter = past_grace(server(C, membership(A, B, C), terms=[2], term=2))
+    voter.raft.distrust_state()
+    voter.tick(60_000)
+    voter.settle()
+    assert voter.raft.role is Role.FOLLOWER, "it would serve nobody, and others may"
+    voter.step(PreVoteRequest(B, C, 3, 1, 1))
+    voter.settle()
+    voter.tick(60_000)
+    voter.settle()
+    assert voter.raft.role is Role.CANDIDATE
+
+
+def test_a_voter_keeps_what_it_promised_before_it_was_started_with_other_timeouts() -> None:
+    """6.4.1: a leader that heard it before counts on its vote for as long as it said then."""
+    voter = server(B, membership(A, B, C), terms=[2], term=2, start_stickiness_ms=10_000)
+    for passes_ms, answer in ((9_999, (2, False)), (1, (3, True))):
+        voter.tick(passes_ms)
+        voter.step(PreVoteRequest(C, B, 3, 2, 2))
+        assert PreVoteResponse(B, C, *answer) in voter.settle()
+
+
 def test_a_learner_that_hears_a_leader_does_not_stand_whoever_asks_it() -> None:
     """4.2.3: neither would a voter."""
     learner = past_grace(server(D, membership(A, B, C, learners=[D]), terms=[2], term=2))

@@ -223,7 +223,9 @@ class Transaction:
         return self._handle.file.transaction + self._write
 
     def stat(self, db: bytes | None = None) -> dict[str, int]:
-        return {"entries": len(self._table(db).keys)}
+        count = len(self._table(db).keys)
+        pages = {"branch_pages": 0, "leaf_pages": count, "overflow_pages": 0}
+        return {"entries": count, "psize": 64, **pages}
 
     def _table(self, db: bytes | None) -> Table:
         return self._tables[self._db if db is None else db]

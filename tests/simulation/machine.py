@@ -55,6 +55,7 @@ class Machine:
         rate = self.rng.uniform(0.9, 1.1) if plan.skewed_clocks else 1.0
         self.clock = Clock(world.scheduler, offset_ns, rate)
         self.founders = founders
+        self.founding_wait_ms = 50
         self.process: Process | None = None
         self.retired = False
         self.stalled_until = 0
@@ -160,7 +161,7 @@ class Machine:
                 listen_address=self.address,
                 initial_cluster=tuple(entries),
                 db_root_dir=SimPath(f"/n{self.id}/data"),  # type: ignore[arg-type]
-                founding_wait_ms=50,
+                founding_wait_ms=self.founding_wait_ms,
             ),
             election=plan.election,
             membership=plan.membership,

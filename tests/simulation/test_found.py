@@ -11,6 +11,7 @@ import pytest
 
 from dengine.config import Snapshot
 from dengine.node.forwarding import Forwarding
+from dengine.node.node import Node
 from dengine.node.wire import ForwardReply, ForwardRequest, Frame
 from dengine.raft.types import MemberId
 from tests.simulation.damage import Damage
@@ -118,6 +119,41 @@ def test_no_two_clusters_come_of_one_list() -> None:
         world.start(one)
         until(world, lambda: set(world.membership.voters) == members(machines))
         assert len({cluster_id(machine) for machine in machines}) == 1
+
+
+def test_a_voter_without_its_state_leads_until_another_one_can() -> None:
+    """The leader is lost for good with an entry that one voter has, which has just thrown its state
+    away, and the other one has not. The first one stood for no election, and gave the second no
+    vote."""
+    with three_founders() as (world, machines):
+        for machine in machines:
+            world.start(machine)
+        until(world, lambda: len(world.membership.voters) == 3 and world.leader() is not None)
+        world.clients.start()
+        until(world, lambda: all(node_of(m).raft.log.base.index > 20 for m in machines))
+        leader = next(m for m in machines if m.process and m.process.leads)
+        holds, lags = (m for m in machines if m is not leader)
+        cut(world, (lags.id, leader.id), (lags.id, holds.id))
+        before = len(world.checker.committed)
+        until(world, lambda: len(world.checker.committed) > before + 3, SECOND // 1000)
+        assert holds.process is not None
+        snapshots = node_of(holds).snapshots
+        world.faults.mark(holds, "state rotted", lambda: False)
+        holds.process.run(lambda: snapshots.distrust("it differs", files_too=True))
+        until(world, lambda: node_of(holds).raft.state_lost, SECOND // 10_000)
+        leader.crash(power=True)  # and never comes back
+        assert node_of(holds).raft.log.last_index > node_of(lags).raft.log.last_index
+        mend(world, (lags.id, leader.id), (lags.id, holds.id))
+        committed = len(world.checker.committed)
+        until(world, lambda: len(world.checker.committed) > committed + 10)
+        assert world.leader() is lags.process
+        until(world, lambda: not node_of(holds).raft.state_lost)
+
+
+def node_of(machine: Machine) -> Node:
+    assert machine.process is not None
+    assert machine.process.node is not None
+    return machine.process.node
 
 
 @contextmanager

@@ -1,0 +1,67 @@
+"""What a start looks at before a node can be made of its directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dengine.config import Config, read
+from dengine.errors import DataCorruption
+from dengine.node.opening import open_directory, raft_config
+from dengine.raft.types import MemberId
+from tests.cluster import config_text
+
+ME = MemberId(1, 1)
+
+
+def config_of(tmp_path: Path, election: str = "", kept_in: str = "db") -> Config:
+    file = tmp_path / "n1.toml"
+    file.write_text(config_text(1, {1: 9081}, 0, 2) + election, encoding="utf-8")
+    config = read(file, {"DENGINE__CLUSTER__DB_ROOT_DIR": str(tmp_path / kept_in)})
+    return config
+
+
+def test_nobody_starts_before_a_person_has_decided_who_is_right(tmp_path: Path) -> None:
+    """Members that hold different states stopped; a reboot must not let them answer again."""
+    config = config_of(tmp_path)
+    directory = open_directory(config)
+    directory.halt("compare them, and restore the right one")
+    directory.close()
+    with pytest.raises(DataCorruption, match=r"restore the right one; then remove .*HALTED"):
+        open_directory(config)
+    (directory.path / "HALTED").unlink()
+    open_directory(config).close()
+
+
+def test_a_shorter_timeout_counts_when_the_longer_one_has_been_kept(tmp_path: Path) -> None:
+    """A leader that heard this voter before its start counts on what it said then."""
+    long, short = (
+        config_of(
+            tmp_path,
+            f"[raft.election]\ntimeout_ms_min = {ms}\ntimeout_ms_max = {2 * ms}\n",
+        )
+        for ms in (10_000, 1000)
+    )
+    for config, promised_ms in ((long, 10_000), (short, 10_000), (short, 10_000)):
+        directory = open_directory(config)
+        assert raft_config(config, directory, ME).start_stickiness_ms == promised_ms
+        directory.close()
+    directory = open_directory(short)
+    directory.set_stickiness(1000)  # as the node does when that time has passed
+    assert raft_config(short, directory, ME).start_stickiness_ms == 1000
+    assert raft_config(long, directory, ME).start_stickiness_ms == 10_000
+    directory.close()
+
+
+def test_the_only_voter_waits_unless_it_ran_on_this_machine_just_now(tmp_path: Path) -> None:
+    """Its disk may be an older copy, and somebody who knows better has to be heard first."""
+    config = config_of(tmp_path)
+    directory = open_directory(config)
+    assert raft_config(config, directory, ME).sole_voter_wait_ms == config.cluster.founding_wait_ms
+    directory.state_path().mkdir(exist_ok=True)
+    directory.mark_running()
+    directory.close()
+    directory = open_directory(config)
+    assert raft_config(config, directory, ME).sole_voter_wait_ms == 0
+    directory.close()
