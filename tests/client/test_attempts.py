@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from dengine.cli.remote import Remote
-from dengine.client import Client, attempts
+from dengine.client import Client, attempts, stopwatch
 from dengine.client.attempts import REPEAT_FOR_S, SINGLE_KEYS, Attempts, IdempotencyKeys, Key
 from dengine.config import IDEMPOTENCY_WINDOW_MIN_S
 from dengine.embedded.calls import Calls
@@ -249,3 +249,15 @@ def test_the_command_line_repeats_a_renewal_without_a_key() -> None:
         Remote([endpoint], 30.0).call("POST", "/v1/leases/1/keepalive", kind="renewal")
         assert len(asked) == 2
         assert not any(b"Idempotency-Key" in data for data in asked)
+
+
+def test_what_a_machine_has_slept_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clocks of loops stand still meanwhile, and the cluster forgets results."""
+    slept = 0.0
+    monkeypatch.setattr(stopwatch, "boot_time", lambda: slept)
+    awake, tried = stopwatch.Stopwatch(lambda: 7.0), Attempts("write")
+    tried.sent(1, awake.elapsed_s())
+    slept = REPEAT_FOR_S - 1
+    assert tried.may_send(awake.elapsed_s())
+    slept = REPEAT_FOR_S
+    assert not tried.may_send(awake.elapsed_s())

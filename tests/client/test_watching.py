@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dengine.client import Change, Client, ClientClosed, Event, Put
-from dengine.client.watching import QUIET_S, Message, Parser, Watch
+from dengine.client.watching import QUIET_S, Message, Parser, Watch, _Course
 from dengine.errors import Compacted, DengineError, InvalidRequest, WatchOverflow
 from tests.client.fake_server import FakeCluster, FakeNode, fake_cluster
 from tests.client.fake_state import Asked
@@ -503,3 +503,12 @@ def test_half_a_message_is_none() -> None:
     parser = Parser()
     assert parser.feed(b'event: change\ndata: {"revision":1}\n') == []
     assert parser.feed(b"\n") == [Message("change", b'{"revision":1}')]
+
+
+def test_a_node_that_ends_a_watch_for_good_says_so() -> None:
+    """Its state was wrong: to resume where we are could miss what it has not told."""
+    course = _Course.__new__(_Course)
+    data = b'{"reason":"the state of this node is wrong","compact_revision":7}'
+    with pytest.raises(Compacted, match="is wrong") as refused:
+        course._take(Message("cancelled", data))
+    assert refused.value.details == {"compact_revision": 7}

@@ -18,6 +18,7 @@ from dengine.raft.membership import Membership, Settings
 from dengine.raft.types import Entry, EntryKind, MemberId
 from dengine.storage.state_store import StateStore
 from tests.node.hosts import on_loop, until
+from tests.node.hubs import bare_hub, told
 from tests.storage.states import config, membership
 
 ALL = Selection(b"", True)
@@ -629,3 +630,19 @@ def test_the_index_finds_what_selects_a_key() -> None:
         index.discard(selection, name)
     assert not index
     assert list(index.find(b"ab")) == []
+
+
+def test_nobody_goes_on_from_what_a_wrong_state_has_told() -> None:
+    """Its revisions may not be those of the others: who resumed from one could miss a change."""
+
+    async def test() -> None:
+        hub = bare_hub()
+        watches = [told(hub), told(hub)]
+        hub._state.revision = 7
+        hub.distrusted()
+        for watch in watches:
+            assert watch.over
+            assert isinstance(watch._queue[-1], Cancelled)
+            assert watch._queue[-1].compact_revision == 7
+
+    on_loop(test)
