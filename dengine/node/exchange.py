@@ -271,8 +271,13 @@ class Exchange:
                 )
             )
 
-    def promise_less(self) -> None:
-        """What was promised before this start (`opening.raft_config`) has been kept by now."""
+    def keep_promise(self) -> None:
+        """From the time on for which what was promised before this start is kept
+        (`opening.raft_config`) only what is promised now counts.
+        """
+        self._loop.call_later(self._directory.identity.stickiness_ms / 1000, self._promise_less)
+
+    def _promise_less(self) -> None:
         try:
             self._directory.set_stickiness(self._raft.config.timeout_ms_min)
         except StorageIO as error:

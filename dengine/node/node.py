@@ -195,8 +195,7 @@ class Node:
         self._cycle.start()
         self._exchange.set_targets()
         self.snapshots.start()
-        promised_s = self._directory.identity.stickiness_ms / 1000
-        self._loop.call_later(promised_s, self._exchange.promise_less)
+        self._exchange.keep_promise()
         entering = self._loop.create_task(self._entrance.enter(), name="enter the cluster")
         ends: set[asyncio.Future[Any]] = {self._cycle.failed, self.peers.failed, self._stopped}
         ends.add(entering)
