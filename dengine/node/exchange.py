@@ -91,6 +91,7 @@ class Exchange:
         self._agreement = agreement
         self._loop = asyncio.get_running_loop()
         self._duplicate_since_ms: int | None = None
+        self._promise: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.admission = Admission(
             config,
@@ -113,6 +114,8 @@ class Exchange:
         self.forwarding = Forwarding(self.peers.send, directory.boot)
 
     async def close(self) -> None:
+        if self._promise is not None:
+            self._promise.cancel()
         for task in self._tasks:
             task.cancel()
         await self.peers.close()
@@ -275,7 +278,8 @@ class Exchange:
         """From the time on for which what was promised before this start is kept
         (`opening.raft_config`) only what is promised now counts.
         """
-        self._loop.call_later(self._directory.identity.stickiness_ms / 1000, self._promise_less)
+        promised_s = self._directory.identity.stickiness_ms / 1000
+        self._promise = self._loop.call_later(promised_s, self._promise_less)
 
     def _promise_less(self) -> None:
         try:

@@ -47,7 +47,7 @@ from dengine.node.watch_hub import Selection, Watch, WatchHub
 from dengine.node.watchers import MembershipWatchers
 from dengine.node.wire import Refused
 from dengine.node.writes import OnceKey, Writes
-from dengine.raft.membership import Membership, decode_membership
+from dengine.raft.membership import Membership
 from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
@@ -123,13 +123,7 @@ class Node:
             raft, self._log_store, self.state, self, proposals=self._proposals, reads=self._reads
         )
         self._book = AddressBook(config)
-        pledge = self._directory.identity.pledge
-        self._founding = Founding(
-            config,
-            raft.me,
-            self._directory.boot,
-            decode_membership(pledge) if pledge else None,
-        )
+        self._founding = Founding(config, raft.me, self._directory.boot, self._directory.pledge)
         self.snapshots = Snapshots(
             config,
             self._directory,

@@ -29,7 +29,7 @@ from pathlib import Path
 import msgspec
 
 from dengine.errors import DataCorruption, IdentityError, InvariantBroken, StorageIO, TryAgain
-from dengine.raft.membership import Membership
+from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.types import HardState, LogId
 from dengine.storage.environment import DATA_FILE, make_directory, sync_directory
 from dengine.storage.identity import FORMAT, Identity, identity_text, read_identity
@@ -106,6 +106,12 @@ class DataDirectory:
             self._write_identity(
                 msgspec.structs.replace(self.identity, cluster_id=cluster_id, pledge=b"")
             )
+
+    @property
+    def pledge(self) -> Membership | None:
+        """The first membership that this directory is bound to; None where there is none."""
+        pledge = self.identity.pledge
+        return decode_membership(pledge) if pledge else None
 
     def set_pledge(self, membership: bytes) -> None:
         """Bind this directory durably to the cluster that begins with `membership`, encoded, and to
