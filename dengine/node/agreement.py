@@ -125,6 +125,7 @@ class Agreement:
         self._halt = halt
         self._tally = Tally(grace_ms)
         self._last: tuple[StateDigest, ...] = ()  # what this node has said last
+        self._last_of = state.path
         self._repeat_due_ms = 0
 
     def leadership_began(self) -> None:
@@ -135,12 +136,14 @@ class Agreement:
         """Entries were applied: report, or compare."""
         digests = self._state.take_digests()
         if digests:
-            self._last = tuple(digests[-COMPARED_MAX:])
+            self._last, self._last_of = tuple(digests[-COMPARED_MAX:]), self._state.path
             self._say_last(now_ms)
 
     def _say_last(self, now_ms: int) -> None:
         self._repeat_due_ms = now_ms + REPEAT_MS
-        if self._raft.is_leader:
+        if self._last_of != self._state.path:
+            self._last = ()  # another state has taken the place of that one
+        elif self._raft.is_leader:
             self.reported(self._raft.me, self._last, now_ms)
         elif self._raft.leader is not None:
             self._send(self._raft.leader, StateReport(self._last))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +105,7 @@ class Node:
             committed_membership=ABC,
             is_live=lambda member: True,
         )
-        state: Any = SimpleNamespace(take_digests=lambda: self._digests)
+        state: Any = SimpleNamespace(take_digests=lambda: self._digests, path=Path("state-1"))
         self.agreement = Agreement(
             raft,
             state,

@@ -17,6 +17,7 @@ from tests.simulation.environment import Environment
 from tests.simulation.machine import Machine, Process
 
 if TYPE_CHECKING:
+    from dengine.node.node import Node
     from tests.simulation.faults import Faults
     from tests.simulation.world import World
 
@@ -67,13 +68,16 @@ class Damage:
     def rot(self, machine: Machine, rng: random.Random) -> bool:
         if not self._may_damage(machine):
             return False
-        process, what = machine.process, rng.choice(("log", "state", "snapshot"))
+        process, what = machine.process, rng.choice(("log", "state", "snapshot", "verdict"))
         if process is None or process.node is None or process.node.raft.state_lost:
             return False
         if what == "log":
             return self._rot_log(machine, rng)
         if what == "state":
             return self._rot_state(machine, rng)
+        if what == "verdict":
+            self._judge(machine, process, process.node)
+            return True
         files = list(machine.path.joinpath("snapshots").glob("snapshot-*.dsnap"))
         if files:
             self._rot_file(machine, rng.choice(files), rng)
@@ -96,6 +100,12 @@ class Damage:
         if rng.random() < 0.7:  # it is found at the next start
             self._world.crash(machine, power=rng.random() < 0.5)
         return True
+
+    def _judge(self, machine: Machine, process: Process, node: Node) -> None:
+        """The leader would have found its state wrong, which here no state ever is."""
+        self._faults.mark(machine, "state judged wrong", lambda: self._is_weak(machine))
+        self._faults.judged.add(machine.id)
+        process.run(lambda: node.snapshots.distrust("it is said to be wrong", files_too=True))
 
     def _rot_state(self, machine: Machine, rng: random.Random) -> bool:
         name = machine.path.joinpath("CURRENT").read_text().strip()

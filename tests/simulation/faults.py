@@ -51,6 +51,7 @@ class Faults:
         self._displaced = Displaced(world, self)
         self.damaged: Machine | None = None
         self.ever_damaged: set[int] = set()
+        self.judged: set[int] = set()  # machines whose states were said to be wrong
         self.ever_rolled_back: set[int] = set()
         self._still_damaged: Callable[[], bool] = lambda: False
         # kind -> (mean pause in ms, what is done); which says whether it found where to take hold

@@ -96,6 +96,7 @@ SOMETIMES = (
     "snapshot cut",
     "snapshot installed",
     "snapshot rotted",
+    "state judged wrong",
     "state rotted",
     "state torn",
     "take crashed",

@@ -125,7 +125,9 @@ class _Watcher:
         self._world.note("watcher", self._slot, "gets", type(message).__name__, self.next)
         if isinstance(message, Cancelled):
             self._world.count("watch cancelled")
-            if message.compact_revision is not None:
+            if process.machine.id in self._world.faults.judged:
+                self.next = None  # its state counts as wrong, and so what it has told
+            elif message.compact_revision is not None:
                 self._compacted(message.compact_revision)
             return
         if message.revision > model.revision:
