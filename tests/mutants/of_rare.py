@@ -243,8 +243,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "nobody compares the states of members",
         (
             "dengine.node.agreement",
-            "        if digests:\n            self._last =",
-            "        if not digests:\n            self._last =",
+            "        if digests:\n            self._last,",
+            "        if not digests:\n            self._last,",
         ),
         tests="tests/node/test_agreement.py",
     ),
