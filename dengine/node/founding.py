@@ -60,6 +60,8 @@ class Founding:
             history_bytes=config.kv.history_bytes,
             idempotency_window_s=config.kv.idempotency_window_s,
         )
+        if pledge is not None and pledge.is_sole_voter(me) and not self.is_alone:
+            pledge = None  # nobody else counts on it
         self.pledge = pledge
         self._incarnations = {me.id: me.incarnation}
         self._pledges: dict[MemberId, Pledge] = {}  # of the others, one for each id
@@ -170,8 +172,6 @@ class Founding:
 
     def agreed(self) -> Membership | None:
         """The first membership, once every founder is bound to it; its hash names the cluster."""
-        if self.is_alone:
-            return self._membership(self._incarnations)
         if self.pledge is None:
             return None
         others = [m.id for m in self.pledge.members if m.id != self._me]

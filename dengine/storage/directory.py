@@ -115,9 +115,11 @@ class DataDirectory:
 
     def set_pledge(self, membership: bytes) -> None:
         """Bind this directory durably to the cluster that begins with `membership`, encoded, and to
-        no other one, whether or not it comes to be. Raises InvariantBroken, StorageIO.
+        no other one, whether or not it comes to be; unless that is a cluster of this node alone.
+        Raises InvariantBroken, StorageIO.
         """
-        if self.identity.pledge or self.identity.cluster_id:
+        bound = self.pledge is not None and len(self.pledge.voters) > 1
+        if bound or self.identity.cluster_id:
             raise InvariantBroken(f"{self.path} is bound to a cluster already")
         self._write_identity(msgspec.structs.replace(self.identity, pledge=membership))
 

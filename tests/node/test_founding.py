@@ -129,6 +129,23 @@ def test_a_pledge_is_for_good_and_survives_a_restart(tmp_path: Path) -> None:
     directory.close()
 
 
+def test_who_was_about_to_found_alone_may_found_with_others(tmp_path: Path) -> None:
+    """Its file was changed after a crash in the midst of it: nobody counts on that cluster."""
+    alone = founding_of(tmp_path, 1).to_pledge(all_there=True)
+    assert alone is not None
+    (tmp_path / "n1.toml").write_text(
+        config_text(1, {i: 9080 + i for i in (1, 2, 3)}, 0, 2), encoding="utf-8"
+    )
+    founding = Founding(read(tmp_path / "n1.toml", {}), A, 1, alone)
+    assert founding.pledge is None
+    assert founding.agreed() is None
+    _, membership = bound(tmp_path)
+    directory = DataDirectory.open(tmp_path / "db", 1)
+    directory.set_pledge(alone.encode())
+    directory.set_pledge(membership.encode())
+    directory.close()
+
+
 def test_who_comes_late_makes_the_same_first_entry_as_the_others(tmp_path: Path) -> None:
     """So that the cluster does not depend on the disk of who founded first. It does not matter
     whether the one that tells of the cluster knows its members."""
@@ -175,11 +192,12 @@ def test_two_copies_of_one_directory_found_two_clusters(tmp_path: Path) -> None:
     """An image in which a node has never founded, started twice: they must refuse each other."""
     (tmp_path / "n1.toml").write_text(config_text(1, {1: 9081}, 0, 2), encoding="utf-8")
     config = read(tmp_path / "n1.toml", {})
-    first, second = (Founding(config, A, boot).agreed() for boot in (1, 2))
+    first, second = (Founding(config, A, boot).to_pledge(all_there=True) for boot in (1, 2))
     assert first is not None
     assert second is not None
     assert first.voters == second.voters
     assert first.cluster_id != second.cluster_id
+    assert Founding(config, A, 3, first).agreed() == first, "as after a crash in the midst of it"
 
 
 def test_alone_a_founder_believes_whoever_expects_it(tmp_path: Path) -> None:
