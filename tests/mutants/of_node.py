@@ -159,14 +159,6 @@ MUTANTS: tuple[Mutant, ...] = (
         by="10 state hash",
     ),
     mutant(
-        "an install is finished without its snapshot's name",
-        (
-            "dengine.storage.recovery",
-            "if not _has_snapshot(directory, state.applied):",
-            "if False:",
-        ),
-    ),
-    mutant(
         "a snapshot's name not synced before the purge",
         (
             "dengine.storage.snapshot_file",

@@ -188,6 +188,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     # It takes a stop while the disk stands still within an install (one seed in some 500).
     mutant(
+        "an install is finished without its snapshot's name",
+        (RECOVERY, "if not _has_snapshot(directory, state.applied):", "if False:"),
+        tests=RECOVERIES,
+    ),
+    mutant(
         "a stop within an install leaves the received file without a name",
         (
             "dengine.node.installing",
