@@ -179,12 +179,15 @@ class Admission:
             )
         if theirs.is_sole_voter and theirs.last_index < raft.log.commit_index:
             # Whoever votes alone has all that is committed; to vote with others it had to agree.
-            return Refused(
-                "rolled_back",
+            where = (
                 f"node {who.id} takes itself for the only voter and ends at entry "
                 f"{theirs.last_index}, but entry {raft.log.commit_index} is committed: its "
-                "directory is an old copy",
+                "directory is an old copy"
             )
+            if raft.committed_membership.is_sole_voter(who):  # and nobody could do without it
+                here = f"node {raft.me.id} has what it lacks: save a snapshot there first"
+                return Refused("foreign_cluster", f"{where}; {here}")
+            return Refused("rolled_back", where)
         if theirs.cluster_id and not theirs.last_index and who in raft.membership.all_voters:
             return Refused(
                 "empty",

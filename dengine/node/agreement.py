@@ -3,7 +3,8 @@
 Equal entries must give equal states. A member whose digest differs from that of a majority of the
 voters is wrong, be it by a flipped bit or by a bug: it throws its state away and gets another. The
 leader is no exception, and steps down first. Where no majority agrees nobody knows who is right, so
-all stop, and do not start again before a person has decided: no answer is better than a wrong one.
+all stop: no answer is better than a wrong one. When every voter has been heard, they do not start
+again before a person has decided.
 Reports and verdicts may be lost: a report is repeated, and what it shows is judged once more.
 """
 
@@ -32,11 +33,14 @@ REPEAT_MS = 5000  # after that long what was said last is said once more
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`wrong` disagree with a majority at `index`; `split`: they disagree, and none has one."""
+    """`wrong` disagree with a majority at `index`; `split`: they disagree, and none has one.
+    `final`: nor will one have it, for every voter has been heard.
+    """
 
     index: int
     wrong: tuple[MemberId, ...]
     split: bool = False
+    final: bool = False
 
 
 @dataclass(slots=True)
@@ -51,8 +55,11 @@ class Tally:
     grace_ms: int
     _reports: dict[int, dict[MemberId, StateDigest]] = field(default_factory=dict)
     _disputed_since_ms: dict[int, int] = field(default_factory=dict)
+    _decided: int = 0  # what was before the last decision is not judged without those who decided
 
     def report(self, member: MemberId, digest: StateDigest, now_ms: int) -> None:
+        if digest.index < self._decided:
+            return
         reports = self._reports.setdefault(digest.index, {})
         reports[member] = digest
         if len(set(reports.values())) > 1:
@@ -67,18 +74,22 @@ class Tally:
             live: members that answer.
         """
         verdicts = []
-        for index in sorted(self._disputed_since_ms):
+        for index in sorted(self._disputed_since_ms, reverse=True):
+            if index not in self._reports:
+                continue  # decided by a newer one
             reports = self._reports[index]
             right = self._majority(membership, reports)
             if right is not None:
                 wrong = tuple(sorted(m for m, digest in reports.items() if digest != right))
                 verdicts.append(Verdict(index, wrong))
-                self._drop(index)
+                self._decided = max(self._decided, index)
+                for older in [i for i in self._reports if i <= index]:
+                    self._drop(older)
                 continue
             missing = membership.all_voters - reports.keys()
             patience_ms = self.grace_ms * (PATIENCE if missing & live else 1)
             if not missing or now_ms - self._disputed_since_ms[index] >= patience_ms:
-                verdicts.append(Verdict(index, (), split=True))
+                verdicts.append(Verdict(index, (), split=True, final=not missing))
                 self._drop(index)
         return verdicts
 
@@ -104,7 +115,8 @@ class Agreement:
         send: one frame to a member; it may be lost.
         distrust: throws the applied state away, and our snapshots of it; told why, and after which
             entry it was wrong.
-        halt: ends the process, and every later one that would use the directory.
+        fail: ends the process.
+        halt: and every later one that would use the directory.
     """
 
     def __init__(
@@ -115,6 +127,7 @@ class Agreement:
         grace_ms: int,
         send: Callable[[MemberId, Frame], object],
         distrust: Callable[[str, int], None],
+        fail: Callable[[DataCorruption], None],
         halt: Callable[[DataCorruption], None],
     ) -> None:
         self._raft = raft
@@ -122,6 +135,7 @@ class Agreement:
         self._grace_ms = grace_ms
         self._send = send
         self._distrust = distrust
+        self._fail = fail
         self._halt = halt
         self._tally = Tally(grace_ms)
         self._last: tuple[StateDigest, ...] = ()  # what this node has said last
@@ -136,7 +150,9 @@ class Agreement:
         """Entries were applied: report, or compare."""
         digests = self._state.take_digests()
         if digests:
-            self._last, self._last_of = tuple(digests[-COMPARED_MAX:]), self._state.path
+            before = self._last if self._last_of == self._state.path else ()
+            self._last = (*before, *digests)[-COMPARED_MAX:]
+            self._last_of = self._state.path
             self._say_last(now_ms)
 
     def _say_last(self, now_ms: int) -> None:
@@ -177,7 +193,7 @@ class Agreement:
     def _carry_out(self, verdict: Verdict) -> None:
         """Tell whom it concerns; this node last, since a wrong leader steps down."""
         me = self._raft.me
-        message = StateVerdict(verdict.index, verdict.split)
+        message = StateVerdict(verdict.index, verdict.split, verdict.final)
         everyone = tuple(m.id for m in self._raft.membership.members)
         concerned = everyone if verdict.split else verdict.wrong
         log.error(
@@ -196,7 +212,8 @@ class Agreement:
 
     def _obey(self, verdict: StateVerdict) -> None:
         if verdict.split:
-            self._halt(
+            end = self._halt if verdict.final else self._fail
+            end(
                 DataCorruption(
                     f"after entry {verdict.index} the members hold different states and no "
                     "majority agrees: compare them with `dengine snapshot save` and "

@@ -282,10 +282,8 @@ class Exchange:
         self._promise = self._loop.call_later(promised_s, self._promise_less)
 
     def _promise_less(self) -> None:
-        try:
+        with suppress(StorageIO):  # to keep the longer promise is always right
             self._directory.set_stickiness(self._raft.config.timeout_ms_min)
-        except StorageIO as error:
-            self._cycle.fail(error)
 
     def halt(self, error: FatalError) -> None:
         """End the process, and every later one that would use this directory."""

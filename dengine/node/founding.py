@@ -171,9 +171,20 @@ class Founding:
         return membership if same else None
 
     def agreed(self) -> Membership | None:
-        """The first membership, once every founder is bound to it; its hash names the cluster."""
+        """The first membership, once every founder is bound to it; its hash names the cluster.
+
+        Raises:
+            IdentityError: the list of founders is another one by now.
+        """
         if self.pledge is None:
             return None
+        if {m.id.id for m in self.pledge.members} != set(self._addresses):
+            agreed = ", ".join(str(m.id.id) for m in self.pledge.members)
+            raise IdentityError(
+                "cluster.initial_cluster was changed after this directory had been bound to a "
+                f"cluster that nodes {agreed} found together: put the list back, or, if none of "
+                "them serves, empty the directories of all of them and start again"
+            )
         others = [m.id for m in self.pledge.members if m.id != self._me]
         ours = pledge_of(self.pledge)
         if self._is_founded or all(self._pledges.get(other) == ours for other in others):

@@ -141,6 +141,7 @@ class Node:
             grace_ms=2 * config.election.timeout_ms_max,
             send=lambda to, frame: self.peers.send(to, frame),
             distrust=lambda why, at: self.snapshots.distrust(why, files_too=True, index=at),
+            fail=self.fail,
             halt=lambda error: self._exchange.halt(error),
         )
         self._exchange = Exchange(

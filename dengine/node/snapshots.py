@@ -149,13 +149,15 @@ class Snapshots:
         elif wanted.fetch is not None and self._fetch_backoff.is_due:
             (sender, ref), wanted.fetch = wanted.fetch, None
             await self._fetch(sender, ref)
-        elif self._verifier.is_due or (wanted.distrust is not None and wanted.unverified):
+        elif self._verifier.is_due:
             file = wanted.unverified.pop()
             self.job = f"verifying {file.name}"
             await self._verifier.verify(file)
         elif self._is_hopeless():
             self._cycle.fail(self.installer.hopeless(self.installer.forgotten_for))
             await self._pause(POLL_S)
+        elif wanted.distrust is not None:
+            await self._pause(RETRY_S_MIN)  # until the verifier may try again
         elif (may_take := await self._may_take()) and not self._is_urgent:
             await self._take()
         elif self._is_urgent:

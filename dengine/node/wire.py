@@ -118,10 +118,13 @@ class StateReport(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class StateVerdict(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """From the leader: the receiver's state after `index` is wrong; `split`: nobody knows whose."""
+    """From the leader: the receiver's state after `index` is wrong; `split`: nobody knows whose,
+    and `final`: nobody will.
+    """
 
     index: int
     split: bool
+    final: bool = False
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True, array_like=True):

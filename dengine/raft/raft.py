@@ -583,13 +583,19 @@ class Raft:
 
     def _election_timeout(self) -> None:
         self._reset_election_timer()
-        if not self._may_campaign():
+        if not self._may_campaign() or self._keeps_old_promise():
             return
         if self._write is not None and (self._write_overdue() or self.role is Role.CANDIDATE):
             # Our own vote could not become durable: asking others would only raise terms.
             self._retry_election()
             return
         self._pre_campaign()
+
+    def _keeps_old_promise(self) -> bool:
+        """To vote for itself would break what it promised a leader before it was started."""
+        promised_ms = self.config.start_stickiness_ms
+        alone = self.membership.is_sole_voter(self.me)
+        return not alone and self._now_ms - self._started_ms < promised_ms
 
     def _may_campaign(self) -> bool:
         """Learners and the removed campaign only where an election can be won by nobody else
@@ -1087,15 +1093,15 @@ class Raft:
     # --- following --------------------------------------------------------------------------------
 
     def _on_append_request(self, m: AppendRequest) -> None:
+        known = [e for e in m.entries if e.index <= self.log.commit_index]
+        if any(self.log.term(e.index) not in (None, e.term) for e in known):
+            return  # one of the two goes by an older copy of its disk: nothing to agree on
         self._follow(m.sender)
         if self._restore is not None:
             return  # this log is about to be replaced; the leader sends again
         prev, entries = LogId(m.prev_index, m.prev_term), m.entries
         commit = self.log.commit_index
         if m.prev_index < commit:  # late or repeated: what is committed matches by definition
-            known = [e for e in entries if e.index <= commit]
-            if any(self.log.term(e.index) not in (None, e.term) for e in known):
-                return  # one of the two goes by an older copy of its disk: nothing to agree on
             prev = LogId(commit, self.log.term(commit) or 0)
             entries = tuple(e for e in entries if e.index > commit)
         elif not self.log.matches(prev):

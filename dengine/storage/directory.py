@@ -263,9 +263,10 @@ class DataDirectory:
         try:
             self._write_file(f"{state.name}/{DAMAGED_MARK}", FILES_TOO if files_too else "")
         except OSError as error:
-            for name in (RUN_MARK, "CLEAN"):  # a full disk still lets go of what vouches for it
-                with suppress(OSError):
-                    (self.path / name).unlink(missing_ok=True)
+            if state == self.state_path():
+                for name in (RUN_MARK, "CLEAN"):  # a full disk still lets go of what vouches for it
+                    with suppress(OSError):
+                        (self.path / name).unlink(missing_ok=True)
             raise StorageIO(f"cannot write {state / DAMAGED_MARK}: {error.strerror}") from error
 
     @property

@@ -248,8 +248,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "nobody compares the states of members",
         (
             "dengine.node.agreement",
-            "        if digests:\n            self._last,",
-            "        if not digests:\n            self._last,",
+            "        if digests:\n            before",
+            "        if not digests:\n            before",
         ),
         tests="tests/node/test_agreement.py",
     ),

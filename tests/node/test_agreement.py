@@ -82,7 +82,7 @@ def test_nobody_is_waited_for_for_ever() -> None:
 
 def test_three_that_all_differ_are_split_at_once() -> None:
     found = tally((A, says(256, 1)), (B, says(256, 2)), (C, says(256, 3)))
-    assert found.judge(ABC, {A, B, C}, 0) == [Verdict(256, (), split=True)]
+    assert found.judge(ABC, {A, B, C}, 0) == [Verdict(256, (), split=True, final=True)]
 
 
 def test_only_so_many_indexes_are_remembered() -> None:
@@ -96,6 +96,7 @@ class Node:
 
     def __init__(self, me: MemberId) -> None:
         self.did: list[Any] = []
+        self.halted: list[DataCorruption] = []
         self._digests: list[StateDigest] = []
         raft: Any = SimpleNamespace(
             me=me,
@@ -112,7 +113,8 @@ class Node:
             grace_ms=GRACE_MS,
             send=lambda to, frame: self.did.append((to, frame)),
             distrust=lambda why, index: self.did.append(("distrusts its state", index)),
-            halt=self.did.append,
+            fail=self.did.append,
+            halt=self.halted.append,
         )
 
     def applies(self, *digests: StateDigest) -> None:
@@ -173,6 +175,41 @@ def test_where_nobody_knows_who_is_right_all_stop() -> None:
     leader.applies(says(256, 1))
     leader.agreement.reported(B, [says(256, 2)], 0)
     leader.agreement.reported(C, [says(256, 3)], 0)
+    told, (failure,) = leader.did, leader.halted
+    assert told == [(B, StateVerdict(256, True, True)), (C, StateVerdict(256, True, True))]
+    assert isinstance(failure, DataCorruption)
+
+
+def test_where_one_has_not_been_heard_all_stop_and_may_start_again() -> None:
+    """With the third there may be a majority."""
+    leader = Node(A)
+    leader.applies(says(256, 1))
+    leader.agreement.reported(B, [says(256, 2)], 0)
+    leader.agreement.ticked(PATIENCE * GRACE_MS)
     *told, failure = leader.did
     assert told == [(B, StateVerdict(256, True)), (C, StateVerdict(256, True))]
     assert isinstance(failure, DataCorruption)
+    assert leader.halted == []
+
+
+def test_what_is_older_than_a_decision_is_not_disputed_any_more() -> None:
+    """The one that could decide it says nothing of it again: it was started anew since, or is far
+    ahead. The others repeat what they said, one of them wrongly."""
+    found = tally((A, says(256, 1)), (B, says(256, 2)))
+    for member, what in ((A, 1), (B, 2), (C, 1)):
+        found.report(member, says(512, what), 0)
+    assert found.judge(ABC, {A, B, C}, 0) == [Verdict(512, (B,))]
+    found.report(A, says(256, 1), 0)
+    found.report(B, says(256, 2), 0)
+    assert found.judge(ABC, {A, B, C}, 10**9) == []
+    found.report(B, says(512, 2), 0)
+    found.report(A, says(512, 1), 0)
+    found.report(C, says(512, 1), 0)
+    assert found.judge(ABC, {A, B, C}, 0) == [Verdict(512, (B,))], "the verdict was lost"
+
+
+def test_a_report_is_repeated_with_those_before_it() -> None:
+    follower = Node(B)
+    follower.applies(says(256, 1))
+    follower.applies(says(512, 2))
+    assert follower.did[-1] == (A, StateReport((says(256, 1), says(512, 2))))

@@ -129,6 +129,15 @@ def test_a_pledge_is_for_good_and_survives_a_restart(tmp_path: Path) -> None:
     directory.close()
 
 
+def test_a_list_that_was_changed_after_the_agreement_is_refused(tmp_path: Path) -> None:
+    """To wait without a word for somebody who is not on the list any more helps nobody."""
+    _, membership = bound(tmp_path)
+    file = tmp_path / "n1.toml"
+    file.write_text(config_text(1, {1: 9081, 2: 9082}, 0, 2), encoding="utf-8")
+    with pytest.raises(IdentityError, match="nodes 1, 2, 3 found together: put the list back"):
+        Founding(read(file, {}), A, 1, membership).agreed()
+
+
 def test_who_was_about_to_found_alone_may_found_with_others(tmp_path: Path) -> None:
     """Its file was changed after a crash in the midst of it: nobody counts on that cluster."""
     alone = founding_of(tmp_path, 1).to_pledge(all_there=True)

@@ -56,7 +56,8 @@ class Checker:
         if node.restoring is None:
             assert log.applied_index == 0 or log.base.index <= log.applied_index
             assert log.applied_index <= log.commit_index
-        assert not (raft.is_leader and (raft.state_lost or node.restoring)), f"{node.me} leads"
+        assert not (raft.is_leader and node.restoring), f"{node.me} leads"
+        assert not (raft.may_propose and raft.state_lost), f"{node.me} leads, and cannot serve"
         if log.base.index:
             assert log.base == self.committed[log.base.index - 1].log_id, f"{node.me}: {log.base}"
 

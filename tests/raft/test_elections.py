@@ -407,6 +407,17 @@ def test_a_voter_keeps_what_it_promised_before_it_was_started_with_other_timeout
         assert PreVoteResponse(B, C, *answer) in voter.settle()
 
 
+def test_who_keeps_an_old_promise_does_not_vote_for_itself_either() -> None:
+    """A leader counts on that vote whoever would get it."""
+    voter = server(B, membership(A, B, C), terms=[2], term=2, start_stickiness_ms=10_000)
+    voter.tick(9_999)
+    voter.settle()
+    assert voter.raft.role is Role.FOLLOWER
+    voter.tick(60_000)
+    voter.settle()
+    assert voter.raft.role is Role.CANDIDATE
+
+
 def test_a_learner_that_hears_a_leader_does_not_stand_whoever_asks_it() -> None:
     """4.2.3: neither would a voter."""
     learner = past_grace(server(D, membership(A, B, C, learners=[D]), terms=[2], term=2))
