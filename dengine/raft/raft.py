@@ -494,7 +494,8 @@ class Raft:
 
     def distrust_state(self) -> None:
         """The owner found the applied state wrong, and has yet to replace it, which may take long
-        on a bad disk: until it has, this member neither leads nor campaigns. All else it does.
+        on a bad disk: until it has, this member leads nobody, and campaigns only where its log is
+        needed (`_may_campaign`). All else it does.
         """
         self.state_wrong = True
         if self.role is not Role.FOLLOWER:
@@ -1093,7 +1094,7 @@ class Raft:
     # --- following --------------------------------------------------------------------------------
 
     def _on_append_request(self, m: AppendRequest) -> None:
-        known = [e for e in m.entries if e.index <= self.log.commit_index]
+        known = m.entries[: max(self.log.commit_index - m.prev_index, 0)]
         if any(self.log.term(e.index) not in (None, e.term) for e in known):
             return  # one of the two goes by an older copy of its disk: nothing to agree on
         self._follow(m.sender)

@@ -170,10 +170,8 @@ def put_aside(file: Path) -> None:
     several the newest one stays, for it may be all that is left of what is in no log any more.
     """
     with suppress(OSError):
-        aside = file.with_name(file.name + DAMAGED_SUFFIX)
-        file.rename(aside)
-        others = [path for path in file.parent.glob(f"*{DAMAGED_SUFFIX}") if path != aside]
-        for path in sorted([*others, aside], key=_index_aside)[:-1]:
+        file.rename(file.with_name(file.name + DAMAGED_SUFFIX))
+        for path in sorted(file.parent.glob(f"*{DAMAGED_SUFFIX}"), key=_index_aside)[:-1]:
             path.unlink(missing_ok=True)
 
 

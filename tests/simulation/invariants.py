@@ -91,6 +91,7 @@ class Checker:
         self._promised: dict[MemberId, int] = {}
         self._digests: dict[int, tuple[int, bytes]] = {}
         self._heads: dict[int, _Head] = {}
+        self._damaged_logs: dict[int, Environment] = {}  # of the heads above, by machine id
         self._once_held: dict[MemberId, dict[int, int]] = {}  # before its disk was damaged
         self._owner: dict[int, MemberId] = {}
         self._kept: dict[MemberId, int] = {}  # committed and durable there, as it knew
@@ -145,6 +146,7 @@ class Checker:
                 if key[:1] == b"e" and crc32(raw, crc32(key)) == CRC_RESIDUE:  # not rotted before
                     held[ENTRY_KEY.unpack(key)[1]] = ENTRY.unpack_from(raw)[0]
             head = self._head(log, machine.id)
+            self._damaged_logs[machine.id] = log
             for index in range(1, head.purged + 1 if head else 1):
                 held[index] = self.committed[index - 1].term
 
@@ -460,8 +462,10 @@ class Checker:
     def _head(self, log: Environment, machine_id: int) -> _Head | None:
         """What is durable there; of one that has rotted, what it was before (see `damaging`)."""
         raw = log.durable_record(HEAD_KEY)
-        if raw is None:
-            return None
+        if raw is None:  # never written yet, or its very key has rotted
+            return (
+                self._heads.get(machine_id) if log is self._damaged_logs.get(machine_id) else None
+            )
         known = self._heads.get(machine_id)
         if (known is None or known.raw is not raw) and crc32(raw, HEAD_SEED) == CRC_RESIDUE:
             known = self._heads[machine_id] = _Head(raw)

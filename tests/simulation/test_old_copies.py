@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from dengine.errors import DengineError, IdentityError, TryAgain
-from dengine.kv.commands import Put, Result
+from dengine.kv.commands import Put
 from dengine.node.wire import decode
 from dengine.raft.messages import AppendRequest
 from dengine.raft.types import MemberId
@@ -18,6 +18,7 @@ from tests.simulation.disk import Inode
 from tests.simulation.loop import SECOND
 from tests.simulation.machine import Machine
 from tests.simulation.plan import FAULTS, Plan
+from tests.simulation.test_calls import call
 from tests.simulation.test_found import belongs, cut, mend, until
 from tests.simulation.world import World
 
@@ -33,26 +34,11 @@ def three_voters(world: World) -> bool:
     return len(world.membership.voters) == 3 and not world.membership.joint
 
 
-def put(world: World, machine: Machine, key: bytes) -> list[Result | DengineError]:
-    """Ask a node for it; the answer is in the list, once it has come."""
-    answers: list[Result | DengineError] = []
-    process = machine.process
-    assert process is not None
-    node = process.node
-    assert node is not None
-
-    async def ask() -> None:
-        try:
-            answers.append(await node.write(Put(key, b"of " + key, None), process.loop.time() + 1))
-        except DengineError as error:
-            answers.append(error)
-
-    process.run(lambda: process.loop.create_task(ask()))
-    return answers
-
-
 def acknowledged(world: World, machine: Machine, key: bytes) -> None:
-    answers = put(world, machine, key)
+    """A write at this node."""
+    assert machine.process is not None
+    command = Put(key, b"of " + key, None)
+    answers = call(machine.process, lambda node, by: node.write(command, by), 1)
     until(world, lambda: bool(answers))
     assert not isinstance(answers[0], DengineError), answers[0]
 
@@ -71,7 +57,9 @@ def leads(machine: Machine) -> bool:
     return machine.process is not None and machine.process.leads
 
 
-def noted_ends(world: World) -> list[tuple[int, BaseException | None]]:
+def noted_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, BaseException | None]]:
     """From now on who ends is noted here, and started again as systemd does."""
     ends: list[tuple[int, BaseException | None]] = []
 
@@ -83,7 +71,7 @@ def noted_ends(world: World) -> list[tuple[int, BaseException | None]]:
             if isinstance(error, TryAgain):
                 world.restart_later(machine)
 
-    world.process_ended = ended  # type: ignore[assignment]
+    monkeypatch.setattr(world, "process_ended", ended)
     return ends
 
 
@@ -95,7 +83,9 @@ def noted_ends(world: World) -> list[tuple[int, BaseException | None]]:
     ],
     ids=["alone", "with learners"],
 )
-def test_an_old_copy_of_the_only_voter_leads_nobody(when: Callable[[World], bool]) -> None:
+def test_an_old_copy_of_the_only_voter_leads_nobody(
+    when: Callable[[World], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a disk from before the cluster grew node 1 led at once, all by itself: it acknowledged
     writes that nobody else had, and ended the leader of the others, who led in the same term."""
     world = growing()
@@ -117,7 +107,7 @@ def test_an_old_copy_of_the_only_voter_leads_nobody(when: Callable[[World], bool
 
         put_back(world, one, copies[0])
         one.founding_wait_ms = 500
-        ends = noted_ends(world)
+        ends = noted_ends(world, monkeypatch)
         until(world, lambda: world.leader() is not None)
         cut(world, (1, 2), (1, 3))  # until they try again, which takes them a moment
         world.start(one)
@@ -131,7 +121,9 @@ def test_an_old_copy_of_the_only_voter_leads_nobody(when: Callable[[World], bool
         assert all(m.process is not None for m in machines if m is not one)
 
 
-def test_a_voter_with_a_disk_from_before_it_joined_is_another_member() -> None:
+def test_a_voter_with_a_disk_from_before_it_joined_is_another_member(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It was let in as the voter that it had been, without a log, and with its vote a leader was
     found that lacked what it had acknowledged."""
     world = growing()
@@ -151,8 +143,8 @@ def test_a_voter_with_a_disk_from_before_it_joined_is_another_member() -> None:
         put_back(world, three, before)
         one.crash()  # after that it does not know any more what node 3 has acknowledged
         mend(world, (1, 2))
-        ends = noted_ends(world)
-        hold_back_appends(world, one.id)
+        ends = noted_ends(world, monkeypatch)
+        hold_back_appends(world, one.id, monkeypatch)
         world.start(one)
         until(world, lambda: one.process is not None and one.process.leads)
         world.start(three)
@@ -163,7 +155,7 @@ def test_a_voter_with_a_disk_from_before_it_joined_is_another_member() -> None:
         assert three.process.member != voter
 
 
-def hold_back_appends(world: World, leader: int) -> None:
+def hold_back_appends(world: World, leader: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody gets entries from it."""
     carry = world.network.raft_frame
 
@@ -173,4 +165,4 @@ def hold_back_appends(world: World, leader: int) -> None:
         if sender.id != leader or not entries:
             carry(sender, to, data, count)
 
-    world.network.raft_frame = lossy  # type: ignore[method-assign]
+    monkeypatch.setattr(world.network, "raft_frame", lossy)
