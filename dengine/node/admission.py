@@ -75,6 +75,7 @@ class Admission:
             zone=self._config.cluster.zone,
             term=raft.term,
             is_sole_voter=raft.membership.is_sole_voter(raft.me),
+            membership_version=raft.membership.version,
         )
 
     def admit(self, theirs: Hello, host: str) -> Refused | None:
@@ -177,17 +178,8 @@ class Admission:
                 f"node {who.id} acknowledged entry {progress.match_index} and now ends at "
                 f"{theirs.last_index}: its directory is an old copy",
             )
-        if theirs.is_sole_voter and theirs.last_index < raft.log.commit_index:
-            # Whoever votes alone has all that is committed; to vote with others it had to agree.
-            where = (
-                f"node {who.id} takes itself for the only voter and ends at entry "
-                f"{theirs.last_index}, but entry {raft.log.commit_index} is committed: its "
-                "directory is an old copy"
-            )
-            if raft.committed_membership.is_sole_voter(who):  # and nobody could do without it
-                here = f"node {raft.me.id} has what it lacks: save a snapshot there first"
-                return Refused("foreign_cluster", f"{where}; {here}")
-            return Refused("rolled_back", where)
+        if theirs.is_sole_voter:
+            return self._refuse_old_sole_voter(theirs)
         if theirs.cluster_id and not theirs.last_index and who in raft.membership.all_voters:
             return Refused(
                 "empty",
@@ -195,6 +187,25 @@ class Admission:
                 "old copy",
             )
         return None
+
+    def _refuse_old_sole_voter(self, theirs: Hello) -> Refused | None:
+        """Whoever votes alone has all that is committed, and to vote with others it had to agree. A
+        copy may have led by itself until its log was the longer one; the changes of the membership
+        that brought it the others are still not in there.
+        """
+        raft, who = self._raft, theirs.member
+        committed, membership = raft.log.commit_index, raft.committed_membership
+        if theirs.last_index >= committed and theirs.membership_version >= membership.version:
+            return None
+        where = (
+            f"node {who.id} takes itself for the only voter and ends at entry {theirs.last_index}, "
+            f"after {theirs.membership_version} changes of the membership, but entry {committed} "
+            f"and {membership.version} changes are committed: its directory is an old copy"
+        )
+        if membership.is_sole_voter(who):  # and nobody could do without it
+            here = f"node {raft.me.id} has what it lacks: save a snapshot there first"
+            return Refused("foreign_cluster", f"{where}; {here}")
+        return Refused("sole_voter", where, committed, membership.version)
 
     def _remember(self, theirs: Hello) -> None:
         """Note an admitted Hello. Members are as many as the membership says; of strangers, which

@@ -5,7 +5,9 @@ voters is wrong, be it by a flipped bit or by a bug: it throws its state away an
 leader is no exception, and steps down first. Where no majority agrees nobody knows who is right, so
 all stop: no answer is better than a wrong one. When every voter has been heard, they do not start
 again before a person has decided.
-Reports and verdicts may be lost: a report is repeated, and what it shows is judged once more.
+Reports and verdicts may be lost: a report is repeated, and what it shows is judged once more. Who
+was started since has nothing to repeat: where its word is missing the leader brings the next
+comparison about.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ log = logging.getLogger("dengine.agreement")
 PATIENCE = 10  # times the grace
 COMPARED_MAX = 64  # indexes that wait for more reports; who lags further is not compared
 REPEAT_MS = 5000  # after that long what was said last is said once more
+
+NOTHING = StateDigest(0, 0, b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,14 @@ class Tally:
     grace_ms: int
     _reports: dict[int, dict[MemberId, StateDigest]] = field(default_factory=dict)
     _disputed_since_ms: dict[int, int] = field(default_factory=dict)
-    _decided: int = 0  # what was before the last decision is not judged without those who decided
+    # The last decision. Nothing up to it is disputed anew, without those who decided.
+    _right: StateDigest = NOTHING
+    _still_wrong: set[MemberId] = field(default_factory=set)  # their verdict was lost
 
     def report(self, member: MemberId, digest: StateDigest, now_ms: int) -> None:
-        if digest.index < self._decided:
+        if digest.index <= self._right.index:
+            if digest.index == self._right.index and digest != self._right:
+                self._still_wrong.add(member)
             return
         reports = self._reports.setdefault(digest.index, {})
         reports[member] = digest
@@ -74,6 +82,9 @@ class Tally:
             live: members that answer.
         """
         verdicts = []
+        if self._still_wrong:
+            verdicts.append(Verdict(self._right.index, tuple(sorted(self._still_wrong))))
+            self._still_wrong.clear()
         for index in sorted(self._disputed_since_ms, reverse=True):
             if index not in self._reports:
                 continue  # decided by a newer one
@@ -82,7 +93,7 @@ class Tally:
             if right is not None:
                 wrong = tuple(sorted(m for m, digest in reports.items() if digest != right))
                 verdicts.append(Verdict(index, wrong))
-                self._decided = max(self._decided, index)
+                self._right = right
                 for older in [i for i in self._reports if i <= index]:
                     self._drop(older)
                 continue
@@ -92,6 +103,16 @@ class Tally:
                 verdicts.append(Verdict(index, (), split=True, final=not missing))
                 self._drop(index)
         return verdicts
+
+    @property
+    def disputed(self) -> int:
+        """The newest index that is compared, if no majority agrees yet; else 0."""
+        newest = max(self._reports, default=0) if self._disputed_since_ms else 0
+        return newest if newest in self._disputed_since_ms else 0
+
+    def silent(self, membership: Membership) -> Set[MemberId]:
+        """The voters that have said nothing of the newest index."""
+        return membership.all_voters - self._reports[max(self._reports)].keys()
 
     @staticmethod
     def _majority(
@@ -117,6 +138,7 @@ class Agreement:
             entry it was wrong.
         fail: ends the process.
         halt: and every later one that would use the directory.
+        propose_time: one more entry, for the next comparison.
     """
 
     def __init__(
@@ -129,6 +151,7 @@ class Agreement:
         distrust: Callable[[str, int], None],
         fail: Callable[[DataCorruption], None],
         halt: Callable[[DataCorruption], None],
+        propose_time: Callable[[], None],
     ) -> None:
         self._raft = raft
         self._state = state
@@ -137,14 +160,17 @@ class Agreement:
         self._distrust = distrust
         self._fail = fail
         self._halt = halt
+        self._propose_time = propose_time
         self._tally = Tally(grace_ms)
         self._last: tuple[StateDigest, ...] = ()  # what this node has said last
         self._last_of = state.path
         self._repeat_due_ms = 0
+        self._sought = 0  # a decision on this index was, by the comparison after it
+        self._seek_due_ms = 0
 
     def leadership_began(self) -> None:
         self._tally = Tally(self._grace_ms)
-        self._repeat_due_ms = 0
+        self._repeat_due_ms = self._seek_due_ms = 0
 
     def applied(self, now_ms: int) -> None:
         """Entries were applied: report, or compare."""
@@ -154,6 +180,25 @@ class Agreement:
             self._last = (*before, *digests)[-COMPARED_MAX:]
             self._last_of = self._state.path
             self._say_last(now_ms)
+        self._seek_decision(now_ms)
+
+    def _seek_decision(self, now_ms: int) -> None:
+        """A voter that has the disputed entry and says nothing of it was started since, or got its
+        state from elsewhere. Of an entry to come it will speak: bring that about, for a cluster may
+        be quiet, but now and then only, since it may not have a state.
+        """
+        index = self._tally.disputed
+        if not (index and self._raft.is_leader):
+            return
+        membership, live = self._voters()
+        silent = self._tally.silent(membership) & live
+        if not any(self._raft.stored_by(voter) >= index for voter in silent):
+            return
+        if index != self._sought:
+            if now_ms < self._seek_due_ms:
+                return
+            self._sought, self._seek_due_ms = index, now_ms + REPEAT_MS
+        self._propose_time()
 
     def _say_last(self, now_ms: int) -> None:
         self._repeat_due_ms = now_ms + REPEAT_MS
@@ -178,12 +223,17 @@ class Agreement:
             self._say_last(now_ms)
         elif self._raft.is_leader:
             self._judge(now_ms)
+        self._seek_decision(now_ms)
 
     def _judge(self, now_ms: int) -> None:
-        membership = self._raft.committed_membership
-        live = {voter for voter in membership.all_voters if self._raft.is_live(voter)}
+        membership, live = self._voters()
         for verdict in self._tally.judge(membership, live, now_ms):
             self._carry_out(verdict)
+
+    def _voters(self) -> tuple[Membership, set[MemberId]]:
+        """And those of them that answer."""
+        membership = self._raft.committed_membership
+        return membership, {v for v in membership.all_voters if self._raft.is_live(v)}
 
     def judged(self, sender: MemberId, verdict: StateVerdict) -> None:
         """The leader compared our digest with the others'."""

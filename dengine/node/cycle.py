@@ -244,16 +244,30 @@ class Cycle:
         members = self.raft.membership.members
         return min((m.command_version for m in members), default=1)
 
+    def propose_time(self) -> None:
+        """One more entry, if nothing else is under way."""
+
+        def propose() -> None:
+            raft = self.raft
+            if raft.may_propose and self.may_tick and self.records and not self._busy:
+                self._propose()
+
+        self.post(propose)
+
+    @property
+    def _busy(self) -> bool:
+        """Is an entry under way, or about to be? It tells the time, too."""
+        log = self.raft.log
+        return self.proposals.queued or log.applied_index < log.last_index
+
     async def keep_time(self, timeout_s: float) -> None:
         """Before a leader stops from which nobody takes over: have the time until now in the log,
         where anything can expire. On a node that is restarted all the time it would else hardly
         pass, and what was put for a time would stay."""
 
         def tick(raft: Raft) -> asyncio.Future[None] | None:
-            if not raft.may_propose or len(raft.membership.voters) > 1:
+            if not raft.may_propose or len(raft.membership.voters) > 1 or self._busy:
                 return None
-            if self.proposals.queued or raft.log.applied_index < raft.log.last_index:
-                return None  # what is under way tells the time, too
             kept: asyncio.Future[None] = self._loop.create_future()
             self.proposals.watch(self._propose(), kept, self._loop.time() + timeout_s)
             return kept

@@ -85,7 +85,8 @@ class Entrance:
                 self._tell_pledge()
             if loop.time() >= report_at:
                 report_at += REPORT_EVERY_S
-                log.warning("waiting for all founders; %s", self._peer_errors(founding.others))
+                why = founding.misfit() or self._peer_errors(founding.others)
+                log.warning("waiting for all founders; %s", why)
             await asyncio.sleep(POLL_S)
         await self._bootstrap(membership)
 

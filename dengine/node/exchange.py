@@ -259,8 +259,18 @@ class Exchange:
                 self._cycle.fail(self.quarantine(refused.message))
             case "empty" if not self._raft.log.stable_index:  # else what told us so was late
                 self._cycle.fail(self.quarantine(refused.message))
+            case "sole_voter" if self._lacks_what_is_committed(refused):
+                self._cycle.fail(self.quarantine(refused.message))
             case "duplicate":
                 self._suspect_duplicate(refused.message)
+
+    def _lacks_what_is_committed(self, refused: Refused) -> bool:
+        """Else it was not us who were behind but our Hello."""
+        raft = self._raft
+        return raft.membership.is_sole_voter(raft.me) and (
+            raft.log.stable_index < refused.committed
+            or raft.membership.version < refused.membership_version
+        )
 
     def _suspect_duplicate(self, message: str) -> None:
         """Our own stream from before a restart may linger; another living node does not go away."""
@@ -288,14 +298,18 @@ class Exchange:
     def halt(self, error: FatalError) -> None:
         """End the process, and every later one that would use this directory."""
         with suppress(StorageIO):
-            self._directory.halt(error.message)
+            self._directory.halt(error)
         self._cycle.fail(error)
 
     def quarantine(self, reason: str) -> FatalError:
         """An old copy of the directory has broken its promises: continue as a new incarnation."""
         if self._raft.membership.is_sole_voter(self._raft.me):
-            # What it has led alone since then is in its log, and contradicts the cluster's.
-            return IdentityError(f"{reason}; empty it, and set role = 3 to join")
+            # What it has led alone since then is in its log, and contradicts the cluster's. The
+            # next start may find nobody who tells it so.
+            old_copy = IdentityError(f"{reason}; empty it, and set role = 3 to join")
+            with suppress(StorageIO):
+                self._directory.halt(old_copy)
+            return old_copy
         self._directory.reincarnate()
         return TryAgain(f"{reason}; it was set aside, and the next start joins as a new learner")
 

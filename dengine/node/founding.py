@@ -170,6 +170,18 @@ class Founding:
         same = membership is not None and pledges == {pledge_of(membership)}
         return membership if same else None
 
+    def misfit(self) -> str:
+        """Which founder is bound to what cannot come of our file, and what to do; or nothing."""
+        ours = self.pledge or self._membership(self._incarnations)
+        for who, pledge in sorted(self._pledges.items()):
+            if ours is not None and pledge != pledge_of(ours):
+                return (
+                    f"node {who.id} is bound to a cluster of these founders with other addresses, "
+                    "settings or data directories: put back what was changed in the files, or, if "
+                    "none of them serves, empty the directories of all of them and start again"
+                )
+        return ""
+
     def agreed(self) -> Membership | None:
         """The first membership, once every founder is bound to it; its hash names the cluster.
 

@@ -143,6 +143,7 @@ class Node:
             distrust=lambda why, at: self.snapshots.distrust(why, files_too=True, index=at),
             fail=self.fail,
             halt=lambda error: self._exchange.halt(error),
+            propose_time=self._cycle.propose_time,
         )
         self._exchange = Exchange(
             config,

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from dengine.config import Config
-from dengine.errors import ConfigError, DataCorruption, IdentityError, StorageIO
+from dengine.errors import ConfigError, IdentityError, StorageIO
 from dengine.kv.commands import batch_clock_ms
 from dengine.raft.raft import RaftConfig
 from dengine.raft.types import EntryKind, LogId, MemberId
-from dengine.storage.directory import HALTED_MARK, DataDirectory
+from dengine.storage.directory import DataDirectory
 from dengine.storage.log_store import LogStore
 from dengine.storage.recovery import open_stores
 from dengine.storage.state_store import StateStore
@@ -70,10 +70,10 @@ def open_directory(config: Config) -> DataDirectory:
             f"({identity.removed}): {directory.path} cannot be used again; start a new "
             "node with a new node_id and an empty directory"
         )
-    if directory.halted:
+    halted = directory.halted
+    if halted is not None:
         directory.close()
-        mark = directory.path / HALTED_MARK
-        raise DataCorruption(f"{directory.halted}; then remove {mark}", file=str(mark))
+        raise halted
     return directory
 
 
@@ -107,7 +107,7 @@ def raft_config(config: Config, directory: DataDirectory, me: MemberId) -> RaftC
         timeout_ms_max=election.timeout_ms_max,
         heartbeat_ms=election.heartbeat_ms,
         lease_ms=config.read.lease_ms,
-        # A copy that is put back is one of another time, most often of before the machine started.
         start_stickiness_ms=promised_ms,
-        sole_voter_wait_ms=0 if directory.same_boot else config.cluster.founding_wait_ms,
+        # At each start: nothing on a disk can tell that it is not a copy of another time.
+        sole_voter_wait_ms=config.cluster.founding_wait_ms,
     )

@@ -44,6 +44,8 @@ class Membership(msgspec.Struct, frozen=True):
 
     `members` describes everyone named in the three sets. `tombstones` are incarnations that will
     never be let in again; a node id all of whose incarnations are tombstones is used up.
+    `version` counts the changes: of two committed ones it tells which is the newer, also where a
+    snapshot hides at which entry they were made.
     """
 
     cluster_id: str = ""
@@ -53,6 +55,7 @@ class Membership(msgspec.Struct, frozen=True):
     members: tuple[Member, ...] = ()
     tombstones: tuple[MemberId, ...] = ()
     settings: Settings = Settings()
+    version: int = 0
 
     @property
     def joint(self) -> bool:
@@ -147,6 +150,11 @@ def apply_change(old: Membership, change: Change) -> Membership:
     """
     if old.joint and not isinstance(change, LeaveJoint):
         raise Conflict("a membership change is under way (joint); try again when it is done")
+    new = _changed(old, change)
+    return old if new == old else msgspec.structs.replace(new, version=old.version + 1)
+
+
+def _changed(old: Membership, change: Change) -> Membership:
     match change:
         case AddLearner(member):
             return _add_learner(old, member)
@@ -260,4 +268,5 @@ def _rebuild(
         members=tuple(m for m in known if m.id in named),
         tombstones=tuple(sorted({*old.tombstones, *buried})),
         settings=old.settings,
+        version=old.version,
     )

@@ -317,6 +317,13 @@ class Raft:
         answered = member == self.me or (progress is not None and progress.answered)
         return answered and self.heard_within(member, self.config.timeout_ms_min)
 
+    def stored_by(self, member: MemberId) -> int:
+        """Up to which entry the leader knows the log of `member` to be durable."""
+        progress = self.progress.get(member)
+        return (
+            self.log.stable_index if member == self.me else progress.match_index if progress else 0
+        )
+
     # --- inputs -----------------------------------------------------------------------------
 
     def bootstrap(self, membership: Membership) -> None:

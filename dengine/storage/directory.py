@@ -28,7 +28,14 @@ from pathlib import Path
 
 import msgspec
 
-from dengine.errors import DataCorruption, IdentityError, InvariantBroken, StorageIO, TryAgain
+from dengine.errors import (
+    DataCorruption,
+    FatalError,
+    IdentityError,
+    InvariantBroken,
+    StorageIO,
+    TryAgain,
+)
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.types import HardState, LogId
 from dengine.storage.environment import DATA_FILE, make_directory, sync_directory
@@ -50,14 +57,11 @@ class DataDirectory:
         path: `<root>/<node_id>`.
         identity: who this directory is.
         boot: 63 random bits, never 0; another number each time the directory is opened.
-        same_boot: the process before this one used the same directory, and since then the machine
-            has not been started anew.
     """
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self.boot = _random_63_bits()
-        self.same_boot = False
         self.identity = Identity(FORMAT, 0, 0)
         self._lock = lock
 
@@ -270,14 +274,20 @@ class DataDirectory:
             raise StorageIO(f"cannot write {state / DAMAGED_MARK}: {error.strerror}") from error
 
     @property
-    def halted(self) -> str:
-        """Why this directory is not to be used before a person has decided; empty: it may be."""
-        return self._mark(HALTED_MARK)
+    def halted(self) -> FatalError | None:
+        """Why this directory is not to be used before a person has decided; None: it may be."""
+        code, _, reason = self._mark(HALTED_MARK).partition(" ")
+        if not code:
+            return None
+        message = f"{reason}; then remove {self.path / HALTED_MARK}"
+        if code == str(IdentityError.exit_code):
+            return IdentityError(message)
+        return DataCorruption(message, file=str(self.path / HALTED_MARK))
 
-    def halt(self, reason: str) -> None:
+    def halt(self, error: FatalError) -> None:
         """Have every start refuse to use it, until somebody removes the mark. Raises StorageIO."""
         try:
-            self._write_file(HALTED_MARK, reason)
+            self._write_file(HALTED_MARK, f"{error.exit_code} {error.message}")
         except OSError as error:
             raise StorageIO(f"cannot write {self.path / HALTED_MARK}: {error.strerror}") from error
 
@@ -386,7 +396,7 @@ class DataDirectory:
         if not (self.path / "CURRENT").exists():
             known = [_state_number(path.name) or 0 for path in self.path.glob("state-*")]
             self._switch_state(f"state-{max(known, default=0) + 1}")
-        self.same_boot = self._ran_in_this_boot()  # raises where CURRENT is damaged
+        self.state_path()  # raises where CURRENT is damaged
 
     def _make_log(self, identity_file: Path) -> None:
         """The log comes before the identity: so an identity without a log means it was lost."""

@@ -75,12 +75,35 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "an old copy of the only voter is believed",
-        ("dengine.node.admission", "if theirs.is_sole_voter and", "if False and"),
+        ("dengine.node.admission", "if theirs.is_sole_voter:", "if False:"),
         tests=OLD_COPIES,
     ),
     mutant(
-        "the only voter of another boot leads at once",
-        ("dengine.node.opening", "0 if directory.same_boot else config", "0 and config"),
+        "an old copy of the only voter is known by the length of its log",
+        (
+            "dengine.node.admission",
+            "committed and theirs.membership_version >= membership.version:",
+            "committed:",
+        ),
+        tests=OLD_COPIES,
+    ),
+    mutant(
+        "the only voter believes a late refusal",
+        (
+            "dengine.node.exchange",
+            '"sole_voter" if self._lacks_what_is_committed(refused)',
+            '"sole_voter"',
+        ),
+        tests=OLD_COPIES,
+    ),
+    mutant(
+        "an old copy of the only voter may be started again",
+        ("dengine.node.exchange", "self._directory.halt(old_copy)", "pass"),
+        tests=OLD_COPIES,
+    ),
+    mutant(
+        "the only voter leads at once",
+        ("dengine.node.opening", "=config.cluster.founding_wait_ms,", "=0,"),
         tests=OLD_COPIES,
     ),
     mutant(
@@ -110,6 +133,20 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "a verdict that got lost is not repeated",
         ("dengine.node.agreement", "if self._last and now_ms >=", "if False and now_ms >="),
+        tests="tests/node/test_agreement.py",
+    ),
+    mutant(
+        "what was decided is disputed anew",
+        (
+            "dengine.node.agreement",
+            "if digest.index <= self._right.index:",
+            "if digest.index < self._right.index:",
+        ),
+        tests="tests/node/test_agreement.py",
+    ),
+    mutant(
+        "nobody seeks a decision that a voter cannot give any more",
+        ("dengine.node.agreement", "        self._propose_time()\n", "        pass\n"),
         tests="tests/node/test_agreement.py",
     ),
     mutant(

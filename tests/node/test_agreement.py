@@ -97,6 +97,8 @@ class Node:
     def __init__(self, me: MemberId) -> None:
         self.did: list[Any] = []
         self.halted: list[DataCorruption] = []
+        self.stored = 256  # by each of the members
+        self.proposed = 0
         self._digests: list[StateDigest] = []
         raft: Any = SimpleNamespace(
             me=me,
@@ -105,6 +107,7 @@ class Node:
             membership=ABC,
             committed_membership=ABC,
             is_live=lambda member: True,
+            stored_by=lambda member: self.stored,
         )
         state: Any = SimpleNamespace(take_digests=lambda: self._digests, path=Path("state-1"))
         self.agreement = Agreement(
@@ -115,7 +118,11 @@ class Node:
             distrust=lambda why, index: self.did.append(("distrusts its state", index)),
             fail=self.did.append,
             halt=self.halted.append,
+            propose_time=self.propose,
         )
+
+    def propose(self) -> None:
+        self.proposed += 1
 
     def applies(self, *digests: StateDigest) -> None:
         self._digests = list(digests)
@@ -204,8 +211,8 @@ def test_what_is_older_than_a_decision_is_not_disputed_any_more() -> None:
     assert found.judge(ABC, {A, B, C}, 10**9) == []
     found.report(B, says(512, 2), 0)
     found.report(A, says(512, 1), 0)
-    found.report(C, says(512, 1), 0)
-    assert found.judge(ABC, {A, B, C}, 0) == [Verdict(512, (B,))], "the verdict was lost"
+    assert found.judge(ABC, {A, B}, 0) == [Verdict(512, (B,))], "the verdict was lost"
+    assert found.judge(ABC, {A, B}, 10**9) == [], "C is gone by now, and need not say it again"
 
 
 def test_a_report_is_repeated_with_those_before_it() -> None:
@@ -213,3 +220,31 @@ def test_a_report_is_repeated_with_those_before_it() -> None:
     follower.applies(says(256, 1))
     follower.applies(says(512, 2))
     assert follower.did[-1] == (A, StateReport((says(256, 1), says(512, 2))))
+
+
+def test_where_a_voter_that_was_started_anew_has_nothing_to_say_the_next_comparison_decides() -> (
+    None
+):
+    """Else its silence would stop all in the end, though it is there; and in a quiet cluster there
+    is no next entry to compare."""
+    leader = Node(A)
+    leader.stored = 255
+    leader.applies(says(256, 1))
+    leader.agreement.reported(B, [says(256, 2)], 0)
+    leader.agreement.ticked(100)
+    assert leader.proposed == 0, "who has not come so far will speak"
+    leader.stored = 300
+    leader.agreement.ticked(200)
+    leader.agreement.ticked(300)
+    assert leader.proposed == 2
+    leader.applies(says(512, 1))
+    leader.agreement.reported(B, [says(512, 2)], 0)
+    leader.stored = 600
+    leader.agreement.ticked(400)
+    assert leader.proposed == 2, "it may have no state: not one entry after the other"
+    leader.agreement.ticked(200 + REPEAT_MS)
+    assert leader.proposed == 3
+    leader.agreement.reported(C, [says(512, 1)], 0)
+    assert (B, StateVerdict(512, False)) in leader.did
+    leader.agreement.ticked(300 + REPEAT_MS)
+    assert leader.proposed == 3

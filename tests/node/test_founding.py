@@ -256,3 +256,20 @@ def test_who_would_found_beside_a_cluster_is_told_so_by_who_knows_its_members(
     assert refused is not None
     assert refused.reason == "foreign_cluster"
     assert not ended
+
+
+def test_a_founder_says_who_is_bound_to_what_cannot_come_of_its_own_file(tmp_path: Path) -> None:
+    """One was bound, all were stopped, and a setting was changed in all files: they waited for each
+    other for ever, and said only that they did."""
+    founding, membership = bound(tmp_path)
+    founding.pledged(B, pledge_of(membership))
+    assert founding.misfit() == ""
+    later = founding_of(tmp_path, 1, 2, 3)
+    for founder in (B, C):
+        later.offer(unfounded(founder, later))
+    assert later.misfit() == ""
+    other = msgspec.structs.replace(pledge_of(membership), cluster_id="of other settings")
+    later.pledged(C, other)
+    assert later.to_pledge(all_there=True) is None
+    assert "node 3 is bound" in later.misfit()
+    assert "put back what was changed" in later.misfit()

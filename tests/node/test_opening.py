@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dengine.config import Config, read
-from dengine.errors import DataCorruption
+from dengine.errors import DataCorruption, IdentityError
 from dengine.node.opening import open_directory, raft_config
 from dengine.raft.types import MemberId
 from tests.cluster import config_text
@@ -26,12 +26,23 @@ def test_nobody_starts_before_a_person_has_decided_who_is_right(tmp_path: Path) 
     """Members that hold different states stopped; a reboot must not let them answer again."""
     config = config_of(tmp_path)
     directory = open_directory(config)
-    directory.halt("compare them, and restore the right one")
+    directory.halt(DataCorruption("compare them, and restore the right one"))
     directory.close()
     with pytest.raises(DataCorruption, match=r"restore the right one; then remove .*HALTED"):
         open_directory(config)
     (directory.path / "HALTED").unlink()
     open_directory(config).close()
+
+
+def test_who_was_told_that_its_directory_is_an_old_copy_ends_with_the_same_code(
+    tmp_path: Path,
+) -> None:
+    config = config_of(tmp_path)
+    directory = open_directory(config)
+    directory.halt(IdentityError("it is an old copy"))
+    directory.close()
+    with pytest.raises(IdentityError, match=r"it is an old copy; then remove .*HALTED"):
+        open_directory(config)
 
 
 def test_a_shorter_timeout_counts_when_the_longer_one_has_been_kept(tmp_path: Path) -> None:
@@ -54,14 +65,14 @@ def test_a_shorter_timeout_counts_when_the_longer_one_has_been_kept(tmp_path: Pa
     directory.close()
 
 
-def test_the_only_voter_waits_unless_it_ran_on_this_machine_just_now(tmp_path: Path) -> None:
-    """Its disk may be an older copy, and somebody who knows better has to be heard first."""
+def test_the_only_voter_waits_at_each_start(tmp_path: Path) -> None:
+    """Its disk may be an older copy, and somebody who knows better has to be heard first: also
+    where it ran a moment ago, and was killed before it could be told."""
     config = config_of(tmp_path)
-    directory = open_directory(config)
-    assert raft_config(config, directory, ME).sole_voter_wait_ms == config.cluster.founding_wait_ms
-    directory.state_path().mkdir(exist_ok=True)
-    directory.mark_running()
-    directory.close()
-    directory = open_directory(config)
-    assert raft_config(config, directory, ME).sole_voter_wait_ms == 0
-    directory.close()
+    for _ in range(2):
+        directory = open_directory(config)
+        wait_ms = raft_config(config, directory, ME).sole_voter_wait_ms
+        assert wait_ms == config.cluster.founding_wait_ms
+        directory.state_path().mkdir(exist_ok=True)
+        directory.mark_running()
+        directory.close()

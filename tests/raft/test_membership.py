@@ -9,6 +9,7 @@ from dengine.errors import ClusterUnavailable, Conflict, JoinError, LeaderChange
 from dengine.raft.membership import (
     AddLearner,
     Change,
+    LeaveJoint,
     Membership,
     Promote,
     Remove,
@@ -150,6 +151,18 @@ def test_a_change_that_changes_nothing_appends_nothing() -> None:
     assert node.raft.propose_membership(AddLearner(member(D))) is None
     assert node.raft.propose_membership(Remove(77)) is None
     expect(node.take())
+
+
+def test_each_change_is_counted_and_what_changes_nothing_is_not() -> None:
+    """So that of two memberships anybody can tell the newer one."""
+    old = membership(A, learners=[B, C])
+    joint = apply_change(old, Promote((B, C)))
+    done = apply_change(joint, LeaveJoint())
+    assert [m.version for m in (old, joint, done)] == [0, 1, 2]
+    assert apply_change(done, UpdateSettings(done.settings)) is done
+    settings = msgspec.structs.replace(done.settings, promotion="odd")
+    assert apply_change(done, UpdateSettings(settings)).version == 3
+    assert decode_membership(done.encode()).version == 2
 
 
 def test_a_single_voter_more_or_less_needs_no_joint_state() -> None:
@@ -358,7 +371,7 @@ def test_a_leader_finishes_a_joint_state_it_finds() -> None:
     node = server(B, joint)
     node.lead()
     node.acknowledge(A, C)
-    assert node.raft.membership == membership(A, B, C)
+    assert node.raft.membership == msgspec.structs.replace(membership(A, B, C), version=2)
     assert node.raft.membership_index == 3
 
 

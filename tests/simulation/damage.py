@@ -153,7 +153,8 @@ class Damage:
         world.checker.damaging(machine)
         world.note("wipe", machine.id)
         world.checker.crashed(process, power=True)
-        machine.wipe(same_file=rng.random() < 0.3)
+        # Who founds alone has nobody to wait for: cut off from all, it would do so again.
+        machine.wipe(same_file=rng.random() < 0.3 and len(machine.founders) > 1)
         world.process_gone(process)
         world.restart_later(machine)
         self._faults.mark(machine, "disk replaced", lambda: self._is_weak(machine))

@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 import pytest
 
+from dengine.config import Membership as MembershipConfig
 from dengine.errors import DengineError, IdentityError, TryAgain
 from dengine.kv.commands import Put
 from dengine.node.wire import decode
 from dengine.raft.messages import AppendRequest
 from dengine.raft.types import MemberId
+from tests.simulation import invariants
 from tests.simulation.disk import Inode
 from tests.simulation.loop import SECOND
 from tests.simulation.machine import Machine
@@ -51,6 +53,22 @@ def put_back(world: World, machine: Machine, root: Inode) -> None:
     world.checker.forgets(machine)
     world.faults.mark(machine, "disk rolled back", lambda: False)
     world.faults.ever_rolled_back.add(machine.id)
+
+
+def grown(world: World) -> Machine:
+    """Three voters; the disk of node 1, which is off, is from when it voted alone."""
+    one, two, three = world.machines.values()
+    world.start(one)
+    until(world, lambda: bool(world.membership.voters) and world.leader() is not None)
+    acknowledged(world, one, b"a")
+    before = copy.deepcopy(one.disk.root)
+    world.start(two)
+    world.start(three)
+    until(world, lambda: three_voters(world))
+    acknowledged(world, one, b"b")
+    put_back(world, one, before)
+    one.founding_wait_ms = 500
+    return one
 
 
 def leads(machine: Machine) -> bool:
@@ -119,6 +137,94 @@ def test_an_old_copy_of_the_only_voter_leads_nobody(
         assert "empty it, and set role = 3" in str(ends[0][1])
         acknowledged(world, two, b"c")
         assert all(m.process is not None for m in machines if m is not one)
+
+        cut(world, (1, 2), (1, 3))
+        world.start(one)  # by somebody who has not read that, and nobody tells it anew
+        world.scheduler.run_until(world.scheduler.now + SECOND)
+        assert [type(error) for _, error in ends] == [IdentityError, IdentityError]
+
+
+def test_an_old_copy_that_is_killed_while_it_waits_waits_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That it had just run was taken for a sign that it was no copy: it led at its second start."""
+    world = growing()
+    with world.alive():
+        one = grown(world)
+        ends = noted_ends(world, monkeypatch)
+        until(world, lambda: world.leader() is not None)
+        world.start(one)
+        world.scheduler.run_until(world.scheduler.now + SECOND // 200)
+        one.crash()
+        world.start(one)
+        until(world, lambda: bool(ends) or leads(one), SECOND // 1000)
+        assert [(machine_id, type(error)) for machine_id, error in ends] == [(1, IdentityError)]
+
+
+def test_an_old_copy_that_has_led_alone_does_not_become_a_follower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its log was the longer one by then, so it was let in: it stayed for good, and answered reads
+    from entries that nobody else had."""
+    world = growing()
+    with world.alive():
+        one = grown(world)
+        ends = noted_ends(world, monkeypatch)
+        cut(world, (1, 2), (1, 3))
+        monkeypatch.setattr(invariants, "violated", lambda *what: None)  # what is not promised
+        world.start(one)
+        until(world, lambda: leads(one))
+        for number in range(20):
+            acknowledged(world, one, b"%d" % number)
+        mend(world, (1, 2), (1, 3))
+        until(world, lambda: bool(ends), SECOND // 1000)
+        assert {machine_id for machine_id, _ in ends} == {1}
+        world.start(one)
+        world.scheduler.run_until(world.scheduler.now + SECOND)
+        assert ends[-1][0] == 1
+        assert isinstance(ends[-1][1], IdentityError)
+
+
+def test_the_only_voter_that_promotes_others_meanwhile_is_no_old_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its Hello was on its way for so long that the receiver knew of later entries: a sound voter
+    set itself aside."""
+    plan = Plan(0, tuple(FAULTS))
+    plan.shape, plan.founders, plan.joiners = "1->3", 1, 3
+    plan.membership = MembershipConfig(promotion="odd", catchup_entries=50, stable_ms=50)
+    world = World(plan)
+    refused: list[tuple[object, ...]] = []
+    note = world.note
+
+    def noting(*what: object) -> None:
+        if "refuses" in what:
+            refused.append(what)
+        note(*what)
+
+    monkeypatch.setattr(world, "note", noting)
+    ends = noted_ends(world, monkeypatch)
+    with world.alive():
+        one, two, three, four = world.machines.values()
+        world.start(one)
+        until(world, lambda: bool(world.membership.voters) and world.leader() is not None)
+        world.start(four)
+        until(world, lambda: belongs(four))
+        four.crash()
+        for machine in (two, three):
+            world.start(machine)
+        until(world, lambda: len(world.membership.learners) == 3, SECOND // 1000)
+        world.network.slow[1, 4] = SECOND
+        world.start(four)
+        until(world, lambda: three_voters(world), SECOND // 1000)
+        assert one.process is not None
+        process = one.process
+        answers = call(process, lambda node, by: node.transfer_leader(3, by), 2)
+        until(world, lambda: bool(answers), SECOND // 1000)
+        until(world, lambda: bool(refused), SECOND // 1000)
+        world.scheduler.run_until(world.scheduler.now + 2 * SECOND)
+        assert one.process is process
+        assert ends == []
 
 
 def test_a_voter_with_a_disk_from_before_it_joined_is_another_member(
