@@ -223,6 +223,47 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         tests=INSTALLS,
     ),
+    mutant(
+        "an install that a start finishes forgets the vote",
+        (RECOVERY, "voted_for = old.voted_for if old.term == term else None", "voted_for = None"),
+        tests=RECOVERIES,
+    ),
+    mutant(
+        "the lease of a joint state needs the new half alone",
+        (
+            RAFT,
+            "joint_value(self.membership.voters, self.membership.outgoing, sent)",
+            "joint_value(self.membership.voters, (), sent)",
+        ),
+        tests="tests/raft/test_reads.py",
+    ),
+    mutant(
+        "a write that a snapshot covers is said not to have happened",
+        (
+            "dengine.node.proposals",
+            'covers the write; it may have happened",\n                outcome="unknown",',
+            'covers the write; it may have happened",\n                outcome="none",',
+        ),
+        tests="tests/node/test_proposals.py",
+    ),
+    mutant(
+        "an eventual read sees a state that is being built again",
+        (
+            "dengine.node.node",
+            "max(1, self._announce_above, self.snapshots.installer.forgotten_at)",
+            "max(1, self._announce_above)",
+        ),
+        tests="tests/node/test_snapshots.py",
+    ),
+    mutant(
+        "a read that has waited sees a state that is being built again",
+        (
+            "dengine.node.node",
+            "if self.raft.log.applied_index >= self.snapshots.installer.forgotten_at:",
+            "if True:",
+        ),
+        tests="tests/node/test_snapshots.py",
+    ),
     # It takes a stop while the disk stands still within an install (one seed in some 500).
     mutant(
         "an install is finished without its snapshot's name",

@@ -51,6 +51,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         seeds: after so many the simulator caught it; 0: tests did; None: it was not caught.
+        seed: the one that did.
         by: the invariant, or the test; of one that was not caught, which accidents it had.
         control: what failed without it, so that the catch proves nothing, or why it could not be
             looked for; "" when nothing did.
@@ -61,6 +62,7 @@ class Outcome(NamedTuple):
     by: str
     control: str
     seconds: float
+    seed: int | None = None
 
     @property
     def is_caught(self) -> bool:
@@ -227,25 +229,26 @@ def _passes(tests: str) -> str:
 
 def run_mutant(mutant: Mutant, first: int = 0, seeds: int = SEEDS) -> Outcome:
     """Until it is caught or has had its seeds. Whatever goes wrong concerns this mutant alone."""
-    started, needed, by = time.monotonic(), None, ""
+    started, needed, by, seed = time.monotonic(), None, "", None
     try:
         if mutant.tests:
             by = _pytest(mutant.tests, DENGINE_MUTANT=mutant.name)
             needed, control = (0, _passes(mutant.tests)) if by else (None, "")
         else:
-            needed, by, control = _hunted(mutant.name, first, seeds)
+            seed, by, control = _hunted(mutant.name, first, seeds)
+            needed = None if seed is None else seed - first + 1
     except RuntimeError as error:
         needed, control = None, str(error)
-    return Outcome(mutant.name, needed, by, control, time.monotonic() - started)
+    return Outcome(mutant.name, needed, by, control, time.monotonic() - started, seed)
 
 
 def _hunted(name: str, first: int, seeds: int) -> tuple[int | None, str, str]:
-    """After how many seeds it was caught, by what, and what fails without it."""
+    """Which seed caught it, by what, and what fails without it."""
     found = _run_self("--hunt", name, "--from", str(first), "--seeds", str(seeds))
     seed, _, by = found.splitlines()[-1].partition("\t")
     if seed == "survived":
         return None, by, ""
-    return int(seed) - first + 1, by, _holds(int(seed))
+    return int(seed), by, _holds(int(seed))
 
 
 # --- what is known --------------------------------------------------------------------------------
@@ -310,7 +313,7 @@ def run_all(
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.default_int_handler)
     needed, outcomes, stopped = read_needed(), list[Outcome](), False
-    print(f"{'mutant':62} {'seeds':>5} {'known':>5} {'s':>6}  caught by")
+    print(f"{'mutant':62} {'seeds':>5} {'known':>5} {'s':>6}  caught by, in seed")
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         for outcome in pool.map(lambda mutant: run_mutant(mutant, first, seeds), mutants):
@@ -336,7 +339,8 @@ def run_all(
 def _row(outcome: Outcome, known: int | None) -> str:
     seeds = {None: "-", 0: "tests"}.get(outcome.seeds, outcome.seeds)
     by = outcome.by if outcome.is_caught else "NOT CAUGHT" if not outcome.control else "NO PROOF"
-    return f"{outcome.name:62} {seeds:>5} {known or '':>5} {outcome.seconds:6.1f}  {by}"
+    seed = "" if outcome.seed is None else f", {outcome.seed}"
+    return f"{outcome.name:62} {seeds:>5} {known or '':>5} {outcome.seconds:6.1f}  {by}{seed}"
 
 
 def _median(outcomes: Sequence[Outcome]) -> float:

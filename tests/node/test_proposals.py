@@ -69,3 +69,19 @@ def test_a_wrong_state_tells_nobody_a_result() -> None:
         proposals.applied(Entry(7, 2, EntryKind.NORMAL, b""), [PutResult(1, True)])
 
     on_loop(check)
+
+
+def test_a_write_that_a_snapshot_covers_may_have_happened() -> None:
+    """Nobody here saw it applied, nor what took its place."""
+
+    async def check() -> None:
+        proposals = Proposals(10, 1000)
+        future = _in_log(proposals, LogId(7, 1))
+        proposals.restored(6)
+        assert not future.done()
+        proposals.restored(9)
+        with pytest.raises(LeaderChanged) as caught:
+            await future
+        assert caught.value.outcome == "unknown"
+
+    on_loop(check)

@@ -820,6 +820,41 @@ def test_a_state_that_is_known_to_be_wrong_is_not_read(consistency: str) -> None
     on_loop(test)
 
 
+@pytest.mark.parametrize("consistency", ["eventual", "linearizable"])
+def test_a_state_that_is_being_built_again_is_not_read(consistency: str) -> None:
+    """It would take readers back in time; as would one that is thrown away while they wait."""
+    installer = SimpleNamespace(forgotten_at=9)
+    log = SimpleNamespace(applied_index=5)
+    waiting: list[asyncio.Future[None]] = []
+
+    async def known(deadline: float) -> None:
+        await asyncio.sleep(0)
+
+    node: Any = SimpleNamespace(
+        snapshots=SimpleNamespace(require_trusted=lambda: None, installer=installer),
+        raft=SimpleNamespace(log=log, leader=SENDER),
+        _announce_above=0,
+        _reads=SimpleNamespace(add=lambda future, deadline, lease: waiting.append(future)),
+        _cycle=SimpleNamespace(wake=lambda: None),
+        _at_leader=SimpleNamespace(known=known),
+    )
+
+    async def test() -> None:
+        node._loop = asyncio.get_running_loop()
+        read = asyncio.create_task(Node.read_barrier(node, consistency, deadline()))
+        await until(lambda: waiting or read.done(), "the read to be served, or to wait")
+        assert not read.done()
+        waiting[0].set_result(None)
+        await until(lambda: len(waiting) > 1 or read.done(), "the read to be served, or to wait")
+        assert not read.done()
+        log.applied_index = 9
+        waiting[1].set_result(None)
+        await read
+        assert len(waiting) == 2
+
+    on_loop(test)
+
+
 def test_the_only_voter_throws_nothing_away_that_nothing_can_replace(tmp_path: Path) -> None:
     """Its log begins behind what it would have to apply again, and there is no file: what is left
     of the state is all that a repair could go on from."""

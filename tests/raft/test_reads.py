@@ -398,6 +398,20 @@ def test_a_lease_and_a_grown_membership() -> None:
     assert [s.nonce for s in node.take().read_states] == [nonce(1), nonce(2)]
 
 
+def test_a_lease_in_a_joint_state_needs_the_outgoing_half_too() -> None:
+    """4.3: who lacks the joint entry elects by the old membership."""
+    node = leader(A, membership(A, B, C, learners=[D, E]))
+    node.raft.propose_membership(Promote((D, E)))
+    for _ in range(9):
+        node.tick(100)
+        node.answer_heartbeats(node.settle(), D, E)
+    read(node, 1, lease=True)
+    assert not node.take().read_states
+    node.tick(100)
+    node.answer_heartbeats(node.settle(), B, D, E)
+    assert [s.nonce for s in node.take().read_states] == [nonce(1)]
+
+
 def test_a_deposed_leader_serves_no_stale_read() -> None:
     """6.4 and 6.4.1, end to end: cut off, it answers from its lease at most as long
     as nobody else can lead, and not at all by read index.

@@ -1,9 +1,9 @@
 """A disk that can lose power: files, directories and LMDB environments, and what was synced.
 
 Every file has its content and the content at its last fsync; every directory its names, those at
-its last fsync, and the changes since, in order. `lose_power` keeps a prefix of those changes and of
-each unsynced file the old content, the new one, a torn one or none. What a killed process has
-written stays: the kernel has it.
+its last fsync, and the changes since. `lose_power` keeps any of those changes, and of each unsynced
+file the old content, the new one, one that ends early or has a sector of zeros, or none. What a
+killed process has written stays: the kernel has it.
 
 Any operation that changes something may fail for want of room or with an input/output error. After
 an fsync of a file that has failed, its pages count as clean: a later fsync finds nothing wrong and
@@ -29,6 +29,8 @@ from tests.simulation.loop import Crash, WriterDied
 
 FREE_BYTES: Final = 1 << 40
 NEEDS_ROOM: Final = {"commit": 1, "new name": 1, "file write": 0}  # bytes, beside what is written
+SECTOR_BYTES: Final = 512
+KEPT: Final = 0.6  # of the changes of a directory, when the power goes
 OPERATIONS: Final = (
     "commit",  # of LMDB, with or without an fsync
     "sync",  # of an LMDB file whose commits had none
@@ -246,7 +248,9 @@ class Disk:
     def _lose(self, node: Inode) -> None:
         if node.names is not None:
             kept = dict(node.synced_names)
-            for changes in node.journal[: self.rng.randint(0, len(node.journal))]:
+            for changes in node.journal:
+                if self.rng.random() >= KEPT:
+                    continue
                 for name, inode in changes.items():
                     if inode is None:
                         kept.pop(name, None)
@@ -260,7 +264,11 @@ class Disk:
                 self.hit("state torn")
         elif node.synced != node.content:
             self.hit("file torn")
-            torn = node.content[: self.rng.randint(0, len(node.content))]
+            at = self.rng.randint(0, len(node.content))
+            torn = node.content[:at]
+            if self.rng.random() < 0.5:
+                sector = min(SECTOR_BYTES, len(node.content) - at)
+                torn += bytes(sector) + node.content[at + sector :]
             left = [node.synced or b""] if node.lies else [node.synced or b"", node.content, torn]
             node.content = self.rng.choice(left)
             node.synced, node.lies = node.content, False

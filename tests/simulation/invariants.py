@@ -100,7 +100,7 @@ class Checker:
     # --- the life of processes --------------------------------------------------------------------
 
     def started(self, process: Process) -> None:
-        """Invariant 7: a start has forgotten no term that it had promised."""
+        """Invariant 7: a start has forgotten no term that it had promised, and no vote."""
         assert process.node is not None
         me, raft = process.member, process.node.raft
         before = self._owner.get(me.id)
@@ -113,6 +113,9 @@ class Checker:
         self.world.durability.log_changed(process.machine)
         if raft.term < self._promised.get(me, 0):
             violated("7 votes", f"{me} came back in term {raft.term} from {self._promised[me]}")
+        vote = self._votes.get((me, raft.term))
+        if vote is not None and vote != raft.voted_for:
+            violated("7 votes", f"{me} voted for {vote} in term {raft.term}, and does not know it")
         kept = self._kept.get(me, 0)
         if kept > raft.log.base.index and (raft.log.term(kept) != self.committed[kept - 1].term):
             violated(

@@ -176,7 +176,7 @@ class World:
             machine.wipe()
             self.restart_later(machine)
             return
-        if type(error) is TryAgain and machine.id in self.faults.ever_rolled_back:
+        if self._is_told_to_be_old(machine, error):
             self.count("rolled back and told so")
         elif error is not None and not self._is_for_the_disk(process, error):
             raise self._died(machine, error)
@@ -185,6 +185,10 @@ class World:
             self.count("power lost while down")
             machine.reboot()
         self.restart_later(machine)
+
+    def _is_told_to_be_old(self, machine: Machine, error: BaseException | None) -> bool:
+        told = type(error) is TryAgain and "joins as a new learner" in error.message
+        return told and machine.id in self.faults.ever_rolled_back
 
     def _is_for_the_disk(self, process: Process, error: BaseException) -> bool:
         """It said so, and this very disk has refused something to this very process, or has let

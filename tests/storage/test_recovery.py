@@ -826,3 +826,20 @@ def test_a_log_that_can_only_not_be_written_is_damage_for_the_next_start(tmp_pat
     assert me(directory) != incarnation
     opened(directory, lambda stores: stores.log.save(HardState(2, None, 400), ()))
     directory.close()
+
+
+@pytest.mark.parametrize("term", [1, 7])
+def test_what_was_promised_outlives_an_interrupted_install(tmp_path: Path, term: int) -> None:
+    """Else a voter could vote twice in one term."""
+    directory = lived(tmp_path / "target", 9, others=[OTHER])
+    file = fetched(tmp_path, directory)
+    with closing(LogStore(directory.log_path)) as log:
+        log.save(HardState(term, OTHER, 9), [])
+    path = directory.next_state_path()
+    unpack(file, path, lambda done, total: None)
+    directory.adopt_state(path)  # the crash comes here
+    directory = restarted(directory)
+    kept: list[HardState] = []
+    opened(directory, lambda stores: kept.append(stores.log.load()[0]))
+    directory.close()
+    assert [(hard.term, hard.voted_for) for hard in kept] == [(term, OTHER)]
