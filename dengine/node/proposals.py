@@ -89,6 +89,12 @@ class Proposals:
 
         True: it could not do all of it, and what it left undone is queued again, before all else.
         """
+        for index in [
+            i for i, w in self._in_log.items() if i >= entry.index and w.term < entry.term
+        ]:
+            # Terms never fall within a log (5.3): none that holds that write holds this entry, and
+            # every later leader's does (5.4).
+            self._fail(self._in_log.pop(index).waiting, _replaced())
         found = self._in_log.pop(entry.index, None)
         if found is None:
             return False

@@ -85,3 +85,21 @@ def test_a_write_that_a_snapshot_covers_may_have_happened() -> None:
         assert caught.value.outcome == "unknown"
 
     on_loop(check)
+
+
+def test_a_write_that_no_later_leader_can_have_did_not_happen() -> None:
+    """The entry of a later term that was committed lies before it, and nobody writes any more: it
+    had to wait for its deadline, and knew nothing then."""
+
+    async def check() -> None:
+        proposals = Proposals(10, 1000)
+        future, same = _in_log(proposals, LogId(9, 2)), _in_log(proposals, LogId(10, 3))
+        proposals.applied(Entry(7, 2, EntryKind.NORMAL, b""), [])
+        assert not future.done()
+        proposals.applied(Entry(7, 3, EntryKind.NOOP, b""), [])
+        with pytest.raises(LeaderChanged) as caught:
+            await future
+        assert caught.value.outcome == "none"
+        assert not same.done()
+
+    on_loop(check)
