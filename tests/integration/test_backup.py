@@ -97,7 +97,7 @@ def test_a_backup_comes_back_as_a_new_cluster_that_grows(cluster: Cluster, tmp_p
         new.wait_leader()
         assert records(node) == before
         view = node.cluster()
-        assert view["revision"] == old["revision"] + 1_000_000
+        assert view["revision"] >= old["revision"] + 1_000_000
         assert view["cluster_id"] not in ("", old["cluster_id"])
         assert node.put("k/new", "v").json()["revision"] == view["revision"] + 1
         writer = Writer(node, "w").start()

@@ -63,7 +63,7 @@ def test_a_single_node_with_a_damaged_log_keeps_its_state(cluster: Cluster) -> N
     cluster.wait_leader()
     assert records(node) == before
     now = node.cluster()
-    assert now["revision"] == view["revision"] + 1_000_000
+    assert now["revision"] >= view["revision"] + 1_000_000
     assert now["cluster_id"] != view["cluster_id"]
     (evidence,) = node.directory.parent.glob("1.before-repair-*")
     assert tree(evidence) == old
