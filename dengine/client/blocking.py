@@ -319,7 +319,7 @@ class _Held(Generic[Held]):
     def __init__(self, loop: LoopThread, held: Held, owner: object) -> None:
         self._loop = loop
         self._held: Held = held
-        self._held.entered_by = "with"
+        self._held._entered_by = "with"
         self._owner = owner
         self._entries: list[_Entry[Held]] = []
         # At the end of the interpreter others may still be at work under it: its time ends it then.
@@ -366,7 +366,7 @@ class _Held(Generic[Held]):
     ) -> None:
         """Ctrl-C ends the waiting for it only."""
         try:
-            self._leave(lambda: self._held.__aexit__(kind, error, trace), self._held.leave_closed)
+            self._leave(lambda: self._held.__aexit__(kind, error, trace), self._held._leave_closed)
         except DengineError:
             if error is None:
                 raise
@@ -456,7 +456,7 @@ class Lock(_Held[AsyncLock]):
         return self._held.guard
 
     def release(self) -> None:
-        self._leave(self._held.release, self._held.leave_closed)
+        self._leave(self._held.release, self._held._leave_closed)
 
     def resign(self) -> None:
         self.release()

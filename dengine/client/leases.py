@@ -50,7 +50,7 @@ class Lease:
         assert await client.get("service/web/1") is None
     """
 
-    entered_by = "async with"  # for messages
+    _entered_by = "async with"  # for messages
 
     def __init__(self, client: Client, ttl_s: int) -> None:
         self._client = client
@@ -66,7 +66,7 @@ class Lease:
     @property
     def id(self) -> str:
         if not self._id:
-            raise RuntimeError(f"this lease is not granted yet: enter it with `{self.entered_by}`")
+            raise RuntimeError(f"this lease is not granted yet: enter it with `{self._entered_by}`")
         return self._id
 
     @property
@@ -116,7 +116,7 @@ class Lease:
         if was_lost and error is None:
             raise self._loss()
 
-    def leave_closed(self) -> None:
+    def _leave_closed(self) -> None:
         """What leaving raises when the client is closed: LeaseLost. Needs no event loop."""
         self.check()
 

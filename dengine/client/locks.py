@@ -63,7 +63,7 @@ class Lock:
             assert done.succeeded and lock.token > 0
     """
 
-    entered_by = "async with"  # for messages
+    _entered_by = "async with"  # for messages
 
     def __init__(
         self, client: Client, prefix: bytes, value: bytes, ttl_s: int, timeout_s: float | None
@@ -92,7 +92,7 @@ class Lock:
 
     def _require_entered(self) -> None:
         if not self.token:
-            raise RuntimeError(f"this lock is not held yet: enter it with `{self.entered_by}`")
+            raise RuntimeError(f"this lock is not held yet: enter it with `{self._entered_by}`")
 
     @property
     def remaining_s(self) -> float:
@@ -153,7 +153,7 @@ class Lock:
         if was_lost and error is None:
             raise self._lost_before()
 
-    def leave_closed(self) -> None:
+    def _leave_closed(self) -> None:
         """What leaving raises when the client is closed: LockLost, unless the lock was released
         before. Needs no event loop.
         """
