@@ -24,7 +24,7 @@ from typing import Any, Final, Self, cast
 from dengine.client.client import Client, Consistency
 from dengine.client.elections import Election
 from dengine.client.encoding import Match, as_lease_id
-from dengine.client.leases import Lease
+from dengine.client.leases import Lease, until_keys_are_gone
 from dengine.client.locks import Lock, named_lock
 from dengine.client.types import (
     Compare,
@@ -215,8 +215,9 @@ class Engine:
         Raises:
             PreconditionFailed: the condition does not hold; `details["current_revision"]`.
             NotFound: there is no such lease.
-            TooLarge, InvalidRequest, RateLimited, DiskFull: nothing was stored.
-            RequestTimeout, ClusterUnavailable, LeaderChanged, EngineClosed: see `outcome`.
+            TooLarge, InvalidRequest: nothing was stored.
+            RateLimited, DiskFull, RequestTimeout, ClusterUnavailable, LeaderChanged, EngineClosed:
+                see `outcome`.
 
         Example:
             first = await engine.put("config/color", b"blue", if_none_match=True)
@@ -248,8 +249,7 @@ class Engine:
 
         Raises:
             TooLarge: more keys than one call may delete (limits.range_delete); none was.
-            InvalidRequest: it would delete every key.
-            DengineError: as for `put`.
+            InvalidRequest: it would delete every key; and as `put`.
 
         Example:
             await engine.put("session/7", b"anna")
@@ -320,9 +320,7 @@ class Engine:
 
         It is one change with one revision, or none. Later operations see earlier ones. At most 128
         of each (limits.txn_ops), and 64 KiB of values that it reads; 4 MiB where it only reads.
-
-        Raises:
-            DengineError: as for `put`. Comparisons that do not hold are no error.
+        Raises as `put`; comparisons that do not hold are no error.
 
         Example:
             done = await engine.txn(
@@ -408,11 +406,7 @@ class Engine:
         return LeaseInfo(done.lease, done.ttl_s, None, ())
 
     async def keepalive_lease(self, id: str, *, timeout_s: float | None = None) -> LeaseInfo:
-        """The lease's time begins anew.
-
-        Raises:
-            NotFound: it has ended.
-            DengineError: as for `put`.
+        """The lease's time begins anew. Raises NotFound: it has ended; and as `put`.
 
         Example:
             granted = await engine.grant_lease(60)
@@ -423,20 +417,21 @@ class Engine:
         return LeaseInfo(done.lease, done.ttl_s, None, ())
 
     async def revoke_lease(self, id: str, *, timeout_s: float | None = None) -> None:
-        """End a lease now; its keys are deleted. Raises as `keepalive_lease`.
+        """End a lease now, and return when its keys are deleted. Raises as `keepalive_lease`;
+        RequestTimeout also where it has ended and some of very many keys still go by themselves.
 
         Example:
             await engine.revoke_lease((await engine.grant_lease(60)).id)
         """
-        command = kv.LeaseRevoke(as_lease_id(id))
-        await self._alive.calls.write(command, kv.LeaseRevoked, None, timeout_s)
+        calls, command = self._alive.calls, kv.LeaseRevoke(as_lease_id(id))
+        deadline = calls.deadline(timeout_s)
+        if (await calls.write(command, kv.LeaseRevoked, None, timeout_s)).going:
+            await until_keys_are_gone(self._as_client, id, deadline)
 
     async def lease_info(self, id: str, *, timeout_s: float | None = None) -> LeaseInfo:
         """What the cluster knows of a lease; of its keys at most 1000.
 
-        Raises:
-            NotFound: it has ended.
-            DengineError: as for `get`.
+        Raises NotFound: it has ended; and as `get`.
 
         Example:
             granted = await engine.grant_lease(60)
@@ -485,12 +480,17 @@ class Engine:
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """A task that ends with this engine at the latest: for the helpers that it makes."""
-        return self._alive.calls.spawn(work, name)
+        try:
+            return self._alive.calls.spawn(work, name)
+        except RuntimeError:  # it is not asked for where it may be
+            work.close()
+            raise
 
     @property
     def _alive(self) -> EmbeddedNode:
         if self._embedded is None:
             raise RuntimeError("this engine does not run yet: enter it with `async with`")
+        self._embedded.calls.require_loop()
         return self._embedded
 
     @property

@@ -182,6 +182,15 @@ def test_a_lease_and_its_keys(served: ClusterThread, commands: Commands) -> None
     assert renewed.stdout == f"lease {name} lasts 3600 s\n"
     assert commands.run("lease", "revoke", name).stdout == f"lease {name} is ended\n"
     assert keys(served) == []
+    large = commands.run("lease", "grant", "3600").stdout.strip()
+    for key in ("a", "b"):
+        assert commands.run("put", key, "v", "--lease", large).returncode == 0
+    served.cluster.state.keys_at_once = 1
+    told = commands.run("lease", "revoke", large).stdout
+    assert told == (
+        f"lease {large} is ended; it held so many keys that some are left, which go by themselves\n"
+    )
+    assert keys(served) == [b"b"]
     for command in ("keepalive", "revoke", "show"):
         done = commands.run("lease", command, name)
         assert (done.returncode, done.stdout) == (1, "")

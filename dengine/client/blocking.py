@@ -75,6 +75,16 @@ class LoopThread:
                 raise ClientClosed("this client is closed: make a new one")
             return asyncio.run_coroutine_threadsafe(work, self._loop)
 
+    def has_ended(self) -> bool:
+        """Is the client closed? Then what was under way in the loop has ended, too, and nobody but
+        the caller looks at the objects that were made in it.
+        """
+        if not self._stopping or self.pid != os.getpid():
+            return False
+        if threading.current_thread() is not self._thread:
+            self._thread.join(STOP_S)
+        return not self._thread.is_alive()
+
     def errand(self, work: Coroutine[Any, Any, Any]) -> None:
         """Have `work` done without waiting for it, as when an object is collected."""
         if self.pid != os.getpid():
@@ -309,6 +319,7 @@ class _Held(Generic[Held]):
     def __init__(self, loop: LoopThread, held: Held, owner: object) -> None:
         self._loop = loop
         self._held: Held = held
+        self._held._entered_by = "with"
         self._owner = owner
         self._entries: list[_Entry[Held]] = []
         # At the end of the interpreter others may still be at work under it: its time ends it then.
@@ -322,11 +333,20 @@ class _Held(Generic[Held]):
     @property
     def remaining_s(self) -> float:
         """Seconds that it is held for certain, were the cluster out of reach from now on."""
-        return self._loop.run(_soon(lambda: self._held.remaining_s))
+        return self._look(lambda: self._held.remaining_s)
 
     def check(self) -> None:
         """Raises LeaseLost, of a lock LockLost, when it is not held, or nobody knows."""
-        self._loop.run(_soon(self._held.check))
+        self._look(self._held.check)
+
+    def _look(self, read: Callable[[], T]) -> T:
+        """`read`, in the loop, or here where that has ended."""
+        try:
+            return self._loop.run(_soon(read))
+        except ClientClosed:
+            if not self._loop.has_ended():
+                raise
+            return read()
 
     def __enter__(self) -> Self:
         entry = _Entry(self._held)
@@ -345,11 +365,24 @@ class _Held(Generic[Held]):
         trace: TracebackType | None,
     ) -> None:
         """Ctrl-C ends the waiting for it only."""
-        self._leave(lambda: self._held.__aexit__(kind, error, trace))
+        try:
+            self._leave(lambda: self._held.__aexit__(kind, error, trace), self._held._leave_closed)
+        except DengineError:
+            if error is None:
+                raise
 
-    def _leave(self, leaving: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def _leave(
+        self, leaving: Callable[[], Coroutine[Any, Any, None]], closed: Callable[[], None]
+    ) -> None:
+        """Args:
+        closed: does the same where the client is closed, and the loop has ended.
+        """
         try:
             self._loop.finish(leaving())
+        except ClientClosed as error:
+            if error.outcome == "unknown" or not self._loop.has_ended():
+                raise  # it was under way
+            closed()
         except BaseException:  # perhaps before that was begun
             _drop(self._loop, self._entries)
             raise
@@ -375,7 +408,12 @@ class Lost:
             except TimeoutError:
                 return False
 
-        return self._loop.run(wait())
+        try:
+            return self._loop.run(wait())
+        except ClientClosed:
+            if not self._loop.has_ended():
+                raise
+            return self.is_set()
 
 
 class Lease(_Held[AsyncLease]):
@@ -395,7 +433,7 @@ class Lease(_Held[AsyncLease]):
 
     def revoke(self) -> None:
         """End it now, if a node can be reached within a moment; its time ends it otherwise."""
-        self._leave(self._held.revoke)
+        self._leave(self._held.revoke, lambda: None)  # a closed client keeps nothing alive
 
 
 class Lock(_Held[AsyncLock]):
@@ -418,13 +456,18 @@ class Lock(_Held[AsyncLock]):
         return self._held.guard
 
     def release(self) -> None:
-        self._leave(self._held.release)
+        self._leave(self._held.release, self._held._leave_closed)
 
     def resign(self) -> None:
-        self._leave(self._held.resign)
+        self.release()
 
     def proclaim(self, value: bytes) -> None:
-        self._loop.run(self._held.proclaim(value))
+        try:
+            self._loop.run(self._held.proclaim(value))
+        except ClientClosed:
+            if self.token:
+                self.check()
+            raise
 
 
 class Election:

@@ -60,7 +60,7 @@ class Calls:
 
     def __init__(self, transport: Transport, timeout_s: float) -> None:
         self._transport = transport
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         writes = Hedging()
         self._hedging: dict[Kind, Hedging] = {
             "read": Hedging(),
@@ -83,7 +83,7 @@ class Calls:
         request = Request("GET", where, "read", prefer=prefer)
         if body is not None:
             request = Request("POST", where, "read", body, JSON, prefer=prefer)
-        deadline = self._deadline(timeout_s)
+        deadline = self.deadline(timeout_s)
         await _turn(self._reading, deadline, f"{READS_AT_ONCE} reads")
         try:
             return await self._send(request, deadline)
@@ -102,7 +102,7 @@ class Calls:
         """Send a write under its key, or one of this client. Raises as `RetryingRequest.run`."""
         if idempotency_key is not None:
             as_idempotency_key(idempotency_key)
-        deadline = self._deadline(timeout_s)
+        deadline = self.deadline(timeout_s)
         await _turn(self._writing, deadline, f"{WRITES_AT_ONCE} writes")
         key = Key(idempotency_key) if idempotency_key is not None else self._transport.keys.take()
         try:
@@ -116,10 +116,13 @@ class Calls:
         """POST to `where`, which may be carried out any number of times, without a key that would
         be remembered. Raises as `RetryingRequest.run`.
         """
-        return await self._send(Request("POST", where, "renewal", b""), self._deadline(timeout_s))
+        return await self._send(Request("POST", where, "renewal", b""), self.deadline(timeout_s))
 
-    def _deadline(self, timeout_s: float | None) -> float:
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
+    def deadline(self, timeout_s: float | None) -> float:
+        """Of a call that begins now, on the loop's clock. Raises RequestTimeout: there is no time
+        for it.
+        """
+        limit_s = positive(self.timeout_s if timeout_s is None else timeout_s)
         return asyncio.get_running_loop().time() + limit_s
 
     async def _send(self, request: Request, deadline: float) -> Reply:
@@ -129,6 +132,16 @@ class Calls:
         return await RetryingRequest(
             self._transport, self._hedging[request.kind], request, left_s
         ).run()
+
+
+def positive(timeout_s: float) -> float:
+    """A time limit. Raises RequestTimeout: nothing can be done within it, nor has been."""
+    if timeout_s > 0:
+        return timeout_s
+    raise RequestTimeout(
+        f"nothing was asked: timeout_s is {timeout_s:g}, which leaves no time; give more than 0",
+        outcome="none",
+    )
 
 
 async def _turn(turns: asyncio.Semaphore, deadline: float, those: str) -> None:

@@ -31,7 +31,7 @@ from dengine.client.encoding import (
     selection,
     target,
 )
-from dengine.client.leases import Lease
+from dengine.client.leases import Lease, until_keys_are_gone
 from dengine.client.locks import Lock, named_lock
 from dengine.client.nodes import Nodes, Prefer
 from dengine.client.transport import Transport
@@ -180,7 +180,9 @@ class Client:
         Raises:
             PreconditionFailed: the condition does not hold; `details["current_revision"]`.
             NotFound: there is no such lease.
-            TooLarge, InvalidRequest, RateLimited, DiskFull: nothing was stored.
+            TooLarge, InvalidRequest, RateLimited, DiskFull: refused. Nothing was stored, unless
+                `outcome` is "unknown": one node says no, and another that was asked before, and may
+                have other limits, has not answered.
             RequestTimeout, ClusterUnavailable, StaleRequest: see `outcome`.
 
         Example:
@@ -377,17 +379,7 @@ class Client:
         from_revision = as_from_revision(from_revision)
         chosen = {"key": as_key(key)} if key is not None else {"prefix": as_key(prefix or b"")}
 
-        async def current_revision() -> int:
-            listing = self.list(
-                start=b"\x00",
-                end=b"\x00\x00",
-                limit=1,
-                keys_only=True,
-                consistency="linearizable",  # whatever the nodes are configured for
-            )
-            return (await anext(listing.pages())).revision
-
-        return Watch(self._transport, chosen, from_revision, prev, current_revision)
+        return Watch(self._transport, chosen, from_revision, prev, self._calls.timeout_s)
 
     # --- leases, locks ----------------------------------------------------------------------------
 
@@ -449,12 +441,20 @@ class Client:
         return (await self._calls.renew(where, timeout_s)).parse(LeaseInfo.parse)
 
     async def revoke_lease(self, id: str, *, timeout_s: float | None = None) -> None:
-        """End a lease now; its keys are deleted. Raises as `keepalive_lease`.
+        """End a lease now, and return when its keys are deleted.
+
+        Raises:
+            RequestTimeout: also where it has ended, and holds so many keys that some are left; they
+                go by themselves.
+            DengineError: as `keepalive_lease`.
 
         Example:
             await client.revoke_lease((await client.grant_lease(60)).id)
         """
-        await self._calls.write("DELETE", lease_target(id), None, {}, None, timeout_s)
+        deadline = self._calls.deadline(timeout_s)
+        reply = await self._calls.write("DELETE", lease_target(id), None, {}, None, timeout_s)
+        if reply.parse(lambda fields: bool(fields.get("going"))):
+            await until_keys_are_gone(self, id, deadline)
 
     async def lease_info(self, id: str, *, timeout_s: float | None = None) -> LeaseInfo:
         """What the cluster knows of a lease.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dengine.client.encoding import as_seconds
 from dengine.client.stopwatch import Stopwatch
 from dengine.client.types import LeaseLost
-from dengine.errors import DengineError, NotFound
+from dengine.errors import DengineError, NotFound, RequestTimeout
 
 if TYPE_CHECKING:
     from dengine.client.client import Client
@@ -24,6 +24,8 @@ RENEWALS = 3  # in each TTL
 MARGIN = 0.1  # of the TTL, but at most
 MARGIN_MAX_S = 1.0
 REVOKE_S = 2.0  # on leaving; an outage must not hold up its owner
+GOING_PAUSE_S = 0.02  # before it is asked whether all keys are gone; doubled up to
+GOING_PAUSE_MAX_S = 0.5
 
 
 def margin_s(ttl_s: float) -> float:
@@ -37,8 +39,9 @@ class Lease:
     `id` is the cluster's name for it, and goes into `put(..., lease=lease)`. `ttl_s` is its time to
     live in seconds. `lost` is an event: set as soon as the lease has ended, or may have.
 
-    Leaving revokes it, and all keys attached to it are deleted. While no node can be reached,
-    leaving says nothing, and the lease ends with its time.
+    Leaving revokes it, and returns when all keys attached to it are deleted, or after 2 seconds:
+    of very many the last go by themselves a little later. While no node can be reached, leaving
+    says nothing, and the lease ends with its time.
 
     Example:
         async with client.lease(10) as lease:
@@ -46,6 +49,8 @@ class Lease:
             assert not lease.lost.is_set()
         assert await client.get("service/web/1") is None
     """
+
+    _entered_by = "async with"  # for messages
 
     def __init__(self, client: Client, ttl_s: int) -> None:
         self._client = client
@@ -61,7 +66,7 @@ class Lease:
     @property
     def id(self) -> str:
         if not self._id:
-            raise RuntimeError("this lease is not granted yet: enter it with `async with`")
+            raise RuntimeError(f"this lease is not granted yet: enter it with `{self._entered_by}`")
         return self._id
 
     @property
@@ -110,6 +115,10 @@ class Lease:
         await self.revoke()
         if was_lost and error is None:
             raise self._loss()
+
+    def _leave_closed(self) -> None:
+        """What leaving raises when the client is closed: LeaseLost. Needs no event loop."""
+        self.check()
 
     async def grant(self) -> None:
         """What entering does; `revoke` belongs to it."""
@@ -176,6 +185,35 @@ class Lease:
 def _may_pass(error: DengineError) -> bool:
     """Is it worth another try? What nodes answer to bad requests and strangers never changes."""
     return error.retryable or error.status >= 500 or error.outcome == "unknown"
+
+
+async def until_keys_are_gone(client: Client, id: str, deadline: float) -> None:
+    """Of a lease that was revoked and holds so many keys that they go one part after the other.
+
+    Args:
+        deadline: on the loop's clock.
+
+    Raises:
+        DengineError: nobody knows; the outcome is "unknown", for they go by themselves.
+    """
+    loop, pause_s = asyncio.get_running_loop(), GOING_PAUSE_S
+    while (left_s := deadline - loop.time()) > 0:
+        try:
+            await client.lease_info(id, timeout_s=left_s)
+        except NotFound as error:
+            if not error.details.get("going"):
+                return
+        except DengineError as error:
+            if not error.retryable:
+                error.outcome = "unknown"
+                raise
+        await asyncio.sleep(min(pause_s, max(deadline - loop.time(), 0.0)))
+        pause_s = min(2 * pause_s, GOING_PAUSE_MAX_S)
+    raise RequestTimeout(
+        f"lease {id} has ended, but not all of its keys were seen to be deleted in time: what is "
+        "left of them goes by itself",
+        outcome="unknown",
+    )
 
 
 async def _cancel(task: asyncio.Task[Any] | None) -> None:

@@ -63,6 +63,8 @@ class Lock:
             assert done.succeeded and lock.token > 0
     """
 
+    _entered_by = "async with"  # for messages
+
     def __init__(
         self, client: Client, prefix: bytes, value: bytes, ttl_s: int, timeout_s: float | None
     ) -> None:
@@ -90,7 +92,7 @@ class Lock:
 
     def _require_entered(self) -> None:
         if not self.token:
-            raise RuntimeError("this lock is not held yet: enter it with `async with`")
+            raise RuntimeError(f"this lock is not held yet: enter it with `{self._entered_by}`")
 
     @property
     def remaining_s(self) -> float:
@@ -149,7 +151,19 @@ class Lock:
             self._lose(LATE)
         await self._let_go()
         if was_lost and error is None:
-            raise LockLost(f"the lock {self._name!r} was lost before it was released: {self.why}")
+            raise self._lost_before()
+
+    def _leave_closed(self) -> None:
+        """What leaving raises when the client is closed: LockLost, unless the lock was released
+        before. Needs no event loop.
+        """
+        if self.token and not self._released:
+            self._released = True
+            self._lose(LATE)
+            raise self._lost_before()
+
+    def _lost_before(self) -> LockLost:
+        return LockLost(f"the lock {self._name!r} was lost before it was released: {self.why}")
 
     async def release(self) -> None:
         """Let go before the end of the block, which is then quiet. Raises as that end would.

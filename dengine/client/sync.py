@@ -305,7 +305,7 @@ class Client:
         return loop.run(loop.client.keepalive_lease(id, timeout_s=timeout_s))
 
     def revoke_lease(self, id: str, *, timeout_s: float | None = None) -> None:
-        """End a lease now; its keys are deleted.
+        """End a lease now, and return when its keys are deleted.
 
         Example:
             client.revoke_lease(client.grant_lease(60).id)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from types import AsyncGeneratorType, TracebackType
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import aiohttp
 import orjson
 
+from dengine.client.attempts import Attempts
+from dengine.client.calls import positive
 from dengine.client.encoding import target
 from dengine.client.nodes import Node
 from dengine.client.transport import Transport, Unanswered, closed, unanswered
 from dengine.client.types import Change
-from dengine.errors import Compacted, DengineError
+from dengine.errors import Compacted, DengineError, RequestTimeout
 
 BEGIN_S = 3.0  # for a node to begin its answer
 QUIET_S = 3.0  # without a byte; then the node is asked whether it is ready
@@ -59,10 +61,11 @@ class Watch:
         chosen: dict[str, bytes],
         from_revision: int | None,
         prev: bool,
-        current_revision: Callable[[], Awaitable[int]],
+        begin_s: float,
     ) -> None:
         # Nothing in there knows of this object, so that it ends with the last who holds it.
-        self._course = _Course(transport, chosen, from_revision, prev, current_revision)
+        self._course = _Course(transport, chosen, from_revision, prev, begin_s)
+        self._awaited = False  # is there a task that waits in it?
 
     def __del__(self) -> None:
         """Who leaves the loop over it with `break` lets go of the stream."""
@@ -73,8 +76,11 @@ class Watch:
         return self._course.revision
 
     async def __aenter__(self) -> Watch:
-        """From here on nothing is missed. Errors are those of `Client.get`."""
-        await self._course.begin()
+        """From here on nothing is missed. Errors are those of `Client.get`, and WatchOverflow: the
+        nodes have enough watches (limits.watchers).
+        """
+        with self._only_here():
+            await self._course.begin()
         return self
 
     async def __aexit__(
@@ -92,15 +98,27 @@ class Watch:
         """The next change, however long that takes.
 
         Raises:
+            RuntimeError: another task waits for it already.
             Compacted: it is no longer kept, nor is anything up to `details["compact_revision"]`.
                 Read the keys anew, and watch from the revision behind that of the reading.
             Unauthorized, Forbidden, InvalidRequest: no node will ever answer.
             ClientClosed: the client was closed.
         """
-        change = await self._course.next()
+        with self._only_here():
+            change = await self._course.next()
         if change is None:
             raise StopAsyncIteration
         return change
+
+    @contextlib.contextmanager
+    def _only_here(self) -> Iterator[None]:
+        if self._awaited:
+            raise RuntimeError("another task waits in this watch: open one for each")
+        self._awaited = True
+        try:
+            yield
+        finally:
+            self._awaited = False
 
     async def aclose(self) -> None:
         """Let go of the stream. The iteration has ended, also for a task that waits in it."""
@@ -116,14 +134,15 @@ class _Course:
         chosen: dict[str, bytes],
         from_revision: int | None,
         prev: bool,
-        current_revision: Callable[[], Awaitable[int]],
+        begin_s: float,
     ) -> None:
         self._transport = transport
         self._chosen = chosen
         self._prev = prev
-        self._current_revision = current_revision
+        self._begin_s = begin_s
         self.revision = 0 if from_revision is None else from_revision - 1
-        self._begun = from_revision is not None
+        self._placed = from_revision is not None  # is it fixed where it starts?
+        self._problem: DengineError | str = "nobody to ask"  # why the last stream was left
         self._ready: deque[Change] = deque()
         self._failures = 0
         self._unliked: list[Node] = []  # nodes that have just ended a stream of ours
@@ -137,15 +156,16 @@ class _Course:
         """What `Watch.__anext__` says; None: it has ended."""
         if self._ended:
             return None
-        await self.begin()
         try:
+            await self.begin()
             while not (self._ready or self._ended):
                 await self._advance()
             if self._ended:
                 await self.aclose()  # once more: it may have come while a stream began
                 return None
-        except DengineError:
-            await self.aclose()
+        except DengineError as error:
+            if self._placed or not error.retryable:  # else it can still begin
+                await self.aclose()
             raise
         change = self._ready.popleft()
         self.revision = change.revision
@@ -173,12 +193,29 @@ class _Course:
             self._transport.spawn(self.aclose(), "dengine-client-watch-end")
 
     async def begin(self) -> None:
-        """Fix where the watch starts, by a read that any node can answer: were it left to the first
-        stream, a node that hangs could not say where to go on.
+        """Fix where the watch starts: its first stream says so, which the node that has opened it
+        keeps from then on. A revision that was read before may be forgotten when a stream comes to
+        ask for it. A stream that breaks before it has said it has delivered nothing, so that
+        another one may begin later.
+
+        Raises:
+            DengineError: no node has opened one in time.
         """
-        if not self._begun:
-            self.revision = await self._current_revision()
-            self._begun = True
+        if self._placed:
+            return
+        try:
+            async with asyncio.timeout(positive(self._begin_s)) as limit:
+                while not (self._placed or self._ended):
+                    await self._advance()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if isinstance(self._problem, DengineError):
+                raise Attempts("read").certain(self._problem) from None
+            raise RequestTimeout(
+                f"the watch has not begun within {self._begin_s:g} s ({self._problem})",
+                outcome="none",
+            ) from None
 
     async def _advance(self) -> None:
         """Let the stream make progress; open the next one when it ends."""
@@ -206,7 +243,7 @@ class _Course:
         where = target(
             "/v1/watch",
             **self._chosen,
-            from_revision=self._seen + 1,
+            from_revision=self._seen + 1 if self._placed else None,
             prev="1" if self._prev else None,
         )
         try:
@@ -224,7 +261,8 @@ class _Course:
         except _Ended as ended:
             self._unliked.append(node)
             self._failures = 1 if ended.well else self._failures + 1
-        except Unanswered:
+        except Unanswered as failure:
+            self._problem = f"{node.address}: {failure.why}"
             if not self._ended:
                 self._leave(node)
         except DengineError as error:
@@ -233,6 +271,7 @@ class _Course:
             nodes.follow(error.leader, node)
             if not error.retryable and len(self._unliked) + 1 >= len(nodes):
                 raise  # not one of them can serve it
+            self._problem = error
             self._leave(node)
         finally:
             if self._response is not None:
@@ -272,7 +311,7 @@ class _Course:
 
     def _take(self, message: Message) -> None:
         if message.event == "cancelled":  # too slow, or the node stops: resume where we are
-            raise _compacted(message) or _Ended(well=True)
+            raise (_compacted(message) if self._placed else None) or _Ended(well=True)
         if message.event not in ("change", "progress"):
             return
         try:
@@ -286,6 +325,9 @@ class _Course:
         # The first message of a stream says how far the node is, not how far the stream is: what
         # happened before that and was asked for comes after it.
         greeting, self._greeted = not self._greeted and change is None, True
+        if not self._placed:  # of one that begins from now on, both are the same
+            self.revision = revision if change is None else revision - 1
+            self._placed = True
         if greeting or revision <= self._seen:
             return  # the latter: a node that is behind, or repeats itself
         if change is not None:

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from dengine.api.kv import refusal
 from dengine.client.attempts import Attempts, IdempotencyKeys, Key, Kind
-from dengine.client.calls import WRITES_AT_ONCE
+from dengine.client.calls import WRITES_AT_ONCE, positive
 from dengine.client.stopwatch import Stopwatch
 from dengine.errors import DengineError, FatalError, Outcome, RequestTimeout
 from dengine.kv.commands import (
@@ -229,16 +229,43 @@ class Calls:
             ) from None
 
     def deadline(self, timeout_s: float | None) -> float:
-        """Of a call that begins now, on the loop's clock. Raises EngineClosed."""
+        """Of a call that begins now, on the loop's clock.
+
+        Raises:
+            EngineClosed: none begins any more.
+            RequestTimeout: there is no time for it.
+            RuntimeError: it begins in another event loop.
+        """
+        self.require_open()
+        limit_s = positive(self._timeout_s if timeout_s is None else timeout_s)
+        return self._loop.time() + limit_s
+
+    def require_open(self) -> None:
+        """Raises EngineClosed, and RuntimeError in another event loop than the node's."""
         if self.closed:
             raise self.ended("none") from self.reason
-        return self._loop.time() + (self._timeout_s if timeout_s is None else timeout_s)
+        self.require_loop()
+
+    def require_loop(self) -> None:
+        """What of a node may be looked at in no event loop is no call. After its end it has none.
+
+        Raises:
+            RuntimeError: this is another event loop than the node's.
+        """
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if here is not self._loop and not self.closed:
+            raise RuntimeError("an Engine belongs to the event loop in which it was entered")
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """A task that ends with the engine at the latest. Raises EngineClosed."""
-        if self.closed:
+        try:
+            self.require_open()
+        except BaseException:
             work.close()
-            raise self.ended("none") from self.reason
+            raise
         task = self._loop.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

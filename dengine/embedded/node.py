@@ -169,9 +169,10 @@ class EmbeddedNode:
     async def ready(self, timeout_s: float) -> Leadership:
         """Return once reads and writes can be answered. Raises RequestTimeout, EngineClosed."""
         loop = asyncio.get_running_loop()
-        deadline = self.calls.deadline(timeout_s)
+        self.calls.require_open()
+        deadline = loop.time() + timeout_s
         while not (readiness := self.node.readiness()).ready:
-            self.calls.deadline(0.0)  # raises when the node has ended
+            self.calls.require_open()
             if loop.time() >= deadline:
                 raise RequestTimeout(
                     f"not ready after {timeout_s:g} s: {'; '.join(readiness.reasons)}",

@@ -185,9 +185,10 @@ class Watch:
         """The next change, however long that takes; nothing is lost where this is cancelled.
 
         Raises:
-            RuntimeError: another task waits for it already.
+            RuntimeError: another task waits for it already, or this is another event loop.
             DengineError: as `Engine.watch` says.
         """
+        self._calls.require_loop()
         if self._awaited:
             raise RuntimeError("another task waits in this watch: open one for each")
         self._awaited = True

@@ -39,10 +39,13 @@ class Lifetimes:
         return 0 if lease is None or self._is_over(lease) else self._until(lease.expires_ms)
 
     def lease(self, lease_id: str) -> LeaseView:
-        """Raises NotFound: there is none, or it has ended."""
+        """Raises NotFound: there is none, or it has ended; `going`: some of its keys are left."""
         lease = self._state.lease(lease_id)
-        if lease is None or self._is_over(lease):
+        if lease is None:
             raise NotFound(f"there is no lease {lease_id[:64]}")
+        if self._is_over(lease):
+            told = f"lease {lease_id[:64]} has ended, and the last of its keys are being deleted"
+            raise NotFound(told, going=True)
         keys = sorted(self._state.attached(lease_id, KEYS_SHOWN))
         return LeaseView(lease_id, lease.ttl_s, self._until(lease.expires_ms), keys)
 

@@ -143,6 +143,8 @@ class FakeNode:
         def chosen(name: bytes) -> bool:
             return name == key if key is not None else name.startswith(prefix)
 
+        if "from_revision" not in query and not self._serves:  # it does not know what "now" is
+            raise ClusterUnavailable("this node is cut off from the majority")
         position = int(query.get("from_revision", str(state.revision + 1).encode()))
         prev = query.get("prev") in (b"1", b"true")
         list(state.changes(position, chosen))  # 410 comes before the stream
@@ -170,7 +172,7 @@ class FakeNode:
                 raise ConnectionResetError("as the test wants it")
 
         try:
-            await write(progress(state.revision))
+            await write(progress(min(state.revision, position - 1)))
             loop = asyncio.get_running_loop()
             due = loop.time() + PROGRESS_S
             while True:

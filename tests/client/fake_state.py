@@ -108,6 +108,8 @@ class State:
         self.revision = 0
         self.keys: dict[bytes, Record] = {}
         self.leases: dict[str, Granted] = {}
+        self.keys_at_once: int | None = None  # more than these of a revoked lease wait for `end`
+        self.ending: dict[str, list[bytes]] = {}
         self.history: dict[int, list[Happened]] = {}
         self.compact_revision = 1  # the first that is kept
         self.executed = 0  # writes that were carried out, replays not counted
@@ -386,13 +388,25 @@ class State:
         if asked.method == "DELETE":
             del self.leases[name]
             gone = sorted(key for key, record in self.keys.items() if record.lease == name)
-            deleted = self._change(dict.fromkeys(gone))
-            return as_json({"revision": self.revision, "deleted": deleted})
+            now, later = gone[: self.keys_at_once], gone[len(gone[: self.keys_at_once]) :]
+            deleted = self._change(dict.fromkeys(now))
+            if later:
+                self.ending[name] = later
+            answer = {"revision": self.revision, "deleted": deleted, "going": bool(later)}
+            return as_json(answer)
         assert what == "keepalive", asked.target
         lease.ends = self.clock() + lease.ttl_s
         return as_json({"id": name, "ttl": lease.ttl_s})
 
+    def end(self) -> None:
+        """Delete what is left of leases that were revoked."""
+        for gone in self.ending.values():
+            self._change(dict.fromkeys(gone))
+        self.ending.clear()
+
     def _lease(self, name: str) -> Granted:
+        if name in self.ending:
+            raise NotFound(f"lease {name} has ended", going=True)
         if name not in self.leases:
             raise NotFound(f"there is no lease {name}")
         return self.leases[name]

@@ -29,6 +29,7 @@ from dengine.errors import (
     InvalidRequest,
     NotFound,
     PreconditionFailed,
+    RequestTimeout,
     TooLarge,
     Unauthorized,
 )
@@ -413,5 +414,35 @@ def test_a_transaction_that_only_reads_has_no_key() -> None:
             assert set(keys) == {None, "mine"}
             assert keys.count("mine") == 1
             assert all("Idempotency-Key" in a.headers for a in asked if a not in reads)
+
+    run(scenario())
+
+
+def test_a_time_limit_that_leaves_no_time_is_told_as_one() -> None:
+    """By every call, and nothing is asked: who has counted down to it gets the error of every other
+    late call.
+    """
+
+    async def scenario() -> None:
+        async with fake_cluster(1) as cluster, Client(cluster.endpoints) as client:
+            await refused(cluster, client)
+
+    async def refused(cluster: FakeCluster, client: Client) -> None:
+        for limit_s in (0, -1):
+            for call in (
+                lambda limit_s: client.put("k", b"", timeout_s=limit_s),
+                lambda limit_s: client.get("k", timeout_s=limit_s),
+                lambda limit_s: client.keepalive_lease("1", timeout_s=limit_s),
+                lambda limit_s: client.revoke_lease("1", timeout_s=limit_s),
+            ):
+                with pytest.raises(RequestTimeout, match=f"timeout_s is {limit_s}, which") as late:
+                    await call(limit_s)
+                assert late.value.outcome == "none"
+        async with Client(cluster.endpoints, timeout_s=0) as hasty:
+            with pytest.raises(RequestTimeout, match="timeout_s is 0, which"):
+                await hasty.get("k")
+            with pytest.raises(RequestTimeout, match="timeout_s is 0, which"):
+                await anext(hasty.watch("k"))
+        assert cluster.asked == []
 
     run(scenario())

@@ -20,6 +20,7 @@ from dengine.errors import (
     RateLimited,
     RequestTimeout,
     StaleRequest,
+    TooLarge,
 )
 from tests.client.fake_server import FakeCluster, FakeNode, fake_cluster
 from tests.client.fake_state import Asked
@@ -478,6 +479,23 @@ def test_a_refusal_after_a_lost_attempt_is_unknown() -> None:
         with pytest.raises(DengineError) as failed:
             await client.put("k", b"", timeout_s=3.0)
         assert failed.value.outcome == "unknown"
+
+    over(scenario)
+
+
+def test_a_value_too_large_for_one_node_may_not_be_for_another() -> None:
+    """Each node has limits of its own. So where one refuses a value for its size, and another that
+    was asked before keeps silent, it is not certain that nothing was stored.
+    """
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        cluster.nodes[0].late_s = 30.0
+        for node in cluster.nodes[1:]:
+            node.refuse = lambda asked: TooLarge("it is") if asked.method == "PUT" else None
+        with pytest.raises(TooLarge, match="an earlier attempt may have happened") as failed:
+            await client.put("k", b"large")
+        assert failed.value.outcome == "unknown"
+        assert cluster.state.keys[b"k"].value == b"large"
 
     over(scenario)
 

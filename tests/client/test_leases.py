@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from dengine.client import Client, ClientClosed, LeaseLost, stopwatch
-from dengine.errors import DengineError, InvalidRequest
+from dengine.errors import DengineError, InvalidRequest, RequestTimeout
 from tests.client.fake_server import FakeCluster, fake_cluster
 from tests.client.fake_state import Asked
 from tests.client.virtual import run
@@ -276,5 +276,50 @@ def test_a_revocation_that_is_cancelled_keeps_nothing_alive() -> None:
             assert lease.lost.is_set()
             await asyncio.sleep(6)
             assert cluster.state.leases == {}, turns
+
+    over(scenario)
+
+
+def test_the_keys_of_a_large_lease_are_waited_for() -> None:
+    """The cluster deletes very many keys one part after the other. Who has revoked a lease, or left
+    it, finds none of them; or hears that the time was too short, and what happens then.
+    """
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        state = cluster.state
+        state.keys_at_once = 1
+
+        async def hold(lease: str) -> None:
+            for key in ("a", "b", "c"):
+                await client.put(key, b"", lease=lease)
+
+        granted = await client.grant_lease(600)
+        await hold(granted.id)
+        with pytest.raises(RequestTimeout, match="has ended, but not all of its keys") as late:
+            await client.revoke_lease(granted.id, timeout_s=3.0)
+        assert late.value.outcome == "unknown"
+        assert state.ending
+        state.end()
+        granted = await client.grant_lease(600)
+        await hold(granted.id)
+        looked = asyncio.Event()
+        for node in cluster.nodes:
+            node.refuse = lambda asked: looked.set() if "/v1/leases/" in asked.target else None
+        revoking = asyncio.create_task(client.revoke_lease(granted.id))
+        await looked.wait()
+        assert not revoking.done()
+        state.end()
+        await revoking
+        assert await client.count() == 1
+
+        async with client.lease(600) as lease:
+            await hold(lease.id)
+            asyncio.get_running_loop().call_later(1.0, state.end)
+        assert await client.count() == 1
+        began = now()
+        async with client.lease(600) as lease:
+            await hold(lease.id)
+        assert now() - began < 3.0, "an owner is not held up for long"
+        assert state.ending
 
     over(scenario)

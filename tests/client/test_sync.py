@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dengine.client import ClientClosed, Compare, LockLost, Put
+from dengine.client import ClientClosed, Compare, LeaseLost, LockLost, Put
 from dengine.client.blocking import LoopThread
 from dengine.client.elections import Leader
 from dengine.client.sync import Client, Lease, Lock
@@ -472,3 +472,47 @@ def test_a_deadline_is_one(client: Client, served: ClusterThread) -> None:
     served.do(hang)
     with pytest.raises(RequestTimeout):
         client.put("k", b"", timeout_s=1.0)
+
+
+def test_what_a_closed_client_held_is_lost(served: ClusterThread) -> None:
+    """Leaving says that, as with the asynchronous client, and never hides what the block raises."""
+
+    def end(what: str, error: Exception | None) -> None:
+        client = Client(served.cluster.endpoints, timeout_s=WAIT_S)
+        held: Lock | Lease = client.lock("job") if what == "lock" else client.lease(60)
+        with held:
+            client.close()
+            assert held.remaining_s == 0.0
+            assert held.lost.is_set()
+            assert held.lost.wait(WAIT_S)
+            with pytest.raises(LeaseLost, match="the client was closed"):
+                held.check()
+            if isinstance(held, Lock):
+                with pytest.raises(LockLost):
+                    held.proclaim(b"")
+            if error is not None:
+                raise error
+
+    for what, lost in (("lock", LockLost), ("lease", LeaseLost)):
+        with pytest.raises(lost, match="the client was closed"):
+            end(what, None)
+        with pytest.raises(ValueError, match="of the block"):
+            end(what, ValueError("of the block"))
+
+
+def test_what_was_let_go_before_the_client_was_closed_is_not_lost(served: ClusterThread) -> None:
+    client = Client(served.cluster.endpoints, timeout_s=WAIT_S)
+    with client.lock("job") as lock:
+        lock.release()
+        client.close()
+    lock.release()
+
+
+def test_messages_name_the_word_that_enters_it(client: Client) -> None:
+    """`with`: nobody who waits can use `async with`."""
+    with pytest.raises(RuntimeError, match="enter it with `with`"):
+        _ = client.lease(60).id
+    with pytest.raises(RuntimeError, match="enter it with `with`"):
+        _ = client.lock("job").guard
+    with pytest.raises(RuntimeError, match="enter it with `with`"):
+        client.election("boss").campaign(b"me").proclaim(b"")

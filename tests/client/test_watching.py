@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from dengine.client import Change, Client, ClientClosed, Event, Put
 from dengine.client.watching import QUIET_S, Message, Parser, Watch, _Course
-from dengine.errors import Compacted, DengineError, InvalidRequest, WatchOverflow
+from dengine.errors import (
+    Compacted,
+    DengineError,
+    InvalidRequest,
+    RequestTimeout,
+    WatchOverflow,
+)
 from tests.client.fake_server import FakeCluster, FakeNode, fake_cluster
 from tests.client.fake_state import Asked
 from tests.client.seeds import each_seed, seed_of
@@ -508,7 +514,76 @@ def test_half_a_message_is_none() -> None:
 def test_a_node_that_ends_a_watch_for_good_says_so() -> None:
     """Its state was wrong: to resume where we are could miss what it has not told."""
     course = _Course.__new__(_Course)
+    course._placed = True
     data = b'{"reason":"the state of this node is wrong","compact_revision":7}'
     with pytest.raises(Compacted, match="is wrong") as refused:
         course._take(Message("cancelled", data))
     assert refused.value.details == {"compact_revision": 7}
+
+
+def test_it_begins_where_its_first_stream_does() -> None:
+    """Once it is entered a node follows for it: that the cluster forgets at once what has happened
+    is no hindrance.
+    """
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        async with client.watch("k") as watch:
+            put = await client.put("k", b"1")
+            cluster.state.compact(put.revision + 1)
+            assert (await anext(watch)).revision == put.revision
+
+    over(scenario)
+
+
+@pytest.mark.parametrize("cut_after", [0, 7, 30])
+def test_a_stream_that_breaks_before_its_first_word_is_none(cut_after: int) -> None:
+    """It has not begun, so it is opened anew; once it is entered, nothing is missed."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        for node in cluster.nodes[1:]:
+            node.cut_after = cut_after
+        async with client.watch("k") as watch:
+            assert watch.revision == cluster.state.revision
+            await client.put("k", b"1")
+            assert (await anext(watch)).events[0].value == b"1"
+
+    over(scenario)
+
+
+def test_a_watch_that_cannot_begin_says_why() -> None:
+    """In the time that every call has, with nothing open; and it can still begin later."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        for node in cluster.nodes:
+            node.refuse = lambda asked: WatchOverflow("full") if "watch" in asked.path else None
+        watch, began = client.watch("k"), asyncio.get_running_loop().time()
+        with pytest.raises(WatchOverflow, match="full") as refused:
+            await anext(watch)
+        assert refused.value.outcome == "none"
+        for node in cluster.nodes:
+            node.heal()
+            node.hang()
+        with pytest.raises(RequestTimeout, match=r"has not begun within 10 s .*: timed out"):
+            await watch.__aenter__()
+        assert asyncio.get_running_loop().time() - began < 21
+        for node in cluster.nodes:
+            node.heal()
+        async with watch:
+            await client.put("k", b"1")
+            assert (await anext(watch)).events[0].value == b"1"
+
+    over(scenario)
+
+
+def test_a_watch_has_one_reader_at_a_time() -> None:
+    """The second one is told so, in the words of an engine, and the first goes on waiting."""
+
+    async def scenario(cluster: FakeCluster, client: Client) -> None:
+        async with client.watch("k") as watch:
+            first, second = (asyncio.create_task(anext(watch)) for _ in range(2))
+            with pytest.raises(RuntimeError, match="another task waits in this watch"):
+                await second
+            await client.put("k", b"1")
+            assert (await first).events[0].value == b"1"
+
+    over(scenario)

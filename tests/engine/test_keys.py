@@ -307,6 +307,61 @@ def test_leases_locks_and_elections(tmp_path: Path) -> None:
     used(tmp_path, app)
 
 
+def test_a_lease_with_very_many_keys_ends_with_all_of_them(tmp_path: Path) -> None:
+    """They are deleted 1000 at a time: to revoke a lease, or to leave it, is to wait for the last,
+    for an engine and both clients.
+    """
+    operations = [[f"many/{n}" for n in range(first, first + 125)] for first in range(0, 2500, 125)]
+
+    async def app() -> None:
+        async with dengine.Engine(tmp_path, listen_address="127.0.0.1:0") as engine:
+            await engine.wait_ready(PATIENT_S)
+
+            async def hold() -> str:
+                lease = (await engine.grant_lease(600)).id
+                await hang_on(lease)
+                return lease
+
+            async def hang_on(lease: str) -> None:
+                for keys in operations:
+                    await engine.txn(success=[Put(key, b"", lease=lease) for key in keys])
+
+            def revoke_too(address: str, lease: str) -> None:
+                with sync.Client(address) as client:
+                    client.revoke_lease(lease)
+
+            assert engine.address is not None
+            async with Client(engine.address) as client:
+                for store in (engine, client):
+                    await store.revoke_lease(await hold(), timeout_s=PATIENT_S)
+                    assert await engine.count() == 0
+                    async with store.lease(600) as lease:
+                        await hang_on(lease.id)
+                    assert await engine.count() == 0
+            await asyncio.to_thread(revoke_too, engine.address, await hold())
+            assert await engine.count() == 0
+
+    on(uvloop.new_event_loop, app)
+
+
+def test_a_time_limit_that_leaves_no_time_is_told_as_one(tmp_path: Path) -> None:
+    """As by a client."""
+
+    async def app(engine: dengine.Engine) -> None:
+        for limit_s in (0, -1):
+            for call in (
+                engine.put("k", b"", timeout_s=limit_s),
+                engine.get("k", timeout_s=limit_s),
+                engine.revoke_lease("1", timeout_s=limit_s),
+            ):
+                with pytest.raises(RequestTimeout, match=f"timeout_s is {limit_s}, which") as late:
+                    await call
+                assert late.value.outcome == "none"
+        assert (await engine.wait_ready(timeout_s=0)).is_leader, "that only looks"
+
+    used(tmp_path, app)
+
+
 def test_limits_hold_before_anything_is_proposed(tmp_path: Path) -> None:
     async def app(engine: dengine.Engine) -> None:
         last = engine._embedded.node.raft.log.last_index

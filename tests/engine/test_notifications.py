@@ -261,6 +261,35 @@ def test_a_watch_that_is_dropped_gives_its_place_back(tmp_path: Path) -> None:
     used(tmp_path, app, limits__watchers=4)
 
 
+def test_a_watch_of_a_client_begins_amid_writes_that_nobody_keeps(tmp_path: Path) -> None:
+    """It follows what comes from now on, as one of an engine: nothing of the past is needed."""
+
+    async def app() -> None:
+        settings: dict[str, int | str] = {"kv.history_revisions": 0, "kv.history_bytes": 1}
+        async with (
+            dengine.Engine(tmp_path, listen_address="127.0.0.1:0", settings=settings) as engine,
+            asyncio.timeout(PATIENT_S),
+        ):
+            await engine.wait_ready(PATIENT_S)
+
+            async def write() -> None:
+                while True:
+                    await engine.put("k", b"")
+
+            assert engine.address is not None
+            writing = [asyncio.create_task(write()) for _ in range(4)]
+            async with dengine.client.Client(engine.address) as client:
+                for _ in range(20):
+                    async with client.watch("k") as watch:
+                        begun = watch.revision
+                        assert (await anext(watch)).revision == begun + 1
+            for task in writing:
+                task.cancel()
+            await asyncio.gather(*writing, return_exceptions=True)
+
+    on(uvloop.new_event_loop, app)
+
+
 def test_a_watch_may_outlive_its_event_loop(tmp_path: Path) -> None:
     """Dropped after the end it says nothing, and neither does one that was refused."""
     held: list[dengine.engine.Watch] = []

@@ -321,6 +321,49 @@ def test_an_engine_is_entered_first_and_once(tmp_path: Path) -> None:
     on(uvloop.new_event_loop, app)
 
 
+def test_an_engine_belongs_to_one_event_loop(tmp_path: Path) -> None:
+    """Whoever uses it from that of another thread is told so, by every call; and it goes on."""
+
+    async def app() -> None:
+        async with alone(tmp_path) as engine:
+            await engine.wait_ready(PATIENT_S)
+            await engine.put("k", b"kept")
+            watch, lock, lease = engine.watch("k"), engine.lock("job"), engine.lease(60)
+
+            async def elsewhere() -> None:
+                calls: list[Callable[[], Any]] = [
+                    lambda: engine.get("k"),
+                    lambda: engine.put("k", b"lost"),
+                    lambda: engine.wait_ready(PATIENT_S),
+                    lambda: anext(watch),
+                    watch.__aenter__,
+                    lock.__aenter__,
+                    lease.__aenter__,
+                    lambda: anext(engine.watch("k")),
+                    engine.lock("other").__aenter__,
+                    engine.lease(60).__aenter__,
+                    lambda: engine.election("boss").leader(),
+                    lambda: engine.__aexit__(None, None, None),
+                ]
+                for call in calls:
+                    with pytest.raises(RuntimeError, match="belongs to the event loop"):
+                        await call()
+
+            def look() -> str | None:
+                assert engine.is_leader
+                return engine.address
+
+            await asyncio.to_thread(asyncio.run, elsewhere())
+            assert await asyncio.to_thread(look) is None
+            found = await engine.get("k")
+            assert found is not None
+            assert found.value == b"kept"
+        async with alone(tmp_path) as engine:  # nothing keeps the directory
+            await engine.wait_ready(PATIENT_S)
+
+    on(uvloop.new_event_loop, app)
+
+
 def test_the_port_serves_http(tmp_path: Path) -> None:
     """Port 0 is any; others read and write the same keys there, and the cluster knows it by it."""
 

@@ -46,7 +46,13 @@ def test_a_lease_that_is_due_has_ended(tmp_path: Path) -> None:
     assert (lifetimes.lease(granted.lease).keys, lifetimes.remaining_s(record)) == ([b"leased"], 1)
     apply(6_001)
     assert state.get(b"leased") == record
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound) as ended:
         lifetimes.lease(granted.lease)
+    assert ended.value.details == {"going": True}, "its key is still there"
     assert lifetimes.remaining_s(record) == 0
+    apply(6_001)
+    assert state.get(b"leased") is None
+    with pytest.raises(NotFound) as gone:
+        lifetimes.lease(granted.lease)
+    assert gone.value.details == {}
     state.close()
