@@ -45,8 +45,7 @@ from dengine.embedded.reads import Watch
 from dengine.errors import FatalError
 from dengine.kv import commands as kv
 
-__all__ = ["Engine", "EngineClosed", "Leadership", "Member", "Membership"]
-__all__ += ["Subscription", "Watch"]
+__all__ = ["Engine", "EngineClosed", "Leadership", "Member", "Membership", "Subscription", "Watch"]
 
 TIMEOUT_S: Final = 10.0
 READY_S: Final = 30.0
@@ -69,6 +68,7 @@ class Engine:
 
     Raises:
         ConfigError: a mistake in these, in a sentence that names the key.
+        ValueError: neither `data_dir` nor `config`, or `config` and others of these.
 
     Who reaches the port may read, write and join, unless `security.token_file` and
     `security.peer_secret_file` say otherwise. The node logs to `logging`, under "dengine".

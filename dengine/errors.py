@@ -69,6 +69,8 @@ class Unauthorized(DengineError):
 
 
 class Forbidden(DengineError):
+    """Part of the contract, and raised by nothing in this release."""
+
     name, code, status = "forbidden", 403, 403
 
 

@@ -707,3 +707,80 @@ def test_a_reader_that_leaves_early_is_no_error(serving: Serving) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(30) == 1
+
+
+# --- Standard streams that are closed, or on a full disk; and Ctrl-C
+
+
+def redirected(how: str, *args: str, **environ: str) -> subprocess.CompletedProcess[bytes]:
+    """`dengine ARGS` with such a redirection of a shell behind it."""
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {how}', "sh", sys.executable, "-m", "dengine", *args],
+        stdin=subprocess.DEVNULL,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environ},
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("args", [("txn",), ("put", "k", "-")])
+def test_a_closed_input_is_said_to_be_closed(serving: Serving, args: tuple[str, ...]) -> None:
+    """It is no empty value: nothing is sent."""
+    server = serving(Answer())
+    done = redirected("<&-", *args, "--endpoint", server.endpoint)
+    said = b"dengine: standard input is closed: nothing can be read from it\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert server.asked == []
+
+
+WRITTEN = as_json({"revision": 7, "created": True, "deleted": 1})
+DONE = b"; what was asked for was carried out"
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        (">/dev/full", b"standard output: No space left on device"),
+        (">&-", b"standard output is closed"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("args", "answer", "end"),
+    [
+        (("put", "k", "v"), WRITTEN, DONE),
+        (("delete", "k"), WRITTEN, DONE),
+        (("get", "k"), Answer(body=b"v"), b""),
+        (("get", "k"), Answer(body=bytes(2**20)), b""),
+        (("list",), as_json({"items": [], "count": 0, "next": None}), b""),
+    ],
+)
+def test_output_that_cannot_be_written_is_said_to_be_that(
+    serving: Serving, how: str, problem: bytes, args: tuple[str, ...], answer: Answer, end: bytes
+) -> None:
+    """And that a write was carried out all the same: a script must not take it for failed."""
+    done = redirected(how, *args, "--endpoint", serving(answer).endpoint)
+    assert (done.returncode, done.stderr) == (1, b"dengine: " + problem + end + b"\n")
+
+
+@pytest.mark.parametrize("how", [">/dev/full", ">&-"])
+def test_help_that_nobody_gets_is_no_success(how: str) -> None:
+    done = redirected(how, "--help")
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"dengine: standard output")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("how", ["2>&-", "2>/dev/full", "<&- 2>&-"])
+def test_without_standard_error_the_exit_code_tells(how: str, tmp_path: Path) -> None:
+    """And what is for people to read does not get among the output."""
+    done = redirected(how, "check-config", str(tmp_path / "absent.toml"))
+    assert (done.returncode, done.stdout, done.stderr) == (78, b"", b"")
+
+
+def test_ctrl_c_while_it_is_still_loading_is_quiet(tmp_path: Path) -> None:
+    """Here it comes while the first module is imported."""
+    early = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('too late')\n"
+    (tmp_path / "argparse.py").write_text(early)
+    done = dengine("get", "k", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

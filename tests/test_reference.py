@@ -49,3 +49,13 @@ def test_nothing_is_there_twice() -> None:
     for chapter in ("Configuration", "Errors"):
         named = [tuple(row[:2]) for row in rows(chapter)]
         assert len(named) == len(set(named))
+
+
+def test_what_is_never_answered_is_raised_nowhere() -> None:
+    """A client's author can believe the words "never answers it"."""
+    unused = {row[1] for row in rows("Errors") if "never answers" in row[4]}
+    classes = {name for name, item in vars(errors).items() if getattr(item, "name", "") in unused}
+    assert classes == {"Forbidden"}
+    source = Path(errors.__file__).parent
+    for path in source.rglob("*.py"):
+        assert path.name == "errors.py" or "Forbidden" not in path.read_text("utf-8"), path

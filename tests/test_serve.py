@@ -367,3 +367,14 @@ def test_a_node_that_cannot_read_its_modules_may_be_started_again(tmp_path: Path
     assert done.returncode == 75, done
     assert "the system refused" in done.stderr
     assert "Too many open files" in done.stderr
+
+
+def test_a_node_without_standard_streams_lives_and_ends_as_any(node: ServeProcess) -> None:
+    """None of its own files gets their numbers, into which what it says would be written."""
+    node.prefix = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    node.start()
+    wait_for(node.ready, "the node to be ready")
+    for number in range(3):
+        assert os.readlink(f"/proc/{node.pid}/fd/{number}") == os.devnull
+    assert node.put("k", "v").ok
+    assert node.stop() == 0

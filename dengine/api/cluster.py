@@ -142,6 +142,7 @@ class ClusterCalls:
         """Hand the connection over to the peers, which speak WebSocket on it from here on."""
         if not request.message.upgrade:
             raise InvalidRequest("this is the nodes' own entrance: it needs a WebSocket upgrade")
+        request.until_left()  # as for a stream: a node that sends no more is not a peer
         aiohttp_request = request.as_aiohttp()
         try:
             response = await self._node.peers.accept(aiohttp_request)

@@ -133,7 +133,8 @@ class KvCalls:
             _only(query, "key_base64")
             return await self.delete(request)
         start, end = self._selection(query)
-        if start == b"" and end is None and not params.flag(query, "all"):
+        everything = params.flag(query, "all")  # also where it is not needed: it may be malformed
+        if start == b"" and end is None and not everything:
             raise InvalidRequest(
                 "this would delete every key: name a prefix or a start and end, "
                 "or add all=true if that is what you mean"

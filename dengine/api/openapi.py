@@ -87,7 +87,6 @@ _ERRORS: dict[int, DengineError] = {
     for error in (
         errors.InvalidRequest("the key is empty: a key has 1 to 511 bytes"),
         errors.Unauthorized("this call needs the token of this cluster"),
-        errors.Forbidden("this call is for nodes of this cluster"),
         errors.NotFound("nothing is served under this path; GET /v1/openapi.json lists what is"),
         errors.MethodNotAllowed("POST is not possible here; use one of GET", allow="GET"),
         errors.Conflict("node 2 is no learner"),

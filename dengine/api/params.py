@@ -48,6 +48,7 @@ TRANSFER_ENCODING = istr("Transfer-Encoding")
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _ENTITY_TAG = re.compile(r'\s*(W/)?"([\x21\x23-\x7e\x80-\uffff]*)"\s*(?:,|$)')
 _DECIMAL = re.compile(r"[0-9]{1,19}")
+_REVISION = re.compile(r"[1-9][0-9]{0,18}")  # as an ETag has it: another text is another tag
 _NEVER_MATCHES = (0,)  # revisions start at 1
 
 T = TypeVar("T")
@@ -165,7 +166,8 @@ def entity_tags(request: Request, name: istr) -> tuple[tuple[bool, str], ...] | 
 def write_condition(request: Request) -> Condition | None:
     """The condition of a write, None when it has none.
 
-    A tag that can never be a revision (weak, or no number) makes a condition that never holds.
+    A tag that can never be a revision (weak, or not written as one is) makes a condition that never
+    holds.
     """
     headers = request.message.headers
     if IF_MATCH not in headers and IF_NONE_MATCH not in headers:
@@ -176,7 +178,7 @@ def write_condition(request: Request) -> Condition | None:
         raise InvalidRequest("header If-None-Match of a write must be *")
     revisions = None
     if tags is not None:
-        strong = tuple(int(t) for weak, t in tags if not weak and _DECIMAL.fullmatch(t))
+        strong = tuple(int(t) for weak, t in tags if not weak and _REVISION.fullmatch(t))
         revisions = strong or (_NEVER_MATCHES if tags else ())
     return Condition(if_match=revisions, if_none_match=absent is not None)
 
@@ -281,11 +283,16 @@ class BodyReader:
             self._announced -= size
 
     def _continue(self, request: Request) -> None:
-        expect = request.message.headers.get(EXPECT)
+        message = request.message
+        expect = message.headers.get(EXPECT)
         if expect is None:
             return
         if expect.lower() != "100-continue":
             raise InvalidRequest("header Expect may only be 100-continue")
+        if (
+            message.version.minor == 0
+        ):  # such a client would take that for the answer (RFC 9110 15.2)
+            return
         transport = request.protocol.transport
         if transport is not None and not request.payload.is_eof():
             transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

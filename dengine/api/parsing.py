@@ -43,3 +43,9 @@ def parser_error(error: BaseException | None, allowed: Callable[[str], str]) -> 
             allow = ALL_METHODS
         return MethodNotAllowed(f"this method does not exist here; use one of {allow}", allow=allow)
     return InvalidRequest(f"not a valid HTTP/1.1 request: {text.splitlines()[0].rstrip(':')}")
+
+
+def is_oversized(message: object) -> bool:
+    """aiohttp bounds each field of a header; MAX_HEADER_BYTES is for their sum."""
+    fields = getattr(message, "raw_headers", ())  # a parser error has none
+    return sum(len(name) + len(value) + 4 for name, value in fields) > MAX_HEADER_BYTES

@@ -14,10 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-import time
 from collections.abc import Awaitable, Callable
-from email.utils import formatdate
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
@@ -25,18 +22,15 @@ from aiohttp import web
 from aiohttp.http import StreamWriter
 from aiohttp.web_protocol import ERROR, _ErrInfo
 
+from dengine.api.head import STATUS_LINES, date_line
 from dengine.api.parsing import (
     MAX_HEADER_BYTES,
     MAX_HEADER_FIELDS,
     MAX_URI_BYTES,
+    is_oversized,
     parser_error,
 )
-from dengine.errors import (
-    DengineError,
-    InvalidRequest,
-    MethodNotAllowed,
-    RateLimited,
-)
+from dengine.errors import DengineError, InvalidRequest, MethodNotAllowed, RateLimited
 
 if TYPE_CHECKING:
     from aiohttp.http_parser import RawRequestMessage
@@ -53,23 +47,6 @@ WRITE_STALL_S = 30.0  # for a client to take
 SLICE_BYTES = 64 * 1024  # so much of its response
 MAX_CONNECTIONS = 16_384
 SPARE_FILES = 128  # descriptors kept for the disk and for peers when the limit is lower
-
-_STATUS_LINES = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
-}
-
-_date_second = 0
-_date_line = b""
-
-
-def _date() -> bytes:
-    """The Date header, made once per second."""
-    global _date_second, _date_line
-    now = int(time.time())
-    if now != _date_second:
-        _date_second = now
-        _date_line = b"Date: %s\r\n" % formatdate(now, usegmt=True).encode()
-    return _date_line
 
 
 class Request:
@@ -93,8 +70,7 @@ class Request:
         self.message = message
         self.payload = payload
         self.protocol = protocol
-        # A handler that streams may put a future here, which ends when the client leaves.
-        self.lost: asyncio.Future[None] | None = None
+        self.lost: asyncio.Future[None] | None = None  # see `until_left`
         self.proof: Answer | None = None  # of the node that sent it, once that is certain
 
     @property
@@ -102,6 +78,18 @@ class Request:
         """The host this request came from, None when the connection is gone."""
         peer = self.protocol.peername
         return str(peer[0]) if isinstance(peer, tuple) else None
+
+    def until_left(self) -> asyncio.Future[None]:
+        """What ends when the client leaves. An answer without an end begins with this, for whoever
+        sends no more may wait for an answer, but has left a stream.
+
+        Raises:
+            ConnectionResetError: it has left already.
+        """
+        if self.protocol.half_closed:
+            raise ConnectionResetError("the client has left")
+        self.lost = asyncio.get_running_loop().create_future()
+        return self.lost
 
     def as_aiohttp(self) -> web.BaseRequest:
         """The same request as aiohttp knows it, for WebSockets and event streams."""
@@ -183,8 +171,8 @@ class Response:
         if message.method == "HEAD":
             body = b""
         return b"%b%b%b%b%b\r\n%b" % (
-            _STATUS_LINES[status],
-            _date(),
+            STATUS_LINES[status],
+            date_line(),
             length,
             connection,
             self.headers,
@@ -273,7 +261,7 @@ class Server(web.Server):
 class Connection(web.RequestHandler):
     """aiohttp's protocol plus a deadline for headers, a total header size and JSON errors."""
 
-    __slots__ = ("_header_timer", "_last_payload", "_requests_seen", "oversized")
+    __slots__ = ("_header_timer", "_last_payload", "_requests_seen", "half_closed", "oversized")
 
     def __init__(self, manager: web.Server, *, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -292,6 +280,7 @@ class Connection(web.RequestHandler):
         self._header_timer: asyncio.TimerHandle | None = None
         self._last_payload: StreamReader | None = None
         self._requests_seen = 0
+        self.half_closed = False  # the client sends no more
         self.oversized = False  # a header larger than allowed as a whole has come in
 
     @property
@@ -302,7 +291,8 @@ class Connection(web.RequestHandler):
     @property
     def ending(self) -> bool:
         """True when the connection closes after the response under way."""
-        return self._close or self._force_close
+        said_all = self.half_closed and not self._messages
+        return self._close or self._force_close or said_all
 
     @property
     def _between(self) -> bool:
@@ -338,10 +328,22 @@ class Connection(web.RequestHandler):
             if self._messages:
                 self._last_payload = self._messages[-1][1]
                 if len(data) > MAX_HEADER_BYTES or self._header_timer is not None:
-                    self._measure_headers()
+                    self.oversized |= any(is_oversized(message) for message, _ in self._messages)
             self._disarm()
         elif data and self._header_timer is None and not self._force_close and between:
             self._arm()  # bytes that complete no header and belong to no body: half a header
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp's ends every connection
+        """The client sends no more, and may still listen: True keeps the connection, as long as an
+        answer is owed that ends. Each of these has its deadline, so this has one, too.
+        """
+        self.half_closed = True
+        if self._last_payload is not None and not self._last_payload.is_eof():
+            self._last_payload.set_exception(ConnectionResetError("the body will not be complete"))
+        request = cast("Request | None", self._current_request)
+        if request is not None and request.lost is not None:
+            return False
+        return self._request_in_progress or (bool(self._messages) and not self._force_close)
 
     async def start(self) -> None:
         """Answer one request after the other: the task of this connection.
@@ -350,7 +352,7 @@ class Connection(web.RequestHandler):
         variables of its own: nobody here has any.
         """
         try:
-            while not self._force_close:
+            while not self.ending:
                 if not self._messages:
                     await self._next_message()
                 if not await self._answer(*self._take_message()):
@@ -479,13 +481,6 @@ class Connection(web.RequestHandler):
         seconds = f"{HEADER_TIMEOUT_S:g}"
         self._refuse(InvalidRequest(f"the request header was not complete after {seconds} s"))
 
-    def _measure_headers(self) -> None:
-        """aiohttp bounds each field; MAX_HEADER_BYTES is for their sum."""
-        for message, _ in self._messages:
-            fields = getattr(message, "raw_headers", ())  # a parser error has none
-            if sum(len(name) + len(value) + 4 for name, value in fields) > MAX_HEADER_BYTES:
-                self.oversized = True
-
     def _refuse(self, error: DengineError) -> None:
         """Answer outside of any request, and hang up."""
         if self.transport is not None:
@@ -495,5 +490,5 @@ class Connection(web.RequestHandler):
                 response.headers,
                 len(response.body),
             )
-            self.transport.write(_STATUS_LINES[error.status] + _date() + head + response.body)
+            self.transport.write(STATUS_LINES[error.status] + date_line() + head + response.body)
             self.hang_up()

@@ -36,7 +36,7 @@ async def stream(request: Request, following: Next, end: Callable[[], None]) -> 
         ConnectionResetError: it has been cut off, or has gone; parts may end with it, too.
     """
     response = web.StreamResponse(headers=_HEADERS)
-    request.lost = lost = asyncio.get_running_loop().create_future()
+    lost = request.until_left()
     lost.add_done_callback(lambda _: end())
     try:
         await taken(request.protocol, response.prepare(request.as_aiohttp()))

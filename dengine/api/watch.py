@@ -70,14 +70,13 @@ class WatchCalls:
 
 def _first(request: Request) -> int | None:
     """The first revision that is wanted; None: what comes from now on."""
+    asked = params.integer(request.params, "from_revision", 0, 1, REVISION_MAX)
     last = request.message.headers.get(LAST_EVENT_ID, "").strip()
     if last:  # a browser sends it when it connects again, behind the query of the first time
         if not _DECIMAL.fullmatch(last) or int(last) > REVISION_MAX:
             raise InvalidRequest("header Last-Event-ID must be the id of an event: a revision")
         return int(last) + 1
-    if "from_revision" not in request.params:
-        return None
-    return params.integer(request.params, "from_revision", 1, 1, REVISION_MAX)
+    return asked or None
 
 
 class Following:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dengine.cli.remote import Remote
+from dengine.cli.streams import read_input
 from dengine.client.attempts import IdempotencyKeys, Key
 from dengine.client.encoding import Paging, field_bytes, json_bytes, key_target, target
 from dengine.errors import DengineError, InvalidRequest, KeyNotFound
@@ -46,7 +47,7 @@ def put(args: Namespace, remote: Remote) -> int:
     if args.file is not None:
         value = args.file.read_bytes()
     elif args.value == "-":
-        value = sys.stdin.buffer.read()
+        value = read_input()
     else:
         value = os.fsencode(args.value)
     ttl = None if args.ttl is None else str(args.ttl)

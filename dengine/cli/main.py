@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dengine import __version__
-from dengine.cli import arguments, commands, completion, coordination, snapshots, txn
+from dengine.cli import arguments, commands, completion, coordination, snapshots, streams, txn
 from dengine.cli.parsers import add_repair, add_snapshot_commands
 from dengine.cli.remote import Remote, resolve_endpoints, resolve_token, without_token
 from dengine.errors import (
@@ -53,6 +53,11 @@ SIGTERM or Ctrl-C hands leadership over, drains, syncs and exits 0. Other exit c
 data (a person is needed), 70 a broken invariant, 74 the disk failed (a restart recovers), 75 try
 again (port taken), 76 this directory may not take part, 78 configuration.
 """
+# They change something, and print nothing before it is done.
+DONE_WHEN_TOLD = (
+    *(commands.put, commands.delete, txn.txn),
+    *(commands.promote, commands.remove, commands.move, commands.transfer_leader),
+)
 CONSISTENCY = ("linearizable", "lease", "eventual")
 
 Add = Callable[..., argparse.ArgumentParser]
@@ -60,9 +65,25 @@ Add = Callable[..., argparse.ArgumentParser]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (None: the process's own) and return its exit code."""
+    streams.prepare()
     use_utf8()
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+    except SystemExit as end:  # of the parser: --help, or words that it does not know
+        code = int(end.code or 0)
+    try:  # the parser does not say when nobody got its help
+        sys.stdout.flush()
+    except BrokenPipeError:
+        streams.give_up(sys.stdout)
+        return code or REQUEST_FAILED
+    except streams.OutputFailed as error:
+        streams.give_up(sys.stdout)
+        return code or _fail(str(error), REQUEST_FAILED)
+    return code
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = _parser()
-    argv = sys.argv[1:] if argv is None else argv
     words, command = coordination.split_command(argv)
     args, unknown = parser.parse_known_args(words)
     if unknown:
@@ -89,12 +110,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error.name} is not installed: pip install 'dengine[node]' has what a node needs"
         )
         return _fail(message, ConfigError.exit_code)
-    except BrokenPipeError:
-        # The reader of our output left, as `head` does; Python must not complain at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        streams.give_up(sys.stdout)
         return REQUEST_FAILED
+    except streams.InputClosed as error:
+        return _fail(str(error), USAGE)
+    except streams.OutputFailed as error:
+        streams.give_up(sys.stdout)
+        done = "; what was asked for was carried out" if args.run in DONE_WHEN_TOLD else ""
+        return _fail(f"{error}{done}", REQUEST_FAILED)
     except OSError as error:
-        return _fail(f"{error.filename or 'input'}: {error.strerror or error}", REQUEST_FAILED)
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", REQUEST_FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -111,7 +138,10 @@ def _request(args: argparse.Namespace, remote: Remote) -> int:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"dengine: {message}", file=sys.stderr)
+    try:
+        print(f"dengine: {message}", file=sys.stderr)
+    except OSError:  # the exit code is all that is left to tell it
+        streams.give_up(sys.stderr)
     return exit_code
 
 

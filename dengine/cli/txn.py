@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from argparse import Namespace
 from typing import Any
 
 from dengine.cli.commands import item_bytes, print_json, print_table, printable, write_key
 from dengine.cli.remote import Remote
+from dengine.cli.streams import read_input
 from dengine.client.encoding import sent_bytes
 from dengine.errors import InvalidRequest
 
@@ -39,7 +39,7 @@ What is read has at most 64 KiB, and 4 MiB where all that is done is get.
 
 def txn(args: Namespace, remote: Remote) -> int:
     """Send the transaction on standard input and print what became of it."""
-    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    text = read_input().decode("utf-8", "surrogateescape")
     if text.lstrip().startswith("{"):
         try:
             asked = json.loads(text)

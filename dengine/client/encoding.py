@@ -173,7 +173,9 @@ def as_seconds(ttl_s: float, what: str) -> int:
     Raises:
         ValueError: it is no whole number of seconds above 0.
     """
-    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or ttl_s != int(ttl_s):
+    # Infinity and what is no number are not whole either, and `int` takes neither.
+    whole = ttl_s.is_integer() if isinstance(ttl_s, float) else isinstance(ttl_s, int)
+    if isinstance(ttl_s, bool) or not whole:
         raise ValueError(f"{what} is a whole number of seconds, not {ttl_s!r}")
     if ttl_s < 1:
         raise ValueError(f"{what} is at least 1 second, not {ttl_s!r}")

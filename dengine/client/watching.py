@@ -101,7 +101,7 @@ class Watch:
             RuntimeError: another task waits for it already.
             Compacted: it is no longer kept, nor is anything up to `details["compact_revision"]`.
                 Read the keys anew, and watch from the revision behind that of the reading.
-            Unauthorized, Forbidden, InvalidRequest: no node will ever answer.
+            Unauthorized, InvalidRequest: no node will ever answer.
             ClientClosed: the client was closed.
         """
         with self._only_here():

@@ -33,9 +33,13 @@ def test_if_match_holds(client: Wire, revision: int, header: str) -> None:
     assert _put(client, "If-Match: " + header.format(r=revision)).status == 200
 
 
-@pytest.mark.parametrize("header", ['"987654"', 'W/"{r}"', '"x"', '"987654", W/"{r}"', '""'])
+@pytest.mark.parametrize(
+    "header",
+    ['"987654"', 'W/"{r}"', '"x"', '"987654", W/"{r}"', '""', '"0{r}"', '"+{r}"', '"0"'],
+)
 def test_if_match_does_not_hold(client: Wire, revision: int, header: str) -> None:
-    """Only strong tags count, as RFC 9110 13.1.1 wants; other texts are no revision."""
+    """Only strong tags count, as RFC 9110 13.1.1 wants, and these letter by letter; other texts are
+    no revision."""
     answer = _put(client, "If-Match: " + header.format(r=revision))
     assert assert_error(answer, 412, "precondition_failed")["current_revision"] == revision
     assert client.request("GET", "/v1/kv/cond").body == b"one"

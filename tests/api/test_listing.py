@@ -151,6 +151,12 @@ def test_deleting_everything_must_be_meant(listed: Wire, query: str) -> None:
         assert_error(listed.request("DELETE", f"/v1/kv{bad}"), 400, "invalid_request")
 
 
+def test_a_malformed_all_deletes_nothing(listed: Wire) -> None:
+    """Also where the selection is small enough to do without it."""
+    assert_error(listed.request("DELETE", "/v1/kv?prefix=list/&all=maybe"), 400, "invalid_request")
+    assert listed.request("GET", "/v1/kv/list/00").status == 200
+
+
 def test_all_true_deletes_everything(listed: Wire) -> None:
     assert listed.request("DELETE", "/v1/kv?prefix=&all=true").json()["deleted"] >= 27
     assert _page(listed, "prefix=")["items"] == []

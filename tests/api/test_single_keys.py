@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import secrets
+import socket
 
 import pytest
 
@@ -184,6 +185,29 @@ def test_bodies_announced_with_expect_continue(client: Wire, node: ServeProcess)
     client.send(head % (MIB + 1))
     assert_error(client.answer(), 413, "too_large")
     assert client.closed()
+
+
+def test_a_client_of_http_1_0_is_not_told_to_continue(client: Wire, node: ServeProcess) -> None:
+    """It knows no answer but the last one, and would take a 100 for that."""
+    head = (
+        b"PUT /v1/kv/old HTTP/1.0\r\nHost: t\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
+    )
+    client.send(head)
+    assert node.request("GET", "/livez").ok, "behind the head, which it has taken in by then"
+    client.send(b"value")
+    assert client.answer().status == 200
+
+
+def test_who_has_said_all_is_answered(client: Wire, node: ServeProcess) -> None:
+    """A client may close its half of the connection behind its requests, as `nc -N` does: each gets
+    its answer, also one that has to wait for the disk, and then the connection ends."""
+    head = b"PUT /v1/kv/said HTTP/1.1\r\nHost: t\r\nContent-Length: 3\r\n\r\n"
+    client.send(head + b"all" + head + b"now" + head + b"no")  # the last body is not complete
+    client.sock.shutdown(socket.SHUT_WR)
+    assert client.answer().json()["created"]
+    assert not client.answer().json()["created"]
+    assert client.closed()
+    assert node.request("GET", "/v1/kv/said").body == b"now"
 
 
 def test_a_value_must_come_as_it_is_and_with_its_length(client: Wire, node: ServeProcess) -> None:

@@ -1,14 +1,15 @@
-"""The end of a server whose connections are at work, in this process."""
+"""The end of a server, or of its clients, while connections are at work; in this process."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import cast
 
 import pytest
+import uvloop
 
 from dengine.api.protocol import Connection, Request, Response, Server
 from tests.node.hosts import on_loop, until
@@ -38,15 +39,18 @@ class Stage:
 
 
 @asynccontextmanager
-async def asked() -> AsyncIterator[tuple[Stage, asyncio.StreamReader]]:
-    """A server, and a client whose request it has begun to answer. In the end both are rid of
-    each other."""
+async def asked(*, all_said: bool = False) -> AsyncIterator[tuple[Stage, asyncio.StreamReader]]:
+    """A server, and a client whose request it has begun to answer, and which may have closed its
+    half of the connection. In the end both are rid of each other."""
     stage = Stage()
     listener = await asyncio.get_running_loop().create_server(stage.server, "127.0.0.1", 0)
     reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
     try:
         writer.write(REQUEST)
         await until(stage.busy, "the request to be under way")
+        if all_said:
+            writer.write_eof()
+            await until(lambda: stage.connection.half_closed, "the server to know")
         yield stage, reader
         async with asyncio.timeout(5):
             await reader.read()  # to its end
@@ -103,3 +107,43 @@ def test_an_answer_in_the_moment_in_which_time_is_over_is_no_error(
     with caplog.at_level(logging.INFO):
         on_loop(check)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_who_sends_no_more_is_answered(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """However long that takes, and told that this was the last answer."""
+
+    async def check() -> None:
+        async with asked(all_said=True) as (stage, reader):
+            stage.allowed.set_result(None)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"Connection: close\r\n" in head
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(check())
+
+
+def test_who_sends_no_more_is_answered_by_a_server_that_stops() -> None:
+    async def check() -> None:
+        async with asked(all_said=True) as (stage, reader):
+            end = asyncio.create_task(stage.connection.finish(5))
+            stage.allowed.set_result(None)
+            await end
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+
+    on_loop(check)
+
+
+def test_an_idle_client_that_sends_no_more_is_let_go() -> None:
+    async def check() -> None:
+        stage = Stage()
+        listener = await asyncio.get_running_loop().create_server(stage.server, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+        writer.write_eof()
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+        writer.close()
+        listener.close()
+
+    on_loop(check)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -134,6 +135,7 @@ def test_beyond_the_history(client: Wire, node: ServeProcess) -> None:
         ("key=a&other=1", ""),
         ("key=a", "Last-Event-ID: x\r\n"),
         ("key=a", "Last-Event-ID: -1\r\n"),
+        ("key=a&from_revision=banana", "Last-Event-ID: 3\r\n"),
     ],
 )
 def test_bad_watches_are_refused(client: Wire, query: str, head: str) -> None:
@@ -146,6 +148,19 @@ def test_an_empty_last_event_id_is_none(node: ServeProcess) -> None:
     with wire(node, 20) as connection:
         stream = Stream(connection, "key=nothing", "Last-Event-ID: \r\n")
         assert stream.next()["event"] == "progress"
+
+
+def test_a_watcher_that_sends_no_more_has_left(node: ServeProcess) -> None:
+    """Its place is free for another one at once, and not only when there is something to send."""
+    with wire(node) as follows, wire(node) as leaves_first:
+        assert Stream(follows, "prefix=").next()["event"] == "progress"
+        follows.sock.shutdown(socket.SHUT_WR)
+        assert follows.closed()
+        put = b"PUT /v1/kv/left HTTP/1.1\r\nHost: t\r\nContent-Length: 1\r\n\r\nx"
+        leaves_first.send(put + b"GET /v1/watch?prefix= HTTP/1.1\r\nHost: t\r\n\r\n")
+        leaves_first.sock.shutdown(socket.SHUT_WR)
+        assert leaves_first.answer().status == 200
+        leaves_first._stream.read()  # to its end, within the time limit of the socket
 
 
 def test_too_many_watches_are_refused(small_node: ServeProcess) -> None:

@@ -181,6 +181,8 @@ def test_time_to_live(tmp_path: Path) -> None:
 WRONG = (
     (Put("k", b"", ttl_s=0), ValueError, "at least 1 second"),
     (Put("k", b"", ttl_s=1.5), ValueError, "whole number of seconds"),
+    (Put("k", b"", ttl_s=float("inf")), ValueError, "whole number of seconds"),
+    (Put("k", b"", ttl_s=float("nan")), ValueError, "whole number of seconds"),
     (Put("k", b"", ttl_s=1, lease="x"), ValueError, "give one of them"),
     (Put("k", b"", lease=7), TypeError, "a lease is a Lease or its id, not int"),
     (Put("k", b"", lease=""), InvalidRequest, "the lease is empty"),

@@ -440,6 +440,8 @@ def test_a_mistake_is_a_sentence_that_names_the_key(
 
 
 def test_a_directory_or_a_config() -> None:
+    """To name neither, or both, is a mistake of the app and no configuration that is wrong."""
+    assert "ValueError: neither `data_dir` nor `config`" in (dengine.Engine.__doc__ or "")
     with pytest.raises(ValueError, match="data_dir, or a config"):
         dengine.Engine()
     with pytest.raises(ValueError, match="data_dir, or a config"):
