@@ -151,7 +151,11 @@ class Admission:
         committed = raft.committed_membership
         who = theirs.member
         if who in committed.tombstones or committed.was_removed(who.id):
-            return Refused("removed", f"node {who.id} was removed from cluster {self.cluster_id}")
+            return Refused(
+                "removed",
+                f"node {who.id} was removed from cluster {self.cluster_id}",
+                membership_version=committed.version,
+            )
         if who == raft.me:
             return Refused("duplicate", f"node {who.id} runs here already, from the same directory")
         present = self._connected(who.id)
@@ -190,18 +194,21 @@ class Admission:
 
     def _refuse_old_sole_voter(self, theirs: Hello) -> Refused | None:
         """Whoever votes alone has all that is committed, and to vote with others it had to agree. A
-        copy may have led by itself until its log was the longer one; the changes of the membership
-        that brought it the others are still not in there.
+        copy may have led by itself until its log was the longer one; that others vote by now it
+        still does not know. Of who knows more of that the log is the right one, however short.
         """
         raft, who = self._raft, theirs.member
         committed, membership = raft.log.commit_index, raft.committed_membership
-        if theirs.last_index >= committed and theirs.membership_version >= membership.version:
+        if (theirs.membership_version, theirs.last_index) >= (membership.version, committed):
             return None
-        where = (
-            f"node {who.id} takes itself for the only voter and ends at entry {theirs.last_index}, "
-            f"after {theirs.membership_version} changes of the membership, but entry {committed} "
-            f"and {membership.version} changes are committed: its directory is an old copy"
-        )
+        if theirs.membership_version < membership.version:
+            where = f"node {who.id} takes itself for the only voter, but others have come to vote"
+        else:
+            where = (
+                f"node {who.id} takes itself for the only voter and ends at entry "
+                f"{theirs.last_index}, but entry {committed} is committed"
+            )
+        where += ": its directory is an old copy"
         if membership.is_sole_voter(who):  # and nobody could do without it
             here = f"node {raft.me.id} has what it lacks: save a snapshot there first"
             return Refused("foreign_cluster", f"{where}; {here}")

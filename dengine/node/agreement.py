@@ -138,7 +138,7 @@ class Agreement:
             entry it was wrong.
         fail: ends the process.
         halt: and every later one that would use the directory.
-        propose_time: one more entry, for the next comparison.
+        propose_time: some more entries, for the next comparison.
     """
 
     def __init__(

@@ -45,6 +45,7 @@ T = TypeVar("T")
 GATHER_S = 0.002  # how long commands wait for an entry that is on its way to a majority
 INBOX_MAX = 20_000  # messages; beyond it they are dropped, as a network may do
 APPLY_S = 0.05  # for which a turn applies at most, but for its first entry: heartbeats wait
+SOUGHT = 16  # entries at once, where links are slow, towards a comparison that is waited for
 TICK_MS = 1000  # while anything can expire, the log hears of the time so often at least
 
 
@@ -245,12 +246,13 @@ class Cycle:
         return min((m.command_version for m in members), default=1)
 
     def propose_time(self) -> None:
-        """One more entry, if nothing else is under way."""
+        """Some more entries, if nothing else is under way."""
 
         def propose() -> None:
             raft = self.raft
             if raft.may_propose and self.may_tick and self.records and not self._busy:
-                self._propose()
+                for _ in range(SOUGHT):
+                    self._propose()
 
         self.post(propose)
 

@@ -250,7 +250,7 @@ class Exchange:
     def _on_refused(self, node_id: int | None, refused: Refused) -> None:
         """A peer does not want us: most reasons concern our own identity and end the process."""
         match refused.reason:
-            case "removed":
+            case "removed" if self._concerns(refused):
                 self._directory.set_removed(refused.message)
                 self._cycle.fail(IdentityError(f"{refused.message}; it will not start again"))
             case "wiped":
@@ -264,12 +264,16 @@ class Exchange:
             case "duplicate":
                 self._suspect_duplicate(refused.message)
 
+    def _concerns(self, refused: Refused) -> bool:
+        """Else it is an old copy that has led by itself, and removed us who were not there."""
+        return refused.membership_version >= self._raft.committed_membership.version
+
     def _lacks_what_is_committed(self, refused: Refused) -> bool:
         """Else it was not us who were behind but our Hello."""
         raft = self._raft
         return raft.membership.is_sole_voter(raft.me) and (
-            raft.log.stable_index < refused.committed
-            or raft.membership.version < refused.membership_version
+            (raft.membership.version, raft.log.stable_index)
+            < (refused.membership_version, refused.committed)
         )
 
     def _suspect_duplicate(self, message: str) -> None:

@@ -429,7 +429,7 @@ class Node:
         for member in buried - {me}:
             if new.was_removed(member.id):
                 message = f"node {member.id} was removed from cluster {new.cluster_id}"
-                farewell = Refused("removed", message)
+                farewell = Refused("removed", message, membership_version=new.version)
                 self._loop.call_later(FAREWELL_S, self.peers.disconnect, member.id, farewell)
         if me in buried:
             message = f"node {me.id} was removed from cluster {new.cluster_id}"

@@ -30,8 +30,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
     `list_digest` names the static list of a founder that waits ("" for everyone else).
     `founders` are the members of the sender's cluster: a founder that does not find itself among
     them, though they have its id, was wiped.
-    `is_sole_voter`: it goes by a membership in which nobody else votes, and which is the result of
-    `membership_version` changes.
+    `is_sole_voter`: it goes by a membership in which nobody else votes, and which is of this
+    `membership_version`.
     `term` tells a leader that was deposed without knowing it that its view of the sender is old.
     `address` is "" unless the sender was configured anew and wants the cluster to know.
     """
@@ -60,8 +60,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     "different_lists": two founders were started with different ones.
     "removed", "wiped" (an empty directory that must not found), "rolled_back", "empty" (a voter
     without a log; it may have one by now), "sole_voter" (it takes itself for the only one, and
-    lacks the entry `committed` or the change of the membership that `membership_version` counts)
-    and "duplicate" concern the receiver's own identity;
+    others vote by now, or it lacks the entry `committed`) and "duplicate" concern the receiver's
+    own identity; `membership_version` is that of the sender's committed membership;
     "again" asks for a fresh handshake; "this_node_itself" says that an address leads back to its
     dialler; "not_authenticated" is all that who does not know the peer secret is told.
     """

@@ -44,8 +44,9 @@ class Membership(msgspec.Struct, frozen=True):
 
     `members` describes everyone named in the three sets. `tombstones` are incarnations that will
     never be let in again; a node id all of whose incarnations are tombstones is used up.
-    `version` counts the changes: of two committed ones it tells which is the newer, also where a
-    snapshot hides at which entry they were made.
+    `version` counts the changes of who votes: of two committed ones it tells which is the newer,
+    also where a snapshot hides at which entry they were made. What one voter can change alone does
+    not count, for an old copy of it can do so, too.
     """
 
     cluster_id: str = ""
@@ -151,7 +152,10 @@ def apply_change(old: Membership, change: Change) -> Membership:
     if old.joint and not isinstance(change, LeaveJoint):
         raise Conflict("a membership change is under way (joint); try again when it is done")
     new = _changed(old, change)
-    return old if new == old else msgspec.structs.replace(new, version=old.version + 1)
+    if new == old:
+        return old
+    same = (new.voters, new.outgoing) == (old.voters, old.outgoing)
+    return new if same else msgspec.structs.replace(new, version=old.version + 1)
 
 
 def _changed(old: Membership, change: Change) -> Membership:

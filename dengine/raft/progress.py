@@ -37,6 +37,7 @@ class Progress:
         "acked_round",
         "acked_sent_ms",
         "answered",
+        "asked_round",
         "commit_sent",
         "heard_ms",
         "helped_by",
@@ -60,6 +61,7 @@ class Progress:
         self.heard_ms = now_ms  # when it last answered anything (CheckQuorum); at first: now
         self.answered = False  # has it answered this leader at all?
         self.acked_round = 0  # newest heartbeat round it answered (read index)
+        self.asked_round = 0  # oldest periodic one since its answer to one before; 0: none
         self.acked_sent_ms = 0  # when THAT heartbeat was sent (lease)
         self.timeout_ms_min = 0  # as it last announced; 0: never answered a heartbeat
         self.needs_snapshot: int | None = None  # lost its state: the least index that helps it

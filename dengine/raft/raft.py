@@ -212,7 +212,6 @@ class Raft:
 
         self._noop_index = 0
         self._rounds = ReadRounds()
-        self._periodic_round = 0
         self._heartbeat_due_ms = now_ms
         self._transfer: tuple[MemberId, int] | None = None  # (target, deadline)
         self._lease_given_up = False
@@ -826,8 +825,9 @@ class Raft:
         )
 
     def _broadcast_heartbeat(self) -> None:
-        self._periodic_round = self._open_round(list(self.progress))
+        number = self._open_round(list(self.progress))
         for member, progress in self.progress.items():
+            progress.asked_round = progress.asked_round or number
             self._offer_snapshot(member, progress, again=True)
         self._heartbeat_due_ms = self._now_ms + self.config.heartbeat_ms
 
@@ -1045,10 +1045,18 @@ class Raft:
             progress.acked_round = m.round
             progress.acked_sent_ms = max(progress.acked_sent_ms, self._rounds.sent_ms(m.round))
             self._confirm_rounds()
-        if m.round == self._periodic_round and progress.match_index < self.log.last_index:
+        if progress.asked_round and m.round >= progress.asked_round:
+            progress.asked_round = 0
+            self._find_lost(m.sender, progress)
+
+    def _find_lost(self, member: MemberId, progress: Progress) -> None:
+        """It is there, a heartbeat interval or a round trip after it was last asked so: what it has
+        not acknowledged by now may have been lost. An empty append finds out.
+        """
+        if progress.match_index < self.log.last_index:
             progress.probe_sent = False
-            if progress.inflight:  # was something lost? an empty append finds out
-                self._send_append(m.sender, progress, empty=True)
+            if progress.inflight:
+                self._send_append(member, progress, empty=True)
 
     def _file_read(self, read: PendingRead, lease: bool) -> None:
         if lease and self.committed_in_term and self._holds_lease():

@@ -458,7 +458,12 @@ def verdict(pause_s: float) -> str:
     return paint("1;33", "Slower than promised:") + f" {slower} All else held."
 
 
+interrupted = False
+
+
 def terminate(*_: object) -> NoReturn:
+    global interrupted
+    interrupted = True
     raise KeyboardInterrupt
 
 
@@ -475,7 +480,9 @@ def main() -> int:
             story.explain()
             say(f"\n{paint('1;31', '✗')} {broken}")
             return 1
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RuntimeError):
+            if not interrupted:  # within a lock it may become "release unlocked lock"
+                raise
             say("\nInterrupted: the nodes are ended and their data is removed.")
             return 130
         finally:

@@ -82,10 +82,44 @@ MUTANTS: tuple[Mutant, ...] = (
         "an old copy of the only voter is known by the length of its log",
         (
             "dengine.node.admission",
-            "committed and theirs.membership_version >= membership.version:",
-            "committed:",
+            "(theirs.membership_version, theirs.last_index) >= (membership.version, committed)",
+            "theirs.last_index >= committed",
         ),
         tests=OLD_COPIES,
+    ),
+    mutant(
+        "the longer log outweighs who votes",
+        (
+            "dengine.node.admission",
+            "(theirs.membership_version, theirs.last_index) >= (membership.version, committed)",
+            "theirs.membership_version >= membership.version and theirs.last_index >= committed",
+        ),
+        (
+            "dengine.node.exchange",
+            "(raft.membership.version, raft.log.stable_index)\n"
+            "            < (refused.membership_version, refused.committed)",
+            "raft.log.stable_index < refused.committed",
+        ),
+        tests=OLD_COPIES,
+    ),
+    mutant(
+        "what an old copy changes alone makes it newer",
+        ("dengine.raft.membership", "return new if same else", "return new if False else"),
+        tests=OLD_COPIES,
+    ),
+    mutant(
+        "whoever says so has removed us",
+        ("dengine.node.exchange", '"removed" if self._concerns(refused)', '"removed"'),
+        tests=OLD_COPIES,
+    ),
+    mutant(
+        "what is lost on a long way is not sent again",
+        (
+            RAFT,
+            "progress.asked_round = progress.asked_round or number",
+            "progress.asked_round = number",
+        ),
+        tests="tests/simulation/test_calls.py",
     ),
     mutant(
         "the only voter believes a late refusal",

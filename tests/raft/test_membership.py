@@ -153,15 +153,18 @@ def test_a_change_that_changes_nothing_appends_nothing() -> None:
     expect(node.take())
 
 
-def test_each_change_is_counted_and_what_changes_nothing_is_not() -> None:
-    """So that of two memberships anybody can tell the newer one."""
+def test_each_change_of_who_votes_is_counted() -> None:
+    """So that of two memberships anybody can tell the newer one, and what an old copy of the only
+    voter has changed alone makes its own none."""
     old = membership(A, learners=[B, C])
     joint = apply_change(old, Promote((B, C)))
     done = apply_change(joint, LeaveJoint())
     assert [m.version for m in (old, joint, done)] == [0, 1, 2]
     assert apply_change(done, UpdateSettings(done.settings)) is done
     settings = msgspec.structs.replace(done.settings, promotion="odd")
-    assert apply_change(done, UpdateSettings(settings)).version == 3
+    assert apply_change(done, UpdateSettings(settings)).version == 2
+    assert apply_change(done, AddLearner(member(D))).version == 2
+    assert apply_change(done, Remove(C.id)).version == 3
     assert decode_membership(done.encode()).version == 2
 
 

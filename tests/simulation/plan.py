@@ -75,6 +75,7 @@ class Plan:
     history_revisions: int = 100_000
     window_s: int = 600  # for which results are remembered
     calm_start: bool = True  # nothing happens until there was time to found a cluster
+    far: bool = False  # an answer takes longer than the time between two heartbeats
 
     def __post_init__(self) -> None:
         rng = random.Random(f"{self.seed} plan")
@@ -127,6 +128,9 @@ class Plan:
             "watch_step": rng.choice((1, 3, 100)),
         }
         self.calm_start = rng.random() < 0.7
+        self.far = rng.random() < 0.05
+        if self.far:
+            self.election = Election(timeout_ms, timeout_ms * 2, timeout_ms // 15)
 
     @property
     def skewed_clocks(self) -> bool:

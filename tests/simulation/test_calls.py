@@ -11,6 +11,7 @@ import pytest
 
 from dengine.config import Election
 from dengine.errors import DengineError
+from dengine.kv.commands import Put
 from dengine.node.node import Node
 from tests.simulation.loop import MS, SECOND
 from tests.simulation.machine import Process
@@ -92,3 +93,35 @@ def test_a_removal_is_answered_when_it_is_committed() -> None:
             world.network.mend([pair])
         until(world, lambda: world.leader() is not None)
         assert len(world.membership.voters) == 5
+
+
+@pytest.mark.parametrize("one_way_ms", [20, 60, 150])
+def test_who_is_far_away_catches_up_after_a_restart(one_way_ms: int) -> None:
+    """Where an answer took longer than the time between two heartbeats, none of them was one to the
+    newest; what had been lost was never sent again, and nothing was committed any more."""
+    world = cluster_of(3)
+    world.plan.election, world.plan.lease_ms = Election(), 500
+    with world.alive():
+        leader = start(world)
+        world.scheduler.run_until(world.scheduler.now + 3 * SECOND)
+        for pair in permutations(world.machines, 2):
+            world.network.slow[pair] = one_way_ms * MS
+        others = [m for m in world.machines.values() if m is not leader.machine]
+
+        def write(value: bytes) -> list[Any]:
+            return call(leader, lambda node, by: node.write(Put(b"k", value, None), by), 5)
+
+        for machine in others:
+            machine.crash()
+        waiting = [write(b"%d" % number) for number in range(3)]
+        world.scheduler.run_until(world.scheduler.now + SECOND // 10)
+        for machine in others:
+            world.start(machine)
+        world.scheduler.run_until(world.scheduler.now + 3 * SECOND)
+        waiting.append(write(b"last"))
+        until(world, lambda: all(waiting))
+        assert not isinstance(waiting[-1][0], DengineError), waiting[-1]
+        assert leader.node is not None
+        last = leader.node.raft.log.last_index
+        nodes = [m.process.node for m in others if m.process is not None]
+        until(world, lambda: all(n is not None and n.raft.log.last_index >= last for n in nodes))

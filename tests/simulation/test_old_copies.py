@@ -5,13 +5,15 @@ of it is what shows that they are old.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
 from dengine.config import Membership as MembershipConfig
 from dengine.errors import DengineError, IdentityError, TryAgain
 from dengine.kv.commands import Put
+from dengine.node.node import Node
 from dengine.node.wire import decode
 from dengine.raft.messages import AppendRequest
 from dengine.raft.types import MemberId
@@ -55,7 +57,7 @@ def put_back(world: World, machine: Machine, root: Inode) -> None:
     world.faults.ever_rolled_back.add(machine.id)
 
 
-def grown(world: World) -> Machine:
+def grown(world: World, *, learners: int = 0) -> Machine:
     """Three voters; the disk of node 1, which is off, is from when it voted alone."""
     one, two, three = world.machines.values()
     world.start(one)
@@ -64,11 +66,22 @@ def grown(world: World) -> Machine:
     before = copy.deepcopy(one.disk.root)
     world.start(two)
     world.start(three)
+    if learners:
+        until(world, lambda: len(world.membership.learners) == learners, SECOND // 1000)
+        before = copy.deepcopy(one.disk.root)
     until(world, lambda: three_voters(world))
     acknowledged(world, one, b"b")
     put_back(world, one, before)
     one.founding_wait_ms = 500
     return one
+
+
+def asked(world: World, machine: Machine, what: Callable[[Node, float], Awaitable[Any]]) -> None:
+    """Something else than a write, which this node carries out."""
+    assert machine.process is not None
+    answers = call(machine.process, what, 3)
+    until(world, lambda: bool(answers))
+    assert not isinstance(answers[0], DengineError), answers[0]
 
 
 def leads(machine: Machine) -> bool:
@@ -183,6 +196,113 @@ def test_an_old_copy_that_has_led_alone_does_not_become_a_follower(
         world.scheduler.run_until(world.scheduler.now + SECOND)
         assert ends[-1][0] == 1
         assert isinstance(ends[-1][1], IdentityError)
+
+
+def test_what_an_old_copy_changes_alone_makes_it_no_newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings, addresses and learners are changed by the only voter by itself. Counted as changes
+    of the membership they made up for the others' votes: its log won, and states were mixed."""
+    world = growing()
+    with world.alive():
+        one = grown(world, learners=2)
+        ends = noted_ends(world, monkeypatch)
+        cut(world, (1, 2), (1, 3))
+        monkeypatch.setattr(invariants, "violated", lambda *what: None)  # what is not promised
+        world.start(one)
+        until(world, lambda: leads(one))
+        for revisions in (1000, 1001, 1002):
+            asked(
+                world,
+                one,
+                lambda n, by, r=revisions: n.change_settings({"history_revisions": r}, by),
+            )
+        for number in range(20):
+            acknowledged(world, one, b"%d" % number)
+        one.crash()
+        world.start(one)  # in a higher term than theirs
+        until(world, lambda: leads(one))
+        mend(world, (1, 2), (1, 3))
+        until(world, lambda: bool(ends), SECOND // 1000)
+        world.scheduler.run_until(world.scheduler.now + SECOND)
+        assert {(machine_id, type(error)) for machine_id, error in ends} == {(1, IdentityError)}
+
+
+def test_nobody_is_removed_by_an_old_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the copy they are learners that seem dead, so an operator removed them there: voters that
+    had only just reached it marked themselves, and never started again."""
+    world = growing()
+    with world.alive():
+        one = grown(world, learners=2)
+        ends = noted_ends(world, monkeypatch)
+        cut(world, (1, 2), (1, 3))
+        monkeypatch.setattr(invariants, "violated", lambda *what: None)  # what is not promised
+        world.start(one)
+        until(world, lambda: leads(one))
+        for dead in (2, 3):
+            asked(world, one, lambda node, by, dead=dead: node.remove_member(dead, by))
+        mend(world, (1, 2), (1, 3))
+        until(world, lambda: bool(ends), SECOND // 1000)
+        world.scheduler.run_until(world.scheduler.now + SECOND)
+        assert {machine_id for machine_id, _ in ends} == {1}
+
+
+def test_the_only_voter_is_not_stopped_by_who_was_led_by_an_old_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The learner's log was the longer one: the only sound copy of all was told to be emptied."""
+    plan = Plan(0, tuple(FAULTS))
+    plan.shape, plan.founders, plan.joiners = "1->3", 1, 3
+    plan.membership = MembershipConfig(promotion="odd", catchup_entries=50, stable_ms=50)
+    world = World(plan)
+    ends = noted_ends(world, monkeypatch)
+    with world.alive():
+        one, two, three, four = world.machines.values()
+        world.start(one)
+        until(world, lambda: bool(world.membership.voters) and world.leader() is not None)
+        world.start(four)
+        until(world, lambda: belongs(four))
+        asked(world, one, lambda node, by: node.update_member(4, {"status": "read_only"}, by))
+        world.scheduler.run_until(world.scheduler.now + SECOND // 4)
+        four.crash()
+        before = copy.deepcopy(one.disk.root)
+        world.start(two)
+        world.start(three)
+        until(world, lambda: three_voters(world))
+        assert one.process is not None
+        process = one.process
+        answers = call(process, lambda node, by: node.transfer_leader(2, by), 3)
+        until(world, lambda: bool(answers) and leads(two))
+        for machine in (one, three):
+            removes(world, two, machine.id)
+        until(world, lambda: len(world.membership.voters) == 1 and leads(two))
+        acknowledged(world, two, b"here alone")
+        for machine in (one, three):
+            machine.crash()
+
+        cut(world, (1, 2), (2, 4))
+        monkeypatch.setattr(invariants, "violated", lambda *what: None)  # what is not promised
+        put_back(world, one, before)
+        world.start(one)
+        world.start(four)
+        until(world, lambda: leads(one))
+        for number in range(60):
+            acknowledged(world, one, b"%d" % number)
+        assert four.process is not None
+        led = four.process
+        until(world, lambda: led.node is not None and led.node.raft.log.last_index > 60)
+        one.crash()
+        ends.clear()
+        mend(world, (1, 2), (2, 4))
+        world.scheduler.run_until(world.scheduler.now + 2 * SECOND)
+        assert [end for end in ends if end[0] == 2] == []
+        assert leads(two)
+
+
+def removes(world: World, leader: Machine, victim: int) -> None:
+    """As an operator does, who tries again."""
+    assert leader.process is not None
+    while world.membership.find(victim):
+        call(leader.process, lambda node, by: node.remove_member(victim, by), 1)
+        world.scheduler.run_until(world.scheduler.now + SECOND // 10)
 
 
 def test_the_only_voter_that_promotes_others_meanwhile_is_no_old_copy(

@@ -50,6 +50,7 @@ from tests.simulation.watchers import Watchers
 from tests.simulation.words import told
 
 RESTART_MS = (20, 400)
+FAR_US = 8000  # one way, beside heartbeats every 10 or 20 ms
 
 
 class World:
@@ -86,7 +87,7 @@ class World:
             repeat=repeat if "repeat" in faults else 0.0,
             tail=0.03 * tail if "tail" in faults else 0.0,
             tail_ms=2 * self.plan.election.timeout_ms_max,
-            slow_us=rng.choice((100, 400, 2000)),
+            slow_us=FAR_US if self.plan.far else rng.choice((100, 400, 2000)),
             ordered="reorder" not in faults,
         )
 
