@@ -3,7 +3,7 @@
 one leader                                       ten election timeouts
 an answer to every call                          ten
 the shape that was asked for                     SETTLE_NS, for somebody may need a snapshot
-equal states on all members                      ten
+equal states on all members                      ten, and the pause before a fetch is tried again
 a write and a read of each level at each member  ten
 the end of all that has a time                   ten, and the longest time
 every change, to all who follow it               SETTLE_NS, for some catch up one by one
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TIMEOUTS = 10  # election timeouts
 SETTLE_NS = 20 * SECOND
+PAUSE_NS = 4 * SECOND  # the third one of node/backoff.py; a seed is too short for a fourth
 LONGEST_NS = int(2.5 * SECOND)  # of all times to live, by the slowest clock
 NUDGE_NS = 200 * MS  # an operator, or a client, tries again after that
 WRITE = ""  # beside LEVELS
@@ -54,7 +55,7 @@ class Ending:
         self._world.clients.stopped = True
         self._wait("an answer to every call", self._timeouts_ns, self._unanswered)
         self._wait("the shape that was asked for", SETTLE_NS, self._unsettled, self._insist)
-        self._wait("equal states", self._timeouts_ns, self._differing)
+        self._wait("equal states", self._timeouts_ns + PAUSE_NS, self._differing)
         # A leader that takes its disk for full makes no entry that only ends things: until it has
         # noticed, the log's last entry may tell an old time.
         self._wait("the room on every disk noticed", SETTLE_NS, self._short_of_room)
