@@ -167,14 +167,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "refused append taken for written",
-        (
-            "dengine.storage.log_store",
-            "append=True):\n                # LMDB holds",
-            "append=True) and False:\n                # LMDB holds",
-        ),
-    ),
-    mutant(
         "what a newer leader replaced stays on the disk",
         (
             "dengine.storage.log_store",

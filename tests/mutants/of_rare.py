@@ -365,6 +365,16 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         tests="tests/node/test_agreement.py",
     ),
+    # It takes a key of the log that has rotted into a later one.
+    mutant(
+        "refused append taken for written",
+        (
+            "dengine.storage.log_store",
+            "append=True):\n                # LMDB holds",
+            "append=True) and False:\n                # LMDB holds",
+        ),
+        tests="tests/storage/test_log_store.py",
+    ),
     # They take an older copy of a disk that is put back, the last two together with a crash or with
     # a state that is older, too.
     mutant(
