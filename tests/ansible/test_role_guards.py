@@ -222,6 +222,26 @@ def test_a_backup_comes_before_voters_get_company() -> None:
         assert true(when, {"discover_plan": {"join": join, "voters": voters}}) is made
 
 
+def test_voters_that_were_stopped_are_backed_up_once_they_run() -> None:
+    """What this run founded, or has a backup of already, is not."""
+    defaults = yaml.safe_load((ROLES / "rollout" / "defaults" / "main.yml").read_text())
+    for voters, founder, now, join, due in (
+        ([], "", [1], [2], True),
+        ([1], "", [1], [2], False),
+        ([], "n1", [1], [2], False),
+        ([], "", [1], [], False),
+        ([], "", [], [2], False),
+    ):
+        found = {
+            "rollout_first": {"voters": voters, "founder": founder},
+            "discover_plan": {"voters": now, "join": join},
+        }
+        found["rollout_backup_due"] = value(defaults["rollout_backup_due"], found)
+        assert found["rollout_backup_due"] is due
+        step = task("rollout", "begin", "Backup of voters that were stopped")
+        assert true(step["when"], found) is due
+
+
 def test_a_backup_is_not_on_the_disk_that_it_is_of() -> None:
     def refused(machine: str, device: int, same: Any = False) -> bool:
         return stops(
