@@ -327,8 +327,8 @@ PURE = [
             "test_secrets_of_another_run_are_a_failure_and_missing_ones_are_not",
         ),
         (
-            "if not any(digests):",
-            "if False:",
+            "if not (any(digests) and in_use):",
+            "if not in_use:",
             "test_secrets_of_another_run_are_a_failure_and_missing_ones_are_not",
         ),
         (

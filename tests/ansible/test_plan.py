@@ -88,6 +88,18 @@ def test_a_short_secret_is_refused() -> None:
         assert bool(problems(hostvars(), secrets={"token": "x" * length})) is refused
 
 
+def test_secrets_that_are_the_same_are_refused_before_they_are_written() -> None:
+    one, other = "x" * 32, "y" * 32
+    (said,) = problems(hostvars(), secrets={"peer_secret": one, "token": one})
+    assert "are the same" in said
+    assert one not in said
+    assert len(problems(hostvars(), secrets={"peer_secret": f"{one}\n", "token": one})) == 1
+    assert problems(hostvars(), secrets={"peer_secret": one, "token": other}) == []
+    for bad in (f"{one} {one}", f"{one}\n", "ä" * 32):
+        assert "visible ASCII" in "".join(problems(hostvars(), secrets={"token": bad}))
+    assert problems(hostvars(), secrets={"peer_secret": "", "token": ""}) == []
+
+
 def test_what_is_meant_is_let_through() -> None:
     values = hostvars()
     values["n2"]["dengine_zone"] = "az-a"
@@ -510,9 +522,22 @@ def test_a_report_is_readable() -> None:
 def test_secrets_of_another_run_are_a_failure_and_missing_ones_are_not() -> None:
     a, b, x = (hashlib.sha256(f"{secret}\n".encode()).hexdigest() for secret in "abx")
     found = {"n1": [a, b], "n2": [a, x], "n3": ["", ""], "n4": ["", b]}
-    judged = rows.secret_rows(found, ["a", "b"])
+    facts: dict[str, dict[str, Any]] = {h: {"process": {"pid": 7}, "identity": {}} for h in found}
+    judged = rows.secret_rows(found, ["a", "b"], facts)
     assert {r["host"]: r["status"] for r in judged} == {"n1": "ok", "n2": "FAILED", "n4": "ok"}
     assert judged[1]["measured"] == "another token"
+    assert "stop all nodes and replace the files on all hosts" in judged[1]["hint"]
+
+
+def test_secrets_that_no_node_has_read_are_written_over() -> None:
+    """A first install that was refused has left them: no node ran with them, and none has data."""
+    facts: dict[str, dict[str, Any]] = {
+        "n1": {"process": None, "identity": {}},
+        "n2": {"process": None, "identity": {"node_id": 2}},
+        "n3": {"process": {"pid": 7}, "identity": {}},
+    }
+    judged = rows.secret_rows({host: ["x", "x"] for host in facts}, ["a", "b"], facts)
+    assert [r["host"] for r in rows.failures(judged)] == ["n2", "n3"]
 
 
 def test_configuration_that_follows_from_the_inventory_is_refused() -> None:

@@ -103,6 +103,7 @@ def test_an_older_ansible_is_refused() -> None:
         {"dengine_config": {"cluster": {"node_id": 7}}},
         {"gate_paths": {"dengine_db_root": ["/data", "/var/lib/dengine"]}},
         {"dengine_peer_secret": "short"},
+        {"dengine_peer_secret": "s" * 32, "dengine_token": "s" * 32},
         {"dengine_token": "short"},
     ],
     ids=lambda wrong: next(iter(wrong)),
@@ -148,7 +149,7 @@ def test_every_kind_of_row_is_collected_and_one_failure_is_enough() -> None:
         h: {
             "preflight_host": {"rows": [{k: v for k, v in bad("memory").items() if k != "host"}]},
             "preflight_ways": {"ways": {e: far}},
-            "discover_probe": {"facts": {"release": release}},
+            "discover_probe": {"facts": {"release": release, "process": {"pid": 7}}},
             "preflight_secrets": {"results": [digest("x"), {"stat": {}}]},
         }
         for h, e, release in (

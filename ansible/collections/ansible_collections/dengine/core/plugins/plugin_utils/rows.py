@@ -139,20 +139,25 @@ def _judged(host: str, check: str, ok: bool, measured: str, limit: str, hint: st
     }
 
 
-def secret_rows(found: dict[str, list[str]], wanted: list[str]) -> list[Row]:
-    """A row for each host that has secrets: are they those of this run?
+def secret_rows(
+    found: dict[str, list[str]], wanted: list[str], facts: dict[str, dict[str, Any]]
+) -> list[Row]:
+    """A row for each host whose node has secrets: are they those of this run?
 
     Installing others would change nothing at once, for a node reads them when it starts: the first
-    one to be restarted would then be alone, and the second would cost the quorum.
+    one to be restarted would then be alone, and the second would cost the quorum. Where no node
+    runs and none ever did, nobody has read what lies there.
 
     Args:
         found: by host, SHA-256 of the files peer_secret and token, "" where there is none.
         wanted: the peer secret and the token that this run would install, each as a line.
+        facts: by host, what `dengine_probe` says.
     """
     rows = []
     ours = [hashlib.sha256(f"{secret}\n".encode()).hexdigest() for secret in wanted]
     for host, digests in found.items():
-        if not any(digests):
+        in_use = facts[host].get("process") or facts[host].get("identity")
+        if not (any(digests) and in_use):
             continue
         pairs = zip(("peer_secret", "token"), digests, ours, strict=True)
         others = [name for name, there, here in pairs if there and there != here]
@@ -164,7 +169,8 @@ def secret_rows(found: dict[str, list[str]], wanted: list[str]) -> list[Row]:
                 f"another {' and '.join(others)}" if others else "those of this run",
                 "those of this run",
                 "take back the change in the vault or secrets file: members with different secrets "
-                "do not speak with each other",
+                "do not speak with each other; or stop all nodes and replace the files on all "
+                "hosts (docs/operations.md, Secrets)",
             )
         )
     return rows
