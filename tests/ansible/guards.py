@@ -327,6 +327,16 @@ PURE = [
             "test_secrets_of_another_run_are_a_failure_and_missing_ones_are_not",
         ),
         (
+            'if found.get("process") and found.get("security") is not None',
+            'if found.get("security") is not None',
+            "test_security_of_a_running_node_is_neither_switched_on_nor_off",
+        ),
+        (
+            'found["security"] == wanted,',
+            "True,",
+            "test_security_of_a_running_node_is_neither_switched_on_nor_off",
+        ),
+        (
             "if not (any(digests) and in_use):",
             "if not in_use:",
             "test_secrets_of_another_run_are_a_failure_and_missing_ones_are_not",
@@ -633,7 +643,7 @@ PURE = [
             "test_every_kind_of_row_is_collected_and_one_failure_is_enough",
         ),
         (
-            " + preflight_of_secrets)",
+            " + preflight_of_security + preflight_of_secrets)",
             ")",
             "test_every_kind_of_row_is_collected_and_one_failure_is_enough",
         ),

@@ -540,6 +540,29 @@ def test_secrets_that_no_node_has_read_are_written_over() -> None:
     assert [r["host"] for r in rows.failures(judged)] == ["n2", "n3"]
 
 
+def test_security_of_a_running_node_is_neither_switched_on_nor_off() -> None:
+    """One that does not run is started with what is written now, like all others."""
+    facts: dict[str, dict[str, Any]] = {
+        "n1": {"process": {"pid": 7}, "security": True},
+        "n2": {"process": {"pid": 7}, "security": False},
+        "n3": {"process": None, "security": False},
+        "n4": {"process": {"pid": 7}, "security": None},
+    }
+    for wanted, host in ((True, "n2"), (False, "n1")):
+        (failure,) = rows.failures(judged := rows.security_rows(facts, wanted))
+        assert len(judged) == 2
+        assert failure["host"] == host
+        assert "stop all, then expand.yml" in failure["hint"]
+
+
+def test_a_restart_that_is_pending_is_a_word_in_the_report() -> None:
+    late = {"restart_pending": True}
+    assert (
+        rows.restart_note({"n1": {"restart_pending": False}, "n2": {"unreachable": "x"}}) == "none"
+    )
+    assert rows.restart_note({"n1": late, "n2": {}, "n3": late}).startswith("n1, n3: ")
+
+
 def test_configuration_that_follows_from_the_inventory_is_refused() -> None:
     """Everything else may be added, to the sections that the template writes too."""
     good = {"cluster": {"founding_wait_ms": 5}, "raft.snapshot": {"entries": 1}}

@@ -149,7 +149,9 @@ def test_every_kind_of_row_is_collected_and_one_failure_is_enough() -> None:
         h: {
             "preflight_host": {"rows": [{k: v for k, v in bad("memory").items() if k != "host"}]},
             "preflight_ways": {"ways": {e: far}},
-            "discover_probe": {"facts": {"release": release, "process": {"pid": 7}}},
+            "discover_probe": {
+                "facts": {"release": release, "process": {"pid": 7}, "security": False}
+            },
             "preflight_secrets": {"results": [digest("x"), {"stat": {}}]},
         }
         for h, e, release in (
@@ -170,11 +172,12 @@ def test_every_kind_of_row_is_collected_and_one_failure_is_enough() -> None:
         "dengine_rtt_limit_ms": 10,
         "dengine_clock_offset_limit_ms": 100,
         "dengine_release_enabled": True,
+        "dengine_security_enabled": "true",
         "dengine_peer_secret": "a",
         "dengine_token": "b",
         "dengine_skipped_checks": [],
     }
-    names = {"identity", "cluster", "memory", "rtt", "release", "secrets"}
+    names = {"identity", "cluster", "memory", "rtt", "release", "security", "secrets"}
 
     def rows(**more: Any) -> list[dict[str, Any]]:
         own = with_its_own(found, {**variables, **more})

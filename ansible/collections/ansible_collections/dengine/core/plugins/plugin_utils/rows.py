@@ -176,6 +176,46 @@ def secret_rows(
     return rows
 
 
+def security_rows(facts: dict[str, dict[str, Any]], wanted: bool) -> list[Row]:
+    """A row for each host whose node runs: has it secrets, or none, as this run would have it?
+
+    As with secrets: a file that says otherwise would change nothing at once, and each node that is
+    restarted with it would speak with no other.
+
+    Args:
+        facts: by host, what `dengine_probe` says.
+        wanted: is [security] to be in the configuration?
+    """
+    words = {True: "with [security]", False: "without [security]"}
+    return [
+        _judged(
+            host,
+            "security",
+            found["security"] == wanted,
+            words[found["security"]],
+            words[wanted],
+            "take dengine_security_enabled back; or all nodes at once: stop all, then expand.yml "
+            '(docs/operations.md, "To change a secret")',
+        )
+        for host, found in facts.items()
+        if found.get("process") and found.get("security") is not None
+    ]
+
+
+def restart_note(facts: dict[str, dict[str, Any]]) -> str:
+    """Which nodes do not know yet what stands in their configuration file, or "none".
+
+    A word and no failure: what an inventory of more hosts changes there matters to no running node.
+    """
+    hosts = [host for host, found in facts.items() if found.get("restart_pending")]
+    if not hosts:
+        return "none"
+    return (
+        f"{', '.join(hosts)}: the configuration file is newer than the process, and counts from "
+        "its next start: rolling_restart.yml"
+    )
+
+
 def skipping(rows: list[Row], skip: list[str]) -> list[Row]:
     """The same rows; a failure whose check is named in `skip` counts no more, and says so."""
     return [
