@@ -100,6 +100,13 @@ def test_secrets_that_are_the_same_are_refused_before_they_are_written() -> None
     assert problems(hostvars(), secrets={"peer_secret": "", "token": ""}) == []
 
 
+@pytest.mark.parametrize("value", [12345678901234567890123456789012, 1e31, True, 0, None])
+def test_a_secret_that_yaml_takes_for_something_else_is_to_be_quoted(value: Any) -> None:
+    (said,) = problems(hostvars(), secrets={"peer_secret": "p" * 32, "token": value})
+    assert 'Quote it: dengine_token: "..."' in said
+    assert str(value) not in said
+
+
 def test_what_is_meant_is_let_through() -> None:
     values = hostvars()
     values["n2"]["dengine_zone"] = "az-a"

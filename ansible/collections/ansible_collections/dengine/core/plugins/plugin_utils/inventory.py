@@ -111,6 +111,17 @@ def inventory_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> 
 
 def _secret_problems(secrets: dict[str, Any]) -> list[str]:
     """What the node itself would refuse, once the files are written. No value is ever told."""
+    no_text = [
+        name
+        for name, value in sorted(secrets.items())
+        if isinstance(value, (int, float, type(None)))
+    ]
+    if no_text:
+        return [
+            f"dengine_{name} is no text: YAML takes it for a number, or for nothing. Quote it: "
+            f'dengine_{name}: "..."'
+            for name in no_text
+        ]
     problems = []
     for name, value in sorted(secrets.items()):
         if value and (len(value) < MIN_SECRET or value in SAMPLE_SECRETS):
