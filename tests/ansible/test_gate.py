@@ -240,6 +240,20 @@ def test_the_gate_refuses_within_seconds_and_touches_no_host(site: Local) -> Non
     assert not site.state.exists()
 
 
+def test_a_node_id_that_is_missing_or_no_number_is_named(site: Local) -> None:
+    """Not what follows from it and cannot be computed. One in quotes is a number like any other."""
+    hosts = site.inventory / "hosts.yml"
+    hosts.write_text(hosts.read_text().replace("      dengine_node_id: 2\n", ""))
+    site.set_host("n1", dengine_node_id="1")
+    site.set_host("n3", dengine_node_id="three")
+    output = site.play("expand").failed().output
+    assert "missing required arguments: dengine_node_id" in output
+    assert "argument 'dengine_node_id' is of type str" in output
+    assert "undefined" not in output
+    assert "unsupported operand" not in output
+    assert not site.state.exists()
+
+
 def test_secrets_that_others_can_read_are_not_used(site: Local) -> None:
     """As ssh does with a key: whoever can log in to the controller would have the cluster."""
     site.state.mkdir()
