@@ -241,7 +241,9 @@ def failures(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """The rows as lines of text with aligned columns; hints stand below their row."""
+    """The rows as lines of text with aligned columns; hints stand below their row. No rows: nothing."""
+    if not rows:
+        return []
     names = ("host", "check", "status", "measured", "limit")
     cells = [[str(r.get(n, "")) for n in names] for r in rows]
     widths = [max(len(c) for c in column) for column in zip(names, *cells, strict=True)]
