@@ -140,6 +140,7 @@ def test_check_mode_comes_to_its_end_and_changes_nothing(site: Local) -> None:
     run = site.play("expand", "--check", "--diff", "-e", f"dengine_preflight_skip={names}").ok()
     assert all(run.changed.values())
     assert "Check mode: nothing was changed." in run.output
+    assert "Unable to find" not in run.output, "wheels, of which a process has none"
     assert not site.state.exists()
     assert site.node_pids() == []
 

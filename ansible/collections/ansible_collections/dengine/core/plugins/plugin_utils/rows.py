@@ -241,7 +241,7 @@ def failures(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """The rows as lines of text with aligned columns; hints stand below their row. No rows: nothing."""
+    """The rows as lines of text with aligned columns; hints stand below their row. Or nothing."""
     if not rows:
         return []
     names = ("host", "check", "status", "measured", "limit")
