@@ -94,6 +94,16 @@ PURE = [
             "if value and (",
             "test_a_short_secret_is_refused",
         ),
+        (
+            "if token and token == (",
+            "if False and token == (",
+            "test_secrets_that_are_the_same_are_refused_before_they_are_written",
+        ),
+        (
+            "    if no_text:",
+            "    if False:",
+            "test_a_secret_that_yaml_takes_for_something_else_is_to_be_quoted",
+        ),
         ("if mode is not None and mode & 0o077:", "if False:", "test_each_guard_of_the_gate"),
     ),
     *of(
@@ -709,6 +719,25 @@ PURE = [
             "when: discover_plan.join | length > 0 and discover_plan.voters | length > 0",
             "when: false",
             "test_a_backup_comes_before_voters_get_company",
+        ),
+    ),
+    *of(
+        "roles/rollout/defaults/main.yml",
+        "test_role_guards.py",
+        (
+            "     and rollout_first.voters | length == 0 and",
+            "     and",
+            "test_voters_that_were_stopped_are_backed_up_once_they_run",
+        ),
+        (
+            "     and rollout_first.voters | length == 0 and",
+            "     and false and",
+            "test_voters_that_were_stopped_are_backed_up_once_they_run",
+        ),
+        (
+            " and rollout_first.founder | length == 0 }}",
+            " }}",
+            "test_voters_that_were_stopped_are_backed_up_once_they_run",
         ),
     ),
     *of(
