@@ -94,6 +94,16 @@ PURE = [
             "if value and (",
             "test_a_short_secret_is_refused",
         ),
+        (
+            "if token and token == (",
+            "if False and token == (",
+            "test_secrets_that_are_the_same_are_refused_before_they_are_written",
+        ),
+        (
+            "    if no_text:",
+            "    if False:",
+            "test_a_secret_that_yaml_takes_for_something_else_is_to_be_quoted",
+        ),
         ("if mode is not None and mode & 0o077:", "if False:", "test_each_guard_of_the_gate"),
     ),
     *of(
@@ -327,8 +337,18 @@ PURE = [
             "test_secrets_of_another_run_are_a_failure_and_missing_ones_are_not",
         ),
         (
-            "if not any(digests):",
-            "if False:",
+            'if found.get("process") and found.get("security") is not None',
+            'if found.get("security") is not None',
+            "test_security_of_a_running_node_is_neither_switched_on_nor_off",
+        ),
+        (
+            'found["security"] == wanted,',
+            "True,",
+            "test_security_of_a_running_node_is_neither_switched_on_nor_off",
+        ),
+        (
+            "if not (any(digests) and in_use):",
+            "if not in_use:",
             "test_secrets_of_another_run_are_a_failure_and_missing_ones_are_not",
         ),
         (
@@ -633,7 +653,7 @@ PURE = [
             "test_every_kind_of_row_is_collected_and_one_failure_is_enough",
         ),
         (
-            " + preflight_of_secrets)",
+            " + preflight_of_security + preflight_of_secrets)",
             ")",
             "test_every_kind_of_row_is_collected_and_one_failure_is_enough",
         ),
@@ -699,6 +719,25 @@ PURE = [
             "when: discover_plan.join | length > 0 and discover_plan.voters | length > 0",
             "when: false",
             "test_a_backup_comes_before_voters_get_company",
+        ),
+    ),
+    *of(
+        "roles/rollout/defaults/main.yml",
+        "test_role_guards.py",
+        (
+            "     and rollout_first.voters | length == 0 and",
+            "     and",
+            "test_voters_that_were_stopped_are_backed_up_once_they_run",
+        ),
+        (
+            "     and rollout_first.voters | length == 0 and",
+            "     and false and",
+            "test_voters_that_were_stopped_are_backed_up_once_they_run",
+        ),
+        (
+            " and rollout_first.founder | length == 0 }}",
+            " }}",
+            "test_voters_that_were_stopped_are_backed_up_once_they_run",
         ),
     ),
     *of(

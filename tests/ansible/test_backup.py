@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from examples.ansible.load import request
 from tests.ansible.local import PLAYBOOK, ROOT, Local, local
 from tests.ansible.test_snapshot_module import snapshot_file
+from tests.cluster import wait_for
 
 MB = 1024 * 1024
 # Runs a command and prints the most memory in KB that any process of it had.
@@ -137,6 +139,22 @@ def test_two_clusters_share_a_destination(tmp_path: Path) -> None:
         owners = [name.split("-")[2] for name in kept]
         ids = [site.get("n1", "/v1/cluster")["cluster_id"][:8] for site in (one, other)]
         assert sorted(owners) == sorted([ids[0], ids[0], ids[1]]), kept
+
+
+@pytest.mark.playbooks
+def test_a_stopped_cluster_grows_only_with_a_backup(site: Local) -> None:
+    """Its only voter answers nothing while it is stopped; it is started, and then backed up before
+    the others join. For what a run itself founded there is nothing to keep."""
+    site.play("site").ok()
+    assert site.report("site")["facts"]["backup"] == "none needed"
+    os.kill(site.pid("n1"), signal.SIGTERM)
+    wait_for(lambda: not site.node_pids(), "node 1 to stop")
+    site.play("expand").ok()
+    assert site.voters() == [1, 2, 3]
+    (copy,) = (site.state / "backups").glob("*.dsnap")
+    assert Path(site.report()["facts"]["backup"]).name == copy.name
+    site.play("expand").ok()
+    assert site.report()["facts"]["backup"] == "none: nobody joined"
 
 
 def backup(site: Local) -> None:

@@ -57,6 +57,19 @@ def test_it_has_all_that_the_hosts_get(installed: Path) -> None:
     assert (used.returncode, used.stdout) == (0, f"{out} is used as it is\n")
 
 
+def test_unit_and_manual_say_when_a_node_is_left_alone() -> None:
+    """After so many starts within so long: what they say in words follows from these numbers."""
+    lines = (CORE / "systemd" / "dengine.service").read_text().splitlines()
+    unit = dict(line.split("=", 1) for line in lines if "=" in line and line[0] != "#")
+    starts, within_s = int(unit["StartLimitBurst"]), int(unit["StartLimitIntervalSec"])
+    assert (starts, within_s) == (100, 15 * 60)
+    assert within_s / starts - int(unit["RestartSec"]) == 6, "so long each may take at most"
+    manual = (ROOT / "docs" / "operations.md").read_text()
+    for text in (" ".join(line.lstrip("# ") for line in lines), " ".join(manual.split())):
+        assert "a hundred tries within 15 minutes" in text
+        assert "longer than six seconds" in text
+
+
 @pytest.mark.playbooks
 @pytest.mark.timeout(300)
 def test_its_playbooks_run_by_their_names(installed: Path, site: Local) -> None:

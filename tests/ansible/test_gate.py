@@ -140,6 +140,7 @@ def test_check_mode_comes_to_its_end_and_changes_nothing(site: Local) -> None:
     run = site.play("expand", "--check", "--diff", "-e", f"dengine_preflight_skip={names}").ok()
     assert all(run.changed.values())
     assert "Check mode: nothing was changed." in run.output
+    assert "Unable to find" not in run.output, "wheels, of which a process has none"
     assert not site.state.exists()
     assert site.node_pids() == []
 
@@ -237,6 +238,20 @@ def test_the_gate_refuses_within_seconds_and_touches_no_host(site: Local) -> Non
         output = site.play("expand", *arguments).failed(*hosts).output
         assert [text for text in said if text not in output] == []
         assert time.monotonic() - began < 30
+    assert not site.state.exists()
+
+
+def test_a_node_id_that_is_missing_or_no_number_is_named(site: Local) -> None:
+    """Not what follows from it and cannot be computed. One in quotes is a number like any other."""
+    hosts = site.inventory / "hosts.yml"
+    hosts.write_text(hosts.read_text().replace("      dengine_node_id: 2\n", ""))
+    site.set_host("n1", dengine_node_id="1")
+    site.set_host("n3", dengine_node_id="three")
+    output = site.play("expand").failed().output
+    assert "missing required arguments: dengine_node_id" in output
+    assert "argument 'dengine_node_id' is of type str" in output
+    assert "undefined" not in output
+    assert "unsupported operand" not in output
     assert not site.state.exists()
 
 

@@ -16,6 +16,7 @@ from ansible_collections.dengine.core.plugins.module_utils import checks, host
 
 from tests.ansible.answers import healthy, member, view
 from tests.ansible.server import COLLECTIONS, Answers, Say, Server, run_module, snapshot_file
+from tests.cluster import wait_for
 
 TOKEN = "a-token-that-nobody-may-see-0123456789"
 
@@ -274,6 +275,46 @@ def test_probe_tells_traces_and_secrets_without_reading_them(tmp_path: Path) -> 
     assert host.trace(str(tmp_path), str(tmp_path / "dengine.service")) == ""
     (tmp_path / "dengine.service").symlink_to("/nowhere")
     assert "is enabled" in host.trace(str(tmp_path), str(tmp_path / "dengine.service"))
+
+
+def test_probe_tells_whether_the_configuration_has_secrets(tmp_path: Path) -> None:
+    config = tmp_path / "dengine.toml"
+    assert host.has_security(str(config)) is None
+    for text, there in (
+        ("[security]\n", True),
+        ("[cluster]\n [ security ] # all\n", True),
+        ("#[security]\n[security_not]\n", False),
+    ):
+        config.write_text(text)
+        assert host.has_security(str(config)) is there
+    ask = {"action": "facts", "config": str(config), "data_dir": str(tmp_path)}
+    facts = run_module("dengine_probe", backend="process", **ask)["facts"]
+    assert (facts["security"], facts["restart_pending"]) == (False, False)
+
+
+def test_probe_tells_a_process_that_is_older_than_its_configuration(tmp_path: Path) -> None:
+    config = tmp_path / "dengine.toml"
+    config.touch()
+    os.utime(config, (time.time() - 5, time.time() - 5))
+    command = [
+        sys.executable,
+        "-c",
+        "import time; time.sleep(60)",
+        "serve",
+        "--config",
+        str(config),
+    ]
+    with subprocess.Popen(command) as child:
+        try:
+            wait_for(lambda: host.find_process(str(config)), "the process")
+            process = host.find_process(str(config))
+            assert not host.is_older(process, str(config))
+            os.utime(config, (time.time() + 5, time.time() + 5))
+            assert host.is_older(process, str(config))
+            assert not host.is_older(None, str(config))
+            assert not host.is_older(process, str(tmp_path / "none"))
+        finally:
+            child.kill()
 
 
 @pytest.mark.parametrize(

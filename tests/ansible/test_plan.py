@@ -88,6 +88,25 @@ def test_a_short_secret_is_refused() -> None:
         assert bool(problems(hostvars(), secrets={"token": "x" * length})) is refused
 
 
+def test_secrets_that_are_the_same_are_refused_before_they_are_written() -> None:
+    one, other = "x" * 32, "y" * 32
+    (said,) = problems(hostvars(), secrets={"peer_secret": one, "token": one})
+    assert "are the same" in said
+    assert one not in said
+    assert len(problems(hostvars(), secrets={"peer_secret": f"{one}\n", "token": one})) == 1
+    assert problems(hostvars(), secrets={"peer_secret": one, "token": other}) == []
+    for bad in (f"{one} {one}", f"{one}\n", "ä" * 32):
+        assert "visible ASCII" in "".join(problems(hostvars(), secrets={"token": bad}))
+    assert problems(hostvars(), secrets={"peer_secret": "", "token": ""}) == []
+
+
+@pytest.mark.parametrize("value", [12345678901234567890123456789012, 1e31, True, 0, None])
+def test_a_secret_that_yaml_takes_for_something_else_is_to_be_quoted(value: Any) -> None:
+    (said,) = problems(hostvars(), secrets={"peer_secret": "p" * 32, "token": value})
+    assert 'Quote it: dengine_token: "..."' in said
+    assert str(value) not in said
+
+
 def test_what_is_meant_is_let_through() -> None:
     values = hostvars()
     values["n2"]["dengine_zone"] = "az-a"
@@ -510,9 +529,45 @@ def test_a_report_is_readable() -> None:
 def test_secrets_of_another_run_are_a_failure_and_missing_ones_are_not() -> None:
     a, b, x = (hashlib.sha256(f"{secret}\n".encode()).hexdigest() for secret in "abx")
     found = {"n1": [a, b], "n2": [a, x], "n3": ["", ""], "n4": ["", b]}
-    judged = rows.secret_rows(found, ["a", "b"])
+    facts: dict[str, dict[str, Any]] = {h: {"process": {"pid": 7}, "identity": {}} for h in found}
+    judged = rows.secret_rows(found, ["a", "b"], facts)
     assert {r["host"]: r["status"] for r in judged} == {"n1": "ok", "n2": "FAILED", "n4": "ok"}
     assert judged[1]["measured"] == "another token"
+    assert "stop all nodes and replace the files on all hosts" in judged[1]["hint"]
+
+
+def test_secrets_that_no_node_has_read_are_written_over() -> None:
+    """A first install that was refused has left them: no node ran with them, and none has data."""
+    facts: dict[str, dict[str, Any]] = {
+        "n1": {"process": None, "identity": {}},
+        "n2": {"process": None, "identity": {"node_id": 2}},
+        "n3": {"process": {"pid": 7}, "identity": {}},
+    }
+    judged = rows.secret_rows({host: ["x", "x"] for host in facts}, ["a", "b"], facts)
+    assert [r["host"] for r in rows.failures(judged)] == ["n2", "n3"]
+
+
+def test_security_of_a_running_node_is_neither_switched_on_nor_off() -> None:
+    """One that does not run is started with what is written now, like all others."""
+    facts: dict[str, dict[str, Any]] = {
+        "n1": {"process": {"pid": 7}, "security": True},
+        "n2": {"process": {"pid": 7}, "security": False},
+        "n3": {"process": None, "security": False},
+        "n4": {"process": {"pid": 7}, "security": None},
+    }
+    for wanted, host in ((True, "n2"), (False, "n1")):
+        (failure,) = rows.failures(judged := rows.security_rows(facts, wanted))
+        assert len(judged) == 2
+        assert failure["host"] == host
+        assert "stop all, then expand.yml" in failure["hint"]
+
+
+def test_a_restart_that_is_pending_is_a_word_in_the_report() -> None:
+    late = {"restart_pending": True}
+    assert (
+        rows.restart_note({"n1": {"restart_pending": False}, "n2": {"unreachable": "x"}}) == "none"
+    )
+    assert rows.restart_note({"n1": late, "n2": {}, "n3": late}).startswith("n1, n3: ")
 
 
 def test_configuration_that_follows_from_the_inventory_is_refused() -> None:

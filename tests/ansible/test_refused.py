@@ -82,6 +82,26 @@ def test_a_controller_without_the_secrets_makes_no_new_ones(site: Local) -> None
     assert site.voters() == [1, 2, 3]
 
 
+def test_security_is_switched_for_all_nodes_at_once(site: Local) -> None:
+    """While one runs that is refused, and no file is written. With all stopped, it is done."""
+    site.play("site").ok()
+    config = site.state / "hosts" / "n1" / "dengine.toml"
+    before = config.read_bytes()
+    assert site.report("site")["facts"]["restart pending"] == "none"
+    off = ("-e", '{"dengine_security_enabled": false}')
+    assert ("n1", "security") in failed_rows(run := site.play("site", *off))
+    assert "stop all, then expand.yml" in run.output
+    assert config.read_bytes() == before
+    os.kill(site.pid("n1"), signal.SIGTERM)
+    wait_for(lambda: not site.node_pids(), "node 1 to stop")
+    site.play("site", *off).ok()
+    assert b"[security]" not in config.read_bytes()
+    os.utime(config)
+    run = site.play("verify", *off, "-e", "dengine_verify_voters=1").ok()
+    assert "n1: the configuration file is newer" in run.output
+    assert site.report("verify")["facts"]["restart pending"].startswith("n1: ")
+
+
 @pytest.mark.parametrize(
     ("tags", "target", "said"),
     [

@@ -103,6 +103,7 @@ def test_an_older_ansible_is_refused() -> None:
         {"dengine_config": {"cluster": {"node_id": 7}}},
         {"gate_paths": {"dengine_db_root": ["/data", "/var/lib/dengine"]}},
         {"dengine_peer_secret": "short"},
+        {"dengine_peer_secret": "s" * 32, "dengine_token": "s" * 32},
         {"dengine_token": "short"},
     ],
     ids=lambda wrong: next(iter(wrong)),
@@ -148,7 +149,9 @@ def test_every_kind_of_row_is_collected_and_one_failure_is_enough() -> None:
         h: {
             "preflight_host": {"rows": [{k: v for k, v in bad("memory").items() if k != "host"}]},
             "preflight_ways": {"ways": {e: far}},
-            "discover_probe": {"facts": {"release": release}},
+            "discover_probe": {
+                "facts": {"release": release, "process": {"pid": 7}, "security": False}
+            },
             "preflight_secrets": {"results": [digest("x"), {"stat": {}}]},
         }
         for h, e, release in (
@@ -169,11 +172,12 @@ def test_every_kind_of_row_is_collected_and_one_failure_is_enough() -> None:
         "dengine_rtt_limit_ms": 10,
         "dengine_clock_offset_limit_ms": 100,
         "dengine_release_enabled": True,
+        "dengine_security_enabled": "true",
         "dengine_peer_secret": "a",
         "dengine_token": "b",
         "dengine_skipped_checks": [],
     }
-    names = {"identity", "cluster", "memory", "rtt", "release", "secrets"}
+    names = {"identity", "cluster", "memory", "rtt", "release", "security", "secrets"}
 
     def rows(**more: Any) -> list[dict[str, Any]]:
         own = with_its_own(found, {**variables, **more})
@@ -220,6 +224,26 @@ def test_a_backup_comes_before_voters_get_company() -> None:
     when = task("rollout", "backup", "Backup")["when"]
     for join, voters, made in (([2], [1], True), ([2], [], False), ([], [1], False)):
         assert true(when, {"discover_plan": {"join": join, "voters": voters}}) is made
+
+
+def test_voters_that_were_stopped_are_backed_up_once_they_run() -> None:
+    """What this run founded, or has a backup of already, is not."""
+    defaults = yaml.safe_load((ROLES / "rollout" / "defaults" / "main.yml").read_text())
+    for voters, founder, now, join, due in (
+        ([], "", [1], [2], True),
+        ([1], "", [1], [2], False),
+        ([], "n1", [1], [2], False),
+        ([], "", [1], [], False),
+        ([], "", [], [2], False),
+    ):
+        found = {
+            "rollout_first": {"voters": voters, "founder": founder},
+            "discover_plan": {"voters": now, "join": join},
+        }
+        found["rollout_backup_due"] = value(defaults["rollout_backup_due"], found)
+        assert found["rollout_backup_due"] is due
+        step = task("rollout", "begin", "Backup of voters that were stopped")
+        assert true(step["when"], found) is due
 
 
 def test_a_backup_is_not_on_the_disk_that_it_is_of() -> None:
@@ -324,3 +348,91 @@ def test_destroy_takes_only_its_own_command_from_the_path() -> None:
     ):
         ask = {"dengine_opt_dir": "/opt/dengine", "destroy_link": {"stat": stat}}
         assert true(when, {"dengine_is_process": process, **ask}) is removed
+
+
+# --- what the playbooks of every day say ---------------------------------------------------------
+
+
+def switchover_says(wanted: int | None, **more: Any) -> list[str]:
+    """Why leadership is not moved; nothing where it is."""
+    play = yaml.safe_load((ROLES.parent / "playbooks" / "switchover.yml").read_text())[0]
+    (found,) = [t for t in play["tasks"][0]["block"] if t["name"] == "Who takes over is well"]
+    members = [
+        {"id": i, "status": "active" if i < 4 else "read_only", "ready": ready}
+        for i, ready in ((1, True), (2, True), (3, False), (4, True))
+    ]
+    view = {"leader": {"id": 1}, "joint": False, "members": members, **more}
+    variables: dict[str, Any] = {
+        "switchover_before": {"cluster": view},
+        "discover_plan": {"problems": [], "leader": 1},
+        **({} if wanted is None else {"dengine_leader": str(wanted)}),
+    }
+    own = with_its_own(found, variables)
+    if true(found[ASSERT]["that"], own):
+        return []
+    said: list[str] = value(found[ASSERT]["fail_msg"], own)
+    return said[:-1]  # the last is what the voters are like
+
+
+def test_switchover_says_why_it_refuses() -> None:
+    assert switchover_says(None) == []
+    assert switchover_says(2) == []
+    for nobody in (4, 9):
+        said = f"node {nobody} is no voter; the voters are [1, 2, 3]"
+        assert switchover_says(nobody) == [said]
+    assert switchover_says(3) == ["node 3 is a voter, and not ready to lead"]
+    assert switchover_says(None, members=[]) == ["no other voter is ready to lead"]
+    said = ["no node leads", "a change of members is under way"]
+    assert switchover_says(2, leader=None, joint=True) == said
+
+
+def test_a_single_voter_is_told_what_a_restart_would_cost_and_nothing_else() -> None:
+    found = task("rolling", "main", "The cluster can spare one node")
+
+    def says(voters: list[int], problems: list[dict[str, Any]]) -> list[str]:
+        plan = {"problems": problems, "voters": voters}
+        ask = {"discover_plan": plan, "rolling_allow_downtime": False}
+        assert stops("rolling", "main", found["name"], **ask)
+        said: list[str] = value(
+            found[ASSERT]["fail_msg"], {**ask, "rolling_advice": ["A single voter"]}
+        )
+        return said
+
+    assert says([1], []) == ["A single voter"]
+    assert len(says([1, 2, 3], [bad("identity")])) > 1
+    assert "A single voter" not in says([1, 2, 3], [bad("identity")])
+
+
+@pytest.mark.parametrize(
+    ("role", "name"), [("diagnose", "Where it is"), ("switchover", "Who leads")]
+)
+def test_check_mode_says_what_would_be(role: str, name: str) -> None:
+    if role == "diagnose":
+        found = task(role, "main", name)
+    else:
+        play = yaml.safe_load((ROLES.parent / "playbooks" / "switchover.yml").read_text())[0]
+        (found,) = [t for t in play["tasks"][0]["block"] if t["name"] == name]
+    for check, would in ((True, True), (False, False)):
+        own = with_its_own(
+            found,
+            {
+                "ansible_check_mode": check,
+                "diagnose_dir": "d",
+                "inventory_hostname": "n1",
+                "diagnose_cluster": {},
+                "switchover_result": {"leader": 2},
+                "discover_plan": {"leader": 1},
+            },
+        )
+        assert (" would " in value(found["ansible.builtin.debug"]["msg"], own)) is would
+
+
+def test_all_playbooks_go_through_their_tasks_host_by_host() -> None:
+    """Whatever an ansible.cfg says: a step looks at what all hosts have registered."""
+    plays = [
+        play
+        for file in sorted((ROLES.parent / "playbooks").glob("*.yml"))
+        for play in yaml.safe_load(file.read_text())
+    ]
+    assert len(plays) == 8
+    assert {play["strategy"] for play in plays} == {"ansible.builtin.linear"}

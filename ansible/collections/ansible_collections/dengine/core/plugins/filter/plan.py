@@ -27,6 +27,8 @@ class FilterModule:
             "way_rows": rows.way_rows,
             "release_rows": rows.release_rows,
             "secret_rows": rows.secret_rows,
+            "security_rows": rows.security_rows,
+            "restart_note": rows.restart_note,
             "skipping": rows.skipping,
             "verdict": rows.verdict,
             "failures": rows.failures,

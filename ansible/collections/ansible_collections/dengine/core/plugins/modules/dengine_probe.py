@@ -107,12 +107,15 @@ def facts(params):
     point = host.nearest(data_dir)
     secrets_dir = params["secrets_dir"]
     unit = host.ENABLED_UNIT if params["backend"] == "systemd" else ""
+    process = host.find_process(params["config"])
     return {
         "data_dir": data_dir,
         "secrets_dir": secrets_dir,
         "secrets": host.has_secrets(secrets_dir),
         "trace": host.trace(secrets_dir, unit),
-        "process": host.find_process(params["config"]),
+        "process": process,
+        "restart_pending": host.is_older(process, params["config"]),
+        "security": host.has_security(params["config"]),
         "identity": host.read_identity(data_dir),
         "data_bytes": host.data_bytes(data_dir),
         "data_empty": host.is_empty(data_dir),

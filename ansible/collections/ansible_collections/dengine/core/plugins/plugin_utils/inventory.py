@@ -99,17 +99,46 @@ def inventory_problems(nodes: list[dict[str, Any]], options: dict[str, Any]) -> 
                 f"have the data elsewhere, mount that disk on {unit}"
             )
     problems += _config_problems(options.get("config") or {})
-    for name, value in sorted((options.get("secrets") or {}).items()):
-        if value and (len(value) < MIN_SECRET or value in SAMPLE_SECRETS):
-            problems.append(
-                f"dengine_{name} has fewer than {MIN_SECRET} characters: leave it out to have one "
-                "generated, or set it to the output of `openssl rand -hex 32` in the vault file"
-            )
+    problems += _secret_problems(options.get("secrets") or {})
     file, mode = options.get("secrets_file") or ("", None)
     if mode is not None and mode & 0o077:
         problems.append(
             f"{file} has mode {mode:04o}: it holds the secrets of the cluster, and is for its "
             f"owner only. Run: chmod 0600 {file}"
+        )
+    return problems
+
+
+def _secret_problems(secrets: dict[str, Any]) -> list[str]:
+    """What the node itself would refuse, once the files are written. No value is ever told."""
+    no_text = [
+        name
+        for name, value in sorted(secrets.items())
+        if isinstance(value, (int, float, type(None)))
+    ]
+    if no_text:
+        return [
+            f"dengine_{name} is no text: YAML takes it for a number, or for nothing. Quote it: "
+            f'dengine_{name}: "..."'
+            for name in no_text
+        ]
+    problems = []
+    for name, value in sorted(secrets.items()):
+        if value and (len(value) < MIN_SECRET or value in SAMPLE_SECRETS):
+            problems.append(
+                f"dengine_{name} has fewer than {MIN_SECRET} characters: leave it out to have one "
+                "generated, or set it to the output of `openssl rand -hex 32` in the vault file"
+            )
+    token = secrets.get("token") or ""
+    if any(not "!" <= letter <= "~" for letter in token):
+        problems.append(
+            "dengine_token is no line of visible ASCII characters without blanks: it stands in a "
+            "header of HTTP"
+        )
+    if token and token == (secrets.get("peer_secret") or "").rstrip("\r\n"):
+        problems.append(
+            "dengine_peer_secret and dengine_token are the same: each client would know what only "
+            "nodes may know. Set one of them to another output of `openssl rand -hex 32`"
         )
     return problems
 

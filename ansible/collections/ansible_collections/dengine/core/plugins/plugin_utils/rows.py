@@ -139,20 +139,25 @@ def _judged(host: str, check: str, ok: bool, measured: str, limit: str, hint: st
     }
 
 
-def secret_rows(found: dict[str, list[str]], wanted: list[str]) -> list[Row]:
-    """A row for each host that has secrets: are they those of this run?
+def secret_rows(
+    found: dict[str, list[str]], wanted: list[str], facts: dict[str, dict[str, Any]]
+) -> list[Row]:
+    """A row for each host whose node has secrets: are they those of this run?
 
     Installing others would change nothing at once, for a node reads them when it starts: the first
-    one to be restarted would then be alone, and the second would cost the quorum.
+    one to be restarted would then be alone, and the second would cost the quorum. Where no node
+    runs and none ever did, nobody has read what lies there.
 
     Args:
         found: by host, SHA-256 of the files peer_secret and token, "" where there is none.
         wanted: the peer secret and the token that this run would install, each as a line.
+        facts: by host, what `dengine_probe` says.
     """
     rows = []
     ours = [hashlib.sha256(f"{secret}\n".encode()).hexdigest() for secret in wanted]
     for host, digests in found.items():
-        if not any(digests):
+        in_use = facts[host].get("process") or facts[host].get("identity")
+        if not (any(digests) and in_use):
             continue
         pairs = zip(("peer_secret", "token"), digests, ours, strict=True)
         others = [name for name, there, here in pairs if there and there != here]
@@ -164,10 +169,51 @@ def secret_rows(found: dict[str, list[str]], wanted: list[str]) -> list[Row]:
                 f"another {' and '.join(others)}" if others else "those of this run",
                 "those of this run",
                 "take back the change in the vault or secrets file: members with different secrets "
-                "do not speak with each other",
+                "do not speak with each other; or stop all nodes and replace the files on all "
+                "hosts (docs/operations.md, Secrets)",
             )
         )
     return rows
+
+
+def security_rows(facts: dict[str, dict[str, Any]], wanted: bool) -> list[Row]:
+    """A row for each host whose node runs: has it secrets, or none, as this run would have it?
+
+    As with secrets: a file that says otherwise would change nothing at once, and each node that is
+    restarted with it would speak with no other.
+
+    Args:
+        facts: by host, what `dengine_probe` says.
+        wanted: is [security] to be in the configuration?
+    """
+    words = {True: "with [security]", False: "without [security]"}
+    return [
+        _judged(
+            host,
+            "security",
+            found["security"] == wanted,
+            words[found["security"]],
+            words[wanted],
+            "take dengine_security_enabled back; or all nodes at once: stop all, then expand.yml "
+            '(docs/operations.md, "To change a secret")',
+        )
+        for host, found in facts.items()
+        if found.get("process") and found.get("security") is not None
+    ]
+
+
+def restart_note(facts: dict[str, dict[str, Any]]) -> str:
+    """Which nodes do not know yet what stands in their configuration file, or "none".
+
+    A word and no failure: what an inventory of more hosts changes there matters to no running node.
+    """
+    hosts = [host for host, found in facts.items() if found.get("restart_pending")]
+    if not hosts:
+        return "none"
+    return (
+        f"{', '.join(hosts)}: the configuration file is newer than the process, and counts from "
+        "its next start: rolling_restart.yml"
+    )
 
 
 def skipping(rows: list[Row], skip: list[str]) -> list[Row]:
@@ -195,7 +241,9 @@ def failures(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """The rows as lines of text with aligned columns; hints stand below their row."""
+    """The rows as lines of text with aligned columns; hints stand below their row. Or nothing."""
+    if not rows:
+        return []
     names = ("host", "check", "status", "measured", "limit")
     cells = [[str(r.get(n, "")) for n in names] for r in rows]
     widths = [max(len(c) for c in column) for column in zip(names, *cells, strict=True)]
