@@ -562,14 +562,6 @@ def test_security_of_a_running_node_is_neither_switched_on_nor_off() -> None:
         assert "stop all, then expand.yml" in failure["hint"]
 
 
-def test_a_restart_that_is_pending_is_a_word_in_the_report() -> None:
-    late = {"restart_pending": True}
-    assert (
-        rows.restart_note({"n1": {"restart_pending": False}, "n2": {"unreachable": "x"}}) == "none"
-    )
-    assert rows.restart_note({"n1": late, "n2": {}, "n3": late}).startswith("n1, n3: ")
-
-
 def test_configuration_that_follows_from_the_inventory_is_refused() -> None:
     """Everything else may be added, to the sections that the template writes too."""
     good = {"cluster": {"founding_wait_ms": 5}, "raft.snapshot": {"entries": 1}}

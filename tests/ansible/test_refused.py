@@ -87,7 +87,6 @@ def test_security_is_switched_for_all_nodes_at_once(site: Local) -> None:
     site.play("site").ok()
     config = site.state / "hosts" / "n1" / "dengine.toml"
     before = config.read_bytes()
-    assert site.report("site")["facts"]["restart pending"] == "none"
     off = ("-e", '{"dengine_security_enabled": false}')
     assert ("n1", "security") in failed_rows(run := site.play("site", *off))
     assert "stop all, then expand.yml" in run.output
@@ -96,10 +95,6 @@ def test_security_is_switched_for_all_nodes_at_once(site: Local) -> None:
     wait_for(lambda: not site.node_pids(), "node 1 to stop")
     site.play("site", *off).ok()
     assert b"[security]" not in config.read_bytes()
-    os.utime(config)
-    run = site.play("verify", *off, "-e", "dengine_verify_voters=1").ok()
-    assert "n1: the configuration file is newer" in run.output
-    assert site.report("verify")["facts"]["restart pending"].startswith("n1: ")
 
 
 @pytest.mark.parametrize(

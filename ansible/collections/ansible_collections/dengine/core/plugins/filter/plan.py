@@ -28,7 +28,6 @@ class FilterModule:
             "release_rows": rows.release_rows,
             "secret_rows": rows.secret_rows,
             "security_rows": rows.security_rows,
-            "restart_note": rows.restart_note,
             "skipping": rows.skipping,
             "verdict": rows.verdict,
             "failures": rows.failures,

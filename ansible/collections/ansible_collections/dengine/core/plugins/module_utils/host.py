@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 
 IDENTITY = "identity.json"
 SECRETS = ("peer_secret", "token")
@@ -36,21 +35,6 @@ def find_process(config):
         if fields[0] not in ("Z", "X"):
             return {"pid": int(name), "started": int(fields[19])}
     return None
-
-
-def is_older(process, path):
-    """Did `process` start before `path` was written, and so does not know what stands there now?
-
-    False where there is neither.
-    """
-    try:
-        written = os.stat(path).st_mtime
-    except OSError:
-        return False
-    if not process:
-        return False
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - process["started"] / os.sysconf("SC_CLK_TCK")
-    return written > time.time() - age
 
 
 def has_security(path):

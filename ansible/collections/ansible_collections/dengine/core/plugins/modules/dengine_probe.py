@@ -114,7 +114,6 @@ def facts(params):
         "secrets": host.has_secrets(secrets_dir),
         "trace": host.trace(secrets_dir, unit),
         "process": process,
-        "restart_pending": host.is_older(process, params["config"]),
         "security": host.has_security(params["config"]),
         "identity": host.read_identity(data_dir),
         "data_bytes": host.data_bytes(data_dir),

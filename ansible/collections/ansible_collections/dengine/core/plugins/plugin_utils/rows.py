@@ -202,20 +202,6 @@ def security_rows(facts: dict[str, dict[str, Any]], wanted: bool) -> list[Row]:
     ]
 
 
-def restart_note(facts: dict[str, dict[str, Any]]) -> str:
-    """Which nodes do not know yet what stands in their configuration file, or "none".
-
-    A word and no failure: what an inventory of more hosts changes there matters to no running node.
-    """
-    hosts = [host for host, found in facts.items() if found.get("restart_pending")]
-    if not hosts:
-        return "none"
-    return (
-        f"{', '.join(hosts)}: the configuration file is newer than the process, and counts from "
-        "its next start: rolling_restart.yml"
-    )
-
-
 def skipping(rows: list[Row], skip: list[str]) -> list[Row]:
     """The same rows; a failure whose check is named in `skip` counts no more, and says so."""
     return [
