@@ -156,6 +156,11 @@ PURE = [
             "elif False and not",
             "test_what_stops_a_run",
         ),
+        (
+            "            found += _other(survey, node)",
+            "            pass",
+            "test_another_node_at_an_address_stops_a_run",
+        ),
         ("    if len(found) > 1:", "    if False:", "test_what_stops_a_run"),
         (
             "    if founder:\n",

@@ -366,6 +366,16 @@ def test_a_voter_that_does_not_answer_stops_a_run() -> None:
     assert "n2 cluster: process 12 runs and does not answer: timed out" in world.problem()
 
 
+def test_another_node_at_an_address_stops_a_run() -> None:
+    """Swapped addresses are not written into files that take effect at the next restart."""
+    world = three_voters()
+    for i, said in ((1, 1), (2, 3), (3, 2)):
+        world.infos[f"n{i}"]["nodes"][f"10.0.0.{i}:908{i}"]["status"]["node_id"] = said
+    found = [r for r in world.plan()["problems"] if r["check"] == "identity"]
+    assert [r["host"] for r in found] == ["n2", "n3"]
+    assert "10.0.0.2:9082 is node 3, the inventory says 2: swapped addresses?" in world.problem()
+
+
 def test_growing_does_not_shrink() -> None:
     assert "growing does not remove" in three_voters().problem(target=1)
 

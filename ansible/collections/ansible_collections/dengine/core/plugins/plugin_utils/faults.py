@@ -27,6 +27,7 @@ def faults(survey: Survey, founder: str, start: list[str], options: dict[str, An
     for node in survey.nodes:
         if node["host"] not in survey.unreachable:
             found += _identity(survey, node)
+            found += _other(survey, node)
     found += _clusters(survey)
     if founder:
         found += _lost(survey)
@@ -87,6 +88,21 @@ def _identity(survey: Survey, node: dict[str, Any]) -> Iterator[Row]:
         hint = f"give {host} a dengine_node_id above {max(survey.voters)}"
     if problem:
         yield row(host, "identity", problem, hint, "its own directory")
+
+
+def _other(survey: Survey, node: dict[str, Any]) -> Iterator[Row]:
+    """At the address of this node another one answers."""
+    said = (survey.said(node).get("status") or {}).get("node_id", node["id"])
+    if said != node["id"]:
+        yield row(
+            node["host"],
+            "identity",
+            f"{node['endpoint']} is node {said}, the inventory says {node['id']}: swapped "
+            "addresses?",
+            "put dengine_address and dengine_port right in the inventory; a node that is to have "
+            "another address is stopped first",
+            "its own address",
+        )
 
 
 def _is_known(identity: dict[str, Any], own: list[dict[str, Any]]) -> bool:
