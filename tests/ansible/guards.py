@@ -161,6 +161,11 @@ PURE = [
             "            pass",
             "test_another_node_at_an_address_stops_a_run",
         ),
+        (
+            "if verified and known and verified != known:",
+            "if False:",
+            "test_another_cluster_than_the_verified_one_is_not_taken_for_it",
+        ),
         ("    if len(found) > 1:", "    if False:", "test_what_stops_a_run"),
         (
             "    if founder:\n",

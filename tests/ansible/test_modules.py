@@ -270,6 +270,9 @@ def test_probe_tells_traces_and_secrets_without_reading_them(tmp_path: Path) -> 
     seen = run_module("dengine_probe", backend="process", **ask)
     assert seen["facts"]["secrets"]
     assert seen["facts"]["trace"].endswith("cluster.json")
+    assert seen["facts"]["verified"] == "", "damaged, and a trace all the same"
+    (tmp_path / "s" / "cluster.json").write_text('{"cluster_id": "c1", "node_id": 1}')
+    assert host.verified(str(tmp_path / "s")) == "c1"
     assert TOKEN not in seen["raw"]
     assert host.trace(str(tmp_path), str(tmp_path / "dengine.service")) == ""
     (tmp_path / "dengine.service").symlink_to("/nowhere")

@@ -401,6 +401,25 @@ def test_an_earlier_cluster_whose_data_are_gone_is_not_replaced_by_a_new_one() -
     assert running.problem() == ""
 
 
+def test_another_cluster_than_the_verified_one_is_not_taken_for_it() -> None:
+    """Whether it answers, lies there stopped, or is that of the other hosts."""
+    marker = {"verified": "c0", "marker": "/etc/dengine/secrets/cluster.json"}
+    founded = one_voter()
+    founded.facts["n1"].update(marker)
+    said = founded.problem()
+    assert "n1 identity: this host was verified in cluster c0, and c1 answers" in said
+    assert "rm /etc/dengine/secrets/cluster.json on n1" in said
+    stopped = World().has("n1")
+    stopped.facts["n1"].update(marker)
+    assert "verified in cluster c0, and c1 answers" in stopped.problem()
+    empty = one_voter()
+    empty.facts["n2"].update(marker)
+    assert "n2 identity: this host was verified in cluster c0, and the others" in empty.problem()
+    for host in HOSTS:
+        empty.facts[host]["verified"] = "c1"
+    assert empty.problem() == ""
+
+
 def test_secrets_that_only_the_hosts_have_are_not_replaced() -> None:
     """Whether the nodes run or not; nothing is said where no host has any."""
     assert World().problem(secrets=False) == ""

@@ -65,6 +65,15 @@ def trace(secrets_dir, unit=""):
     return f"{os.path.basename(unit)} is enabled" if unit and os.path.lexists(unit) else ""
 
 
+def verified(secrets_dir):
+    """Id of the cluster that was verified on this host, or "" where that is not known."""
+    try:
+        with open(os.path.join(secrets_dir, MARKER), encoding="utf-8") as file:
+            return str(json.load(file)["cluster_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def is_empty(directory):
     """No directory, or nothing in it but a lock."""
     try:

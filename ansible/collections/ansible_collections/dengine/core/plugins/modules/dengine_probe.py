@@ -112,6 +112,8 @@ def facts(params):
         "secrets_dir": secrets_dir,
         "secrets": host.has_secrets(secrets_dir),
         "trace": host.trace(secrets_dir, unit),
+        "verified": host.verified(secrets_dir),
+        "marker": os.path.join(secrets_dir, host.MARKER),
         "process": host.find_process(params["config"]),
         "identity": host.read_identity(data_dir),
         "data_bytes": host.data_bytes(data_dir),

@@ -28,6 +28,7 @@ def faults(survey: Survey, founder: str, start: list[str], options: dict[str, An
         if node["host"] not in survey.unreachable:
             found += _identity(survey, node)
             found += _other(survey, node)
+            found += _another_cluster(survey, node)
     found += _clusters(survey)
     if founder:
         found += _lost(survey)
@@ -102,6 +103,26 @@ def _other(survey: Survey, node: dict[str, Any]) -> Iterator[Row]:
             "put dengine_address and dengine_port right in the inventory; a node that is to have "
             "another address is stopped first",
             "its own address",
+        )
+
+
+def _another_cluster(survey: Survey, node: dict[str, Any]) -> Iterator[Row]:
+    """An earlier run has verified one cluster here, and now there is another one: what a host with
+    an empty disk has founded, or what somebody has restored."""
+    host, facts = node["host"], survey.facts[node["host"]]
+    verified = facts.get("verified")
+    said = (survey.infos[host].get("cluster") or {}).get("cluster_id") or survey.belongs(host)
+    known = said or survey.view.get("cluster_id")
+    if verified and known and verified != known:
+        there = f"{known} answers" if said else f"the others have {known}"
+        yield row(
+            host,
+            "identity",
+            f"this host was verified in cluster {verified}, and {there}",
+            f"if a backup was restored, or a node repaired, by hand: rm {facts['marker']} on "
+            f"{host}, then run this again. Else stop dengine, move {facts['data_dir']} aside, "
+            f"and bring back the data of {verified}",
+            "the cluster that was verified",
         )
 
 
