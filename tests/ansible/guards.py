@@ -162,6 +162,16 @@ PURE = [
             "test_another_node_at_an_address_stops_a_run",
         ),
         (
+            "    elif survey.halted(host):",
+            "    elif False:",
+            "test_a_directory_that_is_not_to_be_used_is_not_started",
+        ),
+        (
+            '    found += [r for r in _ended(survey, options) if r["host"] not in known]',
+            "    pass",
+            "test_a_node_that_ended_right_after_its_start_is_a_row",
+        ),
+        (
             "if verified and known and verified != known:",
             "if False:",
             "test_another_cluster_than_the_verified_one_is_not_taken_for_it",
@@ -218,6 +228,11 @@ PURE = [
             "if survey.view or survey.unreachable or not self.nodes:",
             "if survey.unreachable or not self.nodes:",
             "test_a_lost_first_host_founds_no_second_cluster",
+        ),
+        (
+            '            and not survey.halted(n["host"])\n',
+            "",
+            "test_a_directory_that_is_not_to_be_used_is_not_started",
         ),
         (
             'if any(survey.belongs(n["host"]) for n in self.nodes):',

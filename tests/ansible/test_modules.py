@@ -297,6 +297,10 @@ def test_probe_tells_identity_and_checks_without_leaving_anything(tmp_path: Path
     (data / "identity.json").write_text('{"node_id": 1, "cluster_id": "c1"}')
     facts = run_module("dengine_probe", action="facts", data_dir=str(data))["facts"]
     assert facts["identity"]["cluster_id"] == "c1"
+    assert facts["halted"] == ""
+    (data / "HALTED").write_text("76 an old copy;\nempty it")
+    assert host.halted(str(data)) == "76 an old copy; empty it"
+    (data / "HALTED").unlink()
     assert not facts["data_empty"]
     rows = run_module(
         "dengine_probe",

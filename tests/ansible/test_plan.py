@@ -376,6 +376,30 @@ def test_another_node_at_an_address_stops_a_run() -> None:
     assert "10.0.0.2:9082 is node 3, the inventory says 2: swapped addresses?" in world.problem()
 
 
+def test_a_directory_that_is_not_to_be_used_is_not_started() -> None:
+    """An old copy, or states that disagree: HALTED in it says why, and so does the row."""
+    world = three_voters()
+    world.facts["n1"].update(process=None, halted="76 the others know more; empty it, and join")
+    world.infos["n1"] = {"cluster": {}, "nodes": {}, "message": "refused"}
+    assert world.plan()["start"] == []
+    said = world.problem()
+    assert "n1 identity: /var/lib/dengine/1 is not to be used (exit code 76): the others" in said
+    assert "role = 3" in said
+    alone = World().has("n1")
+    alone.facts["n1"]["halted"] = "76 the others know more"
+    found = alone.plan()
+    assert (found["start"], found["founder"]) == ([], "")
+    assert "n1 identity" in alone.problem()
+
+
+def test_a_node_that_ended_right_after_its_start_is_a_row() -> None:
+    world = World().has("n1")
+    assert world.problem() == ""
+    said = world.problem(started=["n1", ""])
+    assert "n1 cluster: node 1 was started, and has ended again -> see its log" in said
+    assert one_voter().problem(started=["n1"]) == ""
+
+
 def test_growing_does_not_shrink() -> None:
     assert "growing does not remove" in three_voters().problem(target=1)
 

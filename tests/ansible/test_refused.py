@@ -87,6 +87,42 @@ def test_the_host_that_founded_does_not_found_again(site: Local) -> None:
     assert failed_rows(site.play("site")) == {("n1", "identity")}
 
 
+def test_a_directory_that_does_not_fit_is_told_and_left_alone(site: Local) -> None:
+    """An old copy is not started; the proof that there was another cluster is not overwritten; a
+    node that ends right after its start is a row with the place to look."""
+    site.set_group(dengine_leader_timeout=5)
+    site.play("site").ok()
+    os.kill(site.pid("n1"), signal.SIGTERM)
+    wait_for(lambda: not site.node_pids(), "node 1 to stop")
+    data = site.data("n1")
+
+    (data / "HALTED").write_text("76 the others know more; empty it, and set role = 3 to join")
+    run = site.play("site")
+    assert failed_rows(run) == {("n1", "identity")}
+    assert "the others know more" in run.output
+    assert not site.node_pids()
+    (data / "HALTED").unlink()
+
+    marker = site.state / "hosts" / "n1" / "secrets" / "cluster.json"
+    said = marker.read_text()
+    other = json.dumps({"cluster_id": "f" * 32, "node_id": 1})
+    marker.write_text(other)
+    run = site.play("site")
+    assert failed_rows(run) == {("n1", "identity")}
+    assert f"rm {marker}" in run.output
+    assert marker.read_text() == other
+    marker.write_text(said)
+
+    identity = json.loads((data / "identity.json").read_text())
+    (data / "identity.json").write_text(json.dumps({**identity, "format": 99}))
+    run = site.play("site")
+    assert run.code
+    assert "node 1 was started, and has ended again" in run.output
+    (data / "identity.json").write_text(json.dumps(identity))
+    site.play("site").ok()
+    assert site.voters() == [1]
+
+
 def test_a_controller_without_the_secrets_makes_no_new_ones(site: Local) -> None:
     """Whether the cluster runs or not. Copied back, everything goes on."""
     site.play("site").ok()

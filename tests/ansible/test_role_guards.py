@@ -256,6 +256,12 @@ def test_what_is_seen_after_the_start_is_judged_again(kind: str) -> None:
     assert not stopped(["identity"], **{kind: [bad("identity")]})
 
 
+def test_a_start_without_a_leader_ends_the_run() -> None:
+    """Where nothing else was found; who did not ask has nothing to say."""
+    for said, ends in (({"message": "no leader"}, True), ({"message": ""}, False), ({}, False)):
+        assert stops("rollout", "begin", "There is a leader", rollout_leader=said) is ends
+
+
 def test_the_voters_to_be_are_never_even() -> None:
     def refused(target: list[int], join: list[int], voters: list[int]) -> bool:
         plan = {"target": target, "join": join, "voters": voters}

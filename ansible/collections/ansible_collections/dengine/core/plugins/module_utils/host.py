@@ -7,6 +7,7 @@ import json
 import os
 
 IDENTITY = "identity.json"
+HALTED = "HALTED"  # in the data directory: why no start is to use it, "EXIT_CODE reason"
 SECRETS = ("peer_secret", "token")
 # Written by role rollout when a cluster was verified, into a directory that destroy.yml removes.
 MARKER = "cluster.json"
@@ -47,6 +48,15 @@ def read_identity(directory):
     except ValueError:
         return {"error": "it is not JSON"}
     return found if isinstance(found, dict) else {"error": "it is not an object"}
+
+
+def halted(directory):
+    """Why the node refuses to start with this directory, or ""."""
+    try:
+        with open(os.path.join(directory, HALTED), encoding="utf-8", errors="replace") as file:
+            return " ".join(file.read().split())
+    except OSError:
+        return ""
 
 
 def has_secrets(directory):

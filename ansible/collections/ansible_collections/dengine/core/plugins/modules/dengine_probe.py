@@ -116,6 +116,7 @@ def facts(params):
         "marker": os.path.join(secrets_dir, host.MARKER),
         "process": host.find_process(params["config"]),
         "identity": host.read_identity(data_dir),
+        "halted": host.halted(data_dir),
         "data_bytes": host.data_bytes(data_dir),
         "data_empty": host.is_empty(data_dir),
         "config_sha256": host.digest(params["config"]),
