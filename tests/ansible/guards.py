@@ -727,8 +727,32 @@ PURE = [
         ),
     ),
     *of(
+        "roles/node/templates/dengine.toml.j2",
+        "test_role_guards.py",
+        (
+            "node.host == node_founder == inventory_hostname",
+            "loop.first",
+            "test_only_who_founds_has_a_file_that_founds",
+        ),
+        ("dengine_nodes | length == 1 or ", "", "test_only_who_founds_has_a_file_that_founds"),
+    ),
+    *of(
+        "roles/rollout/tasks/finish.yml",
+        "test_role_guards.py",
+        (
+            "    - discover_probe.facts.verified in ['', discover_plan.cluster_id]\n",
+            "",
+            "test_the_note_of_another_cluster_is_not_overwritten",
+        ),
+    ),
+    *of(
         "roles/rollout/tasks/begin.yml",
         "test_role_guards.py",
+        (
+            "that: rollout_leader.message | default('') | length == 0",
+            "that: rollout_leader is defined",
+            "test_a_start_without_a_leader_ends_the_run",
+        ),
         (
             "that: rollout_problems | length == 0",
             "that: true",

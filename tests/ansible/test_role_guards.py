@@ -291,6 +291,18 @@ def test_a_node_that_ran_is_the_same_process_at_the_end() -> None:
         assert stopped(process, other)
 
 
+def test_the_note_of_another_cluster_is_not_overwritten() -> None:
+    """Not even where check `identity` is skipped: it is the only proof."""
+    when = task("rollout", "finish", "Note that the cluster is at work here")["when"]
+    for verified, written in (("", True), ("c1", True), ("c0", False)):
+        ask = {
+            "ansible_check_mode": False, "inventory_hostname": "n1",
+            "discover_plan": {"members": ["n1"], "cluster_id": "c1"},
+            "discover_probe": {"facts": {"verified": verified}},
+        }  # fmt: skip
+        assert true(when, ask) is written
+
+
 def test_a_problem_of_the_verification_ends_the_run() -> None:
     def stopped(host: str, **result: Any) -> bool:
         ask = {"verify_host": "n1", "inventory_hostname": host, "verify_result": result}
