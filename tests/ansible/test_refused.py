@@ -89,8 +89,7 @@ def test_the_host_that_founded_does_not_found_again(site: Local) -> None:
 
 def test_a_directory_that_does_not_fit_is_told_and_left_alone(site: Local) -> None:
     """An old copy is not started; the proof that there was another cluster is not overwritten; a
-    node that ends right after its start is a row with the place to look."""
-    site.set_group(dengine_leader_timeout=5)
+    node that ends soon after its start is a row with the place to look."""
     site.play("site").ok()
     os.kill(site.pid("n1"), signal.SIGTERM)
     wait_for(lambda: not site.node_pids(), "node 1 to stop")
@@ -113,12 +112,16 @@ def test_a_directory_that_does_not_fit_is_told_and_left_alone(site: Local) -> No
     assert marker.read_text() == other
     marker.write_text(said)
 
-    identity = json.loads((data / "identity.json").read_text())
-    (data / "identity.json").write_text(json.dumps({**identity, "format": 99}))
+    node = [sys.executable, "-m", "dengine"]
+    site.set_group(
+        dengine_process_command=["timeout", "15", *node],  # and it does not lead before
+        dengine_config={"cluster": {"founding_wait_ms": 60_000}},
+        dengine_leader_timeout=20,
+    )
     run = site.play("site")
     assert run.code
     assert "node 1 was started, and has ended again" in run.output
-    (data / "identity.json").write_text(json.dumps(identity))
+    site.set_group(dengine_process_command=node, dengine_config={}, dengine_leader_timeout=60)
     site.play("site").ok()
     assert site.voters() == [1]
 
