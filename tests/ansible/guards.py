@@ -166,6 +166,26 @@ PURE = [
             "elif False and not",
             "test_what_stops_a_run",
         ),
+        (
+            "            found += _other(survey, node)",
+            "            pass",
+            "test_another_node_at_an_address_stops_a_run",
+        ),
+        (
+            "    elif survey.halted(host):",
+            "    elif False:",
+            "test_a_directory_that_is_not_to_be_used_is_not_started",
+        ),
+        (
+            '    found += [r for r in _ended(survey, options) if r["host"] not in known]',
+            "    pass",
+            "test_a_node_that_ended_right_after_its_start_is_a_row",
+        ),
+        (
+            "if verified and known and verified != known:",
+            "if False:",
+            "test_another_cluster_than_the_verified_one_is_not_taken_for_it",
+        ),
         ("    if len(found) > 1:", "    if False:", "test_what_stops_a_run"),
         (
             "    if founder:\n",
@@ -218,6 +238,11 @@ PURE = [
             "if survey.view or survey.unreachable or not self.nodes:",
             "if survey.unreachable or not self.nodes:",
             "test_a_lost_first_host_founds_no_second_cluster",
+        ),
+        (
+            '            and not survey.halted(n["host"])\n',
+            "",
+            "test_a_directory_that_is_not_to_be_used_is_not_started",
         ),
         (
             'if any(survey.belongs(n["host"]) for n in self.nodes):',
@@ -741,8 +766,32 @@ PURE = [
         ),
     ),
     *of(
+        "roles/node/templates/dengine.toml.j2",
+        "test_role_guards.py",
+        (
+            "node.host == node_founder == inventory_hostname",
+            "loop.first",
+            "test_only_who_founds_has_a_file_that_founds",
+        ),
+        ("dengine_nodes | length == 1 or ", "", "test_only_who_founds_has_a_file_that_founds"),
+    ),
+    *of(
+        "roles/rollout/tasks/finish.yml",
+        "test_role_guards.py",
+        (
+            "    - discover_probe.facts.verified in ['', discover_plan.cluster_id]\n",
+            "",
+            "test_the_note_of_another_cluster_is_not_overwritten",
+        ),
+    ),
+    *of(
         "roles/rollout/tasks/begin.yml",
         "test_role_guards.py",
+        (
+            "that: rollout_leader.message | default('') | length == 0",
+            "that: rollout_leader is defined",
+            "test_a_start_without_a_leader_ends_the_run",
+        ),
         (
             "that: rollout_problems | length == 0",
             "that: true",

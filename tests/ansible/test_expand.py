@@ -196,6 +196,7 @@ FOUNDING = (
     "dengine.core.node : Secrets",
     "dengine.core.node : Configuration",
     "dengine.core.rollout : Wait for a leader",
+    "dengine.core.rollout : What it shows is sound",
     "dengine.core.rollout : Look at the processes once more",
     "dengine.core.rollout : Note that the cluster is at work here",
 )

@@ -270,6 +270,9 @@ def test_probe_tells_traces_and_secrets_without_reading_them(tmp_path: Path) -> 
     seen = run_module("dengine_probe", backend="process", **ask)
     assert seen["facts"]["secrets"]
     assert seen["facts"]["trace"].endswith("cluster.json")
+    assert seen["facts"]["verified"] == "", "damaged, and a trace all the same"
+    (tmp_path / "s" / "cluster.json").write_text('{"cluster_id": "c1", "node_id": 1}')
+    assert host.verified(str(tmp_path / "s")) == "c1"
     assert TOKEN not in seen["raw"]
     assert host.trace(str(tmp_path), str(tmp_path / "dengine.service")) == ""
     (tmp_path / "dengine.service").symlink_to("/nowhere")
@@ -309,6 +312,10 @@ def test_probe_tells_identity_and_checks_without_leaving_anything(tmp_path: Path
     (data / "identity.json").write_text('{"node_id": 1, "cluster_id": "c1"}')
     facts = run_module("dengine_probe", action="facts", data_dir=str(data))["facts"]
     assert facts["identity"]["cluster_id"] == "c1"
+    assert facts["halted"] == ""
+    (data / "HALTED").write_text("76 an old copy;\nempty it")
+    assert host.halted(str(data)) == "76 an old copy; empty it"
+    (data / "HALTED").unlink()
     assert not facts["data_empty"]
     rows = run_module(
         "dengine_probe",

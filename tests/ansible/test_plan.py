@@ -385,6 +385,40 @@ def test_a_voter_that_does_not_answer_stops_a_run() -> None:
     assert "n2 cluster: process 12 runs and does not answer: timed out" in world.problem()
 
 
+def test_another_node_at_an_address_stops_a_run() -> None:
+    """Swapped addresses are not written into files that take effect at the next restart."""
+    world = three_voters()
+    for i, said in ((1, 1), (2, 3), (3, 2)):
+        world.infos[f"n{i}"]["nodes"][f"10.0.0.{i}:908{i}"]["status"]["node_id"] = said
+    found = [r for r in world.plan()["problems"] if r["check"] == "identity"]
+    assert [r["host"] for r in found] == ["n2", "n3"]
+    assert "10.0.0.2:9082 is node 3, the inventory says 2: swapped addresses?" in world.problem()
+
+
+def test_a_directory_that_is_not_to_be_used_is_not_started() -> None:
+    """An old copy, or states that disagree: HALTED in it says why, and so does the row."""
+    world = three_voters()
+    world.facts["n1"].update(process=None, halted="76 the others know more; empty it, and join")
+    world.infos["n1"] = {"cluster": {}, "nodes": {}, "message": "refused"}
+    assert world.plan()["start"] == []
+    said = world.problem()
+    assert "n1 identity: /var/lib/dengine/1 is not to be used (exit code 76): the others" in said
+    assert "role = 3" in said
+    alone = World().has("n1")
+    alone.facts["n1"]["halted"] = "76 the others know more"
+    found = alone.plan()
+    assert (found["start"], found["founder"]) == ([], "")
+    assert "n1 identity" in alone.problem()
+
+
+def test_a_node_that_ended_right_after_its_start_is_a_row() -> None:
+    world = World().has("n1")
+    assert world.problem() == ""
+    said = world.problem(started=["n1", ""])
+    assert "n1 cluster: node 1 was started, and has ended again -> see its log" in said
+    assert one_voter().problem(started=["n1"]) == ""
+
+
 def test_growing_does_not_shrink() -> None:
     assert "growing does not remove" in three_voters().problem(target=1)
 
@@ -408,6 +442,25 @@ def test_an_earlier_cluster_whose_data_are_gone_is_not_replaced_by_a_new_one() -
     running = one_voter()
     running.facts["n1"]["trace"] = "dengine.service is enabled"
     assert running.problem() == ""
+
+
+def test_another_cluster_than_the_verified_one_is_not_taken_for_it() -> None:
+    """Whether it answers, lies there stopped, or is that of the other hosts."""
+    marker = {"verified": "c0", "marker": "/etc/dengine/secrets/cluster.json"}
+    founded = one_voter()
+    founded.facts["n1"].update(marker)
+    said = founded.problem()
+    assert "n1 identity: this host was verified in cluster c0, and c1 answers" in said
+    assert "rm /etc/dengine/secrets/cluster.json on n1" in said
+    stopped = World().has("n1")
+    stopped.facts["n1"].update(marker)
+    assert "verified in cluster c0, and c1 answers" in stopped.problem()
+    empty = one_voter()
+    empty.facts["n2"].update(marker)
+    assert "n2 identity: this host was verified in cluster c0, and the others" in empty.problem()
+    for host in HOSTS:
+        empty.facts[host]["verified"] = "c1"
+    assert empty.problem() == ""
 
 
 def test_secrets_that_only_the_hosts_have_are_not_replaced() -> None:

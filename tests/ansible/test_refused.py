@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import signal
+import sys
 import urllib.request
 
 import pytest
 
 from tests.ansible.local import Local
+from tests.ansible.server import run_module
 from tests.ansible.test_gate import failed_rows
 from tests.cluster import wait_for
 
@@ -55,6 +57,71 @@ def test_the_only_voter_lost_its_disk_and_no_second_cluster_is_founded(site: Loc
     site.play("site").ok()
     assert site.voters() == [1]
     site.play("destroy", "-e", "dengine_confirm=local").ok()
+    site.play("site").ok()
+    assert site.voters() == [1]
+
+
+def test_the_host_that_founded_does_not_found_again(site: Local) -> None:
+    """Its disk is lost, and it is started by hand or at boot with the file that a run has left:
+    it waits for a cluster to join. That file is no drift and changes in no later run."""
+    site.play("site").ok()
+    place = site.state / "hosts" / "n1"
+    assert "role = 2" not in (place / "dengine.toml").read_text()
+    assert set(site.play("site").ok().changed.values()) == {0}
+    site.play("verify", "-e", "dengine_verify_voters=1").ok()
+    os.kill(site.pid("n1"), signal.SIGTERM)
+    wait_for(lambda: not site.node_pids(), "node 1 to stop")
+    shutil.rmtree(site.data("n1"))
+    log = place / "dengine.log"
+    before = len(log.read_text())
+    started = run_module(
+        "dengine_process",
+        config=str(place / "dengine.toml"),
+        log=str(log),
+        command=[sys.executable, "-m", "dengine"],
+    )
+    assert started["changed"]
+    wait_for(lambda: "cannot join yet" in log.read_text()[before:], "node 1 to ask", 30)
+    identity = json.loads((site.data("n1") / "identity.json").read_text())
+    assert not identity.get("cluster_id")
+    assert failed_rows(site.play("site")) == {("n1", "identity")}
+
+
+def test_a_directory_that_does_not_fit_is_told_and_left_alone(site: Local) -> None:
+    """An old copy is not started; the proof that there was another cluster is not overwritten; a
+    node that ends soon after its start is a row with the place to look."""
+    site.play("site").ok()
+    os.kill(site.pid("n1"), signal.SIGTERM)
+    wait_for(lambda: not site.node_pids(), "node 1 to stop")
+    data = site.data("n1")
+
+    (data / "HALTED").write_text("76 the others know more; empty it, and set role = 3 to join")
+    run = site.play("site")
+    assert failed_rows(run) == {("n1", "identity")}
+    assert "the others know more" in run.output
+    assert not site.node_pids()
+    (data / "HALTED").unlink()
+
+    marker = site.state / "hosts" / "n1" / "secrets" / "cluster.json"
+    said = marker.read_text()
+    other = json.dumps({"cluster_id": "f" * 32, "node_id": 1})
+    marker.write_text(other)
+    run = site.play("site")
+    assert failed_rows(run) == {("n1", "identity")}
+    assert f"rm {marker}" in run.output
+    assert marker.read_text() == other
+    marker.write_text(said)
+
+    node = [sys.executable, "-m", "dengine"]
+    site.set_group(
+        dengine_process_command=["timeout", "15", *node],  # and it does not lead before
+        dengine_config={"cluster": {"founding_wait_ms": 60_000}},
+        dengine_leader_timeout=20,
+    )
+    run = site.play("site")
+    assert run.code
+    assert "node 1 was started, and has ended again" in run.output
+    site.set_group(dengine_process_command=node, dengine_config={}, dengine_leader_timeout=60)
     site.play("site").ok()
     assert site.voters() == [1]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,12 @@ def test_what_is_seen_after_the_start_is_judged_again(kind: str) -> None:
     assert not stopped(["identity"], **{kind: [bad("identity")]})
 
 
+def test_a_start_without_a_leader_ends_the_run() -> None:
+    """Where nothing else was found; who did not ask has nothing to say."""
+    for said, ends in (({"message": "no leader"}, True), ({"message": ""}, False), ({}, False)):
+        assert stops("rollout", "begin", "There is a leader", rollout_leader=said) is ends
+
+
 def test_the_voters_to_be_are_never_even() -> None:
     def refused(target: list[int], join: list[int], voters: list[int]) -> bool:
         plan = {"target": target, "join": join, "voters": voters}
@@ -308,6 +315,18 @@ def test_a_node_that_ran_is_the_same_process_at_the_end() -> None:
         assert stopped(process, other)
 
 
+def test_the_note_of_another_cluster_is_not_overwritten() -> None:
+    """Not even where check `identity` is skipped: it is the only proof."""
+    when = task("rollout", "finish", "Note that the cluster is at work here")["when"]
+    for verified, written in (("", True), ("c1", True), ("c0", False)):
+        ask = {
+            "ansible_check_mode": False, "inventory_hostname": "n1",
+            "discover_plan": {"members": ["n1"], "cluster_id": "c1"},
+            "discover_probe": {"facts": {"verified": verified}},
+        }  # fmt: skip
+        assert true(when, ask) is written
+
+
 def test_a_problem_of_the_verification_ends_the_run() -> None:
     def stopped(host: str, **result: Any) -> bool:
         ask = {"verify_host": "n1", "inventory_hostname": host, "verify_result": result}
@@ -324,6 +343,36 @@ def test_configuration_that_would_change_is_drift() -> None:
     assert drift["check_mode"] is True
     assert true(drift["failed_when"], {"node_drift": {"changed": True}})
     assert not true(drift["failed_when"], {"node_drift": {"changed": False}})
+
+
+@pytest.mark.parametrize(
+    ("count", "host", "founder", "roles"),
+    [
+        (3, "n1", "n1", [2, 3, 3]),
+        (3, "n2", "n1", [3, 3, 3]),
+        (3, "n1", "", [3, 3, 3]),
+        (1, "n1", "", [2]),
+    ],
+)
+def test_only_who_founds_has_a_file_that_founds(
+    count: int, host: str, founder: str, roles: list[int]
+) -> None:
+    """And only then: with the file that stays, an empty directory joins. Alone in the inventory
+    there is nobody to join, and such a file would be refused."""
+    ours = environment()
+    plain = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined)
+    plain.filters, plain.tests = ours.filters, ours.tests
+    nodes = [{"host": f"n{i}", "id": i, "endpoint": f"10.0.0.{i}:908{i}"} for i in (1, 2, 3)]
+    text = (ROLES / "node" / "templates" / "dengine.toml.j2").read_text(encoding="utf-8")
+    made = plain.from_string(text).render(
+        dengine_nodes=nodes[:count], inventory_hostname=host, node_founder=founder,
+        dengine_config={}, dengine_node_id=host[1:], dengine_listen_address="10.0.0.1:9081",
+        dengine_endpoint="10.0.0.1:9081", dengine_db_root="/var/lib/dengine", dengine_zone="a",
+        dengine_security_enabled=False,
+    )  # fmt: skip
+    entries = tomllib.loads(made)["cluster"]["initial_cluster"]
+    assert [e["role"] for e in entries] == roles
+    assert [e["status"] for e in entries] == [2 if role == 2 else 0 for role in roles]
 
 
 # --- the command on the path ---------------------------------------------------------------------

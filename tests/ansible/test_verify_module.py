@@ -149,6 +149,20 @@ def test_each_fault_of_the_zones_is_a_problem() -> None:
     assert dengine_verify.zone_problems(crowded, dict.fromkeys(said, "az-1"), True) == []
 
 
+def test_another_node_at_an_address_is_a_problem() -> None:
+    """Two endpoints, swapped in the inventory; without one there is nothing to compare."""
+    answers = [{**holding(5), "GET /v1/status": Say({"node_id": i})} for i in (1, 2)]
+    with Server(answers[0]) as one, Server(answers[1]) as other:
+        ask = {"endpoints": [one.endpoint, other.endpoint], "voters": [1, 2, 3]}
+        right = {one.endpoint: 1, other.endpoint: "2"}
+        for ids in ({}, right):
+            assert run_module("dengine_verify", canary_prefix="", ids=ids, **ask)["problems"] == []
+        swapped = {one.endpoint: 2, other.endpoint: 1}
+        found = run_module("dengine_verify", canary_prefix="", ids=swapped, **ask)["problems"]
+    assert f"{one.endpoint} is node 1, the inventory says 2: swapped addresses?" in found
+    assert len(found) == 2
+
+
 def test_check_mode_compares_and_writes_nothing() -> None:
     """Everything but the canaries, which are the only thing that it ever writes."""
     with Server(holding(5)) as one, Server(holding(5)) as other:

@@ -7,6 +7,7 @@ import json
 import os
 
 IDENTITY = "identity.json"
+HALTED = "HALTED"  # in the data directory: why no start is to use it, "EXIT_CODE reason"
 SECRETS = ("peer_secret", "token")
 # Written by role rollout when a cluster was verified, into a directory that destroy.yml removes.
 MARKER = "cluster.json"
@@ -59,6 +60,15 @@ def read_identity(directory):
     return found if isinstance(found, dict) else {"error": "it is not an object"}
 
 
+def halted(directory):
+    """Why the node refuses to start with this directory, or ""."""
+    try:
+        with open(os.path.join(directory, HALTED), encoding="utf-8", errors="replace") as file:
+            return " ".join(file.read().split())
+    except OSError:
+        return ""
+
+
 def has_secrets(directory):
     """Do the secrets of a cluster lie here?"""
     return any(os.path.exists(os.path.join(directory, name)) for name in SECRETS)
@@ -73,6 +83,15 @@ def trace(secrets_dir, unit=""):
     if os.path.exists(marker):
         return marker
     return f"{os.path.basename(unit)} is enabled" if unit and os.path.lexists(unit) else ""
+
+
+def verified(secrets_dir):
+    """Id of the cluster that was verified on this host, or "" where that is not known."""
+    try:
+        with open(os.path.join(secrets_dir, MARKER), encoding="utf-8") as file:
+            return str(json.load(file)["cluster_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def is_empty(directory):

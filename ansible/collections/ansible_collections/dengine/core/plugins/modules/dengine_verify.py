@@ -28,6 +28,10 @@ options:
     description: Losing one zone may stop the cluster.
     type: bool
     default: false
+  ids:
+    description: Node id by endpoint, as the inventory has them. Each endpoint must be that node.
+    type: dict
+    default: {}
   max_keys:
     description: Most keys to compare on each node; 0 compares none.
     type: int
@@ -102,6 +106,20 @@ def view_problems(views, wanted):
     count = len(voters(first))
     if count % 2 == 0:
         problems.append(f"{count} voters: an even number tolerates no more failures than one less")
+    return problems
+
+
+def identity_problems(client, ids):
+    """Endpoints at which another node answers than the inventory says."""
+    problems = []
+    for endpoint in client.endpoints:
+        if endpoint in ids:
+            said = client.only(endpoint, client.patience).get("/v1/status").get("node_id")
+            if said != int(ids[endpoint]):
+                problems.append(
+                    f"{endpoint} is node {said}, the inventory says {ids[endpoint]}: swapped "
+                    "addresses?"
+                )
     return problems
 
 
@@ -212,6 +230,7 @@ def main():
             "voters": {"type": "list", "elements": "int", "required": True},
             "zones": {"type": "dict", "default": {}},
             "shared_zones": {"type": "bool", "default": False},
+            "ids": {"type": "dict", "default": {}},
             "max_keys": {"type": "int", "default": 20000, "no_log": False},
             "canary_prefix": {"type": "str", "default": ".dengine/canary/"},
         },
@@ -230,6 +249,7 @@ def main():
         problems += zone_problems(first, params["zones"], params["shared_zones"])
         client.endpoints = list(views)  # who does not answer is a problem; the others are compared
         try:
+            problems += identity_problems(client, params["ids"])
             if params["canary_prefix"] and not module.check_mode:
                 problems += canary_problems(client, params["canary_prefix"])
             if params["max_keys"]:

@@ -27,10 +27,13 @@ def faults(survey: Survey, founder: str, start: list[str], options: dict[str, An
     for node in survey.nodes:
         if node["host"] not in survey.unreachable:
             found += _identity(survey, node)
+            found += _other(survey, node)
+            found += _another_cluster(survey, node)
     found += _clusters(survey)
     if founder:
         found += _lost(survey)
     known = {r["host"] for r in found}
+    found += [r for r in _ended(survey, options) if r["host"] not in known]
     if not any(r["check"] == "secrets" for r in found):
         found += [r for r in _silent(survey) if r["host"] not in known]
     found += _members(survey, start, {r["host"] for r in found})
@@ -69,6 +72,14 @@ def _identity(survey: Survey, node: dict[str, Any]) -> Iterator[Row]:
     elif identity.get("removed"):
         problem = f"{directory} was removed from its cluster"
         hint = f"give {host} a dengine_node_id that was never used, and {aside}"
+    elif survey.halted(host):
+        code, _, reason = survey.halted(host).partition(" ")
+        problem = f"{directory} is not to be used (exit code {code}): {reason}"
+        hint = (
+            f"docs/operations.md, exit code {code}. An old copy (76): empty {directory}, HALTED "
+            f"too, see that the file of {host} has role = 3, start dengine there, and when it has "
+            "joined run this again. Else decide first, then remove HALTED"
+        )
     elif identity and identity.get("node_id") != node_id:
         problem = f"{directory} is of node {identity.get('node_id')}, not {node_id}"
         hint = aside
@@ -79,14 +90,50 @@ def _identity(survey: Survey, node: dict[str, Any]) -> Iterator[Row]:
         state = "is empty" if not identity else "has another incarnation"
         problem = f"node {node_id} is a voter, and its directory {directory} {state}"
         hint = (
-            f"bring the directory back if you can. If it is lost: dengine remove {node_id} "
-            f"(through another node), give {host} a new dengine_node_id, run this again"
+            f"bring the directory back if you can. If it is lost: with role = 3 in its file, start "
+            f"dengine on {host}, and it joins again; or dengine remove {node_id} (through another "
+            f"node), give {host} a new dengine_node_id, run this again"
         )
     elif survey.view and node is survey.nodes[0] and not own and not survey.belongs(host):
         problem = f"a cluster exists without node {node_id}, which has the lowest id"
         hint = f"give {host} a dengine_node_id above {max(survey.voters)}"
     if problem:
         yield row(host, "identity", problem, hint, "its own directory")
+
+
+def _other(survey: Survey, node: dict[str, Any]) -> Iterator[Row]:
+    """At the address of this node another one answers."""
+    said = (survey.said(node).get("status") or {}).get("node_id", node["id"])
+    if said != node["id"]:
+        yield row(
+            node["host"],
+            "identity",
+            f"{node['endpoint']} is node {said}, the inventory says {node['id']}: swapped "
+            "addresses?",
+            "put dengine_address and dengine_port right in the inventory; a node that is to have "
+            "another address is stopped first",
+            "its own address",
+        )
+
+
+def _another_cluster(survey: Survey, node: dict[str, Any]) -> Iterator[Row]:
+    """An earlier run has verified one cluster here, and now there is another one: what a host with
+    an empty disk has founded, or what somebody has restored."""
+    host, facts = node["host"], survey.facts[node["host"]]
+    verified = facts.get("verified")
+    said = (survey.infos[host].get("cluster") or {}).get("cluster_id") or survey.belongs(host)
+    known = said or survey.view.get("cluster_id")
+    if verified and known and verified != known:
+        there = f"{known} answers" if said else f"the others have {known}"
+        yield row(
+            host,
+            "identity",
+            f"this host was verified in cluster {verified}, and {there}",
+            f"if a backup was restored, or a node repaired, by hand: rm {facts['marker']} on "
+            f"{host}, then run this again. Else stop dengine, move {facts['data_dir']} aside, "
+            f"and bring back the data of {verified}",
+            "the cluster that was verified",
+        )
 
 
 def _is_known(identity: dict[str, Any], own: list[dict[str, Any]]) -> bool:
@@ -141,6 +188,20 @@ def _silent(survey: Survey) -> Iterator[Row]:
                 f"process {process['pid']} runs and does not answer: {said.get('reason')}",
                 "look at its log; diagnose.yml collects it",
                 node["endpoint"],
+            )
+
+
+def _ended(survey: Survey, options: dict[str, Any]) -> Iterator[Row]:
+    """What this very run has started, and is not there any more."""
+    for node in survey.nodes:
+        host = node["host"]
+        if host in options.get("started", []) and not survey.process(host):
+            yield row(
+                host,
+                "cluster",
+                f"node {node['id']} was started, and has ended again",
+                "see its log; diagnose.yml collects it",
+                "a node that runs",
             )
 
 

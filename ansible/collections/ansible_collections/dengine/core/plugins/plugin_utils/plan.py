@@ -98,6 +98,7 @@ class Planner:
             if n["host"] not in survey.unreachable
             and not survey.process(n["host"])
             and survey.belongs(n["host"])
+            and not survey.halted(n["host"])
             and (not survey.view or n["id"] in {*survey.voters, *survey.readers})
         ]
 
@@ -186,6 +187,6 @@ def expansion_plan(
         target: voters that there are to be.
         mode: "expand", or "site", which never calls an existing larger cluster wrong.
         options: shared_zones (their loss may stop the cluster), secrets (does the controller have
-            them?), secrets_file (where).
+            them?), secrets_file (where), started (hosts whose node this run has started).
     """
     return Planner(Survey(nodes, facts, infos), int(target), mode, options or {}).plan()

@@ -52,6 +52,10 @@ class Survey:
         """Id of the cluster whose data lie on `host`, or ""."""
         return str(self.identity(host).get("cluster_id") or "")
 
+    def halted(self, host: str) -> str:
+        """Why the node on `host` refuses to start, as "EXIT_CODE reason", or ""."""
+        return str(self.facts[host].get("halted") or "")
+
     def process(self, host: str) -> dict[str, Any] | None:
         found: dict[str, Any] | None = self.facts[host].get("process")
         return found
