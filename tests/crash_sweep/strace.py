@@ -60,7 +60,8 @@ class Strace:
             [*self._command, *(option for thread in watched for option in ("-p", str(thread)))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # with what it starts to find out what the kernel can do
         )
         wait_for(
             lambda: all(_tracer(thread) for thread in _threads(pid)),
@@ -75,8 +76,9 @@ class Strace:
                     os.kill(tracer, signal.SIGKILL)
                 wait_for(lambda: not _tracer(pid), "strace to be gone")
         else:
-            self._attached.kill()
-            self._attached.communicate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._attached.pid, signal.SIGKILL)
+            self._attached.wait()
             self._attached = None
 
 

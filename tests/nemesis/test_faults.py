@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import wait_for
-from tests.crash_sweep.strace import Strace
+from tests.crash_sweep.strace import Strace, wait_gone
 from tests.nemesis import on_disks, trial
 from tests.nemesis.by_operators import JOIN
 from tests.nemesis.faults import Band, Faults
@@ -227,6 +227,24 @@ def test_strace_that_cannot_be_attached_is_a_problem(
         carry_out(faults, "slow sync")
         said = f"strace could not be attached to process {process.pid}: no permission"
         assert faults.nodes.problems == ([] if gone else [said])
+
+
+def test_what_strace_has_started_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was left behind with the pipe whose end was waited for, and the run never ended."""
+    started = tmp_path / "started"
+    stand_in = tmp_path / "strace"
+    stand_in.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {started}\nexec sleep 600\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    strace = Strace(tmp_path / "log", [], children=True)
+    strace.attach(gone.pid)
+    wait_for(lambda: started.exists() and started.read_text().endswith("\n"), "it to start one")
+    strace.detach(gone.pid)
+    wait_gone(int(started.read_text()))
 
 
 def test_what_needs_more_voters_than_there_are_is_drawn_and_does_nothing(tmp_path: Path) -> None:
