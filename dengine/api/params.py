@@ -289,10 +289,8 @@ class BodyReader:
             return
         if expect.lower() != "100-continue":
             raise InvalidRequest("header Expect may only be 100-continue")
-        if (
-            message.version.minor == 0
-        ):  # such a client would take that for the answer (RFC 9110 15.2)
-            return
+        if message.version.minor == 0:
+            return  # such a client would take that for the answer (RFC 9110 15.2)
         transport = request.protocol.transport
         if transport is not None and not request.payload.is_eof():
             transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -319,9 +319,7 @@ class Raft:
     def stored_by(self, member: MemberId) -> int:
         """Up to which entry the leader knows the log of `member` to be durable."""
         progress = self.progress.get(member)
-        return (
-            self.log.stable_index if member == self.me else progress.match_index if progress else 0
-        )
+        return 0 if progress is None else progress.match_index
 
     # --- inputs -----------------------------------------------------------------------------
 

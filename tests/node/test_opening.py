@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dengine.config import Config, read
-from dengine.errors import DataCorruption, IdentityError
+from dengine.errors import DataCorruption, FatalError, IdentityError
 from dengine.node.opening import open_directory, raft_config
 from dengine.raft.types import MemberId
 from tests.cluster import config_text
@@ -22,27 +22,18 @@ def config_of(tmp_path: Path, election: str = "", kept_in: str = "db") -> Config
     return config
 
 
-def test_nobody_starts_before_a_person_has_decided_who_is_right(tmp_path: Path) -> None:
-    """Members that hold different states stopped; a reboot must not let them answer again."""
+@pytest.mark.parametrize("kind", [DataCorruption, IdentityError])
+def test_nobody_starts_before_a_person_has_decided(tmp_path: Path, kind: type[FatalError]) -> None:
+    """Members that hold different states stopped, or one was told that its directory is an old
+    copy; a reboot must not let them answer again. The code is the one that it ended with."""
     config = config_of(tmp_path)
     directory = open_directory(config)
-    directory.halt(DataCorruption("compare them, and restore the right one"))
+    directory.halt(kind("compare them, and restore the right one"))
     directory.close()
-    with pytest.raises(DataCorruption, match=r"restore the right one; then remove .*HALTED"):
+    with pytest.raises(kind, match=r"restore the right one; then remove .*HALTED"):
         open_directory(config)
     (directory.path / "HALTED").unlink()
     open_directory(config).close()
-
-
-def test_who_was_told_that_its_directory_is_an_old_copy_ends_with_the_same_code(
-    tmp_path: Path,
-) -> None:
-    config = config_of(tmp_path)
-    directory = open_directory(config)
-    directory.halt(IdentityError("it is an old copy"))
-    directory.close()
-    with pytest.raises(IdentityError, match=r"it is an old copy; then remove .*HALTED"):
-        open_directory(config)
 
 
 def test_a_shorter_timeout_counts_when_the_longer_one_has_been_kept(tmp_path: Path) -> None:

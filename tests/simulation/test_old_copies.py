@@ -26,6 +26,8 @@ from tests.simulation.test_calls import call
 from tests.simulation.test_found import belongs, cut, mend, until
 from tests.simulation.world import World
 
+Ends = list[tuple[int, BaseException | None]]  # machine id and why
+
 
 def growing() -> World:
     """One node that founds, two that join; nothing else happens."""
@@ -88,11 +90,9 @@ def leads(machine: Machine) -> bool:
     return machine.process is not None and machine.process.leads
 
 
-def noted_ends(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> list[tuple[int, BaseException | None]]:
+def noted_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> Ends:
     """From now on who ends is noted here, and started again as systemd does."""
-    ends: list[tuple[int, BaseException | None]] = []
+    ends: Ends = []
 
     def ended(machine: Machine, process: object, error: BaseException | None) -> None:
         if machine.process is process:
@@ -104,6 +104,19 @@ def noted_ends(
 
     monkeypatch.setattr(world, "process_ended", ended)
     return ends
+
+
+def leading_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, learners: int = 0
+) -> tuple[Machine, Ends]:
+    """An old copy that nobody reaches: it leads by itself, which is not promised not to happen."""
+    one = grown(world, learners=learners)
+    ends = noted_ends(world, monkeypatch)
+    cut(world, (1, 2), (1, 3))
+    monkeypatch.setattr(invariants, "violated", lambda *what: None)
+    world.start(one)
+    until(world, lambda: leads(one))
+    return one, ends
 
 
 @pytest.mark.parametrize(
@@ -181,12 +194,7 @@ def test_an_old_copy_that_has_led_alone_does_not_become_a_follower(
     from entries that nobody else had."""
     world = growing()
     with world.alive():
-        one = grown(world)
-        ends = noted_ends(world, monkeypatch)
-        cut(world, (1, 2), (1, 3))
-        monkeypatch.setattr(invariants, "violated", lambda *what: None)  # what is not promised
-        world.start(one)
-        until(world, lambda: leads(one))
+        one, ends = leading_alone(world, monkeypatch)
         for number in range(20):
             acknowledged(world, one, b"%d" % number)
         mend(world, (1, 2), (1, 3))
@@ -203,12 +211,7 @@ def test_what_an_old_copy_changes_alone_makes_it_no_newer(monkeypatch: pytest.Mo
     of the membership they made up for the others' votes: its log won, and states were mixed."""
     world = growing()
     with world.alive():
-        one = grown(world, learners=2)
-        ends = noted_ends(world, monkeypatch)
-        cut(world, (1, 2), (1, 3))
-        monkeypatch.setattr(invariants, "violated", lambda *what: None)  # what is not promised
-        world.start(one)
-        until(world, lambda: leads(one))
+        one, ends = leading_alone(world, monkeypatch, learners=2)
         for revisions in (1000, 1001, 1002):
             asked(
                 world,
@@ -231,12 +234,7 @@ def test_nobody_is_removed_by_an_old_copy(monkeypatch: pytest.MonkeyPatch) -> No
     had only just reached it marked themselves, and never started again."""
     world = growing()
     with world.alive():
-        one = grown(world, learners=2)
-        ends = noted_ends(world, monkeypatch)
-        cut(world, (1, 2), (1, 3))
-        monkeypatch.setattr(invariants, "violated", lambda *what: None)  # what is not promised
-        world.start(one)
-        until(world, lambda: leads(one))
+        one, ends = leading_alone(world, monkeypatch, learners=2)
         for dead in (2, 3):
             asked(world, one, lambda node, by, dead=dead: node.remove_member(dead, by))
         mend(world, (1, 2), (1, 3))
