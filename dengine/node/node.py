@@ -52,6 +52,7 @@ from dengine.raft.messages import Message
 from dengine.raft.raft import Raft, Ready, Restore, Transition
 from dengine.raft.types import Entry, MemberId, SnapshotRef
 from dengine.security import Secrets
+from dengine.storage.marks import forget_run
 from dengine.storage.recovery import after_damage
 
 log = logging.getLogger("dengine.node")
@@ -232,6 +233,7 @@ class Node:
         written = self._cycle.stop(DISK_STOP_S)
         await self._exchange.close()
         if written and clean:
+            forget_run(self.state.path)
             self.state.sync()
         self.state.close()
         if written:

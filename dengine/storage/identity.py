@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+from zlib_ng.zlib_ng import crc32
 
 from dengine.errors import DataCorruption, IdentityError, StorageIO
 from dengine.raft.membership import decode_membership
@@ -28,7 +29,8 @@ class Identity(msgspec.Struct, frozen=True):
 
 class _IdentityFile(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The JSON in identity.json; 63-bit numbers are strings since many readers round them, and
-    `pledge` is hexadecimal."""
+    `pledge` is hexadecimal. `checksum` is the CRC-32 of all that comes before it, in the most
+    compact form; a file without one is older than that."""
 
     format: int
     node_id: int
@@ -38,6 +40,7 @@ class _IdentityFile(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tr
     removed: str | None
     stickiness_ms: int = 0
     pledge: str = ""
+    checksum: str = ""
 
 
 def identity_text(identity: Identity) -> str:
@@ -45,8 +48,13 @@ def identity_text(identity: Identity) -> str:
     fields = msgspec.structs.asdict(identity)
     fields["incarnation"] = f"{identity.incarnation:016x}"
     fields["pledge"] = identity.pledge.hex()
-    text = msgspec.json.format(msgspec.json.encode(_IdentityFile(**fields)), indent=2)
-    return text.decode() + "\n"
+    file = _IdentityFile(**fields)
+    file.checksum = _checksum(file)
+    return msgspec.json.format(msgspec.json.encode(file), indent=2).decode() + "\n"
+
+
+def _checksum(file: _IdentityFile) -> str:
+    return f"{crc32(msgspec.json.encode(msgspec.structs.replace(file, checksum=''))):08x}"
 
 
 def read_identity(file: Path) -> Identity:
@@ -62,16 +70,14 @@ def read_identity(file: Path) -> Identity:
         if pledge:
             decode_membership(pledge)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise DataCorruption(
-            f"{file} is damaged ({error}): restore it, or remove {file.parent}, and the node "
-            "joins anew",
-            file=str(file),
-        ) from error
+        raise _damaged(file, str(error)) from error
     if found.format != FORMAT:
         raise IdentityError(
             f"{file} has format {found.format}, this dengine reads format {FORMAT}: "
             "start the version that wrote it"
         )
+    if found.checksum and found.checksum != _checksum(found):
+        raise _damaged(file, "its checksum is that of another content")
     return Identity(
         found.format,
         found.node_id,
@@ -81,4 +87,11 @@ def read_identity(file: Path) -> Identity:
         found.removed,
         found.stickiness_ms,
         pledge,
+    )
+
+
+def _damaged(file: Path, what: str) -> DataCorruption:
+    return DataCorruption(
+        f"{file} is damaged ({what}): restore it, or remove {file.parent}, and the node joins anew",
+        file=str(file),
     )

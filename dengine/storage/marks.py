@@ -25,3 +25,12 @@ def distrust_state(path: Path) -> None:
         with suppress(OSError):  # a full disk still lets go of the mark that vouches for the state
             (path.parent / RUN_MARK).unlink()
             sync_directory(path.parent)
+
+
+def forget_run(path: Path) -> None:
+    """Before the last sync of the state in directory `path`. Only the process that asked is told
+    that the disk has refused a page, which the kernel takes for written from then on: one that is
+    killed at that very moment could tell nobody, and this boot would trust the state.
+    """
+    with suppress(OSError):
+        (path.parent / RUN_MARK).unlink()

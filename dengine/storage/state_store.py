@@ -37,7 +37,6 @@ from dengine.kv.store import (
 from dengine.raft.membership import Membership, decode_membership
 from dengine.raft.types import Entry, EntryKind, LogId
 from dengine.storage.environment import (
-    CRC_BYTES,
     DATA_FILE,
     open_environment,
     storage_error,
@@ -51,7 +50,6 @@ from dengine.storage.state_records import (
     TOTALS_KEY,
     StateDigest,
     encode_applied,
-    is_sound,
     read_applied,
     record_hash,
     signed,
@@ -450,9 +448,7 @@ class StateStore:
             raise damage(self._path, APPLIED_KEY, "is missing")
         raw = self._read.get(MEMBERSHIP_KEY, db=self._meta)
         if raw is not None:
-            if not is_sound(MEMBERSHIP_KEY, raw):
-                raise damage(self._path, MEMBERSHIP_KEY, "fails its CRC")
-            self.membership = self._decode_membership(raw[:-CRC_BYTES])
+            self.membership = self._decode_membership(sound_data(MEMBERSHIP_KEY, raw, self._path))
             self._rules = rules_of(self.membership)
         raw = self._read.get(TOTALS_KEY, db=self._meta)
         if raw is not None:
@@ -465,9 +461,13 @@ class StateStore:
         """By how much the state hash grows."""
         key = MEMBERSHIP_KEY
         old = txn.get(key, db=self._meta)
+        grown = 0
+        if old is not None:
+            sound_data(key, old, self._path)  # rot would spoil the hash
+            grown -= record_hash(META, key, old)
         new = signed(key, data)
         txn.put(key, new, db=self._meta)
-        return record_hash(META, key, new) - (record_hash(META, key, old) if old else 0)
+        return grown + record_hash(META, key, new)
 
     def _decode_membership(self, data: bytes) -> Membership:
         try:

@@ -22,7 +22,7 @@ from tests.cluster import (
     static_cluster,
     wait_for,
 )
-from tests.crash_sweep.strace import Fault, Injection
+from tests.crash_sweep.strace import Fault, Injection, Strace
 
 IO_ERROR = 74  # the exit code for a disk that refused
 
@@ -207,6 +207,31 @@ def test_a_refused_page_of_the_state_ends_the_process_and_is_rebuilt(cluster: Cl
     finally:
         injection.detach(node.pid)
     assert "state-1/data.mdb: Input/output error" in node.output()
+    node.start()
+    wait_for(node.ready, "node 1 to lead again")
+    assert "rebuilding it" in node.output()
+    assert node.get("key").body == b"kept"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("strace") is None, reason="needs strace")
+def test_a_stop_that_is_killed_as_the_disk_refuses_has_its_state_rebuilt(cluster: Cluster) -> None:
+    """Only the process that asked was told that the disk refused a page: whoever reads it next in
+    this boot may be given an older one."""
+    port = free_port()
+    node = cluster.node(1, config_text(1, {1: port}, 2, 2, "founding_wait_ms = 0\n"), port)
+    node.start()
+    wait_for(node.ready, "node 1 to lead")
+    assert node.put("key", "kept").ok
+    only = ["-P", str(node.directory / "state-1" / "data.mdb")]
+    refused = ["-e", "inject=fdatasync:error=EIO:signal=KILL:when=1"]
+    options = ["-e", "trace=fdatasync", *only, *refused]
+    strace = Strace(node.directory.parent / "trace", options, children=True)
+    strace.attach(node.pid)
+    try:
+        node.signal(signal.SIGTERM)
+        assert node.wait_exit() == -signal.SIGKILL
+    finally:
+        strace.detach(node.pid)
     node.start()
     wait_for(node.ready, "node 1 to lead again")
     assert "rebuilding it" in node.output()

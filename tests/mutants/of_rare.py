@@ -468,4 +468,15 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         tests="tests/kv/test_expiry.py::test_a_lease_whose_time_is_over_cannot_be_used",
     ),
+    # It takes a kill right between the disk's answer and the note of it.
+    mutant(
+        "this boot vouches for a state while the disk is asked about it",
+        ("dengine.node.node", "            forget_run(self.state.path)\n", ""),
+        tests=FOUND,
+    ),
+    mutant(
+        "rot in identity.json is not looked for",
+        ("dengine.storage.identity", "if found.checksum and found.checksum != ", "if False and "),
+        tests="tests/storage/test_directory.py",
+    ),
 )

@@ -105,7 +105,8 @@ def summary(runs: Sequence[Facts]) -> Facts:
 
 
 def passed(runs: Sequence[Facts]) -> bool:
-    return all(run["verdict"] == OK for run in runs)
+    """Nothing was found, and something was looked for."""
+    return bool(runs) and all(run["verdict"] == OK for run in runs)
 
 
 def write(runs: Sequence[Facts], directory: Path) -> Path:

@@ -156,14 +156,23 @@ def shared(args: argparse.Namespace, directory: Path, runs: list[Facts]) -> None
             process.wait()
     finally:
         _end([process for _, process in jobs], directory)
-        for path, _ in jobs:
-            with contextlib.suppress(FileNotFoundError):
-                report_file = path / "report.json"
-                runs += json.loads(report_file.read_text(encoding="utf-8"))["runs"]
-        runs.sort(key=lambda run: int(run["seed"]))
-    for path, process in jobs:
-        if process.returncode not in (0, 1, STOPPED):
-            raise RuntimeError(f"{path} ended with {process.returncode}: what it ran is unknown")
+        found = [_runs_of(path) for path, _ in jobs]
+        runs += sorted(itertools.chain(*found), key=lambda run: int(run["seed"]))
+    for (path, process), its_runs in zip(jobs, found, strict=True):
+        code = process.returncode
+        # 1 is also what Python ends with over an exception that nobody has expected.
+        unexplained = code == 1 and not any(run["findings"] for run in its_runs)
+        if unexplained or code not in (0, 1, STOPPED):
+            raise RuntimeError(f"{path} ended with {code}: what it ran is unknown")
+
+
+def _runs_of(directory: Path) -> list[Facts]:
+    """What the report of a job says, if it has come to one."""
+    with contextlib.suppress(FileNotFoundError):
+        text = (directory / "report.json").read_text(encoding="utf-8")
+        runs: list[Facts] = json.loads(text)["runs"]
+        return runs
+    return []
 
 
 def _job(args: argparse.Namespace, into: Path, job: int) -> subprocess.Popen[bytes]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.nemesis import run
+from tests.nemesis import report, run
 from tests.nemesis.outcome import UNHARMED, Outcome
 from tests.nemesis.plan import Plan
 from tests.nemesis.run import run_all
@@ -122,6 +124,58 @@ def test_whatever_else_ends_it_the_report_is_there(tmp_path: Path, start: Start)
     with pytest.raises(MemoryError):
         start("ok", MemoryError)
     assert reported(tmp_path) == [(7, "ok")]
+
+
+def test_no_run_at_all_is_no_pass(start: Start) -> None:
+    assert start(minutes=-1.0) == STOPPED
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code", "wrong"),
+    [
+        (["ok"], 0, False),
+        (["FAILED"], 1, False),
+        (["broken off"], STOPPED, False),
+        (["ok"], 1, True),  # what Python ends with over an exception
+        ([], 1, True),
+        (["ok"], -signal.SIGKILL, True),
+    ],
+)
+def test_a_job_that_has_died_is_no_pass(
+    tmp_path: Path,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    verdicts: list[str],
+    code: int,
+    wrong: bool,
+) -> None:
+    """Of two the other one passes."""
+
+    def job(args: argparse.Namespace, into: Path, number: int) -> subprocess.Popen[bytes]:
+        into.mkdir()
+        rows = [
+            {**facts(verdict), "seed": number, "findings": ["lost"] * (verdict == "FAILED")}
+            for verdict in (["ok"] if number else verdicts)
+        ]
+        if rows:
+            (into / "report.json").write_text(json.dumps({"runs": rows}), encoding="utf-8")
+        ending = "import os, signal, sys; code = int(sys.argv[1])\n"
+        ending += "os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)"
+        return subprocess.Popen([sys.executable, "-c", ending, str(0 if number else code)])
+
+    monkeypatch.setattr(run, "_job", job)
+    if wrong:
+        with pytest.raises(RuntimeError, match=f"job-1 ended with {code}"):
+            start(jobs=2)
+    else:
+        assert start(jobs=2) == code
+    assert len(reported(tmp_path)) == len(verdicts) + 1
+
+
+def facts(verdict: str) -> report.Facts:
+    """Of one run that did not do much."""
+    made = report.facts(Outcome(Plan(7, 5.0, ()), Path("run-7"), operations=10))
+    return {**made, "verdict": verdict}
 
 
 def test_the_last_report_is_also_above_the_directory_of_the_call(

@@ -19,7 +19,7 @@ from dengine.errors import DataCorruption
 from dengine.node.founding import pledge_of
 from dengine.node.wire import Pledge
 from dengine.raft.membership import decode_membership
-from dengine.raft.types import LogId
+from dengine.raft.types import LogId, MemberId
 from dengine.storage.snapshot_file import SUFFIX, SnapshotHeader
 from dengine.storage.snapshot_frames import DIGEST_BYTES, PARTIAL_SUFFIX, read_header_bytes
 from tests.simulation.disk import Inode
@@ -93,8 +93,15 @@ class Durability:
 
     def pledges(self, machine: Machine, pledge: Pledge) -> None:
         """Invariant 7: nobody may forget what it is bound to, for the others found by that."""
-        on_disk = bytes.fromhex(json.loads(self._identity(machine)).get("pledge", ""))
-        if not on_disk or pledge_of(decode_membership(on_disk)) != pledge:
+        fields = json.loads(self._identity(machine))
+        on_disk = bytes.fromhex(fields.get("pledge", ""))
+        if on_disk and pledge_of(decode_membership(on_disk)) == pledge:
+            return
+        process, (incarnation, _) = self._said.get(machine.id, (None, (0, "")))
+        renamed = process is machine.process and int(fields["incarnation"], 16) != incarnation
+        # Else it has just taken another name, as above: what the old one was bound to goes with it,
+        # and those who found with that have one founder who never comes.
+        if not (renamed and MemberId(machine.id, incarnation) in pledge.founders):
             violated("7 identity", f"node {machine.id} may forget that it is bound to {pledge}")
 
     def _identity(self, machine: Machine) -> bytes:

@@ -121,6 +121,30 @@ def test_no_two_clusters_come_of_one_list() -> None:
         assert len({cluster_id(machine) for machine in machines}) == 1
 
 
+def test_nothing_vouches_for_a_state_while_the_disk_is_asked_about_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It refuses a page once. Whoever was killed right then had told nobody, and the next process
+    of that boot read an older page (seed 30003384)."""
+    with three_founders() as (world, machines):
+        for machine in machines:
+            world.start(machine)
+        until(world, lambda: len(world.checker.committed) > 1)
+        node, process = node_of(machines[0]), machines[0].process
+        run_mark, sync, vouched = ("data", "1", "RUN"), node.state.sync, []
+        assert machines[0].disk.find(run_mark) is not None
+
+        def asked() -> None:
+            vouched.append(machines[0].disk.find(run_mark) is not None)
+            sync()
+
+        monkeypatch.setattr(node.state, "sync", asked)
+        assert process is not None
+        process.stop()
+        until(world, lambda: machines[0].process is not process)
+        assert vouched == [False]
+
+
 def test_a_voter_without_its_state_leads_until_another_one_can() -> None:
     """The leader is lost for good with an entry that one voter has, which has just thrown its state
     away, and the other one has not. The first one stood for no election, and gave the second no

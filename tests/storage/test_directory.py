@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from dengine.errors import DataCorruption, IdentityError, StorageIO, TryAgain
 from dengine.kv.commands import Put, encode_batch, encode_command
 from dengine.raft.types import Entry, EntryKind, HardState
 from dengine.storage.directory import DataDirectory
+from dengine.storage.identity import read_identity
 from dengine.storage.log_store import LogStore
 from dengine.storage.recovery import open_stores
 from dengine.storage.restore import building
@@ -141,6 +143,37 @@ def test_a_damaged_identity_is_not_replaced(tmp_path: Path, text: str) -> None:
     for _ in range(2):
         with pytest.raises(DataCorruption, match=r"identity\.json is damaged"):
             DataDirectory.open(tmp_path, 1)
+
+
+def test_no_flipped_bit_makes_another_identity(tmp_path: Path) -> None:
+    """Of none of them: a node with another cluster, name or promise than its own would run on, and
+    be refused by all others for ever, or break what it has promised."""
+    directory = DataDirectory.open(tmp_path, 1)
+    directory.set_cluster_id("c" * 32)
+    directory.set_address("10.0.0.1:9081")
+    noted = directory.identity
+    directory.close()
+    file = tmp_path / "1" / "identity.json"
+    sound = file.read_bytes()
+    for bit in range(8 * len(sound)):
+        rotten = bytearray(sound)
+        rotten[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(rotten)
+        with contextlib.suppress(DataCorruption, IdentityError):
+            assert read_identity(file) == noted, f"bit {bit}"  # in white space
+
+
+def test_an_identity_from_before_there_were_checksums_is_read(tmp_path: Path) -> None:
+    """And has one as soon as anything is noted in it."""
+    DataDirectory.open(tmp_path, 1).close()
+    file = tmp_path / "1" / "identity.json"
+    fields = json.loads(file.read_text())
+    assert len(fields.pop("checksum")) == 8
+    file.write_text(json.dumps(fields))
+    directory = DataDirectory.open(tmp_path, 1)
+    directory.set_address("10.0.0.1:9081")
+    directory.close()
+    assert len(json.loads(file.read_text())["checksum"]) == 8
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:

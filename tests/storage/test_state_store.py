@@ -257,6 +257,25 @@ def test_history_goes_on_behind_no_key_that_has_rotted(store: StateStore, path: 
     assert (store.applied.index, store.revision) == (300, 300)
 
 
+def test_a_membership_that_has_rotted_does_not_go_out_of_the_state_hash(
+    store: StateStore, path: Path
+) -> None:
+    """With its damage: a state that is sound again would be found not to be what was applied."""
+    membership = found("c" * 32, [Member(MemberId(1, 1), "127.0.0.1:1")], ClusterSettings())
+    store.apply([Entry(1, 1, EntryKind.CONFIG, membership.encode())])
+    store.sync()
+    file = path / "data.mdb"
+    content = file.read_bytes()
+    with open(file, "r+b") as stream:
+        for match in re.finditer(b"c" * 32, content):
+            stream.seek(match.start())
+            stream.write(b"C")
+    with pytest.raises(DataCorruption, match="b'membership' fails its CRC"):
+        store.apply([Entry(2, 1, EntryKind.CONFIG, membership.encode())])
+    assert (path / DAMAGED_MARK).exists()
+    assert store.applied.index == 1
+
+
 def test_what_was_synced_is_in_the_file(store: StateStore, path: Path) -> None:
     """`sync` and `close` leave all that was applied."""
     store.apply([entry(1, *puts(100, size=300))])
