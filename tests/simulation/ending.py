@@ -94,7 +94,16 @@ class Ending:
             machine.disk.room = machine.disk.fuse = machine.disk.eio = None
             if machine.process is not None:
                 machine.process.loop.frozen_until = 0
+            self._correct_file(machine)
             world.start(machine)
+
+    def _correct_file(self, machine: Machine) -> None:
+        """The operator does so where a joiner knows nobody but who has been removed meanwhile."""
+        world, process = self._world, machine.process
+        is_member = process is not None and world.membership.get(process.member) is not None
+        if not is_member and all(world.machines[i].retired for i in machine.founders):
+            machine.founders = tuple(member.id for member in world.membership.voters)
+            world.crash(machine)
 
     def _wait(
         self,
