@@ -191,6 +191,17 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
+        "a keyed write that ran out of time is said not to have happened",
+        ("dengine.node.proposals", "import Deferred\n", "import Deferred, Once, decode_command\n"),
+        (
+            "dengine.node.proposals",
+            'in time; it may still be")',
+            'in time; it may still be", outcome="none" if waiting.command and '
+            'isinstance(decode_command(waiting.command), Once) else "unknown")',
+        ),
+        by="11 outcome",
+    ),
+    mutant(
         "a broken stream is taken for a refusal",
         (
             "dengine.node.forwarding",

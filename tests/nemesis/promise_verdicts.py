@@ -428,7 +428,7 @@ def _one_change_for_two(increments: Sequence[Increment]) -> Iterator[str]:
 def _miscounted(increments: Sequence[Increment], counts: Mapping[str, Count]) -> Iterator[str]:
     """A counter is at what is known to be done, and above it by what is not known at most."""
     for increment in increments:
-        if increment.key == WRITTEN and increment.done is False:
+        if increment.key == WRITTEN and increment.answers and increment.done is False:
             yield f"{increment.once} for {WRITTEN} was refused, and asked for no condition"
     for key, count in counts.items():
         done = [increment.done for increment in increments if increment.key == key]

@@ -376,6 +376,10 @@ def lost_increment(records: Records) -> None:
     ]
 
 
+def told_that_it_did_not_happen(records: Records) -> None:
+    records.increments[3] = Increment(WRITTEN, "c:4", [], 1, False)
+
+
 def refused_without_a_condition(records: Records) -> None:
     records.increments.append(Increment(WRITTEN, "c:5", [(412, 21)], 0, False))
 
@@ -425,6 +429,7 @@ def refused_without_a_condition(records: Records) -> None:
         (two_at_one_revision, "2 increments of n/swapped were done at revision 20"),
         (carried_out_twice, "n/written was changed 1 times, by 0 increments"),
         (lost_increment, "n/written was changed 1 times, by 2 increments"),
+        (told_that_it_did_not_happen, "n/written was changed 1 times, by 0 increments"),
         (refused_without_a_condition, "c:5 for n/written was refused"),
     ],
 )

@@ -308,6 +308,42 @@ def test_an_increment_is_repeated_under_its_key(monkeypatch: pytest.MonkeyPatch)
     assert op.called < op.returned < FOREVER
 
 
+@pytest.mark.parametrize("outcomes", [("none", "none"), ("none", "unknown", "none")])
+def test_an_increment_that_is_always_refused_has_not_happened(
+    monkeypatch: pytest.MonkeyPatch, outcomes: tuple[str, ...]
+) -> None:
+    """Where some attempt may have, nobody can say so, and it is repeated."""
+    asked: list[str] = []
+
+    def answer(line: str, headers: dict[str, str]) -> Iterator[bytes]:
+        asked.append(headers["Idempotency-Key"])
+        if len(asked) > len(outcomes):
+            yield answered(200, '{"revision":7,"created":true}')
+        else:
+            yield answered(503, f'{{"outcome":"{outcomes[len(asked) - 1]}"}}')
+
+    rolls = iter((0.9, 0.9, 0.2))  # it hangs up on nobody, and gives up the second time it could
+    rng = random.Random(1)
+    monkeypatch.setattr(rng, "random", lambda: next(rolls, 0.9))
+    monkeypatch.setattr("tests.nemesis.workers.LOST", 0.0)
+    monkeypatch.setattr("tests.nemesis.workers.COUNTED", COUNTED[1:] * 2)
+    increments: list[Increment] = []
+    history: dict[str, list[Operation]] = {}
+    keyed = KeyedClient(
+        Caller(rng, Tally(), lambda _: False), 7, lambda: NODES, increments, history
+    )
+
+    async def count() -> None:
+        async with node(monkeypatch, answer):
+            assert await keyed.once(1) == ("unknown" in outcomes)
+        keyed.close()
+
+    run(count)
+    (increment,) = increments
+    assert increment.done is ("unknown" in outcomes)
+    assert sum(map(len, history.values())) == ("unknown" in outcomes)
+
+
 def test_what_became_of_a_write_takes_the_place_of_its_beginning() -> None:
     """One that is never told of again stays of unknown outcome."""
     holds, note = Holds(), Note(1, WRITE, 5, 1.0, key="g/fenced", value="5 1.1")

@@ -25,6 +25,7 @@ TTL_KEYS = 12  # the newest of a client, which it asks for
 LOST = 0.2  # how often the answer to a keyed request is not waited for, and lost
 LOST_S = 0.05
 AGAIN = 0.1  # how often one is repeated that was answered
+GIVES_UP = 0.3  # how often one is not repeated that was told each time that it did not happen
 COUNTED = ("n/swapped", "n/written")
 
 
@@ -131,7 +132,8 @@ class Increment:
     Attributes:
         answers: what it was told, each time: the status, and the revision that was named.
         repeated: how often it was sent beside the first time.
-        done: did it happen? None: nobody knows.
+        done: did it happen? None: nobody knows. False also where it was sent in vain each time.
+        doubtful: some attempt that was not answered may have happened.
     """
 
     key: str
@@ -139,10 +141,16 @@ class Increment:
     answers: list[tuple[int, int | None]] = field(default_factory=list)
     repeated: int = 0
     done: bool | None = None
+    doubtful: bool = False
+
+    def not_answered(self, outcome: str) -> None:
+        self.doubtful = self.doubtful or outcome != "none"
+        self.done = None if self.doubtful else False
 
 
 class KeyedClient:
-    """Counts, each time under a key, and repeats that at any node until it is answered.
+    """Counts, each time under a key, and repeats that at any node until it is answered, or, now and
+    then, is known not to have happened.
 
     One counter is swapped for what follows; the other is written whatever it is, and its version
     counts. Of the former a repetition that is carried out would be refused, of the latter it would
@@ -210,9 +218,15 @@ class KeyedClient:
         headers = {**headers, "Idempotency-Key": increment.once}
         send = (key, value.encode(), headers, increment)
         while not increment.answers:
+            increment.done = None
             hangs_up = not increment.repeated and self.rng.random() < LOST
-            await self._send(*send, node_id, LOST_S * self.rng.random() if hangs_up else None)
+            patience_s = LOST_S * self.rng.random() if hangs_up else None
+            outcome = await self._send(*send, node_id, patience_s)
             if not increment.answers:
+                increment.not_answered(outcome)
+                if increment.done is False and self.rng.random() < GIVES_UP:
+                    history.remove(op)
+                    return False
                 increment.repeated += 1
                 await asyncio.sleep(BACK_OFF_S)
                 node_id = another(self.rng, self._nodes(), node_id)
@@ -238,11 +252,13 @@ class KeyedClient:
         increment: Increment,
         node_id: int,
         patience_s: float | None,
-    ) -> None:
+    ) -> str:
+        """The outcome, if it was a refusal."""
         path = f"/v1/kv/{key}"
-        reply, _ = await self._caller.send("PUT", path, body, headers, node_id, patience_s)
+        reply, outcome = await self._caller.send("PUT", path, body, headers, node_id, patience_s)
         if reply is not None and reply.status in (200, 412):
             increment.answers.append(_told(reply))
+        return outcome
 
 
 def _told(reply: Reply) -> tuple[int, int | None]:

@@ -84,7 +84,6 @@ class Clients:
         self.pending: dict[Call, None] = {}
         self.operations = 0
         self.shown_index = 0  # the newest entry of which anybody has seen what came of it
-        self.refused: set[bytes] = set()  # marks of commands that will never happen
         self._unknown: list[Call] = []
         self._eventual: dict[Process, int] = {}
         self._counter = 0
@@ -201,6 +200,8 @@ class Clients:
         assert call.process is not None
         call.floor = self.shown_index
         call.called = self.world.scheduler.now
+        if call.command is not None:
+            self.world.attempts.sent(mark_of(call.command))
         at = call.process.member.id
         self.world.note("call", call.client, call.level, *_words(call), "at", at)
         task = call.process.loop.create_task(self._perform(call))
@@ -277,7 +278,7 @@ class Clients:
             self.world.count(f"refused: {error.name}")
             self.expected(error)
             if error.outcome == "none" and call.command is not None:
-                self._refuse(call)
+                self.world.attempts.refused(mark_of(call.command))
             else:
                 self._lost(call)
         elif isinstance(error, Exception):
@@ -354,13 +355,6 @@ class Clients:
         if result not in model.answers[mark]:
             violated("11 outcome", f"{mark!r} was answered {result}, not {model.answers[mark]}")
         self.shown_index = max(self.shown_index, index)
-
-    def _refuse(self, call: Call) -> None:
-        assert call.command is not None
-        mark = mark_of(call.command)
-        self.refused.add(mark)  # from here on the checker looks out for it
-        if mark in self.world.checker.model.index_of:
-            violated("11 outcome", f"{mark!r} was refused, although it is committed")
 
     def _lost(self, call: Call) -> None:
         """Nobody knows whether it happened, or will."""

@@ -329,14 +329,13 @@ class Checker:
             self._configs.append((entry.index, self.world.membership))
 
     def _carried_out(self, step: Step) -> None:
-        model, refused = self.model, self.world.clients.refused
+        model = self.model
         for outcome in step.outcomes:
             mark = outcome.mark
             if not isinstance(outcome.result, Deferred):
                 if mark in model.index_of and not isinstance(outcome.command, Once):
                     violated("13 once", f"{mark!r} is committed twice")
-                if mark in refused:
-                    violated("11 outcome", f"{mark!r} was refused, and is committed: {step.index}")
+                self.world.attempts.carried_out(mark, step.index)
             model.take_in(outcome, step.index)
 
     def _durable(self, log_id: LogId, raft: Raft) -> bool:

@@ -229,24 +229,33 @@ class Sessions:
             return
         who, attempt = f"session {session.slot}", request.attempt
         self._world.note(who, request.what, request.mark, "at", process.member.id)
+        self._world.attempts.sent(request.mark)
         task = process.loop.create_task(self._perform(session, request, process))
         task.add_done_callback(lambda done: self._answered(session, request, attempt, done))
 
     def _invoke_also(self, session: _Session, request: _Request, process: Process) -> None:
         """The same request at the same time. Nobody waits for the answer, but it must be true."""
         self._world.note(f"session {session.slot}", request.mark, "also at", process.member.id)
+        self._world.attempts.sent(request.mark)
         task = process.loop.create_task(self._perform(session, request, process))
         task.add_done_callback(lambda done: self._answered_also(request, process, done))
 
     def _answered_also(self, request: _Request, process: Process, task: Any) -> None:
         self._world.checker.look(process)
         error = None if task.cancelled() else task.exception()
+        self._failed(request, error)
+        if error is None and not task.cancelled():
+            self._world.clients.acknowledged(request.mark, task.result())
+
+    def _failed(self, request: _Request, error: BaseException | None) -> None:
+        """What is repeated later may still happen, by that repetition."""
         if isinstance(error, DengineError):
             self._world.clients.expected(error)
+            if error.outcome == "none":
+                self._world.counts["attempt refused"] += 1  # there are too many for the trace
+                self._world.attempts.refused(request.mark)
         elif error is not None:
             raise error
-        elif not task.cancelled():
-            self._world.clients.acknowledged(request.mark, task.result())
 
     @staticmethod
     async def _perform(session: _Session, request: _Request, process: Process) -> Result:
@@ -272,10 +281,7 @@ class Sessions:
         request.process = None
         error = None if task.cancelled() else task.exception()
         if task.cancelled() or error is not None:
-            if isinstance(error, DengineError):
-                self._world.clients.expected(error)
-            elif error is not None:
-                raise error
+            self._failed(request, error)
             self._world.note(f"session {session.slot}", request.mark, "->", error)
             self._later(session, request)
             return

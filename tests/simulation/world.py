@@ -34,6 +34,7 @@ import lmdb
 
 from dengine.errors import DataCorruption, IdentityError, StorageIO, TryAgain
 from dengine.raft.membership import Membership
+from tests.simulation.attempts import Attempts
 from tests.simulation.clients import Clients
 from tests.simulation.durability import Durability
 from tests.simulation.ending import Ending
@@ -68,6 +69,7 @@ class World:
         self.graveyard: list[Process] = []  # what a dead process still holds must not run
         habits = self._habits()
         self.network = Network(self, random.Random(f"{plan.seed} network"), habits)
+        self.attempts = Attempts()
         self.checker = Checker(self)
         self.durability = Durability(self)
         self.machines: dict[int, Machine] = {}
