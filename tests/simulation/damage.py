@@ -112,8 +112,12 @@ class Damage:
         node = (machine.path / name / "data.mdb")._find()
         if node is None or node.environment is None:
             return False
-        if not self._rot_record(node.environment, b"keys", rng):
+        tables = [name for name, table in node.environment.tables.items() if name and table.keys]
+        if not tables:
             return False
+        name = rng.choice(sorted(tables))
+        self._rot_record(node.environment, name, rng)
+        self._world.count(f"rot in {name.decode()}")
         self._faults.mark(machine, "state rotted", lambda: self._is_weak(machine))
         return True
 
