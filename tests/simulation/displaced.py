@@ -92,8 +92,8 @@ class Displaced:
         if groups:
             together = {(i, j) for group in groups for i in group for j in group}
             cuts = {(i, j) for i in ids for j in ids if i != j and (i, j) not in together}
-        self._world.network.cut(sorted(cuts - self._cuts))
-        self._world.network.mend(sorted(self._cuts - cuts))
+        self._world.network.cut(sorted(cuts - self._cuts), "displaced")
+        self._world.network.mend(sorted(self._cuts - cuts), "displaced")
         self._cuts = cuts
 
     def leads(self, node_id: int) -> None:

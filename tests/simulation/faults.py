@@ -23,6 +23,7 @@ from tests.simulation.operators import Operators
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
+STALE = "stale leader"
 ROOM = (0, 50, 200, 1000, 3000)  # bytes that a disk has left when it begins to fill
 
 
@@ -47,6 +48,7 @@ class Faults:
             for kind in (*world.plan.faults, "join")
         }
         self._handing_over: Process | None = None
+        self._usurped: tuple[int, int] = (0, 0)  # a leader's machine id, and until when it is alone
         self.operators = Operators(world, self)
         self._displaced = Displaced(world, self)
         self.damaged: Machine | None = None
@@ -58,7 +60,7 @@ class Faults:
         self._acts: dict[str, tuple[int, Callable[[random.Random], bool]]] = {
             "mesh": (1000, self._mesh),
             "usurp": (1000, self._usurp),
-            "stale leader": (300, self._stale_leader),
+            STALE: (300, self._stale_leader),
             "slow": (800, self._slow),
             "burst": (500, self._burst),
             "blackout": (2000, self._blackout),
@@ -140,6 +142,10 @@ class Faults:
 
     def leads(self, node_id: int) -> None:
         """This very moment it is seen that `node_id` leads a new term."""
+        leader, until = self._usurped
+        if self.world.scheduler.now < until and node_id != leader:
+            self.world.count("usurped")
+            self._usurped = (0, 0)
         self._displaced.leads(node_id)
 
     # --- who --------------------------------------------------------------------------------------
@@ -170,16 +176,18 @@ class Faults:
 
     # --- the network ------------------------------------------------------------------------------
 
-    def _cut(self, pairs: set[tuple[int, int]], rng: random.Random, lasting_ms: int = 0) -> bool:
+    def _cut(
+        self, by: str, pairs: set[tuple[int, int]], rng: random.Random, lasting_ms: int = 0
+    ) -> bool:
         links = sorted(pairs)
         self.world.note("cut", links)
-        self.world.network.cut(links)
+        self.world.network.cut(links, by)
         for one, other in links:
             process = self.world.machines[one].process
             if process is not None and process.serves:
                 process.peers.cut(other)
         lasting_ms = lasting_ms or int(rng.choice((0.3, 0.6, 1.2)) * self._timeout_max_ms)
-        self.world.scheduler.after(lasting_ms * MS, self.world.network.mend, links)
+        self.world.scheduler.after(lasting_ms * MS, self.world.network.mend, links, by)
         return bool(links)
 
     def _one_way(self, machine: Machine, rng: random.Random) -> bool:
@@ -187,7 +195,8 @@ class Faults:
         if not others:
             return False
         other = rng.choice(others)
-        return self._cut({(machine.id, other) if rng.random() < 0.5 else (other, machine.id)}, rng)
+        link = (machine.id, other) if rng.random() < 0.5 else (other, machine.id)
+        return self._cut("one-way cut", {link}, rng)
 
     def _isolate(self, machine: Machine, rng: random.Random) -> bool:
         others = [i for i in self.world.machines if i != machine.id]
@@ -196,18 +205,20 @@ class Faults:
         pairs = set(itertools.product(side, rest))
         if rng.random() < 0.7:
             pairs |= set(itertools.product(rest, side))
-        return self._cut(pairs, rng)
+        return self._cut("isolate", pairs, rng)
 
     def _lag(self, machine: Machine, rng: random.Random) -> bool:
         """It hears nothing for so long that it will need a snapshot."""
         others = [i for i in self.world.machines if i != machine.id]
-        return self._cut({p for i in others for p in ((i, machine.id), (machine.id, i))}, rng, 1200)
+        pairs = {p for i in others for p in ((i, machine.id), (machine.id, i))}
+        return self._cut("lag", pairs, rng, 1200)
 
     def _mesh(self, rng: random.Random) -> bool:
         """Some pairs cannot talk, though both reach others."""
-        pairs = list(itertools.combinations(self.world.machines, 2))
-        some = rng.sample(pairs, rng.randint(0, len(pairs) // 2)) if pairs else []
-        return self._cut({p for one, other in some for p in ((one, other), (other, one))}, rng)
+        every = list(itertools.combinations(self.world.machines, 2))
+        some = rng.sample(every, rng.randint(0, len(every) // 2)) if every else []
+        pairs = {p for one, other in some for p in ((one, other), (other, one))}
+        return self._cut("mesh", pairs, rng)
 
     def _usurp(self, rng: random.Random) -> bool:
         """The leader goes on alone, with clients that write to it, until another one leads."""
@@ -225,11 +236,12 @@ class Faults:
         pairs = {p for one in side for i in rest for p in ((one, i), (i, one))}
         lasting_ms = int(rng.uniform(0.8, 2.5) * self._timeout_max_ms)
         if rng.random() < 0.3:  # what it appends is still being written when it is replaced
-            leader.machine.stalled_until = self.world.scheduler.now + (lasting_ms + 100) * MS
+            leader.machine.stall(self.world.scheduler.now + (lasting_ms + 100) * MS, "usurp")
         if rng.random() < 0.4:  # a membership that will never be committed
             settings = {"history_revisions": rng.randint(1, 1000)}
             self.operators.ask(rng, lambda node, by: node.change_settings(settings, by), leader)
-        return self._cut(pairs, rng, lasting_ms)
+        self._usurped = (me, self.world.scheduler.now + lasting_ms * MS)
+        return self._cut("usurp", pairs, rng, lasting_ms)
 
     def _stale_leader(self, rng: random.Random) -> bool:
         """Answers reach the leader later and later, and it learns late that it does not lead any
@@ -251,19 +263,19 @@ class Faults:
                 rng, lambda _, deadline: node.transfer_leader(heir, deadline), leader
             )
         elif way == "one":
-            self._slow_down(links, int(rng.uniform(0.15, 0.45) * timeout_ms))
-            self._cut({(me, heir), (heir, me)}, rng, 4 * timeout_ms)
+            self._slow_down(STALE, links, int(rng.uniform(0.15, 0.45) * timeout_ms))
+            self._cut(STALE, {(me, heir), (heir, me)}, rng, 4 * timeout_ms)
             self._read_often(leader, 3 * timeout_ms, rng)
         else:
             steps = rng.randint(1, 6)
             for step in range(steps):
                 lag_ms = int(0.4 * timeout_ms * (step + 1))
-                after(step * timeout_ms // 2 * MS, self._slow_down, links, lag_ms)
+                after(step * timeout_ms // 2 * MS, self._slow_down, STALE, links, lag_ms)
             after(steps * timeout_ms // 2 * MS, self._deafen, leader, others, rng)
         return True
 
     def _deafen(self, leader: Process, others: list[int], rng: random.Random) -> None:
-        self._cut({(leader.machine.id, i) for i in others}, rng, 4 * self._timeout_ms)
+        self._cut(STALE, {(leader.machine.id, i) for i in others}, rng, 4 * self._timeout_ms)
         self._read_often(leader, 4 * self._timeout_ms, rng)
 
     def hands_over(self, process: Process) -> None:
@@ -274,8 +286,8 @@ class Faults:
             self.world.count("handed over and deaf")
             me = process.machine.id
             links = {(i, me) for i in self.world.machines if i != me}
-            self._slow_down(links, 2 * self._timeout_ms)
-            self._read_often(process, self._timeout_ms, self.rngs["stale leader"])
+            self._slow_down(STALE, links, 2 * self._timeout_ms)
+            self._read_often(process, self._timeout_ms, self.rngs[STALE])
 
     def _read_often(self, process: Process, ms: int, rng: random.Random) -> None:
         for _ in range(60):
@@ -298,13 +310,14 @@ class Faults:
             return False
         one, other = rng.sample(ids, 2)
         lag_ms = int(rng.uniform(0.1, 1.5) * self._timeout_max_ms)
-        self._slow_down({(one, other)}, lag_ms)
+        self._slow_down("slow", {(one, other)}, lag_ms)
         return True
 
-    def _slow_down(self, links: set[tuple[int, int]], lag_ms: int) -> None:
+    def _slow_down(self, by: str, links: set[tuple[int, int]], lag_ms: int) -> None:
         self.world.note("slow", sorted(links), lag_ms)
         for link in sorted(links):
             self.world.network.slow[link] = lag_ms * MS
+            self.world.network.slow_by[link] = by
         self.world.scheduler.after(3 * self._timeout_max_ms * MS, self._hurry, links)
 
     def _hurry(self, links: set[tuple[int, int]]) -> None:
@@ -342,26 +355,27 @@ class Faults:
         machine.process.stop()
         return True
 
-    def _freeze(self, machine: Machine, ms: int) -> int:
+    def _freeze(self, by: str, machine: Machine, ms: int) -> int:
         process = machine.process
         until = self.world.scheduler.now + ms * MS
         self.world.note("freeze", machine.id, "for", ms, "ms")
-        if process is not None:
-            process.loop.frozen_until = max(process.loop.frozen_until, until)
+        if process is not None and until > process.loop.frozen_until:
+            process.loop.frozen_until, process.loop.frozen_by = until, by
         return until
 
     def _pause(self, machine: Machine, rng: random.Random) -> bool:
-        self._freeze(machine, int(rng.uniform(0.2, 3) * self._timeout_ms))
+        self._freeze("pause", machine, int(rng.uniform(0.2, 3) * self._timeout_ms))
         return True
 
     def _suspend(self, machine: Machine, rng: random.Random) -> bool:
         """Of the machine: its monotonic clock stands still."""
         ms = int(rng.uniform(0.2, 3) * self._timeout_ms)
-        if machine.process is None or machine.process.loop.frozen_until:
+        process = machine.process
+        if process is None or process.loop.frozen_until > self.world.scheduler.now:
             return False
-        until = self._freeze(machine, ms)
+        until = self._freeze("suspend", machine, ms)
         machine.clock.suspended_ns += int(ms * MS * machine.clock.rate)
-        machine.stalled_until = max(machine.stalled_until, until)
+        machine.stall(until, "suspend")
         return True
 
     def _jump(self, machine: Machine, rng: random.Random) -> bool:
@@ -387,7 +401,7 @@ class Faults:
     def _stall(self, machine: Machine, rng: random.Random) -> bool:
         ms = int(rng.uniform(0.1, 4) * self._timeout_ms)
         self.world.note("disk of", machine.id, "stalls for", ms, "ms")
-        machine.stalled_until = self.world.scheduler.now + ms * MS
+        machine.stall(self.world.scheduler.now + ms * MS, "stall")
         return True
 
     def _eio(self, machine: Machine, rng: random.Random) -> bool:

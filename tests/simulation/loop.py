@@ -143,6 +143,8 @@ class EventLoop:
     Attributes:
         dead: the process is gone, and none of its callbacks runs any more.
         frozen_until: it is stopped until then; what is due meanwhile waits.
+        frozen_by: the fault that has stopped it.
+        hit: told what a fault has held up.
     """
 
     def __init__(self, scheduler: Scheduler, clock: Clock, ran: Callable[[], None]) -> None:
@@ -153,6 +155,8 @@ class EventLoop:
         self._numbers = 0
         self.dead = False
         self.frozen_until = 0
+        self.frozen_by = ""
+        self.hit: Callable[[str], None] = lambda what: None
 
     # --- what asyncio asks of a loop --------------------------------------------------------------
 
@@ -248,6 +252,7 @@ class EventLoop:
         if self.dead:
             return
         if self.frozen_until > self._scheduler.now:
+            self.hit(f"held up by a {self.frozen_by}")
             self._scheduler.at(self.frozen_until, self.run, fn, *args)
             return
         if self._scheduler.running is not self:
@@ -274,8 +279,10 @@ class EventLoop:
         if handle.cancelled or self.dead:
             return
         if self.frozen_until > self._scheduler.now:
+            self.hit(f"held up by a {self.frozen_by}")
             self._scheduler.at(self.frozen_until, self._due, handle)
         elif handle.when > self.time() + 1e-6:  # the machine was suspended meanwhile
+            self.hit("deadline put off by a suspend")
             self._arm(handle)
         else:
             self.run(handle.fn, *handle.args)

@@ -33,6 +33,7 @@ RECOVERY = {
     "_rebuilt_state": "a rebuilding",
     "open_stores": "recovery",
 }
+SKEWED = 0.01  # a clock that goes wrong by more makes leases and timeouts differ
 BUSY_NS_MIN, BUSY_NS = 10_000, 600_000  # until a process looks at what has arrived
 
 
@@ -42,6 +43,7 @@ class Machine:
     Attributes:
         founders: node ids of `initial_cluster` with it; a machine that is not among them joins.
         retired: it was removed from the cluster, and stays off.
+        stalled_until, stalled_by: no write ends before then, and by which fault.
     """
 
     def __init__(self, world: World, node_id: int, founders: tuple[int, ...]) -> None:
@@ -59,6 +61,7 @@ class Machine:
         self.process: Process | None = None
         self.retired = False
         self.stalled_until = 0
+        self.stalled_by = ""
         self.boot_id = f"boot-{node_id}-0"
         self.starts = 0
         self.disk = self._new_disk()
@@ -69,6 +72,10 @@ class Machine:
         disk.hit = self.world.count
         SimPath.disks[disk.name] = disk
         return disk
+
+    def stall(self, until: int, by: str) -> None:
+        if until > self.stalled_until:
+            self.stalled_until, self.stalled_by = until, by
 
     def write_ns(self) -> int:
         """How long the next fsync takes."""
@@ -88,6 +95,8 @@ class Machine:
     def start(self) -> None:
         if self.process is None and not self.retired:
             self.starts += 1
+            if abs(self.clock.rate - 1) > SKEWED:
+                self.world.count_quietly("fault: skew")
             self.disk.dead = False
             self.world.faults.starting(self)
             self.process = Process(self)
@@ -214,6 +223,7 @@ class Process:
         self.machine = machine
         self.loop = EventLoop(machine.world.scheduler, machine.clock, self._ran)
         self.loop.process = self  # type: ignore[attr-defined]
+        self.loop.hit = machine.world.count_quietly
         self.node: node_module.Node | None = None
         self.serves = False
         self.member = MemberId(machine.id, 0)

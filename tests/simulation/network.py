@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 REDIAL_MS = (20, 120)
 SILENCE_MS = (300, 900)  # after which an end notices that nothing arrives any more
+LATE_NS = 50 * MS  # a heartbeat at least: what is as late as that has an effect
 
 
 @dataclass(slots=True)
@@ -59,6 +60,7 @@ class Network:
     Attributes:
         habits: of the run; see `link`.
         slow: further ns on a directed link.
+        slow_by: the fault that has made it so.
     """
 
     def __init__(self, world: World, rng: random.Random, habits: Habits) -> None:
@@ -67,7 +69,8 @@ class Network:
         self.habits = habits
         self.messages = 0
         self.slow: dict[tuple[int, int], int] = {}
-        self._cuts: Counter[tuple[int, int]] = Counter()  # by how many faults at once
+        self.slow_by: dict[tuple[int, int], str] = {}
+        self._cuts: dict[tuple[int, int], Counter[str]] = {}  # by which faults at once
         self._links: dict[tuple[int, int], Habits] = {}
         self._last: dict[tuple[int, int], int] = {}
         self._last_sure: dict[tuple[int, int], int] = {}
@@ -82,23 +85,27 @@ class Network:
     def _delay_ns(self, link: Habits) -> int:
         rng = self.rng
         if link.tail and rng.random() < link.tail:
-            return int(rng.random() ** 2 * link.tail_ms * MS)
+            late_ns = int(rng.random() ** 2 * link.tail_ms * MS)
+            if late_ns > LATE_NS:
+                self.world.count_quietly("fault: tail")
+            return late_ns
         return 50_000 + int(rng.expovariate(1.0) * link.slow_us * 1000)
 
     def up(self, one: int, other: int) -> bool:
         return not self._cuts or not self._cuts.get((one, other))
 
-    def cut(self, pairs: Iterable[tuple[int, int]]) -> None:
+    def cut(self, pairs: Iterable[tuple[int, int]], by: str = "") -> None:
         """Nothing gets from the first of a pair to the second, until as often mended as cut."""
         for pair in pairs:
-            self._cuts[pair] += 1
+            self._cuts.setdefault(pair, Counter())[by] += 1
 
-    def mend(self, pairs: Iterable[tuple[int, int]]) -> None:
+    def mend(self, pairs: Iterable[tuple[int, int]], by: str = "") -> None:
         for pair in pairs:
-            if self._cuts[pair] > 1:
-                self._cuts[pair] -= 1
+            left = self._cuts.get(pair, Counter()) - Counter((by,))
+            if left:
+                self._cuts[pair] = left
             else:
-                del self._cuts[pair]
+                self._cuts.pop(pair, None)
 
     def heal(self) -> None:
         self._cuts.clear()
@@ -109,16 +116,34 @@ class Network:
     def raft_frame(self, sender: MemberId, to: MemberId, data: bytes, count: int) -> None:
         """Any number of copies arrive, in any order."""
         one, other = sender.id, to.id
-        link, rng = self.link(one, other), self.rng
-        if not self.up(one, other) or (link.loss and rng.random() < link.loss):
+        link, rng, hit = self.link(one, other), self.rng, self.world.count_quietly
+        if not self.up(one, other):
+            for by in self._cuts[(one, other)]:
+                hit(f"cut off by {by}")
             return
-        when = self.world.scheduler.now + self._delay_ns(link) + self.slow.get((one, other), 0)
-        if link.ordered:
-            when = self._last[(one, other)] = max(when, self._last.get((one, other), 0))
+        if link.loss and rng.random() < link.loss:
+            hit("fault: loss")
+            return
+        when = self._when(one, other, link)
         self.world.scheduler.at(when, self._arrive, sender, to, data, count)
         if link.repeat and rng.random() < link.repeat:
+            hit("fault: repeat")
             again = when + self._delay_ns(link) * rng.choice((1, 20))
             self.world.scheduler.at(again, self._arrive, sender, to, data, count)
+
+    def _when(self, one: int, other: int, link: Habits) -> int:
+        pair = (one, other)
+        when = self.world.scheduler.now + self._delay_ns(link)
+        slow_ns, last = self.slow.get(pair), self._last.get(pair, 0)
+        if slow_ns:
+            self.world.count_quietly(f"slowed down by {self.slow_by.get(pair, '')}")
+            when += slow_ns
+        if when < last and link.ordered:
+            when = last
+        elif when < last:
+            self.world.count_quietly("fault: reorder")
+        self._last[pair] = max(when, last)
+        return when
 
     def _arrive(self, sender: MemberId, to: MemberId, data: bytes, count: int) -> None:
         process = self.world.machines[to.id].process

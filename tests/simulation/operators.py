@@ -32,8 +32,13 @@ class Operators:
         rng: random.Random,
         make: Callable[[Any, float], Any],
         process: Process | None = None,
+        done: str = "",
     ) -> bool:
-        """Have a node carry out an operation, and never mind the answer. False: none is there."""
+        """Have a node carry out an operation, and never mind the answer. False: none is there.
+
+        Args:
+            done: what is counted when it was.
+        """
         processes = self.world.processes()
         if process is None and processes:
             process = rng.choice(processes)
@@ -44,6 +49,8 @@ class Operators:
             try:
                 assert process.node is not None
                 await make(process.node, process.loop.time() + 1.0)
+                if done:
+                    self.world.count(done)
             except DengineError as error:
                 self.world.note("operator", error.name, error.message)
                 self.world.clients.expected(error)
@@ -56,7 +63,9 @@ class Operators:
         if not voters:
             return False
         target = rng.choice(voters).id
-        return self.ask(rng, lambda node, deadline: node.transfer_leader(target, deadline))
+        return self.ask(
+            rng, lambda node, deadline: node.transfer_leader(target, deadline), done="transferred"
+        )
 
     def churn(self, rng: random.Random) -> bool:
         """A newcomer, a removal, a promotion or new settings."""
@@ -66,15 +75,22 @@ class Operators:
             founders = tuple(v.id for v in members.voters)
             self.world.machines[node_id] = machine = Machine(self.world, node_id, founders)
             self.world.start(machine)
+            self.world.count("newcomer")
             return True
         if dice < 0.6 and len(members.voters) > 3 and self._faults.nobody_is_missing():
             self.remove(rng.choice(members.members).id.id, rng)
             return True
         if dice < 0.8 and members.learners:
             ids = [m.id for m in members.learners]
-            return self.ask(rng, lambda node, deadline: node.promote(ids, deadline))
+            return self.ask(
+                rng, lambda node, deadline: node.promote(ids, deadline), done="promoted by hand"
+            )
         settings = {"history_revisions": rng.randint(1, 1000)}
-        return self.ask(rng, lambda node, deadline: node.change_settings(settings, deadline))
+        return self.ask(
+            rng,
+            lambda node, deadline: node.change_settings(settings, deadline),
+            done="settings changed",
+        )
 
     def remove(self, node_id: int, rng: random.Random) -> None:
         """Never while another disk is not made good for: two voters less may be a quorum less."""
@@ -89,7 +105,9 @@ class Operators:
 
     def ask_removal(self, node_id: int, rng: random.Random) -> None:
         self.world.count("removal asked")
-        self.ask(rng, lambda node, deadline: node.remove_member(node_id, deadline))
+        self.ask(
+            rng, lambda node, deadline: node.remove_member(node_id, deadline), done="member removed"
+        )
 
     def _removed(self) -> None:
         self.removing -= 1

@@ -105,8 +105,9 @@ class Tally:
 
     @property
     def faults(self) -> dict[str, tuple[int, int]]:
-        """By kind: how often it found where to strike (0 where it is a habit, as loss is), and in
-        how many seeds it was on. What a fuse or a disk that is to fail then does is a rare state.
+        """By kind: how often it found where to strike, and in how many seeds it was on. A habit of
+        links or clocks is counted by messages and starts. What a fuse, a cut, or a disk that is to
+        fail then does is a rare state.
         """
         return {name: (self.counts[FAULT + name], n) for name, n in sorted(self.on.items())}
 

@@ -252,7 +252,7 @@ class Sessions:
         if isinstance(error, DengineError):
             self._world.clients.expected(error)
             if error.outcome == "none":
-                self._world.counts["attempt refused"] += 1  # there are too many for the trace
+                self._world.count_quietly("attempt refused")
                 self._world.attempts.refused(request.mark)
         elif error is not None:
             raise error

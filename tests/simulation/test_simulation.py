@@ -17,11 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.simulation.attempts import Attempts
 from tests.simulation.damage import Damage
 from tests.simulation.loop import SECOND
 from tests.simulation.plan import FAULTS, Plan
 from tests.simulation.rotation import first_seed
 from tests.simulation.run import Tally, examine, explain, narrow_down, run_seed, run_seeds
+from tests.simulation.violation import Violation
 from tests.simulation.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +36,7 @@ RARE_SEEDS = (*KNOWN_SEEDS, *(seed for seed in range(640) if seed not in KNOWN_S
 
 # What must have happened in some of them, or the faults do not reach where they should.
 SOMETIMES = (
+    *(f"fault: {name}" for name in FAULTS),  # where they have struck
     "EIO at a commit",
     "EIO at a directory sync",
     "EIO at a file sync",
@@ -45,6 +48,7 @@ SOMETIMES = (
     "ENOSPC at a commit",
     "ENOSPC at a file write",
     "ENOSPC at a new name",
+    "attempt refused",
     "buried",
     "change seen",
     "crashed in a new beginning",
@@ -52,35 +56,50 @@ SOMETIMES = (
     "crashed in recovery",
     "crashed in the middle",
     "crashed in the rest of an install",
+    "cut off by displaced",
+    "cut off by isolate",
+    "cut off by lag",
+    "cut off by mesh",
+    "cut off by one-way cut",
+    "cut off by stale leader",
+    "cut off by usurp",
+    "deadline put off by a suspend",
     "disk replaced",
+    "disk rolled back",
     "displaced entry committed",
-    "exit 0",
     "eventual list",
-    "fault: blackout",
-    "fault: jump",
-    "fault: one-way cut",
+    "exit 0",
     "fetch crashed",
     "fetch done",
     "fetch resumed",
     "file torn",
+    "fsync that lied",
     "handed over",
+    "handed over and deaf",
+    "held up by a pause",
+    "held up by a suspend",
     "install crashed",
     "joint state",
     "joint state crashed",
     "key expired",
+    "killed",
     "leader crashed",
     "lease expired",
     "lease list",
     "linearizable list",
     "log purged",
+    "log rolled back",
     "log rotted",
     "log truncated",
+    "member removed",
+    "newcomer",
     "nothing more can be remembered",
     "outcome unknown",
     "pages dropped",
     "power lost",
     "power lost while down",
     "promoted",
+    "promoted by hand",
     "put off",
     "read at a deposed leader",
     "reincarnated",
@@ -92,7 +111,11 @@ SOMETIMES = (
     "revoked in steps",
     "rolled back and seen by itself",
     "rolled back and told so",
+    "rot in meta",
     "searched",
+    "settings changed",
+    "slowed down by slow",
+    "slowed down by stale leader",
     "snapshot cut",
     "snapshot installed",
     "snapshot rotted",
@@ -105,12 +128,17 @@ SOMETIMES = (
     "told to join",
     "too many keys in a range",
     "transaction",
+    "transferred",
     "unpack done",
+    "usurped",
     "verify done",
     "watch cancelled",
     "watch compacted",
     "watch resumed",
     "write crashed",
+    "write stalled by stall",
+    "write stalled by suspend",
+    "write stalled by usurp",
     "write survived unheard",
     "writer died in a fetch",
     "writer died in a take",
@@ -188,6 +216,42 @@ def test_a_fault_that_finds_nothing_to_strike_is_not_counted() -> None:
         world.scheduler.run_until(10 * SECOND)
     counted = {name for name, (times, _) in tally_of(world).faults.items() if times}
     assert counted == {"mesh", "slow"}, "no machine runs: only links can be cut"
+
+
+def test_a_process_that_was_paused_is_suspended_later() -> None:
+    """Only while it stands still there is nothing to suspend."""
+    plan, rng = Plan(2, tuple(FAULTS)), random.Random(1)
+    plan.shape, plan.founders, plan.joiners = "1", 1, 0
+    world = World(plan)
+    with world.alive():
+        machine = world.machines[1]
+        world.start(machine)
+        world.scheduler.run_until(SECOND)
+        assert world.faults._pause(machine, rng)
+        assert not world.faults._suspend(machine, rng)
+        world.scheduler.run_until(3 * SECOND)
+        assert world.faults._suspend(machine, rng)
+        world.scheduler.run_until(5 * SECOND)
+    for what in ("held up by a pause", "held up by a suspend", "deadline put off by a suspend"):
+        assert world.counts[what], what
+
+
+def test_a_refused_attempt_may_be_made_good_by_a_repetition_alone() -> None:
+    attempts = Attempts()
+    attempts.sent(b"#a:1")
+    attempts.refused(b"#a:1")
+    attempts.sent(b"#a:1")
+    attempts.carried_out(b"#a:1", 7)
+    with pytest.raises(Violation, match="committed: 8"):
+        attempts.carried_out(b"#a:1", 8)
+
+
+def test_an_attempt_is_not_refused_once_it_is_carried_out() -> None:
+    attempts = Attempts()
+    attempts.sent(b"#a:1")
+    attempts.carried_out(b"#a:1", 7)
+    with pytest.raises(Violation, match="11 outcome"):
+        attempts.refused(b"#a:1")
 
 
 def tally_of(world: World) -> Tally:

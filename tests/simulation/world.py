@@ -100,6 +100,10 @@ class World:
         self.counts[what] += 1
         self.note("count", what)
 
+    def count_quietly(self, what: str) -> None:
+        """The same of what is not rare, and would fill the trace."""
+        self.counts[what] += 1
+
     def note(self, *what: object) -> None:
         """Part of the trace; two runs of a seed have the same."""
         text = f"{self.scheduler.now} {what}"

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PURGE_EVERY_NS = 20 * MS
 PIECES_MAX = 4  # in which a file arrives
 DIES = 0.08  # how often the writer does, in the midst of a job
+FAILS = 0.4  # how often a file that comes cannot be synced
 CUT = 0.05  # how often the connection breaks before one of them
 
 
@@ -106,6 +107,7 @@ class LogWriter:
         if self._process.loop.dead or self._pending is None:
             return
         if machine.stalled_until > scheduler.now:
+            machine.world.count_quietly(f"write stalled by {machine.stalled_by}")
             scheduler.at(machine.stalled_until, self._wait_for_disk)
         else:
             self._process.run(self._finish)
@@ -193,6 +195,9 @@ class WriterProcess:
         count, disk = machine.world.count, machine.disk
         if "fuse" in machine.world.plan.faults and machine.rng.random() < DIES:
             disk.writer_fuse = machine.rng.randint(0, 12)
+        fails = machine.world.faults.on and "eio" in machine.world.plan.faults
+        if isinstance(job, Fetch) and fails and machine.rng.random() < FAILS:
+            disk.eio, disk.eio_kind = 0, "file sync"
         try:
             done = self._carry_out(job)
         except WriterDied:
