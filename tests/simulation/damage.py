@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dengine.raft.raft import Role
 from dengine.raft.types import MemberId
+from dengine.storage.state_records import REQUIRED
 from tests.simulation.disk import Inode, SimPath
 from tests.simulation.environment import Environment
 from tests.simulation.machine import Machine, Process
@@ -68,7 +69,8 @@ class Damage:
     def rot(self, machine: Machine, rng: random.Random) -> bool:
         if not self._may_damage(machine):
             return False
-        process, what = machine.process, rng.choice(("log", "state", "snapshot", "verdict"))
+        process = machine.process
+        what = rng.choice(("log", "state", "state", "snapshot", "verdict"))
         if process is None or process.node is None or process.node.raft.state_lost:
             return False
         if what == "log":
@@ -112,14 +114,20 @@ class Damage:
         node = (machine.path / name / "data.mdb")._find()
         if node is None or node.environment is None:
             return False
-        tables = [name for name, table in node.environment.tables.items() if name and table.keys]
-        if not tables:
+        name = self._any_table(node.environment, rng)
+        if not self._rot_record(node.environment, name, rng):
             return False
-        name = rng.choice(sorted(tables))
-        self._rot_record(node.environment, name, rng)
-        self._world.count(f"rot in {name.decode()}")
+        what = name.decode() if name in REQUIRED else "a table of the machine's"
+        self._world.count(f"rot in {what}")
         self._faults.mark(machine, "state rotted", lambda: self._is_weak(machine))
         return True
+
+    @staticmethod
+    def _any_table(environment: Environment, rng: random.Random) -> bytes:
+        """As often that of the keys, that of what is said of the state, and one of all others."""
+        others = sorted(n for n, t in environment.tables.items() if n and t.keys)
+        others = [name for name in others if name not in REQUIRED]
+        return rng.choice((*REQUIRED, rng.choice(others or REQUIRED)))
 
     @staticmethod
     def _rot_record(environment: Environment, name: bytes, rng: random.Random) -> bool:

@@ -111,6 +111,8 @@ SOMETIMES = (
     "revoked in steps",
     "rolled back and seen by itself",
     "rolled back and told so",
+    "rot in a table of the machine's",
+    "rot in keys",
     "rot in meta",
     "searched",
     "settings changed",
