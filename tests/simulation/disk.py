@@ -76,6 +76,7 @@ class Disk:
         room: so many bytes are left, and what is removed makes none; None: enough.
         eio: after so many more operations one fails; None: never.
         eio_kind: only those of this kind count, and fail; empty: all.
+        eio_times: so many fail in a row, the others of any kind.
         refusals: operations that have failed so far.
         burnt: called when the fuse has burnt.
         hit: told what rare thing took place.
@@ -89,6 +90,7 @@ class Disk:
         self.room: int | None = None
         self.eio: int | None = None
         self.eio_kind = ""
+        self.eio_times = 1
         self.refusals = 0
         self.dead = False
         self.burnt: Callable[[], None] = lambda: None
@@ -124,7 +126,8 @@ class Disk:
         if self.eio is not None and self.eio_kind in ("", kind):
             self.eio -= 1
             if self.eio < 0:
-                self.eio = None
+                self.eio_times -= 1
+                self.eio, self.eio_kind = (0, "") if self.eio_times > 0 else (None, "")
                 self._refuse(kind, errno.EIO)
 
     def _refuse(self, kind: str, number: int) -> None:

@@ -405,12 +405,18 @@ class Faults:
         return True
 
     def _eio(self, machine: Machine, rng: random.Random) -> bool:
-        """At one of the next operations, or the next of a kind, for nearly all are commits."""
+        """At one of the next operations, or the next of a kind, for nearly all are commits; and at
+        whatever is tried right after it, such as the removal of a file that could not be synced.
+        """
         disk = machine.disk
         disk.eio_kind = rng.choice(("", "", "", *OPERATIONS))
         disk.eio = rng.choice((0, 0, 1, 2) if disk.eio_kind else (0, 0, 1, 2, 4, 8, 16))
+        disk.eio_times = rng.choice((1, 1, 1, 2, 4))
         what = disk.eio_kind or "operation"
-        self.world.note("disk of", machine.id, "fails at a", what, "after", disk.eio)
+        times = disk.eio_times
+        self.world.note(
+            "disk of", machine.id, "fails", times, "times at a", what, "after", disk.eio
+        )
         return True
 
     def _full(self, machine: Machine, rng: random.Random) -> bool:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PURGE_EVERY_NS = 20 * MS
 PIECES_MAX = 4  # in which a file arrives
 DIES = 0.08  # how often the writer does, in the midst of a job
-FAILS = 0.4  # how often a file that comes cannot be synced
+FAILS = 0.4  # how often a file that has come cannot be synced, nor removed after that
 CUT = 0.05  # how often the connection breaks before one of them
 
 
@@ -197,7 +197,7 @@ class WriterProcess:
             disk.writer_fuse = machine.rng.randint(0, 12)
         fails = machine.world.faults.on and "eio" in machine.world.plan.faults
         if isinstance(job, Fetch) and fails and machine.rng.random() < FAILS:
-            disk.eio, disk.eio_kind = 0, "file sync"
+            disk.eio, disk.eio_kind, disk.eio_times = 0, "file sync", machine.rng.choice((1, 3))
         try:
             done = self._carry_out(job)
         except WriterDied:
