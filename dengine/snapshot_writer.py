@@ -179,9 +179,12 @@ def _download(job: Fetch, partial: Path) -> SnapshotInfo:
         _append(job, partial, have)
     except OSError as error:
         # The kernel may have dropped what it could not write, and would hide that from a later
-        # fsync of this file: the next attempt must write another one.
+        # fsync of this file: the next attempt must write another one, or all of its pages anew
+        # where the disk does not even let go of it.
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            os.truncate(partial, 0)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise StorageIO(f"cannot write {partial}: {error.strerror or error}") from error
     if partial.stat().st_size != job.ref.size_bytes:
         raise TryAgain(f"{job.address} ended the transfer early")

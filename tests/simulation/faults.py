@@ -275,6 +275,8 @@ class Faults:
         return True
 
     def _deafen(self, leader: Process, others: list[int], rng: random.Random) -> None:
+        if self.over:
+            return
         self._cut(STALE, {(leader.machine.id, i) for i in others}, rng, 4 * self._timeout_ms)
         self._read_often(leader, 4 * self._timeout_ms, rng)
 
@@ -314,6 +316,8 @@ class Faults:
         return True
 
     def _slow_down(self, by: str, links: set[tuple[int, int]], lag_ms: int) -> None:
+        if self.over:
+            return  # a step of what began before the healing
         self.world.note("slow", sorted(links), lag_ms)
         for link in sorted(links):
             self.world.network.slow[link] = lag_ms * MS
