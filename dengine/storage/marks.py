@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from dengine.errors import StorageIO
 from dengine.storage.environment import sync_directory
 
 DAMAGED_MARK: Final = "DAMAGED"  # in the state's directory, or the log's: not to be used again
@@ -30,7 +31,13 @@ def distrust_state(path: Path) -> None:
 def forget_run(path: Path) -> None:
     """Before the last sync of the state in directory `path`. Only the process that asked is told
     that the disk has refused a page, which the kernel takes for written from then on: one that is
-    killed at that very moment could tell nobody, and this boot would trust the state.
+    killed at that very moment, or cannot write that down, could tell nobody, and this boot would
+    trust the state.
+
+    Raises StorageIO: do not ask then, and the pages stay what they are.
     """
-    with suppress(OSError):
-        (path.parent / RUN_MARK).unlink()
+    mark = path.parent / RUN_MARK
+    try:
+        mark.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageIO(f"cannot remove {mark}: {error.strerror}; check the disk") from error
