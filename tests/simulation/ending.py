@@ -98,10 +98,12 @@ class Ending:
             world.start(machine)
 
     def _correct_file(self, machine: Machine) -> None:
-        """The operator does so where a joiner knows nobody but who has been removed meanwhile."""
+        """The operator does so where a joiner knows nobody but who has been removed meanwhile. It
+        may be a member by then, and not have been told."""
         world, process = self._world, machine.process
-        is_member = process is not None and world.membership.get(process.member) is not None
-        if not is_member and all(world.machines[i].retired for i in machine.founders):
+        node = None if process is None else process.node
+        belongs = node is not None and node._directory.identity.cluster_id
+        if not belongs and all(world.machines[i].retired for i in machine.founders):
             machine.founders = tuple(member.id for member in world.membership.voters)
             world.crash(machine)
 
