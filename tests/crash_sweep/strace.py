@@ -10,6 +10,7 @@ import contextlib
 import enum
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.cluster import POLL_S, wait_for
+
+# On Debian 12 as root, where it has to be there, a skipped test is a failure (conftest.py).
+needs_strace = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("strace") is None, reason="needs root and strace"
+)
 
 
 class Fault(enum.Enum):

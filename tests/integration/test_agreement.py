@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import os
 import random
-import shutil
 from typing import Any
 from zlib import crc32
 
@@ -22,7 +20,7 @@ from dengine.storage.state_records import (
 )
 from dengine.storage.state_store import DIGEST_EVERY
 from tests.cluster import Cluster, ServeProcess, Writer, static_cluster, wait_for
-from tests.crash_sweep.strace import Fault, Injection
+from tests.crash_sweep.strace import Fault, Injection, needs_strace
 
 SLOW = "max_bytes_per_s = 1048576\n"
 MANY_MB = 6  # as many seconds of a download
@@ -99,7 +97,7 @@ def test_a_leader_that_differs_steps_down_first(cluster: Cluster) -> None:
     cluster.assert_everywhere(writer)
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("strace") is None, reason="needs strace")
+@needs_strace
 def test_a_wrong_leader_whose_disk_refuses_serves_nobody(cluster: Cluster) -> None:
     """It cannot put its snapshot aside, which may be wrong too, and so cannot throw its state away.
     It says so, another leads, a download of that snapshot ends in the middle, and once the disk is

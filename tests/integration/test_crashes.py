@@ -7,7 +7,6 @@ import http.client
 import os
 import random
 import resource
-import shutil
 import signal
 import time
 
@@ -22,7 +21,7 @@ from tests.cluster import (
     static_cluster,
     wait_for,
 )
-from tests.crash_sweep.strace import Fault, Injection, Strace
+from tests.crash_sweep.strace import Fault, Injection, Strace, needs_strace
 
 IO_ERROR = 74  # the exit code for a disk that refused
 
@@ -189,7 +188,7 @@ def test_a_refused_disk_write_ends_the_process_and_a_restart_goes_on(cluster: Cl
     assert [key for key in acknowledged if not node.get(key).ok] == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("strace") is None, reason="needs strace")
+@needs_strace
 def test_a_refused_page_of_the_state_ends_the_process_and_is_rebuilt(cluster: Cluster) -> None:
     """Nobody waits for the state to reach the disk, yet what does not is noticed within seconds:
     the kernel would go on with the page as if it were there, until it has to read it again."""
@@ -213,7 +212,7 @@ def test_a_refused_page_of_the_state_ends_the_process_and_is_rebuilt(cluster: Cl
     assert node.get("key").body == b"kept"
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("strace") is None, reason="needs strace")
+@needs_strace
 def test_a_stop_that_is_killed_as_the_disk_refuses_has_its_state_rebuilt(cluster: Cluster) -> None:
     """Only the process that asked was told that the disk refused a page: whoever reads it next in
     this boot may be given an older one."""

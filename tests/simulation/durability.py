@@ -99,7 +99,7 @@ class Durability:
             return
         process, (incarnation, _) = self._said.get(machine.id, (None, (0, "")))
         renamed = process is machine.process and int(fields["incarnation"], 16) != incarnation
-        # Else it has just taken another name, as above: what the old one was bound to goes with it,
+        # It may just have taken another name, as above: what the old one was bound to goes with it,
         # and those who found with that have one founder who never comes.
         if not (renamed and MemberId(machine.id, incarnation) in pledge.founders):
             violated("7 identity", f"node {machine.id} may forget that it is bound to {pledge}")

@@ -70,6 +70,15 @@ def store(path: Path) -> Iterator[StateStore]:
     opened.close()
 
 
+def rotted(file: Path, sound: bytes, beginning: bytes) -> None:
+    """Wherever `sound` stands in the file, old pages too, it begins otherwise now."""
+    content = file.read_bytes()
+    with open(file, "r+b") as stream:
+        for match in re.finditer(re.escape(sound), content):
+            stream.seek(match.start())
+            stream.write(beginning)
+
+
 def reopened(store: StateStore, path: Path) -> StateStore:
     store.close()
     return StateStore(path)
@@ -245,12 +254,7 @@ def test_history_goes_on_behind_no_key_that_has_rotted(store: StateStore, path: 
     store.apply([Entry(index, 1, EntryKind.NORMAL, data) for index in range(1, 301)])
     store.sync()
     newest = number_key(store.revision)
-    file = path / "data.mdb"
-    content = file.read_bytes()
-    with open(file, "r+b") as stream:
-        for match in re.finditer(re.escape(newest), content):
-            stream.seek(match.start())
-            stream.write(b"\x40" + newest[1:])
+    rotted(path / "data.mdb", newest, b"\x40")
     with pytest.raises(DataCorruption, match="does not come after all others of history"):
         store.apply([Entry(301, 1, EntryKind.NORMAL, data)])
     assert (path / DAMAGED_MARK).exists()
@@ -264,12 +268,7 @@ def test_a_membership_that_has_rotted_does_not_go_out_of_the_state_hash(
     membership = found("c" * 32, [Member(MemberId(1, 1), "127.0.0.1:1")], ClusterSettings())
     store.apply([Entry(1, 1, EntryKind.CONFIG, membership.encode())])
     store.sync()
-    file = path / "data.mdb"
-    content = file.read_bytes()
-    with open(file, "r+b") as stream:
-        for match in re.finditer(b"c" * 32, content):
-            stream.seek(match.start())
-            stream.write(b"C")
+    rotted(path / "data.mdb", b"c" * 32, b"C")
     with pytest.raises(DataCorruption, match="b'membership' fails its CRC"):
         store.apply([Entry(2, 1, EntryKind.CONFIG, membership.encode())])
     assert (path / DAMAGED_MARK).exists()
